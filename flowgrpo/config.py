@@ -1,0 +1,414 @@
+"""Everything a run can be told, as one frozen value.
+
+A ``Config`` is five frozen dataclasses, one per concern. The line under a field is its help text
+(tyro prints it); numbers that follow from others are properties. A rule that a value breaks raises
+``ConfigError`` with the rule in it, at construction, so a ``Config`` that exists is a valid one.
+
+Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flowgrpo.validation import (
+    ConfigError,
+    build,
+    check_fields,
+    check_positive,
+    check_types,
+    require,
+    similar,
+)
+
+__all__ = [
+    "RECIPES",
+    "Config",
+    "ConfigError",
+    "OptimConfig",
+    "PolicyConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SampleConfig",
+    "from_dict",
+    "from_json",
+    "recipe",
+    "replace",
+    "to_dict",
+    "to_json",
+]
+
+RECIPES = {"nano": "flowgrpo.nano.recipe:recipe"}
+"""Recipe name -> "module:function"; the function takes keyword overrides and returns a Config."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The model that is trained, and which of its weights are."""
+
+    model: str = "nano"
+    """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the frozen weights; auto: bfloat16 where the device computes it fast, else float32."""
+    device: str = "auto"
+    """Torch device; auto: cuda when there is one, else cpu."""
+    adapter: Literal["lora", "full"] = "lora"
+    """Train LoRA matrices in float32 over the frozen model, or the whole transformer."""
+    lora_rank: int = 32
+    """Rank of the LoRA matrices."""
+    lora_alpha: int = 64
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    """Name endings of the linear layers that get a LoRA matrix."""
+
+    def __post_init__(self) -> None:
+        check_types("policy.", self)
+        check_positive("policy", self, "lora_rank", "lora_alpha")
+        require(
+            self.adapter == "full" or len(self.lora_targets) > 0,
+            "policy.lora_targets is empty, but LoRA needs at least one layer name ending; name "
+            "one or set policy.adapter to full.",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Prompts, and how images are sampled from them."""
+
+    prompts: str = "nano"
+    """Prompt set: "nano", a text file with one prompt a line, or a JSONL file."""
+    prompts_per_iteration: int = 8
+    """K: prompts drawn for one iteration."""
+    group_size: int = 12
+    """G: images sampled for each prompt; rewards are compared inside the group."""
+    batch_size: int = 48
+    """Rows of one forward in rollout and update alike; it must divide K G."""
+    steps: int = 10
+    """T: sampling steps of a training rollout."""
+    eval_steps: int = 40
+    """Sampling steps of an evaluation, always by the deterministic ODE."""
+    transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """The Gaussian step: Flow-GRPO's SDE, DanceGRPO's SDE or coefficients-preserving sampling."""
+    noise_level: float = 0.7
+    """How much noise a step adds: a of flow_sde and cps, eta of dance_sde."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in rollout, update and evaluation; 1 is none (one forward a step)."""
+    window_size: int = 0
+    """Consecutive steps that are stochastic and trained, the rest ODE; 0: all but the last."""
+    window_range: tuple[int, int] | None = None
+    """First step and end (exclusive) between which a window is drawn; default: all but the last."""
+    shared_noise: bool = False
+    """Start the images of one group from the same initial noise."""
+
+    def __post_init__(self) -> None:
+        check_types("sample.", self)
+        names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
+        check_positive("sample", self, *names, "guidance_scale")
+        require(
+            self.steps >= 2,
+            f"sample.steps is {self.steps}, but a rollout needs at least 2 steps; raise it.",
+        )
+        require(
+            self.group_size >= 2,
+            f"sample.group_size is {self.group_size}, but rewards are compared inside a group, "
+            "which needs at least 2 images; raise it.",
+        )
+        require(
+            self.rows % self.batch_size == 0,
+            f"sample.batch_size {self.batch_size} does not divide the {self.rows} rows of an "
+            f"iteration (prompts_per_iteration {self.prompts_per_iteration} x group_size "
+            f"{self.group_size}); choose a batch_size that divides {self.rows}, for example "
+            f"{_nearest_divisor(self.rows, self.batch_size)}.",
+        )
+        low, high = self.window_bounds
+        require(
+            0 <= low < high <= self.steps and self.window_size >= 0,
+            f"sample.window_range is {self.window_range} and window_size {self.window_size}, but "
+            f"0 <= first < end <= steps ({self.steps}) and window_size >= 0 must hold; change "
+            "them or sample.steps.",
+        )
+        require(
+            self.window_size <= high - low,
+            f"sample.window_size {self.window_size} does not fit into the window range "
+            f"[{low}, {high}); make the window smaller or the range wider.",
+        )
+
+    @property
+    def rows(self) -> int:
+        """B = K G: images sampled in one iteration."""
+        return self.prompts_per_iteration * self.group_size
+
+    @property
+    def chunks(self) -> int:
+        """Forwards of `batch_size` rows that cover one iteration."""
+        return self.rows // self.batch_size
+
+    @property
+    def window_bounds(self) -> tuple[int, int]:
+        """(first, end): the steps a window may cover. flow_grpo leaves out the last step too,
+        int(T * 0.99): its Gaussian is too sharp for a ratio to be trusted."""
+        return self.window_range or (0, int(self.steps * 0.99))
+
+    @property
+    def trained_steps(self) -> int:
+        """W: stochastic steps of one row, each trained in the update."""
+        low, high = self.window_bounds
+        return self.window_size or high - low
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min(
+        (d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d)
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What the images are rewarded for."""
+
+    weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
+    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    retries: int = 2
+    """How often a failing reward is tried again before its groups are dropped."""
+    timeout: float = 60.0
+    """Seconds after which one call of a remote reward counts as failed."""
+
+    def __post_init__(self) -> None:
+        check_types("reward.", self)
+        check_positive("reward", self, "retries", zero=True)
+        check_positive("reward", self, "timeout")
+        finite = all(abs(weight) < float("inf") for weight in self.weights.values())
+        require(
+            finite and any(self.weights.values()),
+            f"reward.weights is {self.weights}, but at least one reward with a finite weight other "
+            "than 0 is expected; name one, for example --reward.weights nano_strict 1.0.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The loss and the optimizer."""
+
+    lr: float = 3e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    warmup: int = 0
+    """Updates over which the learning rate rises linearly to lr."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    clip_range: float = 1e-4
+    """The ratio is clipped to 1 +- clip_range."""
+    adv_clip: float = 5.0
+    """Advantages are clamped to +- adv_clip."""
+    beta: float = 0.04
+    """Weight of the KL to the model without adapters; 0 also spares its forward. Its size depends
+    on optim.kl: 0.04 under std_dev is about the paper's 0.004 under gaussian."""
+    kl: Literal["std_dev", "gaussian"] = "std_dev"
+    """KL = |mean - reference mean|^2 / 2 S^2 without dt (flow_grpo's code: std_dev) or / 2 C^2 with
+    C^2 = -S^2 dt (gaussian, the true KL of the step)."""
+    advantage_std: Literal["group", "global", "none"] = "group"
+    """Divide rewards less their group's mean by the std of the group, of all rows, or not."""
+    step_weighting: Literal["none", "std"] = "none"
+    """Weight of a step in the policy term: 1, or std / |d mean / d velocity|, which gives the
+    gradient of every step the same scale."""
+    updates_per_iteration: int = 2
+    """Optimizer steps on the images of one iteration."""
+    guard: bool = False
+    """GRPO-Guard: recentre the ratio and balance the steps; not for transition cps."""
+    ema_decay: float = 0.9
+    """Decay of the averaged weights that evaluation and the saved adapter use; 0: no average."""
+    ema_every: int = 8
+    """Updates between two steps of the average."""
+    ratio_tolerance: float = 0.0
+    """Largest |ratio - 1| that the first update of an iteration may show before the run stops."""
+
+    def __post_init__(self) -> None:
+        check_types("optim.", self)
+        check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
+        check_positive("optim", self, "updates_per_iteration")
+        nonnegative = ("weight_decay", "warmup", "max_grad_norm", "beta", "ratio_tolerance")
+        check_positive("optim", self, *nonnegative, zero=True)
+        require(
+            all(0 <= b < 1 for b in (*self.betas, self.ema_decay)),
+            f"optim.betas is {self.betas} and ema_decay {self.ema_decay}, but each must be at "
+            "least 0 and below 1; change the one outside.",
+        )
+        require(
+            self.clip_range < 1,
+            f"optim.clip_range is {self.clip_range}, but it must be below 1; lower it.",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run writes, how long it goes and what it shows."""
+
+    out: str | None = None
+    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    steps: int = 100
+    """Iterations (rollout, reward, update) from the start of the run."""
+    seed: int = 0
+    """Seed of prompts, noise, windows and adapter weights."""
+    eval_every: int = 50
+    """Iterations between two evaluations; 0: only before and after."""
+    eval_prompts: int = 120
+    """Held-out prompts of an evaluation; 0: all of the set."""
+    eval_samples: int = 2
+    """Images for each prompt of an evaluation (two or more show diversity within a prompt)."""
+    eval_guidance: float = 1.0
+    """Guidance scale of one more evaluation of the untrained model, for comparison; 1: none."""
+    checkpoint_every: int = 50
+    """Iterations between two checkpoints; 0: only at the end."""
+    resume: str | None = None
+    """Run directory to go on with; its configuration is taken from there."""
+    threads: int = 0
+    """CPU threads; 0: what torch chooses."""
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
+
+    def __post_init__(self) -> None:
+        check_types("run.", self)
+        check_positive("run", self, "steps", "eval_samples", "eval_guidance")
+        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
+        check_positive("run", self, *counts, zero=True)
+        require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Made by a recipe, changed by `replace`."""
+
+    recipe: str = "custom"
+    """Name of the recipe that made it."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_types("", self)
+        chunks, updates = self.sample.chunks, self.optim.updates_per_iteration
+        require(
+            chunks % updates == 0,
+            f"optim.updates_per_iteration {updates} does not divide the {chunks} chunks of an "
+            f"iteration (K {self.sample.prompts_per_iteration} x G {self.sample.group_size} = "
+            f"{self.sample.rows} rows in chunks of sample.batch_size {self.sample.batch_size}); "
+            "change one so that every update gets the same number of chunks.",
+        )
+        require(
+            not (self.optim.guard and self.sample.transition == "cps"),
+            "optim.guard is on with sample.transition cps, but GRPO-Guard needs a Gaussian "
+            "log-probability; choose flow_sde or dance_sde, or turn guard off.",
+        )
+
+    @property
+    def chunks_per_update(self) -> int:
+        """Chunks of `sample.batch_size` rows that one optimizer step accumulates."""
+        return self.sample.chunks // self.optim.updates_per_iteration
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.run.steps * self.optim.updates_per_iteration
+
+    @property
+    def out_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
+
+
+def recipe(name: str) -> Config:
+    """The Config of the recipe `name`: a key of RECIPES, or "package.module:function"."""
+    target = RECIPES.get(name, name)
+    module, _, function = target.partition(":")
+    require(
+        bool(module and function),
+        f"recipe {name!r} is unknown, but one of {', '.join(sorted(RECIPES))} or "
+        f"package.module:function is expected{similar(name, RECIPES)}; name one of these.",
+    )
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"recipe {name!r} cannot be loaded from {target} ({error}), but a function that "
+            "returns a flowgrpo.config.Config is expected there; check the name and the install."
+        ) from error
+    require(
+        isinstance(made, Config),
+        f"recipe {name!r} returned {type(made).__name__}, but a flowgrpo.config.Config is "
+        "expected; return one.",
+    )
+    return made
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy of `config` with fields changed by dotted name: ``**{"sample.steps": 8}``.
+
+    Fields of one section change together, so only the result has to be valid.
+    """
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, dot, rest = name.partition(".")
+        check_fields(Config, [section])
+        if not dot:
+            top[section] = value
+        else:
+            require(
+                dataclasses.is_dataclass(getattr(config, section)),
+                f"{name} is no field of the configuration; set {section} itself.",
+            )
+            check_fields(type(getattr(config, section)), [rest], f"{section}.")
+            sections.setdefault(section, {})[rest] = value
+    for section, values in sections.items():
+        top[section] = dataclasses.replace(top.get(section, getattr(config, section)), **values)
+    return dataclasses.replace(config, **top)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; unknown fields and values of a wrong type raise ConfigError."""
+    return build(Config, values)
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON text."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"the configuration is no JSON ({error}), but what to_json wrote is expected; restore "
+            "the file."
+        ) from error
+    return from_dict(values)

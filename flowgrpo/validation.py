@@ -1,0 +1,102 @@
+"""Checks of configuration values: types, ranges, and the error that states the rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """What the user gave cannot be used; the message is one sentence that says what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` has the type that the annotation `hint` of a config field states."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, argument) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_is_a(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_is_a, value, arguments))
+    if origin is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in pairs)
+    if hint in (int, float):
+        number = isinstance(value, int if hint is int else (int, float))
+        return number and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return f"a value of type {getattr(hint, '__name__', hint) if isinstance(hint, type) else hint}"
+
+
+def check_types(section: str, values: Any) -> None:
+    """Raise unless every field of the dataclass `values` has its annotated type."""
+    for name, hint in typing.get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        require(
+            _is_a(value, hint),
+            f"{section}{name} is {value!r}, but {_expected(hint)} is expected; give such a value.",
+        )
+
+
+def check_positive(section: str, values: Any, *names: str, zero: bool = False) -> None:
+    """Raise unless the named fields are finite and > 0 (>= 0 with `zero`)."""
+    for name in names:
+        value, rule = getattr(values, name), "at least 0" if zero else "greater than 0"
+        # Written so that NaN fails it as well.
+        good = 0 <= value < float("inf") if zero else 0 < value < float("inf")
+        require(good, f"{section}.{name} is {value!r}, but it must be {rule}; change it.")
+
+
+def similar(name: str, names: typing.Iterable[str]) -> str:
+    """ " (did you mean ...?)" for the closest of `names`, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_fields(cls: type, given: typing.Iterable[str], prefix: str = "") -> None:
+    """Raise unless every name in `given` is a field of the dataclass `cls`."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in given:
+        require(
+            name in known,
+            f"{prefix}{name} is no field of the configuration{similar(name, known)}, but one of "
+            f"{', '.join(known)} is expected; correct the name.",
+        )
+
+
+def build(cls: type, values: Any, prefix: str = "") -> Any:
+    """The dataclass `cls` from nested dicts of JSON values; lists become tuples."""
+    require(
+        isinstance(values, dict),
+        f"{prefix.rstrip('.') or 'the configuration'} is {values!r}, but an object with the fields "
+        f"of {cls.__name__} is expected; correct it.",
+    )
+    check_fields(cls, values, prefix)
+    hints, made = typing.get_type_hints(cls), {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = build(hints[name], value, f"{prefix}{name}.")
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
