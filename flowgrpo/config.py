@@ -10,16 +10,16 @@ Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B =
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flowgrpo.validation import (
-    ConfigError,
+    ConfigError as ConfigError,
+)
+from flowgrpo.validation import (
     build,
     check_fields,
     check_positive,
@@ -27,23 +27,6 @@ from flowgrpo.validation import (
     require,
     similar,
 )
-
-__all__ = [
-    "RECIPES",
-    "Config",
-    "ConfigError",
-    "OptimConfig",
-    "PolicyConfig",
-    "RewardConfig",
-    "RunConfig",
-    "SampleConfig",
-    "from_dict",
-    "from_json",
-    "recipe",
-    "replace",
-    "to_dict",
-    "to_json",
-]
 
 RECIPES = {"nano": "flowgrpo.nano.recipe:recipe"}
 """Recipe name -> "module:function"; the function takes keyword overrides and returns a Config."""
