@@ -16,17 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowgrpo.validation import (
-    ConfigError as ConfigError,
-)
-from flowgrpo.validation import (
-    build,
-    check_fields,
-    check_positive,
-    check_types,
-    require,
-    similar,
-)
+from flowgrpo.validation import ConfigError as ConfigError
+from flowgrpo.validation import build, check_fields, check_positive, check_types, require, similar
 
 RECIPES = {"nano": "flowgrpo.nano.recipe:recipe"}
 """Recipe name -> "module:function"; the function takes keyword overrides and returns a Config."""
@@ -39,7 +30,7 @@ class PolicyConfig:
     model: str = "nano"
     """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the frozen weights; auto: bfloat16 where the device computes it fast, else float32."""
+    """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"
     """Torch device; auto: cuda when there is one, else cpu."""
     adapter: Literal["lora", "full"] = "lora"
@@ -91,7 +82,7 @@ class SampleConfig:
     noise_level: float = 0.7
     """How much noise a step adds: a of flow_sde and cps, eta of dance_sde."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance in rollout, update and evaluation; 1 is none (one forward a step)."""
+    """Classifier-free guidance in rollout, update and evaluation; 1: none, one forward a step."""
     window_size: int = 0
     """Consecutive steps that are stochastic and trained, the rest ODE; 0: all but the last."""
     window_range: tuple[int, int] | None = None
