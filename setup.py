@@ -1,0 +1,160 @@
+"""Packages, package data and the native CPU library.
+
+Metadata and dependencies are in pyproject.toml. What cannot be said there is here:
+
+* Two packages come out of one tree. ``flowgrpo_kernels`` lives in ``kernels/``, which must stay a
+  plain folder without ``__init__.py``: Hugging Face publishes a package named ``kernels`` that
+  transformers and diffusers import. Hence explicit ``packages`` and ``package_dir``, never
+  ``find_packages()``.
+* CMake compiles ``kernels/csrc`` into one plain shared library that is loaded with ctypes. It links
+  neither libtorch nor libpython, so a wheel is tagged ``py3-none-<platform>`` and serves every
+  Python and every torch.
+* A missing compiler never fails an install. ``_native_build.json``, written into the package, says
+  what was built or why nothing was, and ``flowgrpo_kernels.backend_info()`` repeats it.
+
+Environment: ``FLOWGRPO_SKIP_NATIVE=1`` builds no native library, ``FLOWGRPO_REQUIRE_NATIVE=1``
+turns a failed build into a failed install, ``CXX`` and ``CMAKE_ARGS`` are passed on to CMake.
+This file imports neither torch nor anything else beyond setuptools, and probes no device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BUILD_INFO = "_native_build.json"
+
+PACKAGE_DIR = {
+    "flowgrpo": "flowgrpo",
+    "flowgrpo_kernels": "kernels/flowgrpo_kernels",
+}
+PACKAGES = [
+    "flowgrpo",
+    "flowgrpo.nano",
+    "flowgrpo.policies",
+    "flowgrpo.rewards",
+    "flowgrpo_kernels",
+    "flowgrpo_kernels.compat",
+]
+PACKAGE_DATA = {
+    "flowgrpo": ["py.typed"],
+    "flowgrpo.nano": ["*.json", "*.txt", "*.md", "model/*", "model/*/*"],
+    "flowgrpo_kernels": ["py.typed"],
+}
+
+
+def enabled(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that CMake would find first, or None."""
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    for name in [*named, "c++", "g++", "clang++", "cl"]:
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+def why_not_native() -> str:
+    """A reason not to try the native build, or an empty string."""
+    if enabled("FLOWGRPO_SKIP_NATIVE"):
+        return "FLOWGRPO_SKIP_NATIVE was set during installation"
+    if compiler() is None:
+        return "no C++ compiler was found during installation (install g++ or clang++, reinstall)"
+    return ""
+
+
+def build_requirements() -> list[str]:
+    # The cmake wheel is 30 MB, so it is asked for only where it is needed: a compiler is present
+    # and CMake is not. Listing it in pyproject.toml would download it for every install, and would fail
+    # the install where no such wheel exists.
+    return [] if why_not_native() or shutil.which("cmake") else ["cmake>=3.18"]
+
+
+def run(command: list[str]) -> str:
+    """Run a command; its output, or RuntimeError with the end of its output."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-30:])
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{tail}")
+    return done.stdout
+
+
+def build_native(target: Path) -> dict[str, str]:
+    """Compile kernels/csrc and install the library into ``target``; facts for the build info."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise RuntimeError("CMake was not found (install cmake and reinstall)")
+    with tempfile.TemporaryDirectory(prefix="flowgrpo-native-") as build:
+        configure = [cmake, "-S", str(ROOT), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
+        run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
+        run([cmake, "--build", build, "--config", "Release", "--parallel"])
+        run([cmake, "--install", build, "--config", "Release", "--prefix", str(target)])
+        return json.loads(Path(build, "native_build.json").read_text())
+
+
+class BuildPy(build_py):
+    """Copies the Python files, then adds the native library and the build info beside them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            target = ROOT / PACKAGE_DIR["flowgrpo_kernels"]
+        else:
+            target = Path(self.build_lib, "flowgrpo_kernels").resolve()
+        reason, facts = why_not_native(), {}
+        for stale in target.glob("libflowgrpo_native.*"):
+            stale.unlink()
+        if not reason:
+            try:
+                facts = build_native(target)
+            except (OSError, RuntimeError, ValueError) as error:
+                if enabled("FLOWGRPO_REQUIRE_NATIVE"):
+                    raise
+                reason = f"the native build failed: {error}"
+        if reason:
+            if enabled("FLOWGRPO_REQUIRE_NATIVE"):
+                raise RuntimeError(reason)
+            self.warn(f"flowgrpo_kernels is installed without its native CPU library: {reason}")
+        info = {"built": not reason, "reason": reason, **facts}
+        target.mkdir(parents=True, exist_ok=True)
+        (target / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+
+class NativeDistribution(Distribution):
+    """Platform-specific exactly when the native library will be tried."""
+
+    def has_ext_modules(self) -> bool:
+        return not why_not_native()
+
+
+class BdistWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: the library is tied to no Python and no torch."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=PACKAGES,
+    package_dir=PACKAGE_DIR,
+    package_data=PACKAGE_DATA,
+    include_package_data=False,
+    distclass=NativeDistribution,
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
+    setup_requires=build_requirements(),
+    zip_safe=False,
+)

@@ -1,0 +1,152 @@
+"""Imports: `kernels/` shadows nobody, dependencies are declared, stages import downwards only."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
+TRAINER = ROOT / "flowgrpo"
+
+# The order of design: a module imports only modules of a lower level, or of its own package.
+LEVELS = [
+    {"validation"},
+    {"config", "records"},
+    {"prompts", "rewards", "advantages", "losses", "policies", "runs", "pictures"},
+    {"rollout"},
+    {"nano"},
+    {"evaluate"},
+    {"train", "doctor"},
+    {"cli"},
+    {"__main__"},
+]
+
+# What `import transformers, diffusers` reach only when a model is imported.
+PROBE = """
+import sys
+import transformers, diffusers
+from transformers import CLIPTextModelWithProjection
+from diffusers import StableDiffusion3Pipeline
+from transformers.utils import is_kernels_available
+spec = __import__("importlib.util").util.find_spec("kernels")
+print(is_kernels_available(), spec.origin if spec else None)
+"""
+
+
+def probe(*extra_path: Path) -> tuple[str, str]:
+    """Import the two libraries with the repository root first on sys.path, as pytest has it."""
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, extra_path)]),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    available, origin = done.stdout.split()[-2:]
+    return available, origin
+
+
+def install_hf_kernels(target: Path) -> None:
+    """Hugging Face's package, installed for real beside the environment."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, "--no-deps", "--only-binary", ":all:", "--target", str(target), "kernels"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode:
+        pytest.skip(f"Hugging Face's kernels could not be installed: {done.stderr.strip()[-300:]}")
+
+
+def test_kernels_folder_is_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_and_diffusers_without_hf_kernels():
+    available, origin = probe()
+    if origin != "None":
+        pytest.skip(f"Hugging Face's kernels is installed here ({origin})")
+    assert available == "False"
+
+
+def test_transformers_and_diffusers_with_hf_kernels(tmp_path):
+    install_hf_kernels(tmp_path)
+    _, origin = probe(tmp_path)
+    assert Path(origin).is_relative_to(tmp_path)
+
+
+def imports_of(file: Path, root: Path) -> set[str]:
+    """Absolute names of all a file imports, also inside functions; not under TYPE_CHECKING."""
+    package = list(file.relative_to(root).parent.parts)
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found.update(f"{stem}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text()))
+    return found
+
+
+def test_kernels_never_import_the_trainer():
+    for file in KERNELS.rglob("*.py"):
+        for name in imports_of(file, ROOT / "kernels"):
+            assert name.split(".")[0] != "flowgrpo", f"{file} imports {name}"
+
+
+def test_trainer_imports_point_one_way():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    stages = {p.stem for p in TRAINER.glob("*.py")} | {
+        p.name for p in TRAINER.iterdir() if (p / "__init__.py").exists()
+    }
+    stages -= {"__init__"}
+    assert stages <= set(level), f"give {stages - set(level)} a level in LEVELS"
+    for file in TRAINER.rglob("*.py"):
+        here = file.relative_to(TRAINER).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        for name in imports_of(file, ROOT):
+            parts = name.split(".")
+            if parts[0] != "flowgrpo" or len(parts) < 2 or parts[1] not in level:
+                continue
+            if parts[1] != here:
+                assert level[parts[1]] < level[here], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_light_imports():
+    """The package itself, and the command line's help, must not wait for torch."""
+    heavy = "{'torch', 'diffusers', 'transformers'}"
+    code = f"import sys, flowgrpo; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_third_party_imports_are_declared():
+    """Everything imported is in pyproject.toml, as a dependency or in an extra."""
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = {m.lower().replace("-", "_") for m in re.findall(r'"([A-Za-z][\w-]*)[><=;]', text)}
+    renamed = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
+    own = {"flowgrpo", "flowgrpo_kernels", "__future__"}
+    for base, files in ((ROOT, TRAINER.rglob("*.py")), (ROOT / "kernels", KERNELS.rglob("*.py"))):
+        for file in files:
+            for name in imports_of(file, base):
+                top = name.split(".")[0]
+                if top in own or top in sys.stdlib_module_names:
+                    continue
+                assert renamed.get(top, top).lower() in declared, f"{file.name} imports {name}"

@@ -1,0 +1,166 @@
+"""The wheel: what is in it, what it is called, and that no compiler is needed to install it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"]
+LIBRARY = "flowgrpo_kernels/libflowgrpo_native"
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="needs the source tree, not an installed copy"
+)
+
+
+def copy_tree(to: Path) -> Path:
+    """The files that a wheel is built from, so that a build leaves nothing in the repository."""
+    to.mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / name, to / name)
+    ignore = shutil.ignore_patterns("__pycache__", "libflowgrpo_native.*", "_native_build.json")
+    for name in ("flowgrpo", "kernels"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    return to
+
+
+def build_wheel(tree: Path, **environment: str) -> zipfile.ZipFile:
+    """Build with setuptools' own backend, without isolation: no network, no compiler guessed."""
+    script = "import sys, setuptools.build_meta as backend\nprint(backend.build_wheel(sys.argv[1]))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FLOWGRPO_")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tree / "dist")],
+        cwd=tree,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def build_info(wheel: zipfile.ZipFile) -> dict:
+    return json.loads(wheel.read("flowgrpo_kernels/_native_build.json"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(copy_tree(tmp_path_factory.mktemp("full") / "tree"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory):
+    tree = copy_tree(tmp_path_factory.mktemp("pure") / "tree")
+    return build_wheel(tree, FLOWGRPO_SKIP_NATIVE="1")
+
+
+def test_top_level_names(pure_wheel):
+    (top_level,) = [n for n in pure_wheel.namelist() if n.endswith("dist-info/top_level.txt")]
+    assert set(pure_wheel.read(top_level).decode().split()) == {"flowgrpo", "flowgrpo_kernels"}
+    roots = {name.split("/")[0] for name in pure_wheel.namelist()}
+    assert {r for r in roots if not r.endswith(".dist-info")} == {"flowgrpo", "flowgrpo_kernels"}
+
+
+def test_every_module_and_data_file_is_in_the_wheel(pure_wheel):
+    shipped = set(pure_wheel.namelist())
+    expected = {
+        p.relative_to(base).as_posix()
+        for base, package in ((ROOT, "flowgrpo"), (ROOT / "kernels", "flowgrpo_kernels"))
+        for p in (base / package).rglob("*")
+        if p.suffix in (".py", ".json", ".txt", ".safetensors", ".typed")
+        and p.name != "_native_build.json"
+    }
+    assert expected - shipped == set()
+    assert any(name.startswith("flowgrpo/nano/model/") for name in shipped)
+
+
+def test_metadata(pure_wheel):
+    names = pure_wheel.namelist()
+    (metadata,) = [n for n in names if n.endswith("dist-info/METADATA")]
+    text = pure_wheel.read(metadata).decode()
+    assert re.findall(r"^Provides-Extra: (.*)$", text, re.M) == [
+        "triton",
+        "test",
+        "bench",
+        "rewards",
+        "wandb",
+    ]
+    (entry,) = [n for n in names if n.endswith("dist-info/entry_points.txt")]
+    assert "flowgrpo = flowgrpo.cli:main" in pure_wheel.read(entry).decode()
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_wheel_with_native_library(wheel):
+    info = build_info(wheel)
+    if shutil.which("c++") is None or shutil.which("cmake") is None:
+        pytest.skip(f"no compiler or no CMake here: {info['reason']}")
+    assert info["built"], info["reason"]
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.filename)
+    (library,) = [n for n in wheel.namelist() if n.startswith(LIBRARY)]
+    content = wheel.read(library)
+    for foreign in (b"libtorch", b"libc10", b"libpython", b"PyInit_", b"libstdc++"):
+        assert foreign not in content
+    assert not any(n.endswith((".cpp", ".h")) for n in wheel.namelist())
+
+
+def test_skip_native_is_a_pure_wheel_that_says_so(pure_wheel):
+    assert pure_wheel.filename.endswith("-py3-none-any.whl")
+    assert not any(n.startswith(LIBRARY) for n in pure_wheel.namelist())
+    info = build_info(pure_wheel)
+    assert info["built"] is False and "FLOWGRPO_SKIP_NATIVE" in info["reason"]
+
+
+def test_no_compiler_still_installs(tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    wheel = build_wheel(copy_tree(tmp_path / "tree"), PATH=str(empty), CXX="")
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert "no C++ compiler" in build_info(wheel)["reason"]
+
+
+def test_broken_compiler_installs_unless_native_is_required(tmp_path):
+    if shutil.which("cmake") is None:
+        pytest.skip("no CMake here, so the compiler would never be reached")
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    wheel = build_wheel(copy_tree(tmp_path / "tree"), CXX=str(broken))
+    reason = build_info(wheel)["reason"]
+    assert "native build failed" in reason and "broken" in reason
+    with pytest.raises(AssertionError, match="failed"):
+        build_wheel(copy_tree(tmp_path / "strict"), CXX=str(broken), FLOWGRPO_REQUIRE_NATIVE="1")
+
+
+def test_setup_imports_only_setuptools_and_the_standard_library():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    modules = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert modules - sys.stdlib_module_names == {"setuptools"}
+
+
+def test_ci_runs_exactly_the_test_command_of_the_readme():
+    command = "pip install -c constraints.txt '.[test]' && python -m pytest"
+    script = (ROOT / ".ci" / "run").read_text().strip().splitlines()
+    assert script[-1] == command
+    assert sum("pip install" in line or "pytest" in line for line in script) == 1
+    assert command in (ROOT / "README.md").read_text()
