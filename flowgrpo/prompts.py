@@ -1,0 +1,110 @@
+"""Prompt sets -> K prompts x G samples, each sample with its own seeds.
+
+A set is "nano" (the embedded one), a text file with one prompt a line, a JSONL file with an object
+{"prompt": ..., anything the reward needs} a line, or a folder with train and test files of either
+kind, as flow_grpo's data sets have: train.txt or train_metadata.jsonl, test.txt or
+test_metadata.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrpo import seeds
+from flowgrpo.config import ConfigError
+from flowgrpo.records import Prompts
+
+
+def load(name: str, split: str = "train") -> Prompts:
+    """The prompts of a set. A single file has no splits: it is returned whole for each of them."""
+    if name == "nano":
+        from flowgrpo.nano import prompts as nano_prompts
+
+        return nano_prompts.split(split)
+    path = Path(name)
+    if path.is_dir():
+        path = _file_of_split(path, split)
+    if not path.is_file():
+        raise ConfigError(
+            f"sample.prompts is {name!r}, which is neither 'nano' nor an existing file or folder; "
+            "name a text file with one prompt a line, a JSONL file or a folder with both splits."
+        )
+    found = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+    if not found.texts:
+        raise ConfigError(f"the prompt file {path} has no prompts; write one a line.")
+    return found
+
+
+def _file_of_split(folder: Path, split: str) -> Path:
+    stem = "train" if split == "train" else "test"
+    names = (f"{stem}_metadata.jsonl", f"{stem}.jsonl", f"{stem}.txt")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(
+        f"the prompt folder {folder} has no file for the split {split!r}; put one of "
+        f"{', '.join(names)} there."
+    )
+
+
+def _read_text(path: Path) -> Prompts:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the prompt file {path} is not UTF-8 text ({error}); convert it."
+        ) from error
+    return Prompts.of([line.strip() for line in lines if line.strip()])
+
+
+def _read_jsonl(path: Path) -> Prompts:
+    texts, metadata = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            texts.append(entry["prompt"])
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"line {number} of {path} is {line[:60]!r}, but a JSON object with the key "
+                "'prompt' is expected; correct the line."
+            ) from error
+        metadata.append(entry)
+    return Prompts.of(texts, metadata)
+
+
+def batch(prompts: Prompts, count: int, *, seed: int, iteration: int) -> Prompts:
+    """The `count` prompts of an iteration, all different.
+
+    The set is shuffled once per epoch and cut into batches; what is left over at the end of an epoch
+    waits for the next shuffle.
+    """
+    if count > len(prompts):
+        raise ConfigError(
+            f"sample.prompts_per_iteration is {count}, but the prompt set has only {len(prompts)} "
+            "prompts; lower it or add prompts."
+        )
+    epoch, place = divmod(iteration, len(prompts) // count)
+    order = seeds.permutation(len(prompts), seed, seeds.PROMPTS, epoch)
+    return prompts.take(order[place * count : (place + 1) * count])
+
+
+def row_seeds(
+    count: int, group_size: int, *, seed: int, iteration: int, shared_noise: bool
+) -> tuple[Tensor, Tensor]:
+    """int64 [K*G] twice: seeds of the steps' noise, and of the initial noise.
+
+    With `shared_noise` the rows of one group start from the same latent.
+    """
+    rows = np.arange(count * group_size)
+    own = torch.from_numpy(seeds.sample_seeds(seed, seeds.ROW, iteration, rows))
+    if not shared_noise:
+        return own, own
+    shared = seeds.sample_seeds(seed, seeds.GROUP, iteration, rows // group_size)
+    return own, torch.from_numpy(shared)

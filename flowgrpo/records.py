@@ -1,0 +1,98 @@
+"""What the stages pass on to each other.
+
+Shapes: K prompts of an iteration, G samples a prompt, B = K G rows (row k G + g is sample g of
+prompt k), T sampling steps, W trained steps of a row, C H W of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flowgrpo.policies import Conditioning
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts with what their rewards need to know."""
+
+    texts: tuple[str, ...]
+    """K prompts."""
+    metadata: tuple[dict[str, Any], ...]
+    """K dicts, handed to the rewards as they are."""
+    indices: Tensor
+    """int64 [K]: the place of each prompt in its prompt set."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None) -> Prompts:
+        """A prompt set; without metadata every prompt gets an empty dict."""
+        if metadata is None:
+            metadata = [{} for _ in texts]
+        if len(metadata) != len(texts):
+            raise ValueError(
+                f"metadata has {len(metadata)} entries for {len(texts)} texts, but one for each "
+                "text is expected."
+            )
+        return cls(tuple(texts), tuple(metadata), torch.arange(len(texts)))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, places: Sequence[int]) -> Prompts:
+        """The prompts at `places`, in that order."""
+        places = [int(place) for place in places]
+        return Prompts(
+            tuple(self.texts[i] for i in places),
+            tuple(self.metadata[i] for i in places),
+            self.indices[places],
+        )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One rollout: every state of every row, and which steps of a row are trained."""
+
+    latents: Tensor
+    """float32 [T+1, B, C, H, W]: latents[i] is what step i was fed, latents[T] the result."""
+    log_probs: Tensor
+    """float32 [T, B]: log-probability of latents[i+1] given latents[i]; 0 for an ODE step."""
+    steps: Tensor
+    """int64 [W, B]: rows of the transition table for the trained steps."""
+    positions: Tensor
+    """int64 [W, B]: the same steps as places i in `latents`."""
+    seeds: Tensor
+    """int64 [B]: the seeds of the noise."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from."""
+
+    trajectory: Trajectory
+    conditioning: Conditioning
+    """Of the K prompts; `groups` says which one belongs to a row."""
+    uncond: Conditioning | None
+    """Of the empty prompt, one row; None without guidance."""
+    groups: Tensor
+    """int64 [B]: the prompt of each row."""
+    advantages: Tensor
+    """float32 [B]."""
+    weights: Tensor
+    """float32 [B]: 0 for the rows of a dropped group; mean 1."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one batch of images."""
+
+    total: Tensor
+    """float64 [B]: weighted sum of the parts; NaN in a dropped group."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """float64 [B] for each reward; NaN in a dropped group."""
+    dropped: Tensor | None = None
+    """bool [K]: groups whose reward failed every attempt."""

@@ -1,0 +1,47 @@
+"""Random numbers without state: every draw is a hash of (run seed, purpose, indices).
+
+Nothing in a run reads or advances a global generator, so a draw depends only on what it is for: an
+iteration can be repeated alone, a resumed run draws what the uninterrupted one would have drawn, and
+a sample keeps its numbers whatever batch or process it is in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# What a number is drawn for; the values are part of every recorded run, so they never change.
+PROMPTS, WINDOW, ROW, GROUP, EVALUATION, ADAPTER = range(1, 7)
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), exact modulo 2^64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
+    """uint64 hash of the words, one after the other; arrays among `indices` broadcast."""
+    state = _splitmix64(np.asarray([seed], dtype=np.uint64))
+    for word in (purpose, *indices):
+        state = _splitmix64(state ^ np.asarray(word, dtype=np.uint64))
+    return state
+
+
+def below(bound: int, seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
+    """int64 integers in [0, bound), bound < 2^32; the bias is below bound / 2^32."""
+    high = draw(seed, purpose, *indices) >> np.uint64(32)
+    return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def permutation(size: int, seed: int, purpose: int, *indices: int) -> np.ndarray:
+    """int64 [size]: a random order of range(size)."""
+    return np.argsort(draw(seed, purpose, *indices, np.arange(size)), kind="stable")
+
+
+def sample_seeds(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
+    """int64 seeds in [0, 2^63) for the noise of samples."""
+    return (draw(seed, purpose, *indices) >> np.uint64(1)).astype(np.int64)
