@@ -39,6 +39,8 @@ class PolicyConfig:
     """Rank of the LoRA matrices."""
     lora_alpha: int = 64
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
     lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
@@ -158,6 +160,8 @@ class RewardConfig:
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
     """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    report: tuple[str, ...] = ()
+    """Rewards that evaluation reports, the first as the accuracy; default: those of weights."""
     retries: int = 2
     """How often a failing reward is tried again before its groups are dropped."""
     timeout: float = 60.0
@@ -301,6 +305,11 @@ class Config:
     def chunks_per_update(self) -> int:
         """Chunks of `sample.batch_size` rows that one optimizer step accumulates."""
         return self.sample.chunks // self.optim.updates_per_iteration
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Names of the rewards that evaluation reports; the first is the accuracy."""
+        return self.reward.report or tuple(self.reward.weights)
 
     @property
     def updates(self) -> int:

@@ -1,0 +1,190 @@
+"""Checkpoints on disk: safetensors + JSON, written beside and renamed, never half there.
+
+    checkpoints/step-000050/
+      weights.safetensors     trained parameters, by name
+      optimizer.safetensors   AdamW's state, "<parameter name>|<key>"
+      ema.safetensors         averaged parameters, by name
+      state.json              format, iteration, counters, SHA-256 of each file, versions
+      pytorch_lora_weights.safetensors   what diffusers' `load_lora_weights` reads (LoRA runs)
+
+A checkpoint is complete or absent: files are written and synced in a hidden folder beside it, which
+is then renamed. Reading checks every file against its SHA-256 before anything is restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flowgrpo.config import ConfigError
+
+FORMAT = "flowgrpo-checkpoint-1"
+STATE = "state.json"
+PREFIX = "step-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save(
+    folder: Path,
+    iteration: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    record: dict[str, Any],
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the checkpoint of `iteration` under `folder`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        iteration: completed iterations; names the checkpoint.
+        tensors: file stem ("weights", ...) -> name -> tensor.
+        record: JSON values stored in state.json under "record".
+        extra: writes further files into the folder it is given, before the checkpoint appears.
+    """
+    final = folder / f"{PREFIX}{iteration:06d}"
+    beside = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for stem, values in tensors.items():
+        copies = {name: value.detach().to("cpu").contiguous() for name, value in values.items()}
+        save_file(copies, beside / f"{stem}.safetensors")
+    if extra is not None:
+        extra(beside)
+    sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+    state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
+    (beside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for path in (*beside.iterdir(), beside):
+        _sync(path)
+    if final.exists():
+        # A resumed run reaches an iteration again; a folder cannot be renamed over a full one.
+        replaced = folder / f".{final.name}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+        os.rename(beside, final)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(beside, final)
+    _sync(folder)
+    return final
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and (p / STATE).is_file())
+
+
+def latest(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run directory, or `run_dir` itself if it is a checkpoint."""
+    run_dir = Path(run_dir)
+    if (run_dir / STATE).is_file():
+        return run_dir
+    checkpoints = found(run_dir / "checkpoints")
+    if not checkpoints:
+        raise ConfigError(
+            f"{run_dir} holds no checkpoint, but a run directory with checkpoints/step-* or one "
+            "such folder is expected; name the directory that `flowgrpo train` wrote."
+        )
+    return checkpoints[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
+        int(state["iteration"]), dict(state["sha256"]), dict(state["record"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _corrupt(checkpoint / STATE, error) from error
+    return state
+
+
+def load(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
+    path = checkpoint / f"{stem}.safetensors"
+    expected = read_state(checkpoint)["sha256"].get(path.name)
+    try:
+        if expected is None or _sha256(path) != expected:
+            raise ValueError("its SHA-256 is not the one that state.json holds")
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _corrupt(path, error) from error
+
+
+def check(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise unless `values`, read from `path`, has the names, shapes and dtypes of `into`."""
+    missing, foreign = sorted(into.keys() - values.keys()), sorted(values.keys() - into.keys())
+    changed = sorted(
+        name
+        for name in into.keys() & values.keys()
+        if (into[name].shape, into[name].dtype) != (values[name].shape, values[name].dtype)
+    )
+    for names, problem in ((missing, "lacks"), (foreign, "also holds"), (changed, "differs in")):
+        if names:
+            raise ConfigError(
+                f"{path} {problem} {names[0]} ({len(names)} such of {len(into)} tensors), but the "
+                "weights of this model and adapter are expected; use the configuration that wrote "
+                "it."
+            )
+
+
+@torch.no_grad()
+def restore(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Copy `values` into the tensors `into` in place, by name."""
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
+
+
+def prune(folder: Path, keep: int = 2) -> None:
+    """Remove all checkpoints but the last `keep` and the one with the best score, and leftovers."""
+    checkpoints = found(folder)
+    scores = {path: read_state(path)["record"].get("score") for path in checkpoints}
+    scored = [path for path in checkpoints if scores[path] is not None]
+    kept = {*checkpoints[-keep:], *([max(scored, key=lambda p: scores[p])] if scored else [])}
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
+    for leftover in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _corrupt(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be read ({error}), but an intact file of a flowgrpo checkpoint is "
+        f"expected; remove {path.parent} to go on from the checkpoint before it."
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,347 @@
+"""The run directory, and what a process needs to run and to be stopped.
+
+    runs/nano-0/
+      config.json          the configuration, as given
+      metrics.jsonl        one object a line; see `Run.log`
+      tensorboard/         the same numbers as TensorBoard events
+      samples/*.png        the same prompts and seeds before, during and after
+      curve.png            held-out accuracy against iterations
+      checkpoints/step-*   see checkpoints.py
+      adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`
+      summary.json         before, after, seconds, versions
+
+A run that is killed and resumed goes on with the numbers it would have had: `State` (weights.py) is
+restored to the bit, metrics.jsonl is cut back to the checkpoint, and nothing reads torch's global
+generator. Two equal runs write equal metrics.jsonl except under the key "seconds".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowgrpo import checkpoints
+from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.weights import EMA as EMA
+from flowgrpo.weights import State as State
+from flowgrpo.weights import add_adapter as add_adapter
+from flowgrpo.weights import export
+from flowgrpo.weights import make_optimizer as make_optimizer
+
+log = logging.getLogger("flowgrpo")
+# Fields of RunConfig in which a continuation may differ: they do not change its numbers.
+MAY_CHANGE = {"steps", "out", "resume", "threads", "progress", "eval_every", "checkpoint_every"}
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
+
+
+class Run:
+    """A run directory that this process writes to. Made by `Run.open`, closed by `close`."""
+
+    def __init__(self, config: Config, folder: Path, checkpoint: Path | None) -> None:
+        self.config, self.dir, self.checkpoint = config, folder, checkpoint
+        self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
+        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        _lock(self._metrics, folder)
+        self._board: Any = None
+
+    @classmethod
+    def open(cls, config: Config) -> Run:
+        """Create the directory of a new run, or take up the one that `config.run.resume` names.
+
+        Raises:
+            ConfigError: the directory is not empty, cannot be written, belongs to another
+                configuration or is in use. Nothing is left behind or changed then.
+        """
+        folder = config.out_dir
+        if config.run.resume:
+            _same_config(config, resume_config(folder))
+            found = checkpoints.found(folder / "checkpoints")
+            run = cls(config, folder, found[-1] if found else None)
+        else:
+            _create(folder, config)
+            run = cls(config, folder, None)
+        run.samples.mkdir(exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    def log(
+        self,
+        iteration: int,
+        values: Mapping[str, Any],
+        seconds: Mapping[str, float] | float | None = None,
+        kind: str = "train",
+    ) -> None:
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard.
+
+        Args:
+            iteration: completed iterations, 0 before the first.
+            values: numbers, 0-dim tensors, or nested dicts and lists of them; not finite -> null.
+            seconds: times, kept apart so that equal runs differ only there.
+            kind: "train", "eval", or "guided" (the base model with guidance).
+        """
+        line = {"iteration": iteration, "kind": kind, **_plain(values)}
+        if seconds is not None:
+            line["seconds"] = _plain(seconds)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._board is None:
+            self._board = _board(self.dir / "tensorboard", iteration, bool(self.config.run.resume))
+        for name, value in _scalars(kind, line):
+            self._board.add_scalar(name, value, iteration)
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far, all or of one kind."""
+        text = (self.dir / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [line for line in lines if kind in (None, line["kind"])]
+
+    def save(self, state: State, transformer: nn.Module, score: float | None = None) -> Path:
+        """Write the checkpoint of `state.iteration`; keep the last two and the best by `score`
+        (the evaluation's accuracy, if there was one at this iteration)."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        record = {**_plain(state.counters()), "score": score, "versions": versions()}
+        lora = self.config.policy.adapter == "lora"
+
+        def adapter(folder: Path) -> None:
+            export(transformer, state.ema, self.config.policy, folder)
+
+        path = checkpoints.save(
+            self.checkpoints, state.iteration, state.tensors(), record, adapter if lora else None
+        )
+        checkpoints.prune(self.checkpoints)
+        return path
+
+    def restore(self, state: State) -> bool:
+        """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
+
+        Returns:
+            False if there is no checkpoint, and the run starts from the beginning.
+
+        Raises:
+            ConfigError: the checkpoint is corrupt or of another model; nothing is changed then.
+        """
+        if self.checkpoint is not None:
+            state.restore(self.checkpoint)
+            written = checkpoints.read_state(self.checkpoint)["record"].get("versions")
+            if written != versions():
+                log.warning(
+                    "%s was written by other versions, so numbers may differ: %s, now %s",
+                    self.checkpoint,
+                    written,
+                    versions(),
+                )
+        self._cut_metrics(state.iteration if self.checkpoint else -1)
+        checkpoints.prune(self.checkpoints)
+        return self.checkpoint is not None
+
+    def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
+        """Write summary.json and, under adapter/, the averaged weights for diffusers."""
+        beside = self.dir / f".adapter.{os.getpid()}"
+        export(transformer, state.ema, self.config.policy, beside)
+        shutil.rmtree(self.dir / "adapter", ignore_errors=True)
+        os.rename(beside, self.dir / "adapter")
+        checkpoints.write_text(
+            self.dir / "summary.json", json.dumps(_plain(summary), indent=2) + "\n"
+        )
+
+    def close(self) -> None:
+        """Flush and release the directory."""
+        if self._board is not None:
+            self._board.close()
+        self._metrics.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _cut_metrics(self, done: int) -> None:
+        """Keep the lines up to iteration `done`; the rest comes again, with the same numbers.
+
+        Also dropped are a line that was being written when the process died, and an evaluation that
+        was made only because the run ended ("final").
+        """
+        path = self.dir / "metrics.jsonl"
+        kept = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                parsed = json.loads(line)
+            except ValueError:
+                break
+            over = parsed["iteration"] > done or parsed.get("final", False)
+            if over or not line.endswith(b"\n"):
+                break
+            kept += len(line)
+        os.truncate(path, kept)
+
+
+def resume_config(folder: str | Path) -> Config:
+    """The configuration of the run in `folder`, set to go on there."""
+    path = Path(folder) / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
+            "run directory that `flowgrpo train` wrote."
+        ) from error
+    return replace(from_json(text), **{"run.resume": str(folder)})
+
+
+def _same_config(given: Config, stored: Config) -> None:
+    a, b = to_dict(given), to_dict(stored)
+    for name in MAY_CHANGE:
+        a["run"].pop(name), b["run"].pop(name)
+    for section, values in a.items():
+        pairs = values if isinstance(values, dict) else {"": values}
+        other = b[section] if isinstance(b[section], dict) else {"": b[section]}
+        for name, value in pairs.items():
+            if value != other[name]:
+                raise ConfigError(
+                    f"{f'{section}.{name}'.rstrip('.')} is {value!r}, but the run in "
+                    f"{stored.run.resume} was started with {other[name]!r}; leave it as it was, or "
+                    "start a new run with another --run.out."
+                )
+
+
+def _create(folder: Path, config: Config) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
+            f"choose another --run.out, or go on with that run by --run.resume {folder}."
+        )
+    # Folders made here go again if the directory turns out not to be writable.
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_text(folder / "config.json", to_json(config))
+    except OSError as error:
+        if made:
+            shutil.rmtree(made[-1], ignore_errors=True)
+        raise ConfigError(
+            f"run.out {str(folder)!r} cannot be written ({error.strerror}), but a directory that "
+            "can be created and written is expected; choose another --run.out."
+        ) from error
+
+
+def _lock(file: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(
+            f"run directory {str(folder)!r} is in use by another process, but one process at a "
+            "time writes it; stop that one or choose another --run.out."
+        ) from error
+
+
+def _board(folder: Path, iteration: int, resumed: bool) -> Any:
+    """TensorBoard's writer; on resume it hides what was written from `iteration` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=iteration if resumed else None)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON: tensors become numbers or lists, numbers that are not finite null."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float) and name != "iteration":
+            yield f"{prefix}/{name}", float(value)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and the libraries that decide the numbers."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("flowgrpo", *PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def prepare_process(config: Config) -> None:
+    """Threads, deterministic algorithms, and an allocator that keeps its memory."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    try:
+        # glibc hands freed blocks above 128 KiB back to the kernel, and page faults on getting them
+        # again were half of nano's time. M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; old glibc
+        # refuses more than 32 MiB for the last.
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 1 << 30), libc.mallopt(-2, 1 << 26)
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
+    except (OSError, AttributeError):
+        pass
+
+
+@dataclass
+class Stop:
+    """Whether the run was asked to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Let the first Ctrl-C (or SIGTERM) only set `stop.requested`; the second one aborts.
+
+    The loop looks at `stop.requested` after each iteration, so that what it started is finished and
+    saved. Outside the main thread, where Python delivers no signals, nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        # os.write, because print may be the very call that the signal interrupted.
+        os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
