@@ -1,0 +1,32 @@
+"""Fused SDE step, log-probability and GRPO loss for flow-matching models.
+
+    transitions = flow_sde(sigmas, noise_level=0.7).to(device)
+    x = initial_noise(seeds, (16, 64, 64))
+    x, lp = sde_step(velocity, x, transitions, step, seeds=seeds)
+    out = grpo_loss(velocity, x_t, x_next, lp, advantages, transitions, step)
+    out.loss.backward()
+
+The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
+"""
+
+from .grpo_loss import GrpoLoss, grpo_loss
+from .info import backend_info
+from .log_prob import log_prob
+from .noise import initial_noise
+from .sde_step import sde_step
+from .transitions import Transitions, cps, dance_sde, flow_sde, ode, window
+
+__all__ = [
+    "GrpoLoss",
+    "Transitions",
+    "backend_info",
+    "cps",
+    "dance_sde",
+    "flow_sde",
+    "grpo_loss",
+    "initial_noise",
+    "log_prob",
+    "ode",
+    "sde_step",
+    "window",
+]

@@ -1,0 +1,138 @@
+"""Checks of arguments on the host: shapes, dtypes, devices, step range. None of them synchronises.
+
+A step outside the table that only the device knows gives a row of NaN. With FLOWGRPO_DEBUG=1 (read once)
+it raises instead, at the price of a synchronisation.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ._ops import FLOAT_DTYPES
+from .transitions import Transitions
+
+DEBUG = os.environ.get("FLOWGRPO_DEBUG", "0") == "1"
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_latents(sample: Tensor, **others: Tensor | None) -> None:
+    """sample [B, ...] and other latents: same shape and device, float dtypes, float64 only together."""
+    check_tensor("sample", sample)
+    if sample.ndim < 2:
+        raise ValueError(f"sample must be [B, ...] with at least 2 dims, got {list(sample.shape)}")
+    if sample.dtype not in FLOAT_DTYPES and sample.dtype != torch.float64:
+        raise TypeError(f"sample must be float32, bfloat16 or float16, got {sample.dtype}")
+    for name, value in others.items():
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if value.dtype not in FLOAT_DTYPES and value.dtype != torch.float64:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+        if (value.dtype == torch.float64) != (sample.dtype == torch.float64):
+            raise TypeError(
+                f"{name} is {value.dtype} but sample is {sample.dtype}: float64 is for checks and "
+                "needs every latent in float64"
+            )
+        if value.shape != sample.shape:
+            raise ValueError(
+                f"{name} must have the shape of sample {list(sample.shape)}, got {list(value.shape)}"
+            )
+        check_device(name, value, sample.device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like sample, got {value.device}")
+
+
+def check_rows(name: str, value: Tensor | None, sample: Tensor) -> None:
+    """A float tensor [B] on the sample's device."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.shape != sample.shape[:1]:
+        raise ValueError(f"{name} must be [{sample.shape[0]}], got {list(value.shape)}")
+    check_device(name, value, sample.device)
+
+
+def check_seeds(seeds: Tensor, sample: Tensor | None = None) -> None:
+    check_tensor("seeds", seeds)
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seeds must be int64, got {seeds.dtype}")
+    if seeds.ndim != 1 or (sample is not None and seeds.shape[0] != sample.shape[0]):
+        expected = "[B]" if sample is None else f"[{sample.shape[0]}]"
+        raise ValueError(f"seeds must be {expected}, got {list(seeds.shape)}")
+    if sample is not None:
+        check_device("seeds", seeds, sample.device)
+
+
+def check_transitions(transitions: Transitions, sample: Tensor) -> None:
+    if not isinstance(transitions, Transitions):
+        raise TypeError(f"transitions must be Transitions, got {type(transitions).__name__}")
+    if transitions.table.device != sample.device:
+        raise ValueError(
+            f"transitions must be on {sample.device} like sample, got {transitions.table.device}; "
+            "call transitions.to(device) once"
+        )
+
+
+def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> None:
+    if isinstance(guidance_scale, Tensor):
+        raise TypeError("guidance_scale must be a number, got a tensor")
+    if uncond_velocity is None and guidance_scale != 1.0:
+        raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
+
+
+def resolve_step(step: int | Tensor, transitions: Transitions, sample: Tensor) -> Tensor:
+    """int, 0-dim or [B] int64 -> int64 [B] on the sample's device (a stride-0 view where possible)."""
+    rows, batch = transitions.num_steps, sample.shape[0]
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64:
+            raise TypeError(f"step must be int64, got {step.dtype}")
+        if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != batch):
+            raise ValueError(f"step must be an int, 0-dim or [{batch}], got {list(step.shape)}")
+        on_host = step.device.type == "cpu" and not torch.compiler.is_compiling()
+        if step.ndim == 0 and on_host and sample.device.type != "cpu":
+            step = int(step)
+        else:
+            check_device("step", step, sample.device)
+            if (on_host or (DEBUG and not torch.compiler.is_compiling())) and step.numel():
+                low, high = int(step.min()), int(step.max())
+                if low < 0 or high >= rows:
+                    raise ValueError(
+                        f"step must be in [0, {rows - 1}], got values from {low} to {high}"
+                    )
+            return step.expand(batch)
+    if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
+        raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
+    if step < 0 or step >= rows:
+        raise ValueError(f"step must be in [0, {rows - 1}], got {step}")
+    return transitions._index[step].expand(batch)
+
+
+def check_constants(**latents: Tensor | None) -> None:
+    """Latents the op treats as constants must not silently swallow a gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in latents.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{name} is a constant for this op but requires a gradient; detach it")
+
+
+def uncond_half(uncond_velocity: Tensor | None, uncond_grad: bool) -> tuple[Tensor | None, bool]:
+    """The unconditional half, detached unless its gradient is asked for and needed."""
+    if uncond_velocity is None:
+        if uncond_grad:
+            raise ValueError("uncond_grad=True needs uncond_velocity")
+        return None, False
+    needed = uncond_grad and uncond_velocity.requires_grad and torch.is_grad_enabled()
+    return (uncond_velocity if needed else uncond_velocity.detach()), needed

@@ -1,0 +1,247 @@
+"""torch.library registration of every op, and the choice of the backend that runs it.
+
+    FLOWGRPO_KERNELS = auto        Triton on CUDA and ROCm tensors, the native library on CPU tensors,
+                                   PyTorch (reference.py) where those are missing; the default
+                     = triton      Triton, or an error (CPU tensors only in Triton's interpreter)
+                     = native      the native CPU library, or an error
+                     = reference   reference.py everywhere
+
+float64 inputs always run on the reference: it is the oracle. The first call on a device type logs one
+line that says which backend runs and why; a fallback is a warning. The variable is read once.
+
+Backends are modules with the functions of reference.py, same names, arguments and results. Tensors
+reach them checked and contiguous (also `step` and `seeds`, int64 [B]); outputs of `sde_step` are given.
+The native one is `_native.py`, which further has `available() -> bool` and `reason() -> str` (why it
+is not available, or which library was loaded) and may lack an op, which then falls back, loudly.
+Triton launchers register themselves from the op's own file through `triton_launcher`.
+
+NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAMESPACE = "flowgrpo"
+CHOICES = ("auto", "triton", "native", "reference")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+log = logging.getLogger("flowgrpo_kernels")
+
+_GUIDED = "Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample"
+_LOSS = "Tensor? ref_velocity, Tensor? ref_uncond_velocity, Tensor? old_velocity"
+SCHEMAS = {
+    "sde_step": f"({_GUIDED}, Tensor table, Tensor step, Tensor? seeds, Tensor? noise, "
+    "Tensor(a!) prev_sample, Tensor(b!) log_prob) -> ()",
+    "log_prob": f"({_GUIDED}, Tensor prev_sample, Tensor table, Tensor step) -> Tensor",
+    "log_prob_backward": f"(Tensor grad, {_GUIDED}, Tensor prev_sample, Tensor table, Tensor step, "
+    "bool uncond_grad) -> (Tensor, Tensor)",
+    "grpo_loss_forward": f"({_GUIDED}, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
+    f"Tensor table, Tensor step, {_LOSS}, Tensor? row_weight, Tensor? kl_row_weight, "
+    "float kl_weight, float clip_low, float clip_high, float adv_clip) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "grpo_loss_backward": f"(Tensor grad_loss, Tensor coefs, {_GUIDED}, Tensor prev_sample, "
+    f"Tensor table, Tensor step, {_LOSS}, bool uncond_grad) -> (Tensor, Tensor)",
+    "initial_noise": "(Tensor seeds, SymInt[] shape, ScalarType dtype) -> Tensor",
+}
+
+_requested = os.environ.get("FLOWGRPO_KERNELS", "auto").strip().lower() or "auto"
+_triton: dict[str, Callable] = {}
+_triton_reason = "no Triton kernel is defined"
+_chosen: dict[tuple[str, str], tuple[str, Callable]] = {}
+_said: set[str] = set()
+
+
+def triton_launcher(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: registers the Triton launcher of an op. It has the reference's signature."""
+
+    def register(launcher: Callable) -> Callable:
+        _triton[name] = launcher
+        return launcher
+
+    return register
+
+
+def triton_missing(reason: str) -> None:
+    """Records why the Triton kernels could not be defined."""
+    global _triton_reason
+    _triton_reason = reason
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _native():
+    """The native module, or None with a reason."""
+    try:
+        from . import _native as native
+    except ImportError as error:
+        return None, f"the native module cannot be imported: {error}"
+    return (native if native.available() else None), native.reason()
+
+
+def _candidate(backend: str, name: str, device_type: str) -> tuple[Callable | None, str]:
+    """(function, "") when the backend can run the op on this device type, else (None, why not)."""
+    if backend == "reference":
+        return getattr(reference, name), ""
+    if backend == "triton":
+        if name not in _triton:
+            return None, _triton_reason or f"there is no Triton kernel for {name}"
+        if device_type != "cuda" and not _interpreting():
+            return None, f"Triton kernels run on cuda tensors, got {device_type}"
+        return _triton[name], ""
+    if device_type != "cpu":
+        return None, f"the native library runs on cpu tensors, got {device_type}"
+    native, reason = _native()
+    if native is None:
+        return None, reason
+    if not hasattr(native, name):
+        return None, f"the native library has no {name}"
+    return getattr(native, name), ""
+
+
+def _say(level: int, line: str) -> None:
+    """Logs a line the first time it is said."""
+    if line not in _said:
+        _said.add(line)
+        log.log(level, line)
+
+
+def _choose(name: str, device_type: str) -> tuple[str, Callable]:
+    """The backend and function that run an op on a device type; logs its choice once."""
+    if _requested not in CHOICES:
+        raise RuntimeError(f"FLOWGRPO_KERNELS must be one of {CHOICES}, got {_requested!r}")
+    if _requested != "auto":
+        function, why = _candidate(_requested, name, device_type)
+        if function is None:
+            raise RuntimeError(
+                f"FLOWGRPO_KERNELS={_requested} cannot run {name} on {device_type}: {why}; "
+                "use FLOWGRPO_KERNELS=auto to fall back"
+            )
+        _say(logging.INFO, f"{device_type} tensors run on {_requested} (FLOWGRPO_KERNELS)")
+        return _requested, function
+    preferred = "native" if device_type == "cpu" else "triton"
+    function, why = _candidate(preferred, name, device_type)
+    if function is not None:
+        _say(logging.INFO, f"{device_type} tensors run on {preferred}")
+        return preferred, function
+    _say(logging.WARNING, f"{device_type} tensors fall back to the PyTorch reference: {why}")
+    return "reference", getattr(reference, name)
+
+
+def backends() -> dict[str, dict[str, object]]:
+    """{backend: {"available": bool, "reason": str}} for backend_info()."""
+    native, reason = _native()
+    found = bool(_triton)
+    interpreted = " in the interpreter" if _interpreting() else ""
+    return {
+        "triton": {
+            "available": found,
+            "reason": f"{len(_triton)} ops{interpreted}" if found else _triton_reason,
+        },
+        "native": {"available": native is not None, "reason": reason},
+        "reference": {"available": True, "reason": "PyTorch"},
+    }
+
+
+def backend_of(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that runs an op on a device type."""
+    if dtype == torch.float64:
+        return "reference"
+    return _resolve(name, device_type)[0]
+
+
+def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
+    key = (name, device_type)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(name, device_type)
+    return found
+
+
+def _implementation(name: str, sample_index: int) -> Callable:
+    """The op's body for every device: contiguous tensors to the chosen backend."""
+    fallback = getattr(reference, name)
+
+    def run(*args):
+        sample = args[sample_index]
+        function = fallback
+        if sample.dtype != torch.float64:
+            function = _resolve(name, sample.device.type)[1]
+        return function(*[a.contiguous() if isinstance(a, Tensor) else a for a in args])
+
+    run.__name__ = name
+    return run
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    # The argument whose dtype and device choose the backend: `sample`, or `seeds` for the noise.
+    _index = {"log_prob_backward": 4, "grpo_loss_backward": 5, "initial_noise": 0}.get(_name, 3)
+    _library.impl(_name, _implementation(_name, _index), "CompositeExplicitAutograd")
+
+
+def op(name: str):
+    """The op's overload, as called by the public functions."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
+
+
+def _float(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_fake("sde_step")
+def _(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob):
+    return None
+
+
+@_fake("log_prob")
+def _(velocity, uncond, scale, sample, prev_sample, table, step):
+    return sample.new_empty(sample.shape[0], dtype=_float(sample))
+
+
+@_fake("log_prob_backward")
+def _(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
+    return _like(velocity), _uncond_like(velocity, uncond, uncond_grad)
+
+
+@_fake("grpo_loss_forward")
+def _(velocity, uncond, scale, sample, *rest):
+    dtype, rows = _float(sample), sample.shape[0]
+    scalars = [sample.new_empty((), dtype=dtype) for _ in range(4)]
+    per_row = [sample.new_empty(rows, dtype=dtype) for _ in range(2)]
+    return (*scalars, *per_row, sample.new_empty((rows, 3), dtype=dtype))
+
+
+@_fake("grpo_loss_backward")
+def _(
+    grad, coefs, velocity, uncond, scale, sample, prev, table, step, ref, ref_u, old, uncond_grad
+):
+    return _like(velocity), _uncond_like(velocity, uncond, uncond_grad)
+
+
+@_fake("initial_noise")
+def _(seeds, shape, dtype):
+    return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
+
+
+def _uncond_like(velocity: Tensor, uncond: Tensor | None, uncond_grad: bool) -> Tensor:
+    if uncond is None:
+        return velocity.new_empty(0)
+    return _like(uncond) if uncond_grad else uncond.new_empty(0)

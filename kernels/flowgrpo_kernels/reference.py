@@ -1,0 +1,364 @@
+"""Every op in plain PyTorch, any float dtype: oracle, fallback and the contract the backends keep.
+
+The numerical contract
+======================
+A backend (Triton, native C++) gives the same bits as this file for float32, bfloat16 and float16
+inputs, wherever this section says how something is computed.
+
+Elements. A sample's D elements are taken in row-major order of its logical shape. Inputs are read and
+converted to float32; all arithmetic is float32. Every product, sum and division is rounded on its
+own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=False; C++:
+-ffp-contract=off). Coefficients are row `step[b]` of the float32 table; when step[b] is outside
+[0, R) they are NaN, which makes the whole row NaN. `w` is float32(guidance_scale).
+
+    v    = velocity                              without uncond_velocity
+    v    = u + w * (velocity - u)                u = uncond_velocity
+    mu   = (A * x) + (B * v)
+    x'   = round_to_dtype_of_sample(mu + (C * eps))
+    d    = x' - mu                               x' after its rounding
+    e    = v - v_ref                             v_ref from ref_velocity, ref_uncond_velocity likewise
+    h    = v - v_old                             v_old = old_velocity
+
+Noise. eps as in philox.py (counter = element block and column noise_step of the table, key = seed), or
+the caller's tensor converted to float32, or 0 when neither is given (ODE steps only). The sign of a
+zero is not part of the contract, so a backend may skip C * eps where C = 0.
+
+Sums over elements (of d * d, e * e, h * h), `ordered_sum` below. The row is cut into blocks of
+BLOCK = 4096 elements, missing elements count as +0. Inside a block, 4 chunks of LANES = 1024 are
+added lane by lane in order, ((c0 + c1) + c2) + c3, then the 1024 lanes by adjacent pairs:
+lane i of the next level = lane 2i + lane 2i + 1, ten levels. The block sums of a row are then cut into
+chunks of 1024, added lane by lane in order, and the lanes by adjacent pairs again. The sum over rows
+in the loss is the same second pass over B values. Nothing depends on B, threads or vector width.
+
+Per row, with n = float32(D), sums S_d, S_e, S_h, means m = S / n (0 when D = 0):
+
+    log_prob = (-(k * m_d)) - c0
+    kl       = (K * (B * B)) * m_e
+    delta    = log_prob - old_log_prob
+    delta    = (delta + (k * (B * B)) * m_h) * C                  with Guard
+    ratio    = exp(delta)                                         exp(0) = 1 exactly
+    adv      = advantage clamped to +-adv_clip
+    lo, hi   = float32(1 - clip_low), float32(1 + clip_high)
+    policy   = max(-adv * ratio, -adv * clamp(ratio, lo, hi))     NaN propagates
+    policy   = policy / abs_dt                                    with Guard
+    loss     = policy_loss + kl_weight * kl_loss
+               policy_loss = sum_rows(row_weight * policy) / B, kl_loss = sum_rows(kl_row_weight * kl) / B
+
+Where C = 0, log_prob and kl are 0. Where a weight is 0 its row adds 0 (even if the row is NaN).
+B = 0 gives a loss of 0.
+
+Gradient, saved by the forward pass as coefs float32 [B, 3]:
+
+    active = not ((ratio < lo or ratio > hi) and -adv * clamp(ratio) > -adv * ratio)
+    g      = ((row_weight / B) * (-adv * active)) * ratio         times C / abs_dt with Guard
+    c_d    = (g * (2 * (k * B))) / n
+    c_e    = (((kl_row_weight / B) * kl_weight) * (2 * (K * (B * B)))) / n
+    c_h    = (g * (2 * (k * (B * B)))) / n
+    dv     = go c_d d + go c_e e + go c_h h                       in this order, (go * c) first
+    grad velocity        = dv, or w * dv under guidance
+    grad uncond_velocity = float32(1 - guidance_scale) * dv, only when asked for
+
+rounded once to the dtype of the velocity. log_prob's own gradient has c_d = (go * (2 * (k * B))) / n.
+exp and the per-row scalars after it agree to a few ulp between backends; everything above is exact.
+
+In float64 (all floating inputs float64) the same code is the oracle and gradcheck's subject.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import philox
+
+BLOCK = 4096
+LANES = 1024
+
+
+class Coefficients(NamedTuple):
+    """The table row of each sample, each [B] in the compute dtype."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    k: Tensor
+    c0: Tensor
+    K: Tensor
+    abs_dt: Tensor
+    noise_step: Tensor
+
+
+def coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coefficients:
+    """Gathers rows `step` (int64 [B]) of the table; NaN where the step is outside the table."""
+    inside = (step >= 0) & (step < table.shape[0])
+    rows = table.index_select(0, step.clamp(0, table.shape[0] - 1)).to(dtype)
+    rows = torch.where(inside[:, None], rows, float("nan"))
+    return Coefficients(*rows[:, : len(Coefficients._fields)].unbind(1))
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension of [B, n] in the fixed order of the module docstring: [B]."""
+    rows, n = x.shape
+    if n > BLOCK:
+        x = F.pad(x, (0, -n % BLOCK)).view(rows, -1, BLOCK // LANES, LANES)
+        return _lane_sum(_pair_tree(_chunk_sum(x)))
+    return _lane_sum(x)
+
+
+def _lane_sum(x: Tensor) -> Tensor:
+    """[B, n] -> [B]: chunks of LANES added in order, then the lanes by adjacent pairs."""
+    rows, n = x.shape
+    if n == 0:
+        return x.new_zeros(rows)
+    # Lanes and chunks that are missing are +0 and adding them changes nothing, so a short row needs
+    # no padding up to LANES.
+    if n <= LANES:
+        return _pair_tree(F.pad(x, (0, (1 << (n - 1).bit_length()) - n)))
+    return _pair_tree(_chunk_sum(F.pad(x, (0, -n % LANES)).view(rows, -1, LANES)))
+
+
+def _chunk_sum(x: Tensor) -> Tensor:
+    """[..., chunks, LANES] -> [..., LANES], chunks added in order."""
+    chunks = x.unbind(-2)
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total = total + chunk
+    return total
+
+
+def _pair_tree(x: Tensor) -> Tensor:
+    """[..., 2^p] -> [...], adjacent pairs first."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, ...] -> [B, D] in the compute dtype."""
+    return x.reshape(x.shape[0], x.shape[1:].numel()).to(dtype)
+
+
+def _compute_dtype(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def _guided(velocity: Tensor, uncond: Tensor | None, guidance_scale: float, dtype) -> Tensor:
+    v = _flat(velocity, dtype)
+    if uncond is None:
+        return v
+    u = _flat(uncond, dtype)
+    return u + (v - u) * guidance_scale
+
+
+def _mean(squares: Tensor) -> Tensor:
+    """Mean over the elements of [B, D], defined as 0 for D = 0."""
+    return ordered_sum(squares) / max(squares.shape[1], 1)
+
+
+def _score(c: Coefficients, d: Tensor) -> Tensor:
+    """log_prob [B] of d = x' - mu."""
+    log_prob = -(c.k * _mean(d * d)) - c.c0
+    return torch.where(c.C == 0, 0.0, log_prob)
+
+
+def sde_step(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    prev_sample: Tensor,
+    log_prob: Tensor,
+) -> None:
+    """Writes x' into prev_sample (dtype of sample) and its log_prob (float32 [B]) into log_prob."""
+    dtype = _compute_dtype(sample)
+    c = coefficients(table, step, dtype)
+    v = _guided(velocity, uncond_velocity, guidance_scale, dtype)
+    mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
+    if noise is not None:
+        eps = _flat(noise, dtype)
+    elif seeds is not None:
+        # A row outside the table has a NaN step; any counter will do, its result is NaN.
+        steps = torch.nan_to_num(c.noise_step).to(torch.int64)
+        eps = philox.normals(seeds, steps, mu.shape[1]).to(dtype)
+    else:
+        eps = torch.zeros_like(mu)
+    x_prev = (mu + c.C[:, None] * eps).to(sample.dtype)
+    prev_sample.copy_(x_prev.view(prev_sample.shape))
+    log_prob.copy_(_score(c, x_prev.to(dtype) - mu))
+
+
+def _residual(velocity, uncond, guidance_scale, sample, prev_sample, c) -> tuple[Tensor, Tensor]:
+    """(v, d), each [B, D]."""
+    dtype = c.A.dtype
+    v = _guided(velocity, uncond, guidance_scale, dtype)
+    mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
+    return v, _flat(prev_sample, dtype) - mu
+
+
+def log_prob(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+) -> Tensor:
+    """log_prob of a stored x': float32 [B] (float64 for float64 inputs)."""
+    c = coefficients(table, step, _compute_dtype(sample))
+    _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
+    return _score(c, d)
+
+
+def _split_gradient(
+    dv: Tensor, velocity: Tensor, uncond: Tensor | None, guidance_scale: float, uncond_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """dv [B, D] to the gradients of both halves; the second is empty unless asked for."""
+    if uncond is None:
+        return dv.to(velocity.dtype).view(velocity.shape), velocity.new_empty(0)
+    conditional = (dv * guidance_scale).to(velocity.dtype).view(velocity.shape)
+    if not uncond_grad:
+        return conditional, uncond.new_empty(0)
+    return conditional, (dv * (1.0 - guidance_scale)).to(uncond.dtype).view(uncond.shape)
+
+
+def log_prob_backward(
+    grad: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
+    c = coefficients(table, step, _compute_dtype(sample))
+    _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
+    scale = (grad.to(d.dtype) * (2 * (c.k * c.B))) / max(d.shape[1], 1)
+    dv = scale[:, None] * d
+    return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
+
+
+def _weighted_mean(weight: Tensor | None, values: Tensor) -> Tensor:
+    """sum(weight * values) / B with weight 0 silencing a row; 0 for an empty batch."""
+    if weight is not None:
+        weight = weight.to(values.dtype)
+        values = torch.where(weight == 0, 0.0, weight * values)
+    return ordered_rows(values) / max(values.shape[0], 1)
+
+
+def ordered_rows(values: Tensor) -> Tensor:
+    """Sum of [B] in the order of the second pass: 0-dim."""
+    return _lane_sum(values[None])[0]
+
+
+def grpo_loss_forward(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    table: Tensor,
+    step: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    old_velocity: Tensor | None,
+    row_weight: Tensor | None,
+    kl_row_weight: Tensor | None,
+    kl_weight: float,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+) -> tuple[Tensor, ...]:
+    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+    dtype = _compute_dtype(sample)
+    c = coefficients(table, step, dtype)
+    v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
+    rows, n = max(d.shape[0], 1), max(d.shape[1], 1)
+    lp = _score(c, d)
+    b2 = c.B * c.B
+
+    delta = lp - old_log_prob.to(dtype)
+    if old_velocity is not None:
+        h = v - _flat(old_velocity, dtype)
+        delta = (delta + (c.k * b2) * _mean(h * h)) * c.C
+    ratio = torch.exp(delta)
+    adv = advantages.to(dtype).clamp(-adv_clip, adv_clip)
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    unclipped, clipped = -adv * ratio, -adv * ratio.clamp(low, high)
+    policy = torch.maximum(unclipped, clipped)
+    outside = (ratio < low) | (ratio > high)
+    active = ~(outside & (clipped > unclipped))
+
+    weight = _row_gradient_weight(row_weight, adv)
+    g = (weight / rows) * (-adv * active) * ratio
+    if row_weight is not None:
+        g = torch.where(weight == 0, 0.0, g)
+    if old_velocity is not None:
+        policy = policy / c.abs_dt
+        g = (g * c.C) / c.abs_dt
+    c_d = (g * (2 * (c.k * c.B))) / n
+    c_h = (g * (2 * (c.k * b2))) / n if old_velocity is not None else torch.zeros_like(g)
+
+    policy_loss = _weighted_mean(row_weight, policy)
+    if ref_velocity is not None:
+        e = v - _guided(ref_velocity, ref_uncond_velocity, guidance_scale, dtype)
+        kl_rows = torch.where(c.C == 0, 0.0, (c.K * b2) * _mean(e * e))
+        kl_grad = _row_gradient_weight(kl_row_weight, adv) / rows * kl_weight
+        c_e = (kl_grad * (2 * (c.K * b2))) / n
+        kl = _weighted_mean(kl_row_weight, kl_rows)
+        loss = policy_loss + kl_weight * kl
+    else:
+        c_e, kl, loss = torch.zeros_like(g), torch.zeros_like(policy_loss), policy_loss.clone()
+    clip_fraction = ordered_rows(outside.to(dtype)) / rows
+    return loss, policy_loss, kl, clip_fraction, lp, ratio, torch.stack((c_d, c_e, c_h), dim=1)
+
+
+def _row_gradient_weight(weight: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if weight is None else weight.to(like.dtype)
+
+
+def grpo_loss_backward(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    old_velocity: Tensor | None,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of grad_loss * loss in velocity and uncond_velocity; coefs from the forward pass."""
+    c = coefficients(table, step, _compute_dtype(sample))
+    v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
+    c_d, c_e, c_h = (grad_loss.to(d.dtype) * coefs).unbind(1)
+    dv = c_d[:, None] * d
+    if ref_velocity is not None:
+        v_ref = _guided(ref_velocity, ref_uncond_velocity, guidance_scale, d.dtype)
+        dv = dv + c_e[:, None] * (v - v_ref)
+    if old_velocity is not None:
+        dv = dv + c_h[:, None] * (v - _flat(old_velocity, d.dtype))
+    return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
+
+
+def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
+    steps = torch.full_like(seeds, philox.INITIAL_STEP)
+    numel = torch.Size(shape).numel()
+    return philox.normals(seeds, steps, numel).to(dtype).view(seeds.shape[0], *shape)

@@ -1,0 +1,258 @@
+"""Transition tables: one float32 row of coefficients for every step of a sampler.
+
+With s = sigma_i, s' = sigma_{i+1}, dt = s' - s < 0 and a = noise_level, a step of every sampler of the
+Flow-GRPO family is affine and Gaussian (sigma falls from 1 at noise to 0 at data):
+
+    mu       = A x + B v
+    x'       = mu + C eps                        eps ~ N(0, I)
+    log_prob = -k mean[(x' - mu)^2] - c0         mean over the D elements of a sample
+    KL       = K B^2 mean[(v - v_ref)^2]
+
+    flow_sde   S = a sqrt(s / (1 - s)), with sigma_1 for s inside 1 - s where s = 1
+               A = 1 + S^2 dt / 2s    B = (1 + S^2 (1 - s) / 2s) dt    C = S sqrt(-dt)
+               k = 1 / 2C^2           c0 = log C + log sqrt(2 pi)
+    dance_sde  as flow_sde with S = eta, a constant
+    cps        S = s' sin(a pi/2), q = sqrt(s'^2 - S^2)
+               A = (1 - s') + q       B = -s (1 - s') + (1 - s) q      C = S     k = 1     c0 = 0
+    ode        A = 1                  B = dt                           C = k = c0 = K = 0
+
+Sources: flow_sde and its treatment of s = 1 follow flow_grpo's `sde_step_with_logprob` (Flow-GRPO,
+arXiv 2505.05470, eq. 9), dance_sde follows DanceGRPO's `flux_step`, cps follows Flow-CPS.
+
+K is 1 / 2S^2 for kl="std_dev", the convention of flow_grpo's code since July 2025 (no dt in it: its
+beta of 0.04 is about the paper's 0.004), or 1 / 2C^2 for kl="gaussian", the KL between the two
+Gaussians up to the mean over D. For cps both are the same.
+
+Departures from flow_grpo:
+1. The table is computed once, on the host, in float64, and rounded to float32.
+2. A row with C = 0 (an ODE step, a noise level of 0, the last cps step) has k = c0 = K = 0: its
+   log_prob, KL and gradient are 0 by definition. flow_grpo's value is NaN or a plain squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Columns of the table. `abs_dt` is |dt|, `noise_step` the step number that enters the noise counter
+# (an integer, exact in float32), `std_dev` is S, `sigma` is s.
+COLUMNS = ("A", "B", "C", "k", "c0", "K", "abs_dt", "noise_step", "std_dev", "sigma")
+NUM_COLUMNS = len(COLUMNS)
+KINDS = ("flow_sde", "dance_sde", "cps", "ode")
+# The noise counter holds the step in 32 bits and a float32 column carries it exactly up to 2^24.
+MAX_STEPS = 1 << 24
+_LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Transitions:
+    """The coefficients of R steps.
+
+    table: float32 [R, 10], columns as in `COLUMNS`. sigmas: float64 [R + 1] on the CPU, or None for
+    concatenated tables. kinds: the name of each row's transition.
+    """
+
+    table: Tensor
+    sigmas: Tensor | None
+    kinds: tuple[str, ...]
+    # 0 .. R-1 on the table's device: an int step becomes a view of it, without a copy to the device.
+    _index: Tensor = field(repr=False)
+
+    @classmethod
+    def from_table(cls, table: Tensor, sigmas: Tensor | None, kinds: Sequence[str]) -> Transitions:
+        """Checks a table (float32 [R, 10], any device) and wraps it. Reads it on the host once."""
+        if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or table.dtype != torch.float32:
+            raise ValueError(
+                f"table must be float32 [R, {NUM_COLUMNS}] with columns {COLUMNS}, "
+                f"got {table.dtype} {list(table.shape)}"
+            )
+        if not 0 < table.shape[0] <= MAX_STEPS:
+            raise ValueError(f"table must have 1 to {MAX_STEPS} rows, got {table.shape[0]}")
+        if len(kinds) != table.shape[0] or not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds must name one of {KINDS} for each of {table.shape[0]} rows")
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError("table must hold finite coefficients, got NaN or infinity")
+        index = torch.arange(table.shape[0], device=table.device)
+        return cls(table.contiguous(), sigmas, tuple(kinds), index)
+
+    @property
+    def num_steps(self) -> int:
+        """R, the number of rows."""
+        return self.table.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
+    def deterministic(self) -> bool:
+        """True when every row is an ODE step, so that no noise is needed."""
+        return all(kind == "ode" for kind in self.kinds)
+
+    def column(self, name: str) -> Tensor:
+        """One column of the table by name: float32 [R]."""
+        if name not in COLUMNS:
+            raise ValueError(f"name must be one of {COLUMNS}, got {name!r}")
+        return self.table[:, COLUMNS.index(name)]
+
+    def to(self, device: torch.device | str) -> Transitions:
+        """The same transitions with the table on `device`; copies once, so call it outside a loop."""
+        device = torch.device(device)
+        if device == self.table.device:
+            return self
+        table, index = self.table.to(device), self._index.to(device)
+        return Transitions(table, self.sigmas, self.kinds, index)
+
+    @staticmethod
+    def cat(*parts: Transitions) -> Transitions:
+        """Tables one below another: row i is step i of the first part, row R1 + i step i of the second.
+
+        The noise counter of a row stays the step within its own part, so a sample draws the same noise
+        whichever part it is stepped by. With this, rows with different windows share a batch.
+        """
+        if not parts or not all(isinstance(p, Transitions) for p in parts):
+            raise TypeError("Transitions.cat takes one or more Transitions")
+        if len({p.device for p in parts}) > 1:
+            raise ValueError(f"parts must be on one device, got {[str(p.device) for p in parts]}")
+        table = torch.cat([p.table for p in parts])
+        kinds = sum((p.kinds for p in parts), ())
+        return Transitions.from_table(table, parts[0].sigmas if len(parts) == 1 else None, kinds)
+
+
+def flow_sde(sigmas, noise_level: float = 0.7, kl: str = "std_dev") -> Transitions:
+    """Flow-GRPO's SDE. sigmas: T + 1 strictly descending numbers in [0, 1] (any sequence or tensor)."""
+    s = _sigmas(sigmas)
+    a = _noise_level(noise_level)
+
+    def std_dev(i: int) -> float:
+        inside = s[1] if s[i] == 1.0 else s[i]
+        return a * math.sqrt(s[i] / (1.0 - inside))
+
+    return _gaussian_sde("flow_sde", s, std_dev, kl)
+
+
+def dance_sde(sigmas, noise_level: float = 0.3, kl: str = "std_dev") -> Transitions:
+    """DanceGRPO's SDE with a constant std_dev; noise_level is its `eta`."""
+    s = _sigmas(sigmas)
+    eta = _noise_level(noise_level)
+    return _gaussian_sde("dance_sde", s, lambda i: eta, kl)
+
+
+def cps(sigmas, noise_level: float = 0.8, kl: str = "std_dev") -> Transitions:
+    """Coefficients-preserving sampling (Flow-CPS). noise_level in [0, 2]; k = 1, as in flow_grpo."""
+    s = _sigmas(sigmas)
+    a = _noise_level(noise_level)
+    if a > 2.0:
+        raise ValueError(f"noise_level of cps must be in [0, 2], got {noise_level}")
+    _check_kl(kl)
+    rows = []
+    for i in range(len(s) - 1):
+        std = s[i + 1] * math.sin(a * math.pi / 2.0)
+        q = s[i + 1] * abs(math.cos(a * math.pi / 2.0))
+        drift_x = (1.0 - s[i + 1]) + q
+        drift_v = -s[i] * (1.0 - s[i + 1]) + (1.0 - s[i]) * q
+        big_k = 0.5 / std**2 if std > 0.0 else 0.0
+        rows.append(_row(drift_x, drift_v, std, 1.0, 0.0, big_k, s, i, std))
+    return _build(rows, s, "cps")
+
+
+def ode(sigmas) -> Transitions:
+    """Euler steps of the probability-flow ODE: x' = x + dt v; log_prob, KL and gradient are 0."""
+    s = _sigmas(sigmas)
+    rows = [_row(1.0, s[i + 1] - s[i], 0.0, 0.0, 0.0, 0.0, s, i, 0.0) for i in range(len(s) - 1)]
+    return _build(rows, s, "ode")
+
+
+def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> Transitions:
+    """Rows of `inside` at `steps`, rows of `outside` elsewhere (Flow-GRPO-Fast, MixGRPO)."""
+    if not isinstance(inside, Transitions) or not isinstance(outside, Transitions):
+        raise TypeError("inside and outside must be Transitions")
+    if inside.num_steps != outside.num_steps or inside.device != outside.device:
+        raise ValueError(
+            "inside and outside must have the same number of steps and device, got "
+            f"{inside.num_steps} on {inside.device} and {outside.num_steps} on {outside.device}"
+        )
+    if inside.sigmas is None or outside.sigmas is None:
+        raise ValueError("inside and outside must be single schedules, not concatenated tables")
+    if not torch.equal(inside.sigmas, outside.sigmas):
+        raise ValueError("inside and outside must be built from the same sigmas")
+    chosen = set()
+    for step in steps:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"steps must be integers, got {step!r}")
+        if not 0 <= step < inside.num_steps:
+            raise ValueError(f"steps must be in [0, {inside.num_steps - 1}], got {step}")
+        chosen.add(step)
+    table = outside.table.clone()
+    rows = sorted(chosen)
+    table[rows] = inside.table[rows]
+    kinds = [inside.kinds[i] if i in chosen else k for i, k in enumerate(outside.kinds)]
+    return Transitions.from_table(table, inside.sigmas, kinds)
+
+
+def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
+    _check_kl(kl)
+    rows = []
+    for i in range(len(s) - 1):
+        dt = s[i + 1] - s[i]
+        std = std_dev(i)
+        drift_x = 1.0 + std**2 * dt / (2.0 * s[i])
+        drift_v = (1.0 + std**2 * (1.0 - s[i]) / (2.0 * s[i])) * dt
+        c = std * math.sqrt(-dt)
+        if c > 0.0:
+            k, c0 = 0.5 / c**2, math.log(c) + _LOG_SQRT_2PI
+            big_k = 0.5 / std**2 if kl == "std_dev" else k
+        else:
+            k = c0 = big_k = 0.0
+        rows.append(_row(drift_x, drift_v, c, k, c0, big_k, s, i, std))
+    return _build(rows, s, kind)
+
+
+def _row(a, b, c, k, c0, big_k, s, i, std) -> list[float]:
+    """One row; a C that is 0 in float32 silences the row's log_prob and KL."""
+    if float(torch.tensor(c, dtype=torch.float32)) == 0.0:
+        c = k = c0 = big_k = 0.0
+    return [a, b, c, k, c0, big_k, s[i] - s[i + 1], float(i), std, s[i]]
+
+
+def _build(rows: list[list[float]], s: list[float], kind: str) -> Transitions:
+    table = torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+    if not bool(torch.isfinite(table).all()):
+        raise ValueError(
+            f"{kind} has coefficients beyond float32 for these sigmas and noise_level; "
+            "use larger steps between sigmas or another noise_level"
+        )
+    return Transitions.from_table(table, torch.tensor(s, dtype=torch.float64), [kind] * len(rows))
+
+
+def _sigmas(sigmas) -> list[float]:
+    if isinstance(sigmas, Tensor):
+        sigmas = sigmas.detach().to("cpu", torch.float64)
+    values = torch.as_tensor(sigmas, dtype=torch.float64)
+    if values.ndim != 1 or values.numel() < 2:
+        raise ValueError(f"sigmas must be [T + 1] with T >= 1, got shape {list(values.shape)}")
+    if values.numel() - 1 > MAX_STEPS:
+        raise ValueError(f"sigmas must have at most {MAX_STEPS} steps, got {values.numel() - 1}")
+    result = values.tolist()
+    if not all(math.isfinite(x) and 0.0 <= x <= 1.0 for x in result):
+        raise ValueError("sigmas must be finite and inside [0, 1]; divide timesteps by 1000 first")
+    if not all(x > y for x, y in zip(result, result[1:])):
+        raise ValueError("sigmas must be strictly descending, from noise (1) to data (0)")
+    return result
+
+
+def _noise_level(noise_level: float) -> float:
+    if isinstance(noise_level, bool) or not isinstance(noise_level, (int, float)):
+        raise TypeError(f"noise_level must be a number, got {type(noise_level).__name__}")
+    if not math.isfinite(noise_level) or noise_level < 0.0:
+        raise ValueError(f"noise_level must be finite and >= 0, got {noise_level}")
+    return float(noise_level)
+
+
+def _check_kl(kl: str) -> None:
+    if kl not in ("std_dev", "gaussian"):
+        raise ValueError(f"kl must be 'std_dev' or 'gaussian', got {kl!r}")
