@@ -42,6 +42,23 @@ def write_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the safetensors file `path`, as `write_text` does."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; ConfigError if it is none."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), but a safetensors file is expected; restore it."
+        ) from error
+
+
 def save(
     folder: Path,
     iteration: int,

@@ -1,0 +1,286 @@
+"""Evaluation: fixed prompts and seeds -> images -> every reward -> table and picture.
+
+Images come from the deterministic sampler at `sample.eval_steps` steps (40): training's few steps
+are a means and not the measure. Prompts and seeds are the same for every run, checkpoint and
+guidance, so that pictures and figures compare row by row.
+
+*accuracy* is the mean of the first reported reward: over images within a task, then over tasks with
+equal weight, as GenEval's overall score. Its 95 % interval is a percentile bootstrap over prompts,
+drawn within the tasks (2000 draws, fixed seed); images of one prompt stay together. *quality* holds
+what no reward asks for and reward hacking would spoil: the prompt set's own figures, and diversity,
+the mean root-mean-square pixel distance between two images of one prompt entry, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrpo import checkpoints, pictures, prompts, rewards, seeds
+from flowgrpo.config import Config
+from flowgrpo.policies import Policy
+from flowgrpo.records import Prompts
+from flowgrpo.rollout import sample
+
+Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
+
+QUALITY = {"nano": "flowgrpo.nano.verify:quality"}
+"""Prompt set -> "module:function" of its quality figures, f(images, metadata) -> name -> number."""
+
+SHOWN = 12
+"""Prompts of an evaluation that its pictures show."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated: prompts that training never sees, each with its seeds."""
+
+    prompts: Prompts
+    """N entries; a task with few prompts repeats them with other seeds."""
+    seeds: Tensor
+    """int64 [N * samples]: image n * samples + s is sample s of prompt n."""
+    samples: int
+    """Images for each entry."""
+
+    @property
+    def tags(self) -> list[str]:
+        """The task of each entry ("" where the prompt set has no tasks)."""
+        return [str(entry.get("tag", "")) for entry in self.prompts.metadata]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one evaluation."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    """95 % interval of the accuracy."""
+    tasks: dict[str, float]
+    """The first reward's mean for each task; empty without tasks."""
+    scores: dict[str, float]
+    """Mean of every reported reward, over tasks as the accuracy is."""
+    quality: dict[str, float]
+    prompts: int
+    images: int
+    steps: int
+    guidance_scale: float
+    seconds: float
+    per_image: Tensor = field(repr=False)
+    """float64 [N * samples]: the first reward, NaN where it failed."""
+    shown: Tensor = field(repr=False)
+    """uint8 [S, 3, H, W]: the first image of the first S prompts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What report.json, metrics.jsonl and summary.json hold: all but images and seconds."""
+        names = ("accuracy", "interval", "tasks", "scores", "quality")
+        counts = ("prompts", "images", "steps", "guidance_scale")
+        found = {name: getattr(self, name) for name in (*names, *counts)}
+        return {**found, "interval": list(self.interval)}
+
+    @property
+    def marks(self) -> list[float]:
+        """The first reward of the images in `shown`."""
+        samples = len(self.per_image) // self.prompts
+        return self.per_image[::samples][: len(self.shown)].tolist()
+
+    def save(self, folder: Path) -> None:
+        """Write what `Report.load` reads: report.json and images.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"seconds": self.seconds, **self.to_dict()}
+        checkpoints.write_tensors(
+            folder / "images.safetensors", {"shown": self.shown, "per_image": self.per_image}
+        )
+        checkpoints.write_text(folder / "report.json", json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """The report that `save` wrote."""
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tensors = checkpoints.read_tensors(folder / "images.safetensors")
+        return cls(**{**values, "interval": tuple(values["interval"])}, **tensors)
+
+
+def held_out(config: Config, split: str = "heldout") -> HeldOut:
+    """The prompts and seeds that `config` evaluates: `run.eval_prompts` of the set's split.
+
+    The tasks take turns, so each has the same number of entries.
+    """
+    found = select(prompts.load(config.sample.prompts, split), config.run.eval_prompts)
+    places, occurrence = found.indices.numpy(), np.zeros(len(found), dtype=np.int64)
+    seen: dict[int, int] = {}
+    for row, place in enumerate(places.tolist()):
+        occurrence[row] = seen.get(place, 0)
+        seen[place] = seen.get(place, 0) + 1
+    number = occurrence[:, None] * config.run.eval_samples + np.arange(config.run.eval_samples)
+    drawn = seeds.sample_seeds(0, seeds.EVALUATION, places[:, None], number)
+    return HeldOut(found, torch.from_numpy(drawn.reshape(-1)), config.run.eval_samples)
+
+
+def select(found: Prompts, count: int) -> Prompts:
+    """`count` entries of a prompt set, its tasks in turn; 0, or too many without tasks: all.
+
+    A task's prompts are taken at even distances, and again from the front when they are used up.
+    """
+    if count == 0:
+        return found
+    tasks: dict[str, list[int]] = {}
+    for place, entry in enumerate(found.metadata):
+        tasks.setdefault(str(entry.get("tag", "")), []).append(place)
+    count = min(count, len(found)) if len(tasks) == 1 else count
+    chosen = []
+    for number in range(count):
+        own = list(tasks.values())[number % len(tasks)]
+        turn, share = number // len(tasks), -(-count // len(tasks))
+        stride = max(len(own) // share, 1)
+        chosen.append(own[(turn * stride) % len(own)])
+    return found.take(chosen)
+
+
+def quality_of(prompt_set: str) -> Quality | None:
+    """The quality figures that belong to a prompt set, or None."""
+    if prompt_set not in QUALITY:
+        return None
+    module, _, function = QUALITY[prompt_set].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def evaluate(
+    policy: Policy,
+    held: HeldOut,
+    scorer: rewards.Scorer,
+    *,
+    steps: int,
+    batch_size: int,
+    guidance_scale: float = 1.0,
+    quality: Quality | None = None,
+) -> Report:
+    """Sample and score the held-out prompts with the policy's present weights.
+
+    Args:
+        scorer: rewards that are reported; the first is the accuracy, and weights play no part.
+        steps: steps of the deterministic sampler.
+        batch_size: rows of one forward (2 x rows with guidance).
+        quality: further figures of all images, see `quality_of`.
+    """
+    started = time.perf_counter()
+    images = sample_images(
+        policy,
+        held.prompts.texts,
+        held.seeds,
+        held.samples,
+        steps=steps,
+        batch_size=batch_size,
+        guidance_scale=guidance_scale,
+    )
+    parts = scorer(images, held.prompts, held.samples).parts
+    per_prompt = {
+        name: values.view(len(held.prompts), held.samples).mean(dim=1).numpy()
+        for name, values in parts.items()
+    }
+    first = next(iter(per_prompt))
+    metadata = [entry for entry in held.prompts.metadata for _ in range(held.samples)]
+    figures = {"diversity": diversity(images, held.samples)} if held.samples > 1 else {}
+    figures |= dict(quality(images.cpu(), metadata)) if quality else {}
+    shown = images[:: held.samples][:SHOWN].cpu()
+    return Report(
+        accuracy=balanced_mean(per_prompt[first], held.tags),
+        interval=bootstrap(per_prompt[first], held),
+        tasks=task_means(per_prompt[first], held.tags),
+        scores={name: balanced_mean(values, held.tags) for name, values in per_prompt.items()},
+        quality={name: float(value) for name, value in figures.items()},
+        prompts=len(held.prompts),
+        images=len(images),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seconds=time.perf_counter() - started,
+        per_image=parts[first],
+        shown=shown,
+    )
+
+
+def sample_images(
+    policy: Policy,
+    texts: Sequence[str],
+    seeds: Tensor,
+    samples: int,
+    *,
+    steps: int,
+    batch_size: int,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """uint8 [N * samples, 3, H, W]: `samples` images of each text, by the deterministic sampler."""
+    texts = list(texts)
+    conditioning = policy.encode(texts[:batch_size])
+    for start in range(batch_size, len(texts), batch_size):
+        conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
+    return sample(
+        policy,
+        conditioning,
+        steps=steps,
+        groups=torch.arange(len(texts)).repeat_interleave(samples),
+        seeds=seeds,
+        batch_size=batch_size,
+        uncond=policy.encode([""]) if guidance_scale != 1 else None,
+        guidance_scale=guidance_scale,
+    )
+
+
+def task_means(per_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
+    """Mean of each task in the order of first appearance; prompts whose reward failed are left
+    out. Empty if the prompts have no tasks."""
+    names = list(dict.fromkeys(tags))
+    if names == [""]:
+        return {}
+    of = np.asarray(tags)
+    return {name: float(np.nanmean(per_prompt[of == name])) for name in names}
+
+
+def balanced_mean(per_prompt: np.ndarray, tags: Sequence[str]) -> float:
+    """The mean over tasks of their means; over prompts if there are no tasks."""
+    means = task_means(per_prompt, tags)
+    return float(np.nanmean(list(means.values()) if means else per_prompt))
+
+
+def bootstrap(per_prompt: np.ndarray, held: HeldOut, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of `balanced_mean`: prompts are drawn anew within their tasks.
+
+    Entries that repeat a prompt are one unit, as they are not independent of each other.
+    """
+    generator = np.random.default_rng(0)
+    tags, places = np.asarray(held.tags), held.prompts.indices.numpy()
+    means = []
+    for tag in dict.fromkeys(held.tags):
+        rows = (tags == tag) & np.isfinite(per_prompt)
+        units, place = np.unique(places[rows], return_inverse=True)
+        if not len(units):
+            continue
+        sums = np.bincount(place, weights=per_prompt[rows])
+        counts = np.bincount(place)
+        drawn = generator.integers(len(units), size=(draws, len(units)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def diversity(images: Tensor, samples: int) -> float:
+    """Mean root-mean-square distance of two images of one prompt, for pixels in [0, 1]."""
+    pixels = images.view(-1, samples, images[0].numel()).float() / 255
+    distances = torch.cdist(pixels, pixels) / pixels.shape[-1] ** 0.5
+    return float(distances.sum() / (len(pixels) * samples * (samples - 1)))
+
+
+def picture(reports: Mapping[str, Report], held: HeldOut, path: Path) -> Path:
+    """Write the grid of `reports` (label -> report): the same prompts and seeds, one row each."""
+    texts = held.prompts.texts[: len(next(iter(reports.values())).shown)]
+    rows = {label: report.shown for label, report in reports.items()}
+    marks = {label: report.marks for label, report in reports.items()}
+    return pictures.save(pictures.grid(rows, texts, marks), path)

@@ -1,0 +1,191 @@
+"""Pictures that people look at: grids of images with captions, and the accuracy curve.
+
+Small images are enlarged by nearest neighbour, so that every pixel of the model stays what it is.
+A green or red bar under an image says whether the verifier accepted it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
+RIGHT, WRONG = "#2da44e", "#cf222e"
+# One colour for each task's thin line, distinct and calm.
+LINES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
+TILE, GAP, TEXT = 112, 10, 13
+
+
+def grid(
+    rows: Mapping[str, torch.Tensor],
+    captions: Sequence[str],
+    marks: Mapping[str, Sequence[float]] | None = None,
+    columns: int = 6,
+) -> Image.Image:
+    """The images of each row label, one column a caption: `{"base": ..., "trained": ...}`.
+
+    Args:
+        rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other.
+        captions: N texts, written under the columns.
+        marks: label -> N scores; 1 draws a green bar under the image, less a red one.
+        columns: columns before the picture goes on in a new block of rows.
+    """
+    captions = list(captions)
+    for label, images in rows.items():
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(captions):
+            raise ValueError(
+                f"rows[{label!r}] is {images.dtype} {list(images.shape)}, but uint8 "
+                f"[{len(captions)}, 3, H, W] is expected, one image a caption."
+            )
+    first = next(iter(rows.values()))
+    tiles = {label: [_tile(image) for image in images] for label, images in rows.items()}
+    width, height = tiles[next(iter(rows))][0].size if len(first) else (TILE, TILE)
+    font = ImageFont.load_default(TEXT)
+    lines = [_wrap(caption, font, width) for caption in captions]
+    columns = min(columns, len(captions))
+    labelled = len(rows) > 1
+    margin = GAP + (max(math.ceil(font.getlength(label)) for label in rows) + GAP) * labelled
+    bar = 5 if marks else 0
+    blocks = [range(i, min(i + columns, len(captions))) for i in range(0, len(captions), columns)]
+    text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
+    row_height = height + bar + 4
+    total = GAP + sum(len(rows) * row_height + extra for extra in text_heights)
+    canvas = Image.new("RGB", (margin + columns * (width + GAP), total), PAPER)
+    draw, top = ImageDraw.Draw(canvas), GAP
+    for block, extra in zip(blocks, text_heights, strict=True):
+        for label, images in tiles.items():
+            if labelled:
+                draw.text((GAP, top + height // 2), label, FAINT, font, anchor="lm")
+            for column, i in enumerate(block):
+                left = margin + column * (width + GAP)
+                canvas.paste(images[i], (left, top))
+                draw.rectangle((left, top, left + width - 1, top + height - 1), outline="#d0d7de")
+                if marks:
+                    color = RIGHT if marks[label][i] >= 1 else WRONG
+                    box = (left, top + height + 1, left + width - 1, top + height + 3)
+                    draw.rectangle(box, color)
+            top += row_height
+        for column, i in enumerate(block):
+            center = margin + column * (width + GAP) + width // 2
+            for number, line in enumerate(lines[i]):
+                y = top + 2 + number * (TEXT + 4)
+                draw.text((center, y), line, INK, font, anchor="ma")
+        top += extra
+    return canvas
+
+
+def _tile(image: torch.Tensor) -> Image.Image:
+    """One image at a side of about TILE pixels or its own, enlarged by a whole factor."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    factor = max(1, round(TILE / picture.height))
+    if picture.height > 3 * TILE:
+        ratio = 3 * TILE / picture.height
+        return picture.resize((round(picture.width * ratio), 3 * TILE), Image.Resampling.LANCZOS)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """`text` in lines no wider than `width` pixels, at most four, broken at spaces."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
+
+
+def save(picture: Image.Image, path: Path) -> Path:
+    """Write a PNG so that a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    picture.save(beside, format="PNG", optimize=True)
+    beside.replace(path)
+    return path
+
+
+def curve(
+    path: Path,
+    evaluations: Sequence[Mapping[str, Any]],
+    guided: Mapping[str, Any] | None = None,
+    title: str = "",
+) -> Path:
+    """Held-out accuracy against iterations, with a thin line for each task.
+
+    Args:
+        path: the PNG to write.
+        evaluations: {"iteration", "accuracy", "interval", "tasks", "elapsed"} in order;
+            "elapsed" is the training time in seconds so far and may be missing.
+        guided: the base model with guidance: {"accuracy", "guidance_scale"}.
+        title: a line above the plot.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    x = [entry["iteration"] for entry in evaluations]
+    y = [100 * entry["accuracy"] for entry in evaluations]
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    _thin_lines(axes, x, evaluations)
+    bounds = [entry.get("interval") for entry in evaluations]
+    if all(bounds):
+        low, high = zip(*bounds, strict=True)
+        axes.fill_between(
+            x, [100 * v for v in low], [100 * v for v in high], color="#0969da", alpha=0.12, lw=0
+        )
+    axes.plot(x, y, color="#0969da", lw=2.4, marker="o", ms=4, label="Flow-GRPO", zorder=5)
+    axes.axhline(y[0], color=FAINT, lw=1.2, ls="--", label=f"base {y[0]:.0f} %", zorder=3)
+    if guided is not None:
+        level = 100 * guided["accuracy"]
+        label = f"base, guidance {guided['guidance_scale']:g}: {level:.0f} %"
+        axes.axhline(level, color="#bf8700", lw=1.2, ls="--", label=label, zorder=3)
+    axes.annotate(
+        f"{y[-1]:.1f} %", (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK
+    )
+    _dress(axes, evaluations, title)
+    beside = path.with_name(f".{path.name}.part")
+    figure.savefig(beside, format="png", facecolor=PAPER)
+    beside.replace(path)
+    return path
+
+
+def _thin_lines(axes: Any, x: list[int], evaluations: Sequence[Mapping[str, Any]]) -> None:
+    names = list(evaluations[0].get("tasks") or ())
+    for number, name in enumerate(names):
+        values = [100 * entry["tasks"].get(name, math.nan) for entry in evaluations]
+        label = name.replace("_", " ")
+        axes.plot(x, values, color=LINES[number % len(LINES)], lw=0.9, alpha=0.75, label=label)
+
+
+def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str) -> None:
+    axes.set(ylim=(0, 100), xlabel="iteration", ylabel="held-out strict accuracy, %")
+    axes.set_xlim(0, max(evaluations[-1]["iteration"], 1) * 1.08)
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(axis="y", color="#eaeef2", lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#d0d7de")
+    axes.tick_params(colors=FAINT, length=0, labelsize=8)
+    axes.legend(
+        frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK
+    )
+    elapsed = evaluations[-1].get("elapsed")
+    if elapsed and evaluations[-1]["iteration"]:
+        minutes = elapsed / 60 / evaluations[-1]["iteration"]
+        upper = axes.secondary_xaxis(
+            "top", functions=(lambda i: i * minutes, lambda m: m / minutes)
+        )
+        upper.set_xlabel("minutes of training", fontsize=8, color=FAINT)
+        upper.tick_params(colors=FAINT, length=0, labelsize=8)
+        upper.spines["top"].set_visible(False)
