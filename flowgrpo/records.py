@@ -67,6 +67,8 @@ class Trajectory:
     """int64 [W, B]: the same steps as places i in `latents`."""
     seeds: Tensor
     """int64 [B]: the seeds of the noise."""
+    velocities: Tensor | None = None
+    """[T, B, C, H, W]: the velocities that made the steps; kept for GRPO-Guard only."""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def rollout(
     guidance_scale: float = 1.0,
     positions: Tensor | None = None,
     keep: bool = True,
+    keep_velocities: bool = False,
 ) -> Trajectory:
     """Sample one latent for each row.
 
@@ -149,6 +150,7 @@ def rollout(
         positions: int64 [W, B], the trained steps, recorded in the result.
         keep: keep all states; otherwise `latents` has the last two only, of which latents[-1] is
             the result.
+        keep_velocities: keep the (guided) velocities too.
     """
     total, rows = plan.steps, seeds.numel()
     device = policy.device
@@ -156,6 +158,10 @@ def rollout(
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
     latents = torch.empty(total + 1 if keep else 2, rows, *policy.latent_shape, device=device)
     log_probs = torch.empty(total, rows, device=device)
+    velocities = None
+    if keep_velocities:
+        dtype = policy.dtype if uncond is None else torch.float32
+        velocities = torch.empty(total, *latents.shape[1:], dtype=dtype, device=device)
     for part in chunks(rows, batch_size):
         _denoise(
             policy,
@@ -165,6 +171,7 @@ def rollout(
             # Places counted so that the result is the last one, in a full buffer and in one of two.
             [latents[(i - total - 1) % len(latents), part] for i in range(total + 1)],
             log_probs[:, part],
+            None if velocities is None else velocities[:, part],
             seeds[part],
             noise_seeds[part],
             uncond,
@@ -173,7 +180,9 @@ def rollout(
     if positions is None:
         positions = torch.empty(0, rows, dtype=torch.int64)
     positions = positions.to(device)
-    return Trajectory(latents, log_probs, steps.gather(0, positions), positions, seeds)
+    return Trajectory(
+        latents, log_probs, steps.gather(0, positions), positions, seeds, velocities
+    )
 
 
 def _denoise(
@@ -183,13 +192,14 @@ def _denoise(
     steps: Tensor,
     states: list[Tensor],
     log_probs: Tensor,
+    velocities: Tensor | None,
     seeds: Tensor,
     noise_seeds: Tensor,
     uncond: Conditioning | None,
     guidance_scale: float,
 ) -> None:
-    """The T steps of one chunk, written into `states` and `log_probs`."""
-    states[0].copy_(initial_noise(noise_seeds, states[0].shape))
+    """The T steps of one chunk, written into `states`, `log_probs` and `velocities`."""
+    states[0].copy_(initial_noise(noise_seeds, states[0].shape[1:]))
     for i in range(plan.steps):
         sigma = plan.sigmas[i].expand(len(seeds))
         conditional, unconditional = velocity(policy, states[i], sigma, conditioning, uncond)
@@ -204,6 +214,12 @@ def _denoise(
             out=states[i + 1],
             log_prob_out=log_probs[i],
         )
+        if velocities is not None and unconditional is None:
+            velocities[i].copy_(conditional)
+        elif velocities is not None:
+            # In float32 and in the order of the kernels: GRPO-Guard compares it bit for bit.
+            u = unconditional.float()
+            velocities[i].copy_(u + (conditional.float() - u) * guidance_scale)
 
 
 def sample(
