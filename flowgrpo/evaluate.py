@@ -153,6 +153,15 @@ def quality_of(prompt_set: str) -> Quality | None:
     return getattr(importlib.import_module(module), function)
 
 
+def tolerances_of(prompt_set: str) -> dict[str, float]:
+    """Quality figure -> largest allowed change (above 0: rise, below 0: fall), from `TOLERANCES` of
+    the module that computes the figures; empty if it states none."""
+    if prompt_set not in QUALITY:
+        return {}
+    module = importlib.import_module(QUALITY[prompt_set].partition(":")[0])
+    return dict(getattr(module, "TOLERANCES", {}))
+
+
 def evaluate(
     policy: Policy,
     held: HeldOut,

@@ -1,0 +1,210 @@
+"""What a run shows on the terminal: banner, progress, and the table of evaluations.
+
+On a terminal the progress is a bar with the figures of the last iteration under it; elsewhere (a
+file, a CI log) it is about forty plain lines a run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from flowgrpo.config import Config
+
+if TYPE_CHECKING:
+    from flowgrpo.evaluate import Report
+
+PLAIN_LINES = 40
+# Metric -> its name and format in the progress.
+FIGURES = {
+    "reward": ("reward", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "kl": ("KL", "{:.2e}"),
+    "clip_fraction": ("clipped", "{:.2f}"),
+    "max_ratio_error": ("ratio error", "{:.1e}"),
+}
+
+
+class Display:
+    """The terminal of one run; a context manager, so that the bar is always taken down."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.config = config
+        mode = config.run.progress
+        terminal = self.console.is_terminal
+        self.mode = ("bar" if terminal else "plain") if mode == "auto" else mode
+        self.every = max(1, config.run.steps // PLAIN_LINES)
+        self._times: deque[float] = deque(maxlen=50)
+        self._evaluation = 0.0
+        self._live: Live | None = None
+        self._told = False
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pause()
+
+    def banner(self, lines: Mapping[str, str]) -> None:
+        """Name and value a line, under the name of the recipe."""
+        if self.mode == "none":
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        for name, value in lines.items():
+            table.add_row(name, value)
+        self.console.print(Text(f"flowgrpo {self.config.recipe}", style="bold"))
+        self.console.print(table)
+        self.console.print()
+
+    def note(self, text: str) -> None:
+        """One line between the others."""
+        if self.mode != "none":
+            self.console.print(text)
+
+    def iteration(self, done: int, metrics: Mapping[str, Any], seconds: float) -> None:
+        """Show the figures of the iteration that made it `done`, which took `seconds`."""
+        if self.mode == "none":
+            return
+        self._times.append(seconds)
+        left = self.seconds_left(done)
+        rate = self.config.sample.rows / seconds if seconds > 0 else 0.0
+        figures = "  ".join(
+            f"{name} {form.format(metrics[key])}"
+            for key, (name, form) in FIGURES.items()
+            if isinstance(metrics.get(key), int | float)
+        )
+        text = f"{figures}  {rate:.0f} images/s"
+        if self.mode == "bar":
+            self._bar(done, text, left)
+        elif done % self.every == 0 or done in (1, self.config.run.steps):
+            self.console.print(
+                f"iteration {done}/{self.config.run.steps}  {text}  {clock(left)} left",
+                soft_wrap=True,
+            )
+        if len(self._times) == 3 and not self._told:
+            self._told = True
+            self.note(f"Expected time to the end: {clock(left)}.")
+
+    def seconds_left(self, done: int) -> float:
+        """Expected seconds to the end: the recent iterations' mean, and the evaluations to come."""
+        if not self._times:
+            return 0.0
+        run = self.config.run
+        # The first iteration of a process warms up allocators and caches.
+        times = list(self._times)[1:] or list(self._times)
+        evaluations = 1
+        if run.eval_every:
+            evaluations = -(-run.steps // run.eval_every) - done // run.eval_every
+        mean = sum(times) / len(times)
+        return max(run.steps - done, 0) * mean + max(evaluations, 0) * self._evaluation
+
+    def evaluation(self, iteration: int, reports: Mapping[str, Report]) -> None:
+        """Show an evaluation: in full at the start and the end, else one line."""
+        if self.mode == "none":
+            return
+        label, report = list(reports.items())[-1]
+        self._evaluation = report.seconds
+        low, high = report.interval
+        self.note(
+            f"iteration {iteration}  {label}: held-out accuracy {report.accuracy:.3f} "
+            f"({low:.3f} to {high:.3f}), {report.images} images in {report.seconds:.1f} s"
+        )
+
+    def table(self, reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> None:
+        """The table of `comparison`."""
+        if self.mode != "none":
+            self.pause()
+            self.console.print(comparison(reports, tolerances))
+
+    def pause(self) -> None:
+        """Take the bar down; the next iteration puts it up again."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _bar(self, done: int, text: str, left: float) -> None:
+        if self._live is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]} left"),
+                console=self.console,
+                expand=True,
+            )
+            self._task = self._progress.add_task(
+                self.config.recipe, total=self.config.run.steps, left=clock(left)
+            )
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        self._progress.update(self._task, completed=done, left=clock(left))
+        self._live.update(Group(self._progress, Text(text, style="dim", overflow="ellipsis")))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> Table:
+    """Reports side by side: accuracy with its interval, tasks, other rewards, quality.
+
+    Args:
+        reports: label -> report, the base first; the last one is compared with it.
+        tolerances: quality figure -> largest allowed change, above 0 for a rise and below 0 for a
+            fall; a figure outside is marked.
+    """
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("")
+    for label in reports:
+        table.add_column(label, justify="right")
+    both = len(reports) > 1
+    if both:
+        table.add_column("change", justify="right")
+    columns = list(reports.values())
+    first, last = columns[0], columns[-1]
+
+    def row(name: str, values: list[float], scale: float, form: str, style: str = "") -> None:
+        cells = [form.format(scale * value) for value in values]
+        if both:
+            cells.append(f"{scale * (values[-1] - values[0]):+.{form[-3]}f}")
+        table.add_row(name, *cells, style=style)
+
+    row("accuracy, %", [r.accuracy for r in columns], 100, "{:.1f}", "bold")
+    intervals = [f"{100 * r.interval[0]:.1f} to {100 * r.interval[1]:.1f}" for r in columns]
+    table.add_row("  95 % interval", *intervals, style="dim")
+    for task in first.tasks:
+        values = [r.tasks.get(task, float("nan")) for r in columns]
+        row(f"  {task.replace('_', ' ')}", values, 100, "{:.1f}")
+    for name in list(first.scores)[1:]:
+        row(name, [r.scores.get(name, float("nan")) for r in columns], 1, "{:.3f}")
+    for name in first.quality:
+        beyond = both and not within(name, first.quality, last.quality, tolerances)
+        values = [r.quality.get(name, float("nan")) for r in columns]
+        row(f"quality: {name}", values, 1, "{:.3f}", "red" if beyond else "")
+    return table
+
+
+def within(
+    name: str,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    tolerances: Mapping[str, float],
+) -> bool:
+    """Whether a quality figure changed by no more than its tolerance (True without one)."""
+    if name not in tolerances:
+        return True
+    change, allowed = after[name] - before[name], tolerances[name]
+    return change <= allowed if allowed >= 0 else change >= allowed

@@ -1,0 +1,245 @@
+"""What a run tells about itself: its figures, its evaluations, its pictures, its summary.
+
+`train.run` calls `begin` before the first iteration, `iteration` after each one and `finish` at the
+end; everything that is written or shown on the way is here, so that the loop is the algorithm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgrpo import evaluate, pictures, rewards, runs
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.display import Display, within
+from flowgrpo.evaluate import Report
+from flowgrpo.policies import Policy
+
+
+class Reports:
+    """Logs, evaluates, draws and saves one run.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        policy: the model, with `state.parameters` in its transformer.
+        state: counters and sums; `state.totals` is kept here.
+        display: the terminal.
+    """
+
+    def __init__(
+        self, config: Config, run: runs.Run, policy: Policy, state: runs.State, display: Display
+    ) -> None:
+        self.config, self.run, self.policy = config, run, policy
+        self.state, self.display = state, display
+        self.held = evaluate.held_out(config)
+        weights = dict.fromkeys(config.reported, 1.0)
+        self.scorer = rewards.Scorer(weights, config.reward.retries)
+        self.quality = evaluate.quality_of(config.sample.prompts)
+        self.tolerances = evaluate.tolerances_of(config.sample.prompts)
+        self.before: dict[str, Report] = {}
+        self.latest: tuple[int, Report] | None = None
+        self._saved: int | None = None
+        self._since = time.perf_counter()
+
+    def begin(self) -> None:
+        """Show the banner and, in a new run, evaluate the untrained model; a resumed run reads what
+        was found then."""
+        self.display.banner(banner(self.config, self.policy, self.state, self.run.dir))
+        names = {"base": self.config.sample.guidance_scale}
+        if self.config.run.eval_guidance != 1:
+            names[f"base, guidance {self.config.run.eval_guidance:g}"] = (
+                self.config.run.eval_guidance
+            )
+        for label, guidance in names.items():
+            self.before[label] = self._before(label, guidance)
+        self.latest = (0, self.before["base"])
+        if self.state.iteration == 0:
+            self._save(self.before["base"].accuracy)
+        self._draw()
+
+    def iteration(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+        """After an iteration: log and show it, evaluate and save where it is due.
+
+        Args:
+            metrics: its figures; "max_ratio_error" and "dropped_groups" are also kept in totals.
+            seconds: its phases, as {"rollout", "reward", "update"}.
+        """
+        totals, done, run = self.state.totals, self.state.iteration, self.config.run
+        self._add(seconds)
+        error = max(totals.get("max_ratio_error", 0.0), float(metrics.get("max_ratio_error", 0.0)))
+        totals["max_ratio_error"] = error
+        dropped = totals.get("dropped_groups", 0) + int(metrics.get("dropped_groups", 0))
+        totals["dropped_groups"] = dropped
+        self.run.log(done, metrics, seconds)
+        self.display.iteration(done, metrics, sum(seconds.values()))
+        score = None
+        if run.eval_every and done % run.eval_every == 0:
+            score = self._evaluate(final=False).accuracy
+        if run.checkpoint_every and done % run.checkpoint_every == 0:
+            self._save(score)
+
+    def finish(self, interrupted: bool = False) -> dict[str, Any]:
+        """Evaluate once more unless interrupted, save, and write summary.json, which is returned."""
+        done = self.state.iteration
+        if not interrupted and (self.latest is None or self.latest[0] != done):
+            self._evaluate(final=True)
+        score = self.latest[1].accuracy if self.latest and self.latest[0] == done else None
+        if self._saved != done:
+            self._save(score)
+        summary = self.summary(interrupted)
+        self.run.finish(summary, self.state, self.policy.transformer)
+        label = f"iteration {self.latest[0]}"
+        self.display.table({**self.before, label: self.latest[1]}, self.tolerances)
+        self.display.note(f"Written to {self.run.dir}: summary.json, curve.png, samples, adapter.")
+        return summary
+
+    def summary(self, interrupted: bool) -> dict[str, Any]:
+        """What summary.json holds."""
+        from flowgrpo_kernels import backend_info
+
+        base = self.before["base"]
+        at, after = self.latest
+        guided = [r for label, r in self.before.items() if label != "base"]
+        held = {
+            name: within(name, base.quality, after.quality, self.tolerances)
+            for name in self.tolerances
+        }
+        seconds = {**self.state.totals.get("seconds", {}), "total": self._total()}
+        return {
+            "recipe": self.config.recipe,
+            "iterations": self.state.iteration,
+            "interrupted": interrupted,
+            "before": base.to_dict(),
+            "before_guided": guided[0].to_dict() if guided else None,
+            "after": {"iteration": at, **after.to_dict()},
+            "quality_tolerances": {**self.tolerances},
+            "quality_held": all(held.values()),
+            "seconds": seconds,
+            "max_ratio_error": self.state.totals.get("max_ratio_error"),
+            "dropped_groups": self.state.totals.get("dropped_groups", 0),
+            "backend": backend_info()["ops"][self.policy.device.type],
+            "device": device_name(self.policy.device),
+            "versions": runs.versions(),
+        }
+
+    def _before(self, label: str, guidance: float) -> Report:
+        folder = self.run.dir / "before" / ("base" if label == "base" else "guided")
+        if self.state.iteration > 0:
+            with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
+                return Report.load(folder)
+        fresh = self.state.iteration == 0
+        with contextlib.nullcontext() if fresh else self.policy.reference():
+            report = self._measure(guidance)
+        report.save(folder)
+        if fresh:
+            kind = "eval" if label == "base" else "guided"
+            self.run.log(0, report.to_dict(), {"evaluate": report.seconds, "training": 0.0}, kind)
+            self._add({"evaluate": report.seconds})
+        self.display.evaluation(0, {label: report})
+        return report
+
+    def _measure(self, guidance: float) -> Report:
+        return evaluate.evaluate(
+            self.policy,
+            self.held,
+            self.scorer,
+            steps=self.config.sample.eval_steps,
+            batch_size=self.config.sample.batch_size,
+            guidance_scale=guidance,
+            quality=self.quality,
+        )
+
+    def _evaluate(self, final: bool) -> Report:
+        """Evaluate the averaged weights, log it, and renew the pictures."""
+        done = self.state.iteration
+        with self.state.ema.swapped():
+            report = self._measure(self.config.sample.guidance_scale)
+        self.latest = (done, report)
+        self._add({"evaluate": report.seconds})
+        values = {**report.to_dict(), **({"final": True} if final else {})}
+        times = {"evaluate": report.seconds, "training": self._training()}
+        self.run.log(done, values, times, "eval")
+        self.display.evaluation(done, {"trained": report})
+        self._draw()
+        return report
+
+    def _draw(self) -> None:
+        lines = [
+            {**line, "elapsed": line["seconds"]["training"]} for line in self.run.metrics("eval")
+        ]
+        guided = self.run.metrics("guided")
+        title = f"{self.config.recipe}, seed {self.config.run.seed}"
+        if lines:
+            pictures.curve(self.run.dir / "curve.png", lines, guided[0] if guided else None, title)
+        done, report = self.latest
+        rows = {"base": self.before["base"]}
+        if done:
+            rows[f"iteration {done}"] = report
+        evaluate.picture(rows, self.held, self.run.samples / f"step-{done:06d}.png")
+
+    def _save(self, score: float | None) -> None:
+        self.state.totals.setdefault("seconds", {})["total"] = self._total()
+        self._since = time.perf_counter()
+        self.run.save(self.state, self.policy.transformer, score)
+        self._saved = self.state.iteration
+
+    def _add(self, seconds: Mapping[str, float]) -> None:
+        sums = self.state.totals.setdefault("seconds", {})
+        for name, value in seconds.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+    def _training(self) -> float:
+        sums = self.state.totals.get("seconds", {})
+        return sum(sums.get(name, 0.0) for name in ("rollout", "reward", "update"))
+
+    def _total(self) -> float:
+        before = self.state.totals.get("seconds", {}).get("total", 0.0)
+        return before + time.perf_counter() - self._since
+
+
+def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> dict[str, str]:
+    """Model, backend, group arithmetic and length of a run, one line each."""
+    from flowgrpo_kernels import backend_info
+
+    sample, optim, run = config.sample, config.optim, config.run
+    every = sum(p.numel() for p in policy.transformer.parameters())
+    trained = sum(p.numel() for p in state.parameters.values())
+    low, high = sample.window_bounds
+    window = f"{sample.trained_steps} of the steps {low} to {high - 1}"
+    kernels = sorted(set(backend_info()["ops"][policy.device.type].values()))
+    dtype = str(policy.dtype).removeprefix("torch.")
+    lora = f"LoRA of rank {config.policy.lora_rank}, " if config.policy.adapter == "lora" else ""
+    return {
+        "model": f"{policy.name}, {type(policy.transformer).__name__}, {_count(every)} parameters, "
+        f"{dtype} on {device_name(policy.device)}",
+        "trained": f"{lora}{_count(trained)} parameters",
+        "kernels": ", ".join(kernels),
+        "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
+        f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
+        f"steps of {sample.transition}, trained: {window}",
+        "update": f"{optim.updates_per_iteration} updates of {config.chunks_per_update} "
+        f"chunks x {sample.trained_steps} steps",
+        "length": f"{run.steps} iterations = {config.updates} updates"
+        + (f", resumed at {state.iteration}" if state.iteration else ""),
+        "directory": str(folder),
+    }
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def device_name(device: torch.device) -> str:
+    """cpu with its thread count, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
