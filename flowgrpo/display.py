@@ -33,7 +33,7 @@ FIGURES = {
 
 
 class Display:
-    """The terminal of one run; a context manager, so that the bar is always taken down."""
+    """The terminal of one run."""
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -46,12 +46,6 @@ class Display:
         self._evaluation = 0.0
         self._live: Live | None = None
         self._told = False
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.pause()
 
     def banner(self, lines: Mapping[str, str]) -> None:
         """Name and value a line, under the name of the recipe."""
@@ -108,11 +102,8 @@ class Display:
         mean = sum(times) / len(times)
         return max(run.steps - done, 0) * mean + max(evaluations, 0) * self._evaluation
 
-    def evaluation(self, iteration: int, reports: Mapping[str, Report]) -> None:
-        """Show an evaluation: in full at the start and the end, else one line."""
-        if self.mode == "none":
-            return
-        label, report = list(reports.items())[-1]
+    def evaluation(self, iteration: int, label: str, report: Report) -> None:
+        """Show an evaluation in one line."""
         self._evaluation = report.seconds
         low, high = report.interval
         self.note(

@@ -1,7 +1,13 @@
 """What a run tells about itself: its figures, its evaluations, its pictures, its summary.
 
-`train.run` calls `begin` before the first iteration, `iteration` after each one and `finish` at the
-end; everything that is written or shown on the way is here, so that the loop is the algorithm.
+Everything that is written or shown around the algorithm is here, so that the loop is the algorithm::
+
+    with runs.stoppable() as stop, Reports.open(config, policy, state) as reports:
+        while state.iteration < config.run.steps and not stop.requested:
+            ...
+            state.iteration += 1
+            reports.iteration(metrics, seconds)
+        return reports.finish(interrupted=stop.requested)
 """
 
 from __future__ import annotations
@@ -22,44 +28,71 @@ from flowgrpo.policies import Policy
 
 
 class Reports:
-    """Logs, evaluates, draws and saves one run.
+    """Logs, evaluates, draws and saves one run. Made by `Reports.open`; a context manager."""
 
-    Args:
-        config: of the run.
-        run: its directory.
-        policy: the model, with `state.parameters` in its transformer.
-        state: counters and sums; `state.totals` is kept here.
-        display: the terminal.
-    """
-
-    def __init__(
-        self, config: Config, run: runs.Run, policy: Policy, state: runs.State, display: Display
-    ) -> None:
-        self.config, self.run, self.policy = config, run, policy
-        self.state, self.display = state, display
+    def __init__(self, config: Config, policy: Policy, state: runs.State) -> None:
+        self.config, self.policy, self.state = config, policy, state
         self.held = evaluate.held_out(config)
         weights = dict.fromkeys(config.reported, 1.0)
         self.scorer = rewards.Scorer(weights, config.reward.retries)
         self.quality = evaluate.quality_of(config.sample.prompts)
         self.tolerances = evaluate.tolerances_of(config.sample.prompts)
+        # Unknown words raise here, before the run directory exists.
+        policy.encode(self.held.prompts.texts)
+        self.display = Display(config)
         self.before: dict[str, Report] = {}
-        self.latest: tuple[int, Report] | None = None
         self._saved: int | None = None
         self._since = time.perf_counter()
+        self.run: runs.Run
 
-    def begin(self) -> None:
-        """Show the banner and, in a new run, evaluate the untrained model; a resumed run reads what
-        was found then."""
-        self.display.banner(banner(self.config, self.policy, self.state, self.run.dir))
-        names = {"base": self.config.sample.guidance_scale}
+    @classmethod
+    def open(cls, config: Config, policy: Policy, state: runs.State) -> Reports:
+        """Check what is evaluated, make or take up the run directory, restore `state`, show the
+        banner, and evaluate the untrained model (or read what was found then).
+
+        Args:
+            config: of the run.
+            policy: the model, with `state.parameters` in its transformer.
+            state: restored in place when the run is resumed; `state.totals` is kept here.
+
+        Raises:
+            ConfigError: as `runs.Run.open` and `runs.Run.restore`; nothing is left behind then.
+        """
+        reports = cls(config, policy, state)
+        reports.run = runs.Run.open(config)
+        try:
+            restored = reports.run.restore(state)
+            reports.display.banner(banner(config, policy, state, reports.run.dir))
+            reports._begin(restored)
+        except BaseException:
+            reports.close()
+            raise
+        return reports
+
+    def close(self) -> None:
+        """Take the progress bar down and release the directory."""
+        self.display.pause()
+        self.run.close()
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _begin(self, restored: bool) -> None:
+        scales = {"base": self.config.sample.guidance_scale}
         if self.config.run.eval_guidance != 1:
-            names[f"base, guidance {self.config.run.eval_guidance:g}"] = (
-                self.config.run.eval_guidance
-            )
-        for label, guidance in names.items():
-            self.before[label] = self._before(label, guidance)
+            scales["guided"] = self.config.run.eval_guidance
+        for name, guidance in scales.items():
+            self.before[name] = self._before(name, guidance, restored)
+        done = self.state.iteration
         self.latest = (0, self.before["base"])
-        if self.state.iteration == 0:
+        for line in self.run.metrics("eval"):
+            report = self._load(_step(line["iteration"]))
+            if report is not None and 0 < line["iteration"] <= done:
+                self.latest = (line["iteration"], report)
+        if not restored:
             self._save(self.before["base"].accuracy)
         self._draw()
 
@@ -85,27 +118,27 @@ class Reports:
             self._save(score)
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
-        """Evaluate once more unless interrupted, save, and write summary.json, which is returned."""
+        """Evaluate once more unless interrupted, save, and return what summary.json holds."""
         done = self.state.iteration
-        if not interrupted and (self.latest is None or self.latest[0] != done):
+        if not interrupted and self.latest[0] != done:
             self._evaluate(final=True)
-        score = self.latest[1].accuracy if self.latest and self.latest[0] == done else None
+        at, report = self.latest
         if self._saved != done:
-            self._save(score)
+            self._save(report.accuracy if at == done else None)
         summary = self.summary(interrupted)
         self.run.finish(summary, self.state, self.policy.transformer)
-        label = f"iteration {self.latest[0]}"
-        self.display.table({**self.before, label: self.latest[1]}, self.tolerances)
+        rows = {"before": self.before["base"], "after": report}
+        evaluate.picture(rows, self.held, self.run.samples / "before-after.png")
+        columns = {_label(name, found): found for name, found in self.before.items()}
+        self.display.table({**columns, f"iteration {at}": report}, self.tolerances)
         self.display.note(f"Written to {self.run.dir}: summary.json, curve.png, samples, adapter.")
         return summary
 
     def summary(self, interrupted: bool) -> dict[str, Any]:
         """What summary.json holds."""
-        from flowgrpo_kernels import backend_info
-
         base = self.before["base"]
         at, after = self.latest
-        guided = [r for label, r in self.before.items() if label != "base"]
+        guided = self.before.get("guided")
         held = {
             name: within(name, base.quality, after.quality, self.tolerances)
             for name in self.tolerances
@@ -116,33 +149,39 @@ class Reports:
             "iterations": self.state.iteration,
             "interrupted": interrupted,
             "before": base.to_dict(),
-            "before_guided": guided[0].to_dict() if guided else None,
+            "before_guided": guided.to_dict() if guided else None,
             "after": {"iteration": at, **after.to_dict()},
             "quality_tolerances": {**self.tolerances},
             "quality_held": all(held.values()),
             "seconds": seconds,
             "max_ratio_error": self.state.totals.get("max_ratio_error"),
             "dropped_groups": self.state.totals.get("dropped_groups", 0),
-            "backend": backend_info()["ops"][self.policy.device.type],
+            "backend": backend(self.policy.device),
             "device": device_name(self.policy.device),
             "versions": runs.versions(),
         }
 
-    def _before(self, label: str, guidance: float) -> Report:
-        folder = self.run.dir / "before" / ("base" if label == "base" else "guided")
-        if self.state.iteration > 0:
-            with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
-                return Report.load(folder)
+    def _before(self, name: str, guidance: float, restored: bool) -> Report:
+        """The untrained model's report: read if the run is taken up again, else made."""
+        folder = _step(0) if name == "base" else name
+        report = self._load(folder) if restored else None
+        if report is not None:
+            return report
         fresh = self.state.iteration == 0
         with contextlib.nullcontext() if fresh else self.policy.reference():
             report = self._measure(guidance)
-        report.save(folder)
-        if fresh:
-            kind = "eval" if label == "base" else "guided"
-            self.run.log(0, report.to_dict(), {"evaluate": report.seconds, "training": 0.0}, kind)
+        report.save(self.run.dir / "evaluations" / folder)
+        if not restored:
+            times = {"evaluate": report.seconds, "training": 0.0}
+            self.run.log(0, report.to_dict(), times, "eval" if name == "base" else "guided")
             self._add({"evaluate": report.seconds})
-        self.display.evaluation(0, {label: report})
+        self.display.evaluation(0, _label(name, report), report)
         return report
+
+    def _load(self, folder: str) -> Report | None:
+        with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
+            return Report.load(self.run.dir / "evaluations" / folder)
+        return None
 
     def _measure(self, guidance: float) -> Report:
         return evaluate.evaluate(
@@ -161,11 +200,12 @@ class Reports:
         with self.state.ema.swapped():
             report = self._measure(self.config.sample.guidance_scale)
         self.latest = (done, report)
+        report.save(self.run.dir / "evaluations" / _step(done))
         self._add({"evaluate": report.seconds})
         values = {**report.to_dict(), **({"final": True} if final else {})}
         times = {"evaluate": report.seconds, "training": self._training()}
         self.run.log(done, values, times, "eval")
-        self.display.evaluation(done, {"trained": report})
+        self.display.evaluation(done, "trained", report)
         self._draw()
         return report
 
@@ -205,21 +245,18 @@ class Reports:
 
 def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> dict[str, str]:
     """Model, backend, group arithmetic and length of a run, one line each."""
-    from flowgrpo_kernels import backend_info
-
     sample, optim, run = config.sample, config.optim, config.run
     every = sum(p.numel() for p in policy.transformer.parameters())
     trained = sum(p.numel() for p in state.parameters.values())
     low, high = sample.window_bounds
     window = f"{sample.trained_steps} of the steps {low} to {high - 1}"
-    kernels = sorted(set(backend_info()["ops"][policy.device.type].values()))
     dtype = str(policy.dtype).removeprefix("torch.")
     lora = f"LoRA of rank {config.policy.lora_rank}, " if config.policy.adapter == "lora" else ""
     return {
         "model": f"{policy.name}, {type(policy.transformer).__name__}, {_count(every)} parameters, "
         f"{dtype} on {device_name(policy.device)}",
         "trained": f"{lora}{_count(trained)} parameters",
-        "kernels": ", ".join(kernels),
+        "kernels": backend(policy.device),
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
         f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
         f"steps of {sample.transition}, trained: {window}",
@@ -229,6 +266,21 @@ def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> d
         + (f", resumed at {state.iteration}" if state.iteration else ""),
         "directory": str(folder),
     }
+
+
+def backend(device: torch.device) -> str:
+    """The kernel backends that run on `device`, for example "native"."""
+    from flowgrpo_kernels import backend_info
+
+    return ", ".join(sorted(set(backend_info()["ops"][device.type].values())))
+
+
+def _step(iteration: int) -> str:
+    return f"step-{iteration:06d}"
+
+
+def _label(name: str, report: Report) -> str:
+    return name if name == "base" else f"base, guidance {report.guidance_scale:g}"
 
 
 def _count(number: int) -> str:
