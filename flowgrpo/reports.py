@@ -1,6 +1,6 @@
 """What a run tells about itself: its figures, its evaluations, its pictures, its summary.
 
-Everything that is written or shown around the algorithm is here, so that the loop is the algorithm::
+What is written or shown around the algorithm is here, so that the loop is the algorithm::
 
     with runs.stoppable() as stop, Reports.open(config, policy, state) as reports:
         while state.iteration < config.run.steps and not stop.requested:
@@ -110,7 +110,9 @@ class Reports:
         dropped = totals.get("dropped_groups", 0) + int(metrics.get("dropped_groups", 0))
         totals["dropped_groups"] = dropped
         self.run.log(done, metrics, seconds)
-        self.display.iteration(done, metrics, sum(seconds.values()))
+        accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
+        shown = {**metrics, "accuracy": accuracy}
+        self.display.iteration(done, shown, sum(seconds.values()))
         score = None
         if run.eval_every and done % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy

@@ -19,6 +19,7 @@ from torch import nn
 
 from flowgrpo import checkpoints
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
+from flowgrpo.validation import require
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -30,24 +31,31 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     With `config.adapter` "lora", LoRA matrices go into the linear layers named by
     `config.lora_targets` through diffusers and PEFT; everything else is frozen. A is drawn on the
     CPU from `seed`, so it is the same on every device; B is 0, so the model starts as its base.
-    With "full" the whole transformer is trained and becomes float32.
+    With "full" the whole transformer is trained.
 
     Raises:
-        ConfigError: an ending of `config.lora_targets` matches no layer of the model.
+        ConfigError: an ending of `config.lora_targets` matches no layer of the model, or a model
+            to be trained whole is not float32.
     """
     if config.adapter == "full":
-        transformer.float().requires_grad_(True)
+        dtypes = {str(p.dtype) for p in transformer.parameters()} - {"torch.float32"}
+        require(
+            not dtypes,
+            f"policy.adapter is full and the model's weights are {', '.join(sorted(dtypes))}, but "
+            "weights that are trained must be float32; set policy.dtype to float32.",
+        )
+        transformer.requires_grad_(True)
         return list(transformer.parameters())
     from peft import LoraConfig
 
     transformer.requires_grad_(False)
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in config.lora_targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ConfigError(
-                f"policy.lora_targets names {target!r}, but endings of the model's linear layers "
-                f"are expected, for example {_endings(names)}; correct it."
-            )
+        require(
+            any(name == target or name.endswith(f".{target}") for name in names),
+            f"policy.lora_targets names {target!r}, but endings of the model's linear layers are "
+            f"expected, for example {_endings(names)}; correct it.",
+        )
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
