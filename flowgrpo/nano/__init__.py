@@ -1,0 +1,21 @@
+"""nano: the embedded model, its task and its verifier; a first run without download or GPU.
+
+scenes.py    the world: shapes, colours, positions; painting
+prompts.py   the six GenEval tasks in miniature; splits; the parser
+draw.py      prompts -> pictures that fulfil them
+verify.py    pictures -> what is in them, scores and quality figures
+model.py     the networks, of SD3.5's classes; model/ holds the weights
+pretrain.py  made the weights
+recipes.py   the run of `flowgrpo train`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def recipe(**overrides: Any):
+    """The Config of `flowgrpo train`; see `flowgrpo.nano.recipes.recipe`."""
+    from flowgrpo.nano.recipes import recipe as make
+
+    return make(**overrides)

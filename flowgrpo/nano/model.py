@@ -1,0 +1,130 @@
+"""nano's networks, all of the classes that SD3.5 is made of, only smaller.
+
+    transformer    diffusers.SD3Transformer2DModel, 2.3 M parameters: 24 x 24 RGB, patch 4, 4 joint
+    blocks of 4 heads text_encoder   transformers.CLIPTextModelWithProjection, 0.4 M parameters,
+    over a vocabulary of words scheduler      diffusers.FlowMatchEulerDiscreteScheduler
+
+There is no VAE: the latents are the pixels in [-1, 1]. `save` writes an ordinary diffusers folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowgrpo.nano.prompts import MAX_WORDS, WORDS
+from flowgrpo.nano.scenes import IMAGE_SIZE
+
+MODEL_DIR = Path(__file__).parent / "model"
+WIDTH, HEADS, LAYERS, TEXT_LAYERS = 128, 4, 4, 2
+# More of the schedule's steps go to high noise, where the layout is decided; SD3.5 uses 3.0 at 512
+# x 512.
+SHIFT = 2.0
+
+
+def build(seed: int = 0):
+    """A fresh pipeline, `StableDiffusion3Pipeline` without VAE and with one text encoder, in
+    float32."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE,
+        patch_size=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=LAYERS,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=IMAGE_SIZE // 4,
+        qk_norm="rms_norm",
+    )
+    _open_gates(transformer)
+    text_encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=TEXT_LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=None,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "<bos>", "<eos>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=MAX_WORDS + 2,
+    )
+
+
+@torch.no_grad()
+def _open_gates(transformer: nn.Module) -> None:
+    """Start blocks as plain residual blocks (modulation zero, gates one) and the output at zero.
+
+    AdaLN-zero starts every block as the identity; with gates open a small model learns faster from
+    the first step on.
+    """
+    for block in transformer.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            norm.linear.weight.zero_()
+            norm.linear.bias.zero_()
+            if (
+                norm.linear.out_features == 6 * WIDTH
+            ):  # shift, scale, gate of attention, then of the MLP
+                norm.linear.bias.view(6, WIDTH)[2].fill_(1.0)
+                norm.linear.bias.view(6, WIDTH)[5].fill_(1.0)
+    transformer.norm_out.linear.weight.zero_()
+    transformer.norm_out.linear.bias.zero_()
+    transformer.proj_out.weight.zero_()
+    transformer.proj_out.bias.zero_()
+
+
+def save(pipeline, folder: Path) -> None:
+    """Write the pipeline as a diffusers folder in bfloat16; the modules are converted in place."""
+    for module in (pipeline.transformer, pipeline.text_encoder):
+        module.to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
