@@ -19,6 +19,7 @@ This file imports neither torch nor anything else beyond setuptools, and probes 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -77,8 +78,8 @@ def why_not_native() -> str:
 
 def build_requirements() -> list[str]:
     # The cmake wheel is 30 MB, so it is asked for only where it is needed: a compiler is present
-    # and CMake is not. Listing it in pyproject.toml would download it for every install, and would fail
-    # the install where no such wheel exists.
+    # and CMake is not. Listed in pyproject.toml it would be downloaded for every install, and the
+    # install would fail where no such wheel exists.
     return [] if why_not_native() or shutil.which("cmake") else ["cmake>=3.18"]
 
 
@@ -93,6 +94,12 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def source_digest() -> str:
+    """sha256 of what the library is compiled from; _native.py compares it in a source tree."""
+    files = [ROOT / "CMakeLists.txt", *sorted((ROOT / "kernels" / "csrc").glob("*.[ch]*"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def build_native(target: Path) -> dict[str, str]:
     """Compile kernels/csrc and install the library into ``target``; facts for the build info."""
     cmake = shutil.which("cmake")
@@ -103,7 +110,12 @@ def build_native(target: Path) -> dict[str, str]:
         run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
         run([cmake, "--build", build, "--config", "Release", "--parallel"])
         run([cmake, "--install", build, "--config", "Release", "--prefix", str(target)])
-        return json.loads(Path(build, "native_build.json").read_text())
+        facts = json.loads(Path(build, "native_build.json").read_text())
+    (library,) = target.glob("libflowgrpo_native.*")
+    facts["library"] = library.name
+    facts["sha256"] = hashlib.sha256(library.read_bytes()).hexdigest()
+    facts["sources"] = source_digest()
+    return facts
 
 
 class BuildPy(build_py):

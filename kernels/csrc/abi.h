@@ -3,12 +3,97 @@
 
 #include <stdint.h>
 
-// Raised whenever a struct, a signature or the meaning of an argument changes; _native.py refuses a library
-// with another number.
+// Raised whenever a struct, a signature or the meaning of an argument changes; _native.py refuses a
+// library with another number.
 #define FLOWGRPO_ABI 1
 
+// dtype codes of FgTensor. Everything else that is floating is float32.
+enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
+
+// [rows, elements]: elements of a row are contiguous, rows are row_stride elements apart (0 repeats one
+// row). Any alignment. data = NULL stands for an absent tensor.
+typedef struct {
+  void* data;
+  int64_t row_stride;
+  int64_t dtype;
+} FgTensor;
+
+// One struct for every op; an op reads the fields it needs. Names and formulas are those of the
+// numerical contract in flowgrpo_kernels/reference.py.
+typedef struct {
+  int64_t rows;
+  int64_t elements;
+  int64_t threads;
+  const float* table;  // [table_rows, table_columns]
+  int64_t table_rows;
+  int64_t table_columns;
+  const int64_t* step;   // [rows]; a step outside the table makes its row NaN
+  const int64_t* seeds;  // [rows] or NULL
+  FgTensor velocity;
+  FgTensor uncond_velocity;
+  FgTensor sample;
+  FgTensor prev_sample;  // written by the step, read by the others
+  FgTensor noise;
+  FgTensor ref_velocity;
+  FgTensor ref_uncond_velocity;
+  FgTensor old_velocity;
+  FgTensor grad_velocity;         // written by the backward ops
+  FgTensor grad_uncond_velocity;  // written by the backward ops, or absent
+  const float* old_log_prob;      // [rows]
+  const float* advantages;        // [rows]
+  const float* row_weight;        // [rows] or NULL
+  const float* kl_row_weight;     // [rows] or NULL
+  const float* grad;              // backward: [rows] for log_prob, [1] for the loss
+  float* log_prob;                // [rows], written
+  float* ratio;                   // [rows], written
+  float* coefs;                   // [rows, 3], written by the loss, read by its backward
+  float* loss;                    // [1], written, as are the next three
+  float* policy_loss;
+  float* kl;
+  float* clip_fraction;
+  float guidance_scale;
+  float uncond_scale;  // float32(1 - guidance_scale)
+  float kl_weight;
+  float ratio_low;   // float32(1 - clip_low)
+  float ratio_high;  // float32(1 + clip_high)
+  float adv_clip;
+} FgArgs;
+
+#ifdef __cplusplus
 extern "C" {
+#endif
 
 int32_t flowgrpo_native_abi(void);
+int64_t flowgrpo_native_args_size(void);
 const char* flowgrpo_native_version(void);
+
+// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512. isa_best() is the best that this library was built
+// with and this CPU and system support; isa_select() returns the set now in use, which is the wanted one
+// if it can be had.
+int32_t flowgrpo_native_isa_best(void);
+int32_t flowgrpo_native_isa_select(int32_t wanted);
+// 1 if built with OpenMP, else every op runs on the calling thread.
+int32_t flowgrpo_native_openmp(void);
+
+// Ops return 0, or 1 when memory for partial sums could not be had.
+int32_t flowgrpo_native_sde_step(const FgArgs*);
+int32_t flowgrpo_native_log_prob(const FgArgs*);
+int32_t flowgrpo_native_log_prob_backward(const FgArgs*);
+int32_t flowgrpo_native_grpo_loss_forward(const FgArgs*);
+int32_t flowgrpo_native_grpo_loss_backward(const FgArgs*);
+// Normals of counter word noise_step into prev_sample.
+int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
+
+#ifdef __cplusplus
 }
+
+// The ops of one instruction set.
+struct Kernels {
+  int32_t (*sde_step)(const FgArgs*);
+  int32_t (*log_prob)(const FgArgs*);
+  int32_t (*log_prob_backward)(const FgArgs*);
+  int32_t (*grpo_loss_forward)(const FgArgs*);
+  int32_t (*grpo_loss_backward)(const FgArgs*);
+  int32_t (*normals)(const FgArgs*, uint32_t noise_step);
+};
+#endif

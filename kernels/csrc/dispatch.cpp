@@ -1,6 +1,74 @@
+// The C ABI: chooses an instruction set at run time and passes each op on to it.
+
 #include "abi.h"
 
 #define FG_EXPORT extern "C" __attribute__((visibility("default")))
 
+namespace isa_baseline {
+extern const Kernels kernels;
+}
+#ifdef FLOWGRPO_X86
+namespace isa_avx2 {
+extern const Kernels kernels;
+}
+namespace isa_avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+int32_t best() {
+#ifdef FLOWGRPO_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2")) return 0;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+             ? 2
+             : 1;
+#else
+  return 0;
+#endif
+}
+
+int32_t selected = -1;
+
+const Kernels& kernels() {
+  switch (selected < 0 ? selected = best() : selected) {
+#ifdef FLOWGRPO_X86
+    case 2:
+      return isa_avx512::kernels;
+    case 1:
+      return isa_avx2::kernels;
+#endif
+    default:
+      return isa_baseline::kernels;
+  }
+}
+
+}  // namespace
+
 FG_EXPORT int32_t flowgrpo_native_abi(void) { return FLOWGRPO_ABI; }
+FG_EXPORT int64_t flowgrpo_native_args_size(void) { return (int64_t)sizeof(FgArgs); }
 FG_EXPORT const char* flowgrpo_native_version(void) { return FLOWGRPO_VERSION; }
+FG_EXPORT int32_t flowgrpo_native_isa_best(void) { return best(); }
+FG_EXPORT int32_t flowgrpo_native_isa_select(int32_t wanted) {
+  return selected = wanted >= 0 && wanted <= best() ? wanted : best();
+}
+FG_EXPORT int32_t flowgrpo_native_openmp(void) { return FLOWGRPO_OPENMP_FOUND; }
+
+FG_EXPORT int32_t flowgrpo_native_sde_step(const FgArgs* a) { return kernels().sde_step(a); }
+FG_EXPORT int32_t flowgrpo_native_log_prob(const FgArgs* a) { return kernels().log_prob(a); }
+FG_EXPORT int32_t flowgrpo_native_log_prob_backward(const FgArgs* a) {
+  return kernels().log_prob_backward(a);
+}
+FG_EXPORT int32_t flowgrpo_native_grpo_loss_forward(const FgArgs* a) {
+  return kernels().grpo_loss_forward(a);
+}
+FG_EXPORT int32_t flowgrpo_native_grpo_loss_backward(const FgArgs* a) {
+  return kernels().grpo_loss_backward(a);
+}
+FG_EXPORT int32_t flowgrpo_native_normals(const FgArgs* a, uint32_t noise_step) {
+  return kernels().normals(a, noise_step);
+}

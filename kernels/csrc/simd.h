@@ -78,6 +78,13 @@ FG_INLINE void mul_wide(vu x, uint32_t m, vu& hi, vu& lo) {
 #endif
 }
 
+// The nearest float of each unsigned integer: the halves convert exactly and the sum rounds once.
+FG_INLINE vf to_float(vu x) {
+  const vf high = __builtin_convertvector((vi)(x >> 16), vf);
+  const vf low = __builtin_convertvector((vi)(x & 0xffffu), vf);
+  return high * 65536.0f + low;
+}
+
 // ---- dtypes: float32 by itself, bfloat16 and float16 as their 16 bits ----
 
 struct bf16 {

@@ -1,0 +1,275 @@
+"""The compiled CPU library's ops, with the signatures and results of reference.py.
+
+Results are the bits of reference.py (only exp of the ratio is within a few ulp), whatever the
+number of threads and the instruction set: AVX-512, AVX2 or baseline, chosen by the CPU, or by
+FLOWGRPO_NATIVE_ISA=baseline|avx2|avx512. Threads are torch's (torch.set_num_threads).
+How the library is found and checked is in _native_library.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._native_library import NativeArgs, NativeTensor, library, select, state
+from .philox import INITIAL_STEP
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> bool:
+    """True when the library is loaded and fits this package."""
+    return state()[0] is not None
+
+
+def why_not() -> str:
+    """Why the library is not available; an empty string when it is."""
+    return state()[2]
+
+
+def reason() -> str:
+    """One line: what is loaded, or why nothing is."""
+    loaded, facts, why = state()
+    if loaded is None:
+        return why
+    threads = "OpenMP" if loaded.flowgrpo_native_openmp() else "one thread (built without OpenMP)"
+    return f"{facts['library']} {facts['version']}, {facts['isa']}, {threads}, {facts['compiler']}"
+
+
+def info() -> dict[str, Any]:
+    """Build facts and the instruction set in use, or {"built": False, "reason": ...}."""
+    loaded, facts, why = state()
+    return dict(facts) if loaded is not None else {"built": False, "reason": why}
+
+
+def select_isa(isa: str) -> str:
+    """Switches the instruction set of this process ("auto": the best); returns the one in use."""
+    chosen = select(library(), isa)
+    state()[1]["isa"] = chosen
+    return chosen
+
+
+class _Call:
+    """One call: the argument struct, and the tensors that must outlive it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.args = NativeArgs()
+        self.alive: list[Tensor] = []
+        self.rows = like.shape[0]
+        self.args.rows = self.rows
+        self.args.elements = self.elements = like.shape[1:].numel()
+        self.args.threads = torch.get_num_threads()
+
+    def latents(self, **tensors: Tensor | None) -> None:
+        """[B, ...] tensors to read: any row stride, copied if their rows are not contiguous."""
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            if x.is_contiguous():
+                stride = self.elements
+            else:
+                x = x.reshape(self.rows, self.elements)
+                x = x if x.stride(1) == 1 else x.contiguous()
+                stride = x.stride(0)
+            self.alive.append(x)
+            # An empty tensor has no address, but it is not an absent one.
+            setattr(self.args, name, NativeTensor(x.data_ptr() or 1, stride, _CODES[x.dtype]))
+
+    def vectors(self, **tensors: Tensor | None) -> None:
+        """float32 [B] tensors to read."""
+        for name, x in tensors.items():
+            if x is not None:
+                x = x.to(torch.float32).contiguous()
+                self.alive.append(x)
+                setattr(self.args, name, x.data_ptr())
+
+    def outputs(self, **tensors: Tensor) -> None:
+        """Contiguous tensors to write."""
+        for name, x in tensors.items():
+            setattr(self.args, name, x.data_ptr())
+
+    def integers(self, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                x = x.contiguous()
+                self.alive.append(x)
+                setattr(self.args, name, x.data_ptr())
+
+    def transitions(self, table: Tensor, step: Tensor, guidance_scale: float) -> None:
+        table = table.contiguous()
+        self.alive.append(table)
+        self.args.table = table.data_ptr()
+        self.args.table_rows, self.args.table_columns = table.shape
+        self.integers(step=step)
+        self.args.guidance_scale = guidance_scale
+        self.args.uncond_scale = 1.0 - guidance_scale
+
+    def run(self, name: str, *more: int) -> None:
+        function = getattr(library(), f"flowgrpo_native_{name}")
+        if function(ctypes.byref(self.args), *more):
+            raise MemoryError(f"{name}: no memory for the partial sums of {self.rows} rows")
+
+
+def sde_step(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    prev_sample: Tensor,
+    log_prob: Tensor,
+) -> None:
+    """Writes x' into prev_sample and its log_prob into log_prob (float32 [B])."""
+    call = _Call(sample)
+    out = prev_sample if prev_sample.is_contiguous() else torch.empty_like(sample)
+    score = log_prob if log_prob.is_contiguous() else torch.empty_like(log_prob).contiguous()
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
+    call.latents(noise=noise, prev_sample=out)
+    call.transitions(table, step, guidance_scale)
+    call.integers(seeds=seeds)
+    call.outputs(log_prob=score)
+    call.run("sde_step")
+    if out is not prev_sample:
+        prev_sample.copy_(out)
+    if score is not log_prob:
+        log_prob.copy_(score)
+
+
+def log_prob(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+) -> Tensor:
+    """log_prob of a stored x': float32 [B]."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
+    call.latents(sample=sample, prev_sample=prev_sample)
+    call.transitions(table, step, guidance_scale)
+    result = torch.empty(call.rows, dtype=torch.float32)
+    call.outputs(log_prob=result)
+    call.run("log_prob")
+    return result
+
+
+def _gradients(
+    call: _Call, velocity: Tensor, uncond: Tensor | None, uncond_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The tensors a backward op writes; the second is empty unless asked for."""
+    dv = torch.empty(velocity.shape, dtype=velocity.dtype)
+    call.latents(grad_velocity=dv)
+    if uncond is None or not uncond_grad:
+        return dv, torch.empty(0, dtype=(velocity if uncond is None else uncond).dtype)
+    du = torch.empty(uncond.shape, dtype=uncond.dtype)
+    call.latents(grad_uncond_velocity=du)
+    return dv, du
+
+
+def log_prob_backward(
+    grad: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
+    call.latents(sample=sample, prev_sample=prev_sample)
+    call.transitions(table, step, guidance_scale)
+    call.vectors(grad=grad)
+    gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
+    call.run("log_prob_backward")
+    return gradients
+
+
+def grpo_loss_forward(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    table: Tensor,
+    step: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    old_velocity: Tensor | None,
+    row_weight: Tensor | None,
+    kl_row_weight: Tensor | None,
+    kl_weight: float,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+) -> tuple[Tensor, ...]:
+    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
+    call.latents(prev_sample=prev_sample, ref_velocity=ref_velocity)
+    call.latents(ref_uncond_velocity=ref_uncond_velocity, old_velocity=old_velocity)
+    call.vectors(old_log_prob=old_log_prob, advantages=advantages)
+    call.vectors(row_weight=row_weight, kl_row_weight=kl_row_weight)
+    call.transitions(table, step, guidance_scale)
+    call.args.kl_weight, call.args.adv_clip = kl_weight, adv_clip
+    call.args.ratio_low, call.args.ratio_high = 1.0 - clip_low, 1.0 + clip_high
+    totals = {
+        name: torch.empty((), dtype=torch.float32)
+        for name in ("loss", "policy_loss", "kl", "clip_fraction")
+    }
+    score = torch.empty(call.rows, dtype=torch.float32)
+    ratio = torch.empty(call.rows, dtype=torch.float32)
+    coefs = torch.empty((call.rows, 3), dtype=torch.float32)
+    call.outputs(**totals, log_prob=score, ratio=ratio, coefs=coefs)
+    call.run("grpo_loss_forward")
+    return (*totals.values(), score, ratio, coefs)
+
+
+def grpo_loss_backward(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    old_velocity: Tensor | None,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
+    call.latents(prev_sample=prev_sample, ref_velocity=ref_velocity)
+    call.latents(ref_uncond_velocity=ref_uncond_velocity, old_velocity=old_velocity)
+    call.transitions(table, step, guidance_scale)
+    call.vectors(grad=grad_loss, coefs=coefs)
+    gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
+    call.run("grpo_loss_backward")
+    return gradients
+
+
+def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
+    result = torch.empty((seeds.shape[0], *shape), dtype=dtype)
+    call = _Call(result)
+    call.latents(prev_sample=result)
+    call.integers(seeds=seeds)
+    call.run("normals", INITIAL_STEP)
+    return result
