@@ -123,6 +123,15 @@ def latest(run_dir: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def best(run_dir: str | Path) -> Path:
+    """The checkpoint of a run directory with the best score; the newest if none has one."""
+    newest = latest(run_dir)
+    candidates = found(newest.parent)
+    scores = {path: read_state(path)["record"].get("score") for path in candidates}
+    scored = [path for path in candidates if scores[path] is not None]
+    return max(scored, key=lambda path: scores[path]) if scored else newest
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
     try:
@@ -172,14 +181,18 @@ def restore(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> N
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Remove all checkpoints but the last `keep` and the one with the best score, and leftovers."""
+    """Remove all checkpoints but the last `keep` and the one with the best score."""
     checkpoints = found(folder)
-    scores = {path: read_state(path)["record"].get("score") for path in checkpoints}
-    scored = [path for path in checkpoints if scores[path] is not None]
-    kept = {*checkpoints[-keep:], *([max(scored, key=lambda p: scores[p])] if scored else [])}
+    if not checkpoints:
+        return
+    kept = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
         if path not in kept:
             shutil.rmtree(path)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a process that died while writing has left."""
     for leftover in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -55,7 +55,7 @@ class Display:
         table.add_column(style="dim")
         table.add_column()
         for name, value in lines.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         self.console.print(Text(f"flowgrpo {self.config.recipe}", style="bold"))
         self.console.print(table)
         self.console.print()
@@ -63,7 +63,7 @@ class Display:
     def note(self, text: str) -> None:
         """One line between the others."""
         if self.mode != "none":
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True, markup=False)
 
     def iteration(self, done: int, metrics: Mapping[str, Any], seconds: float) -> None:
         """Show the figures of the iteration that made it `done`, which took `seconds`."""
@@ -84,6 +84,7 @@ class Display:
             self.console.print(
                 f"iteration {done}/{self.config.run.steps}  {text}  {clock(left)} left",
                 soft_wrap=True,
+                markup=False,
             )
         if len(self._times) == 3 and not self._told:
             self._told = True
@@ -158,7 +159,7 @@ def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -
             fall; a figure outside is marked.
     """
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for label in reports:
         table.add_column(label, justify="right")
     both = len(reports) > 1

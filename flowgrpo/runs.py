@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo import checkpoints
+from flowgrpo import __version__, checkpoints
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
 from flowgrpo.weights import EMA as EMA
 from flowgrpo.weights import State as State
@@ -148,7 +148,7 @@ class Run:
                     versions(),
                 )
         self._cut_metrics(state.iteration if self.checkpoint else -1)
-        checkpoints.prune(self.checkpoints)
+        checkpoints.clean(self.checkpoints)
         return self.checkpoint is not None
 
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
@@ -222,12 +222,20 @@ def _same_config(given: Config, stored: Config) -> None:
                 )
 
 
-def _create(folder: Path, config: Config) -> None:
+def check_directory(config: Config) -> None:
+    """Raise early, before a model is loaded, if a new run's directory is taken."""
+    folder = config.out_dir
+    if config.run.resume:
+        return
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
         )
+
+
+def _create(folder: Path, config: Config) -> None:
+    check_directory(config)
     # Folders made here go again if the directory turns out not to be writable.
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -287,8 +295,8 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, this package and the libraries that decide the numbers."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("flowgrpo", *PACKAGES):
+    found: dict[str, str | None] = {"python": platform.python_version(), "flowgrpo": __version__}
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,0 +1,273 @@
+"""The command line: ``flowgrpo train | evaluate | sample | doctor``.
+
+A mistake of the user's is one sentence on stderr and exit code 2; a run that was stopped by Ctrl-C
+and saved exits with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from flowgrpo import __version__
+from flowgrpo.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    RunConfig,
+    SampleConfig,
+    recipe,
+)
+
+T = TypeVar("T")
+
+USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
+
+usage: flowgrpo train [RECIPE] [--section.field value ...]   train; RECIPE is one of: {{}}
+       flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
+       flowgrpo sample PROMPT ... [options]                  write pictures
+       flowgrpo doctor                                       show what this machine offers
+
+flowgrpo COMMAND --help lists the options of a command.
+""".format(", ".join(RECIPES))
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Train by the recipe; every option is a field of the configuration."""
+
+    policy: PolicyConfig
+    sample: SampleConfig
+    reward: RewardConfig
+    optim: OptimConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run against its base model on held-out prompts, with the same seeds."""
+
+    target: Annotated[str, tyro.conf.Positional]
+    """Run directory, checkpoint folder, or a recipe's name for its base model alone."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
+    guidance: float = 1.0
+    """Also evaluate the base model with this guidance scale; 1: do not."""
+    prompts: int | None = None
+    """Number of prompts; 0: all; default: as in training."""
+    samples: int | None = None
+    """Images for each prompt; default: as in training."""
+    steps: int | None = None
+    """Sampling steps; default: as in training."""
+    split: str = "heldout"
+    """Part of the prompt set."""
+    out: str | None = None
+    """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    device: str = "auto"
+    """Torch device."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write pictures of prompts, by the deterministic sampler."""
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Prompts, each in quotation marks."""
+    run: str | None = None
+    """Run directory or checkpoint: shows the base model's images above the trained model's."""
+    model: str = "nano"
+    """Model to sample from without --run: "nano", a folder or a Hub id."""
+    out: str = "sample.png"
+    """The picture to write."""
+    count: int = 4
+    """Images for each prompt."""
+    steps: int = 40
+    """Sampling steps."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1: none."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """Torch device."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "sample": sample,
+        "doctor": doctor,
+    }
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            print(__version__)
+            return 0
+        if argv[0] not in commands:
+            raise ConfigError(
+                f"{argv[0]!r} is no command, but one of {', '.join(commands)} is expected; see "
+                "flowgrpo --help."
+            )
+        _quiet()
+        return commands[argv[0]](argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aborted", file=sys.stderr)
+        return 130
+
+
+def train(argv: list[str]) -> int:
+    """``flowgrpo train [RECIPE] [--section.field value ...]``"""
+    config = parse_train(argv)
+    from flowgrpo import runs
+    from flowgrpo import train as training
+
+    runs.check_directory(config)
+    try:
+        summary = training.run(config)
+    except training.RatioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 130 if summary.get("interrupted") else 0
+
+
+def parse_train(argv: list[str]) -> Config:
+    """The configuration that a `train` command line asks for."""
+    named = bool(argv) and not argv[0].startswith("-")
+    name, options = (argv[0], argv[1:]) if named else ("nano", argv)
+    folder = _option(options, "--run.resume")
+    if folder is not None:
+        from flowgrpo import runs
+
+        base = runs.resume_config(folder)
+        if named and name != base.recipe:
+            raise ConfigError(
+                f"the recipe is {name!r}, but the run in {folder} was started with "
+                f"{base.recipe!r}; leave the recipe out."
+            )
+    else:
+        base = recipe(name)
+    sections = Sections(base.policy, base.sample, base.reward, base.optim, base.run)
+    given = parse(Sections, options, f"flowgrpo train {base.recipe}", sections)
+    return Config(base.recipe, given.policy, given.sample, given.reward, given.optim, given.run)
+
+
+def parse(cls: type[T], argv: list[str], prog: str, default: Any = None) -> T:
+    """Parse `argv` by tyro. A ConfigError that a field raised comes out as it is; tyro prints its
+    own errors and exits with 2."""
+    arguments: dict[str, Any] = {"args": argv, "prog": prog, "registry": _registry()}
+    if default is not None:
+        arguments["default"] = default
+    # Quietly first, because tyro would print a ConfigError's sentence in a box.
+    unseen = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+            return tyro.cli(cls, **arguments)
+    except SystemExit as stop:
+        for error in _chain(stop):
+            if isinstance(error, ConfigError):
+                raise error from None
+    return tyro.cli(cls, **arguments)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Reads dict[str, float] as NAME WEIGHT NAME WEIGHT ...; tyro fixes a default's keys."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def weights(words: list[str]) -> dict[str, float]:
+        try:
+            pairs = zip(words[::2], map(float, words[1::2]), strict=True)
+            return dict(pairs)
+        except ValueError as error:
+            raise ConfigError(
+                f"the weights are {' '.join(words)!r}, but NAME WEIGHT, repeated, is expected; "
+                "write, for example, nano_strict 0.5 nano_partial 0.5."
+            ) from error
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type != dict[str, float]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAME WEIGHT ...",
+            instance_from_str=weights,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [w for pair in value.items() for w in map(str, pair)],
+        )
+
+    return registry
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """The value of `name VALUE` or `name=VALUE`, or None."""
+    for place, word in enumerate(argv):
+        if word == name and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def evaluate(argv: list[str]) -> int:
+    """``flowgrpo evaluate RUN_DIR``"""
+    options = parse(Evaluate, argv, "flowgrpo evaluate")
+    from flowgrpo import commands
+
+    commands.evaluate_run(options)
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    """``flowgrpo sample PROMPT ...``"""
+    options = parse(Sample, argv, "flowgrpo sample")
+    from flowgrpo import commands
+
+    commands.sample_pictures(options)
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """``flowgrpo doctor``"""
+    if argv and argv[0] not in ("-h", "--help"):
+        raise ConfigError(f"doctor takes no options, but {argv[0]!r} was given; leave it out.")
+    if argv:
+        print(
+            "usage: flowgrpo doctor\n\nShow versions, devices, backends, and what is off and why."
+        )
+        return 0
+    from flowgrpo.doctor import doctor as examine
+
+    examine()
+    return 0
+
+
+def _quiet() -> None:
+    """Keep the libraries' notices and loading bars out of the output; downloads still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
