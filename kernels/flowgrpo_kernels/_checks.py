@@ -1,7 +1,7 @@
 """Checks of arguments on the host: shapes, dtypes, devices, step range. None of them synchronises.
 
-A step outside the table that only the device knows gives a row of NaN. With FLOWGRPO_DEBUG=1 (read once)
-it raises instead, at the price of a synchronisation.
+A step outside the table that only the device knows gives a row of NaN. With FLOWGRPO_DEBUG=1 (read
+once) it raises instead, at the price of a synchronisation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_tensor(name: str, value) -> None:
 
 
 def check_latents(sample: Tensor, **others: Tensor | None) -> None:
-    """sample [B, ...] and other latents: same shape and device, float dtypes, float64 only together."""
+    """sample [B, ...] and others: same shape and device; float64 only when all of them are."""
     check_tensor("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample must be [B, ...] with at least 2 dims, got {list(sample.shape)}")
@@ -42,7 +42,8 @@ def check_latents(sample: Tensor, **others: Tensor | None) -> None:
             )
         if value.shape != sample.shape:
             raise ValueError(
-                f"{name} must have the shape of sample {list(sample.shape)}, got {list(value.shape)}"
+                f"{name} must have the shape of sample {list(sample.shape)}, "
+                f"got {list(value.shape)}"
             )
         check_device(name, value, sample.device)
 
@@ -93,7 +94,7 @@ def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> Non
 
 
 def resolve_step(step: int | Tensor, transitions: Transitions, sample: Tensor) -> Tensor:
-    """int, 0-dim or [B] int64 -> int64 [B] on the sample's device (a stride-0 view where possible)."""
+    """int, 0-dim or [B] int64 -> int64 [B] on the sample's device, a view where possible."""
     rows, batch = transitions.num_steps, sample.shape[0]
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:

@@ -1,28 +1,30 @@
 """torch.library registration of every op, and the choice of the backend that runs it.
 
-    FLOWGRPO_KERNELS = auto        Triton on CUDA and ROCm tensors, the native library on CPU tensors,
-                                   PyTorch (reference.py) where those are missing; the default
+    FLOWGRPO_KERNELS = auto        Triton on CUDA and ROCm tensors, the native library on CPU
+                                   tensors, reference.py where those are missing; the default
                      = triton      Triton, or an error (CPU tensors only in Triton's interpreter)
                      = native      the native CPU library, or an error
                      = reference   reference.py everywhere
 
-float64 inputs always run on the reference: it is the oracle. The first call on a device type logs one
-line that says which backend runs and why; a fallback is a warning. The variable is read once.
+float64 inputs always run on the reference: it is the oracle. The first call on a device type logs
+one line that says which backend runs and why; a fallback is a warning. The variable is read once.
 
 Backends are modules with the functions of reference.py, same names, arguments and results. Tensors
-reach them checked and contiguous (also `step` and `seeds`, int64 [B]); outputs of `sde_step` are given.
-The native one is `_native.py`, which further has `available() -> bool` and `reason() -> str` (why it
-is not available, or which library was loaded) and may lack an op, which then falls back, loudly.
-Triton launchers register themselves from the op's own file through `triton_launcher`.
+reach them checked and contiguous (also `step` and `seeds`, int64 [B]); outputs of `sde_step` are
+given. The native one is `_native.py`, which further has `available() -> bool` and `reason() ->
+str` (why it is not available, or which library was loaded) and may lack an op, which then falls
+back, loudly. Triton launchers register themselves from the op's own file through
+`triton_launcher`.
 
 NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -134,6 +136,20 @@ def _choose(name: str, device_type: str) -> tuple[str, Callable]:
         return preferred, function
     _say(logging.WARNING, f"{device_type} tensors fall back to the PyTorch reference: {why}")
     return "reference", getattr(reference, name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block ops behave as under FLOWGRPO_KERNELS=name. For tests and benchmarks."""
+    global _requested
+    before = _requested
+    _requested = name
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _requested = before
+        _chosen.clear()
 
 
 def backends() -> dict[str, dict[str, object]]:

@@ -6,13 +6,15 @@
     KL       = K B^2 mean[(v - v_ref)^2]                                with ref_velocity
     loss     = 1/B sum_rows[row_weight policy] + kl_weight 1/B sum_rows[kl_row_weight KL]
 
-adv is the advantage clamped to +-adv_clip. Guard (GRPO-Guard), with old_velocity, the velocity of the
-rollout: ratio = exp((log_prob - old_log_prob + k B^2 mean[(v - v_old)^2]) C), policy divided by |dt|.
-Ties at the clip boundary follow torch.maximum and torch.clamp: the boundary itself has a gradient.
+adv is the advantage clamped to +-adv_clip. Guard (GRPO-Guard), with old_velocity, the velocity of
+the rollout: ratio = exp((log_prob - old_log_prob + k B^2 mean[(v - v_old)^2]) C), policy divided
+by |dt|. Ties at the clip boundary follow torch.maximum and torch.clamp: the boundary itself has a
+gradient.
 
-Shapes and dtypes as in sde_step.py. Bytes per element: every latent given is read once forward and once
-backward, and the gradients are written; nothing of the size of a latent is stored between the two.
-K is picked where the transitions are made (kl="std_dev" or "gaussian"), and kl_weight with it.
+Shapes and dtypes as in sde_step.py. Bytes per element: every latent given is read once forward and
+once backward, and the gradients are written; nothing of the size of a latent is stored between the
+two. K is picked where the transitions are made (kl="std_dev" or "gaussian"), and kl_weight with
+it.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
 
 from . import _checks, _ops
+from ._autograd import once_differentiable
 from .transitions import Transitions
 
 _forward = _ops.op("grpo_loss_forward")
@@ -56,7 +59,7 @@ class _GrpoLoss(torch.autograd.Function):
         return outputs[:6]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("grpo_loss")
     def backward(ctx, grad_loss, *unused):
         if grad_loss is None:
             return (None,) * 19
@@ -102,11 +105,12 @@ def grpo_loss(
         kl_weight: beta. The value is tied to the convention of K (see transitions.py).
         clip_range: one number, or (clip_low, clip_high).
         adv_clip: the bound on |advantage|; float("inf") for none.
-        row_weight: [B], weight of each row's policy term; sums are divided by B, not by the weights.
-        kl_row_weight: [B], weight of each row's KL term; row_weight when None. To reweight the
+        row_weight: [B], weight of each row's policy term; sums are divided by B, not by the
+        weights. kl_row_weight: [B], weight of each row's KL term; row_weight when None. To
+        reweight the
             policy term alone, pass ones, or the rows' keep mask.
-        old_velocity: the rollout's (combined) velocity; switches Guard on. Only for SDE and ODE rows.
-        uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
+        old_velocity: the rollout's (combined) velocity; switches Guard on. Only for SDE and ODE
+        rows. uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
 
     A row of weight 0 adds 0 to the loss even where its advantage is NaN. An ODE row has ratio
     exp(-old_log_prob), KL 0 and no gradient.

@@ -4,19 +4,20 @@
     log_prob = -k mean[d^2] - c0           0 where C = 0
     d log_prob / dv = 2 k B d / D
 
-Shapes and dtypes as in sde_step.py; the float32 sequence and the order of the sum are the same, so the
-log_prob of what sde_step stored is the same bits. Bytes per element: velocity (twice under guidance) +
-sample + x' forward; the same plus the gradients backward. Nothing of the size of a latent is kept
-but the inputs. sample and prev_sample are constants for the gradient.
+Shapes and dtypes as in sde_step.py; the float32 sequence and the order of the sum are the same, so
+the log_prob of what sde_step stored is the same bits. Bytes per element: velocity (twice under
+guidance) + sample + x' forward; the same plus the gradients backward. Nothing of the size of a
+latent is kept but the inputs. sample and prev_sample are constants for the gradient.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
 
 from . import _checks, _ops
+from ._autograd import once_differentiable
 from .transitions import Transitions
 
 _log_prob = _ops.op("log_prob")
@@ -31,7 +32,7 @@ class _LogProb(torch.autograd.Function):
         return _log_prob(velocity, uncond, scale, sample, prev_sample, table, step)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("log_prob")
     def backward(ctx, grad):
         velocity, uncond, sample, prev_sample, table, step = ctx.saved_tensors
         dv, du = _log_prob_backward(

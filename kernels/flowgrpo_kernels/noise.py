@@ -1,7 +1,7 @@
 """Initial noise: standard normals that belong to the sample's seed.
 
-Same generator as the noise of a step (philox.py) with a reserved step counter, so it never repeats a
-step's noise. The same seed gives the same noise in any batch, on any rank and on any backend.
+Same generator as the noise of a step (philox.py) with a reserved step counter, so it never repeats
+a step's noise. The same seed gives the same noise in any batch, on any rank and on any backend.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     key    = (low 32 bits of seed, high 32 bits of seed)
     counter = (low 32 bits of q, high 32 bits of q, step, 0)       q = element // 4
 
-The four words of block q give the normals of elements 4q .. 4q + 3: (w0, w1) the first two, (w2, w3)
-the last two. The first word of a pair is the radius, the second the angle (Box-Muller):
+The four words of block q give the normals of elements 4q .. 4q + 3: (w0, w1) the first two, (w2,
+w3) the last two. The first word of a pair is the radius, the second the angle (Box-Muller):
 
     u     = float32(w) 2^-32 + 2^-33                      in [2^-33, 1], so |z| <= 6.77
     r     = sqrt(-2 ln u)
@@ -64,8 +64,8 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seeds: Tensor) ->
     """Philox4x32-10 of broadcastable int64 counter words in [0, 2^32), keyed by 64-bit seeds."""
     k0, k1 = seeds & _MASK, (seeds >> 32) & _MASK
     for _ in range(PHILOX_ROUNDS):
-        # The product of two 32-bit words wraps into the sign of an int64: its bits are right, and what
-        # an arithmetic shift smears above bit 31 is masked off before the next product.
+        # The product of two 32-bit words wraps into the sign of an int64: its bits are right, and
+        # what an arithmetic shift smears above bit 31 is masked off before the next product.
         p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
         c0, c2 = ((p1 >> 32) ^ (c1 ^ k0)) & _MASK, ((p0 >> 32) ^ (c3 ^ k1)) & _MASK
         c1, c3 = p1, p0
@@ -80,7 +80,9 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     bits = u.view(torch.int32)
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
-    r = torch.sqrt(e.to(torch.float32) * MINUS_2_LN2 + f * _horner(LOG_POLY, f))
+    square = e.to(torch.float32) * MINUS_2_LN2 + f * _horner(LOG_POLY, f)
+    # torch's float32 sqrt on the CPU (MKL) is not always correctly rounded; by way of float64 it is.
+    r = torch.sqrt(square.to(torch.float64)).to(torch.float32)
 
     f = (angle << 2).to(torch.int32).to(torch.float32) * 2.0**-32
     z = f * f

@@ -5,9 +5,9 @@ The numerical contract
 A backend (Triton, native C++) gives the same bits as this file for float32, bfloat16 and float16
 inputs, wherever this section says how something is computed.
 
-Elements. A sample's D elements are taken in row-major order of its logical shape. Inputs are read and
-converted to float32; all arithmetic is float32. Every product, sum and division is rounded on its
-own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=False; C++:
+Elements. A sample's D elements are taken in row-major order of its logical shape. Inputs are read
+and converted to float32; all arithmetic is float32. Every product, sum and division is rounded on
+its own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=False; C++:
 -ffp-contract=off). Coefficients are row `step[b]` of the float32 table; when step[b] is outside
 [0, R) they are NaN, which makes the whole row NaN. `w` is float32(guidance_scale).
 
@@ -16,19 +16,20 @@ own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=Fals
     mu   = (A * x) + (B * v)
     x'   = round_to_dtype_of_sample(mu + (C * eps))
     d    = x' - mu                               x' after its rounding
-    e    = v - v_ref                             v_ref from ref_velocity, ref_uncond_velocity likewise
+    e    = v - v_ref          v_ref likewise from ref_velocity, ref_uncond_velocity
     h    = v - v_old                             v_old = old_velocity
 
-Noise. eps as in philox.py (counter = element block and column noise_step of the table, key = seed), or
-the caller's tensor converted to float32, or 0 when neither is given (ODE steps only). The sign of a
-zero is not part of the contract, so a backend may skip C * eps where C = 0.
+Noise. eps as in philox.py (counter = element block and column noise_step of the table, key =
+seed), or the caller's tensor converted to float32, or 0 when neither is given (ODE steps only).
+The sign of a zero is not part of the contract, so a backend may skip C * eps where C = 0.
 
 Sums over elements (of d * d, e * e, h * h), `ordered_sum` below. The row is cut into blocks of
 BLOCK = 4096 elements, missing elements count as +0. Inside a block, 4 chunks of LANES = 1024 are
 added lane by lane in order, ((c0 + c1) + c2) + c3, then the 1024 lanes by adjacent pairs:
-lane i of the next level = lane 2i + lane 2i + 1, ten levels. The block sums of a row are then cut into
-chunks of 1024, added lane by lane in order, and the lanes by adjacent pairs again. The sum over rows
-in the loss is the same second pass over B values. Nothing depends on B, threads or vector width.
+lane i of the next level = lane 2i + lane 2i + 1, ten levels. The block sums of a row are then cut
+into chunks of 1024, added lane by lane in order, and the lanes by adjacent pairs again. The sum
+over rows in the loss is the same second pass over B values. Nothing depends on B, threads or
+vector width.
 
 Per row, with n = float32(D), sums S_d, S_e, S_h, means m = S / n (0 when D = 0):
 
@@ -42,7 +43,8 @@ Per row, with n = float32(D), sums S_d, S_e, S_h, means m = S / n (0 when D = 0)
     policy   = max(-adv * ratio, -adv * clamp(ratio, lo, hi))     NaN propagates
     policy   = policy / abs_dt                                    with Guard
     loss     = policy_loss + kl_weight * kl_loss
-               policy_loss = sum_rows(row_weight * policy) / B, kl_loss = sum_rows(kl_row_weight * kl) / B
+               policy_loss = sum_rows(row_weight * policy) / B, kl_loss = sum_rows(kl_row_weight *
+               kl) / B
 
 Where C = 0, log_prob and kl are 0. Where a weight is 0 its row adds 0 (even if the row is NaN).
 B = 0 gives a loss of 0.
@@ -58,8 +60,9 @@ Gradient, saved by the forward pass as coefs float32 [B, 3]:
     grad velocity        = dv, or w * dv under guidance
     grad uncond_velocity = float32(1 - guidance_scale) * dv, only when asked for
 
-rounded once to the dtype of the velocity. log_prob's own gradient has c_d = (go * (2 * (k * B))) / n.
-exp and the per-row scalars after it agree to a few ulp between backends; everything above is exact.
+rounded once to the dtype of the velocity. log_prob's own gradient has c_d = (go * (2 * (k * B))) /
+n. exp and the per-row scalars after it agree to a few ulp between backends; everything above is
+exact.
 
 In float64 (all floating inputs float64) the same code is the oracle and gradcheck's subject.
 """
@@ -344,7 +347,7 @@ def grpo_loss_backward(
     old_velocity: Tensor | None,
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of grad_loss * loss in velocity and uncond_velocity; coefs from the forward pass."""
+    """Gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
     c = coefficients(table, step, _compute_dtype(sample))
     v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     c_d, c_e, c_h = (grad_loss.to(d.dtype) * coefs).unbind(1)

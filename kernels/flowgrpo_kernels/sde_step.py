@@ -4,8 +4,8 @@
     x'   = round(A x + B v + C eps)               round: to the dtype of sample
     lp   = -k mean[(x' - A x - B v)^2] - c0       of the rounded x'; 0 where C = 0
 
-velocity, uncond_velocity, sample, x': [B, ...] float32, bfloat16 or float16 in any mix; arithmetic and
-log_prob are float32. Bytes moved per element: velocity (twice under guidance) + sample + x'.
+velocity, uncond_velocity, sample, x': [B, ...] float32, bfloat16 or float16 in any mix; arithmetic
+and log_prob are float32. Bytes moved per element: velocity (twice under guidance) + sample + x'.
 The float32 sequence and the order of the sum are in reference.py. For sampling only: no gradient.
 """
 
@@ -38,8 +38,9 @@ def sde_step(
     Args:
         velocity, uncond_velocity, sample: [B, ...], one shape and device, any mix of float dtypes.
         transitions: table on the same device.
-        step: row of the table: int, 0-dim or [B] int64. Tensors keep torch.compile from recompiling.
-        seeds: int64 [B], the key of each sample's noise. Or noise: [B, ...] standard normals.
+        step: row of the table: int, 0-dim or [B] int64. Tensors keep torch.compile from
+        recompiling. seeds: int64 [B], the key of each sample's noise. Or noise: [B, ...] standard
+        normals.
             Neither is needed when every row of the table is an ODE step.
         out, log_prob_out: contiguous buffers to write into, for example rows of a trajectory.
 

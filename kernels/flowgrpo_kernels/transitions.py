@@ -1,7 +1,7 @@
 """Transition tables: one float32 row of coefficients for every step of a sampler.
 
-With s = sigma_i, s' = sigma_{i+1}, dt = s' - s < 0 and a = noise_level, a step of every sampler of the
-Flow-GRPO family is affine and Gaussian (sigma falls from 1 at noise to 0 at data):
+With s = sigma_i, s' = sigma_{i+1}, dt = s' - s < 0 and a = noise_level, a step of every sampler of
+the Flow-GRPO family is affine and Gaussian (sigma falls from 1 at noise to 0 at data):
 
     mu       = A x + B v
     x'       = mu + C eps                        eps ~ N(0, I)
@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Transitions:
     table: Tensor
     sigmas: Tensor | None
     kinds: tuple[str, ...]
-    # 0 .. R-1 on the table's device: an int step becomes a view of it, without a copy to the device.
+    # 0 .. R-1 on the table's device: an int step becomes a view of it, without a copy to the
+    # device.
     _index: Tensor = field(repr=False)
 
     @classmethod
@@ -100,7 +102,7 @@ class Transitions:
         return self.table[:, COLUMNS.index(name)]
 
     def to(self, device: torch.device | str) -> Transitions:
-        """The same transitions with the table on `device`; copies once, so call it outside a loop."""
+        """The same transitions with the table on `device`; copies, so call it outside a loop."""
         device = torch.device(device)
         if device == self.table.device:
             return self
@@ -109,10 +111,11 @@ class Transitions:
 
     @staticmethod
     def cat(*parts: Transitions) -> Transitions:
-        """Tables one below another: row i is step i of the first part, row R1 + i step i of the second.
+        """Tables one below another: row i is step i of the first, row R1 + i step i of the second.
 
-        The noise counter of a row stays the step within its own part, so a sample draws the same noise
-        whichever part it is stepped by. With this, rows with different windows share a batch.
+        The noise counter of a row stays the step within its own part, so a sample draws the same
+        noise whichever part it is stepped by. With this, rows with different windows share a
+        batch.
         """
         if not parts or not all(isinstance(p, Transitions) for p in parts):
             raise TypeError("Transitions.cat takes one or more Transitions")
@@ -124,7 +127,7 @@ class Transitions:
 
 
 def flow_sde(sigmas, noise_level: float = 0.7, kl: str = "std_dev") -> Transitions:
-    """Flow-GRPO's SDE. sigmas: T + 1 strictly descending numbers in [0, 1] (any sequence or tensor)."""
+    """Flow-GRPO's SDE. sigmas: T + 1 strictly descending numbers in [0, 1], sequence or tensor."""
     s = _sigmas(sigmas)
     a = _noise_level(noise_level)
 
@@ -143,7 +146,7 @@ def dance_sde(sigmas, noise_level: float = 0.3, kl: str = "std_dev") -> Transiti
 
 
 def cps(sigmas, noise_level: float = 0.8, kl: str = "std_dev") -> Transitions:
-    """Coefficients-preserving sampling (Flow-CPS). noise_level in [0, 2]; k = 1, as in flow_grpo."""
+    """Coefficients-preserving sampling (Flow-CPS). noise_level in [0, 2]; k = 1 as in flow_grpo."""
     s = _sigmas(sigmas)
     a = _noise_level(noise_level)
     if a > 2.0:
@@ -240,7 +243,7 @@ def _sigmas(sigmas) -> list[float]:
     result = values.tolist()
     if not all(math.isfinite(x) and 0.0 <= x <= 1.0 for x in result):
         raise ValueError("sigmas must be finite and inside [0, 1]; divide timesteps by 1000 first")
-    if not all(x > y for x, y in zip(result, result[1:])):
+    if not all(x > y for x, y in pairwise(result)):
         raise ValueError("sigmas must be strictly descending, from noise (1) to data (0)")
     return result
 

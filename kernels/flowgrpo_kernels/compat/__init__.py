@@ -1,0 +1,1 @@
+"""Other projects' functions by their own signatures, one module a project."""

@@ -1,0 +1,41 @@
+"""A backward that can be differentiated no further, and says so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def once_differentiable(name: str) -> Callable[[Callable], Callable]:
+    """Decorator for the backward of an autograd.Function: no gradient flows through it.
+
+    torch's own once_differentiable raises only when the upstream gradient requires a gradient.
+    Here the result also depends on saved inputs, so with create_graph=True it would drop their
+    part in silence: a penalty on the gradient would train nothing. This one always raises in the
+    second backward.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapped(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                outputs = backward(ctx, *grads)
+            message = (
+                f"{name} can be differentiated once: its backward was asked for a gradient. "
+                "Compute the term that needs it from the velocities in plain PyTorch"
+            )
+            fail = torch._C._functions.DelayedError(message, len(outputs))
+            return fail(*(_leaf(value) for value in outputs))
+
+        return wrapped
+
+    return decorate
+
+
+def _leaf(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().requires_grad_()

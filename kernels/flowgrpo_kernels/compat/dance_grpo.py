@@ -1,0 +1,84 @@
+"""Drop-in for DanceGRPO's `flux_step` (fastvideo/train_grpo_flux.py).
+
+    from flowgrpo_kernels.compat.dance_grpo import flux_step
+
+or `with patch(train_grpo_flux): ...`. Same arguments, same return tuple. What differs:
+
+1. x' is rounded to the dtype of `latents` before it is scored (no difference for float32 latents,
+   which
+   is what DanceGRPO feeds).
+2. Arithmetic is float32 throughout. theirs multiplies a bfloat16 model_output in bfloat16.
+3. eta = 0 gives log_prob 0 and no gradient; theirs fails in the logarithm of 0.
+4. No host synchronisation: the table for `sigmas` is made once and kept with the tensor.
+5. `latents` and `prev_sample` are constants for the gradient of log_prob; one that requires a
+   gradient
+   raises.
+
+seeds= draws the noise from the samples' own seeds instead of torch's global generator. There is no
+switch to their 16-bit arithmetic: pass model_output.float() to theirs to compare.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..log_prob import log_prob as _score
+from ..sde_step import sde_step
+from ..transitions import COLUMNS, Transitions, dance_sde
+from ._patch import Patch
+from ._tables import cached
+
+
+def flux_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int,
+    prev_sample: Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+    *,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(prev_sample, pred_original, log_prob [B]) with grpo, else (mean, pred_original).
+
+    sigmas: [T + 1] tensor, 1 -> 0. index: the step, an int or a 0-dim int64 tensor.
+    sde_solver=False keeps the ODE mean and adds noise of eta sqrt(dt).
+    """
+    key = (float(eta), bool(sde_solver), str(latents.device))
+    transitions = cached(sigmas, key, lambda: _transitions(sigmas, eta, sde_solver, latents.device))
+    step = index if isinstance(index, Tensor) else transitions._index[index]
+    row = transitions.table[step]
+    sigma = row[COLUMNS.index("sigma")]
+    pred_original = latents.float() - sigma * model_output.float()
+    if not grpo:
+        return row[0] * latents.float() + row[1] * model_output.float(), pred_original
+    if prev_sample is None:
+        noise = None if seeds is not None else torch.randn_like(latents, dtype=torch.float32)
+        with torch.no_grad():
+            prev_sample, log_prob = sde_step(
+                model_output, latents, transitions, index, seeds=seeds, noise=noise
+            )
+        if not (torch.is_grad_enabled() and model_output.requires_grad):
+            return prev_sample, pred_original, log_prob
+    log_prob = _score(model_output, latents, prev_sample, transitions, index)
+    return prev_sample, pred_original, log_prob
+
+
+def patch(*modules: ModuleType, **options) -> Patch:
+    """Replaces flux_step in modules; a context manager with revert()."""
+    return Patch("flux_step", flux_step, modules, options)
+
+
+def _transitions(sigmas: Tensor, eta: float, sde_solver: bool, device) -> Transitions:
+    transitions = dance_sde(sigmas, float(eta))
+    if not sde_solver:
+        table = transitions.table.clone()
+        table[:, COLUMNS.index("A")] = 1.0
+        table[:, COLUMNS.index("B")] = -transitions.column("abs_dt")
+        transitions = Transitions.from_table(table, transitions.sigmas, transitions.kinds)
+    return transitions.to(device)

@@ -1,0 +1,28 @@
+"""Kernel tests: poisoned buffers, and every test that takes `backend` runs on each backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowgrpo_kernels import _ops
+
+
+def _available(name: str) -> bool:
+    return name == "reference" or bool(_ops.backends()[name]["available"])
+
+
+@pytest.fixture(autouse=True)
+def _poison(poisoned_empty):
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request):
+    """The name of a backend that runs CPU tensors here; Triton in its interpreter."""
+    if not _available(request.param):
+        pytest.skip(f"{request.param}: {_ops.backends()[request.param]['reason']}")
+    if request.param == "triton" and not _ops._interpreting():
+        pytest.skip("triton runs on the GPU here, not in the interpreter")
+    with _ops.use_backend(request.param):
+        yield request.param
