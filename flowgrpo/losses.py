@@ -1,7 +1,8 @@
 """Objectives: what an update minimises over one chunk of rows at one trained step each.
 
-`grpo` is Flow-GRPO's loss (arXiv 2505.05470, equation 5), with r the ratio of the step's probability
-now to that in the rollout, A the advantage and v, v_ref the velocities with and without adapters:
+`grpo` is Flow-GRPO's loss (arXiv 2505.05470, equation 5), with r the ratio of the step's
+probability now to that in the rollout, A the advantage and v, v_ref the velocities with and without
+adapters:
 
     policy = max(-A r, -A clip(r, 1 - c, 1 + c))        A clamped to +- adv_clip
     loss   = mean over rows [ policy + beta K B^2 mean (v - v_ref)^2 ]
@@ -9,9 +10,9 @@ now to that in the rollout, A the advantage and v, v_ref the velocities with and
 Deliberate departures from the paper and from flow_grpo:
 
 1. With step_weighting "std" the policy term of a step is weighted by C / |B| (mean 1 over the steps
-   that may be trained). The gradient of log_prob in v is (B / C) eps / D, so flow_grpo's steps differ
-   in scale by a factor of about 30 (SD3, T = 10), and the late ones decide the direction. The KL term
-   is not weighted.
+   that may be trained). The gradient of log_prob in v is (B / C) eps / D, so flow_grpo's steps
+   differ in scale by a factor of about 30 (SD3, T = 10), and the late ones decide the direction.
+   The KL term is not weighted.
 2. Rows of a dropped group (a reward that failed) have weight 0; the others are scaled up in turn.
 3. The reference velocity is computed only if beta > 0.
 """
@@ -21,13 +22,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from flowgrpo_kernels import grpo_loss
 from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Experience
 from flowgrpo.rollout import Schedule, velocity
+from flowgrpo_kernels import grpo_loss
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def grpo(
     inputs = (
         sample,
         plan.sigmas[place],
-        experience.conditioning.rows(experience.groups[rows]),
+        experience.conditioning.rows(trajectory.groups[rows]),
         experience.uncond,
     )
     reference: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from flowgrpo import seeds
-from flowgrpo.config import ConfigError
+from flowgrpo.config import Config, ConfigError
 from flowgrpo.records import Prompts
 
 
 def load(name: str, split: str = "train") -> Prompts:
-    """The prompts of a set. A single file has no splits: it is returned whole for each of them."""
+    """The prompts of a set, "train" or another split. A single file is the same in every split."""
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
@@ -52,59 +52,70 @@ def _file_of_split(folder: Path, split: str) -> Path:
     )
 
 
-def _read_text(path: Path) -> Prompts:
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
+        # Not splitlines: it also splits at separators that may stand inside a JSON string.
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the prompt file {path} is not UTF-8 text ({error}); convert it."
+            f"the prompt file {path} cannot be read as UTF-8 text ({error}); convert it."
         ) from error
-    return Prompts.of([line.strip() for line in lines if line.strip()])
+
+
+def _read_text(path: Path) -> Prompts:
+    return Prompts.of([line.strip() for line in _lines(path) if line.strip()])
 
 
 def _read_jsonl(path: Path) -> Prompts:
     texts, metadata = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            texts.append(entry["prompt"])
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except json.JSONDecodeError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ConfigError(
-                f"line {number} of {path} is {line[:60]!r}, but a JSON object with the key "
+                f"line {number} of {path} is {line[:60]!r}, but a JSON object with a string "
                 "'prompt' is expected; correct the line."
-            ) from error
+            )
+        texts.append(entry["prompt"])
         metadata.append(entry)
     return Prompts.of(texts, metadata)
 
 
-def batch(prompts: Prompts, count: int, *, seed: int, iteration: int) -> Prompts:
-    """The `count` prompts of an iteration, all different.
-
-    The set is shuffled once per epoch and cut into batches; what is left over at the end of an epoch
-    waits for the next shuffle.
-    """
+def check(prompts: Prompts, count: int) -> None:
+    """Raise unless the set has the `count` prompts of an iteration."""
     if count > len(prompts):
         raise ConfigError(
             f"sample.prompts_per_iteration is {count}, but the prompt set has only {len(prompts)} "
             "prompts; lower it or add prompts."
         )
+
+
+def batch(prompts: Prompts, config: Config, iteration: int) -> Prompts:
+    """The K prompts of an iteration, all different.
+
+    The set is shuffled once per epoch and cut into batches; what is left over at the end of an
+    epoch waits for the next shuffle.
+    """
+    count = config.sample.prompts_per_iteration
+    check(prompts, count)
     epoch, place = divmod(iteration, len(prompts) // count)
-    order = seeds.permutation(len(prompts), seed, seeds.PROMPTS, epoch)
+    order = seeds.permutation(len(prompts), config.run.seed, seeds.PROMPTS, epoch)
     return prompts.take(order[place * count : (place + 1) * count])
 
 
-def row_seeds(
-    count: int, group_size: int, *, seed: int, iteration: int, shared_noise: bool
-) -> tuple[Tensor, Tensor]:
-    """int64 [K*G] twice: seeds of the steps' noise, and of the initial noise.
+def row_seeds(count: int, config: Config, iteration: int) -> tuple[Tensor, Tensor]:
+    """int64 [B] twice, for `count` groups: seeds of the steps' noise and of the initial noise.
 
-    With `shared_noise` the rows of one group start from the same latent.
+    With `sample.shared_noise` the rows of one group start from the same latent.
     """
-    rows = np.arange(count * group_size)
-    own = torch.from_numpy(seeds.sample_seeds(seed, seeds.ROW, iteration, rows))
-    if not shared_noise:
+    rows = np.arange(count * config.sample.group_size)
+    own = torch.from_numpy(seeds.sample_seeds(config.run.seed, seeds.ROW, iteration, rows))
+    if not config.sample.shared_noise:
         return own, own
-    shared = seeds.sample_seeds(seed, seeds.GROUP, iteration, rows // group_size)
+    groups = rows // config.sample.group_size
+    shared = seeds.sample_seeds(config.run.seed, seeds.GROUP, iteration, groups)
     return own, torch.from_numpy(shared)

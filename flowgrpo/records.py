@@ -7,7 +7,7 @@ prompt k), T sampling steps, W trained steps of a row, C H W of a latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,8 @@ class Trajectory:
     """int64 [W, B]: rows of the transition table for the trained steps."""
     positions: Tensor
     """int64 [W, B]: the same steps as places i in `latents`."""
+    groups: Tensor
+    """int64 [B]: the prompt of each row, as a place in the K embeddings."""
     seeds: Tensor
     """int64 [B]: the seeds of the noise."""
     velocities: Tensor | None = None
@@ -77,15 +79,18 @@ class Experience:
 
     trajectory: Trajectory
     conditioning: Conditioning
-    """Of the K prompts; `groups` says which one belongs to a row."""
+    """Of the K prompts; `trajectory.groups` says which one belongs to a row."""
     uncond: Conditioning | None
     """Of the empty prompt, one row; None without guidance."""
-    groups: Tensor
-    """int64 [B]: the prompt of each row."""
     advantages: Tensor
     """float32 [B]."""
     weights: Tensor
     """float32 [B]: 0 for the rows of a dropped group; mean 1."""
+
+    def to(self, device: torch.device) -> Experience:
+        """The same with advantages and weights, which were made on the CPU, on `device`."""
+        moved = {"advantages": self.advantages.to(device), "weights": self.weights.to(device)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Scores:
 
     total: Tensor
     """float64 [B]: weighted sum of the parts; NaN in a dropped group."""
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor]
     """float64 [B] for each reward; NaN in a dropped group."""
-    dropped: Tensor | None = None
+    dropped: Tensor
     """bool [K]: groups whose reward failed every attempt."""

@@ -1,27 +1,29 @@
 """Sampling: noise -> T steps of the transition -> latents, all states kept.
 
-Step i is x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps (flowgrpo_kernels.transitions). Which row of
-the transition table a row of the batch uses at step i is data: the table holds the stochastic steps
-and, below them, the deterministic ones, so rows with different windows go through one forward.
+Step i is x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps (flowgrpo_kernels.transitions). Which
+row of the transition table a row of the batch uses at step i is data: the table holds the
+stochastic steps and, below them, the deterministic ones, so rows with different windows go through
+one forward.
 
     window of group k = [start_k, start_k + W): stochastic and trained; elsewhere the ODE step
 
-Rows are processed in chunks of a fixed number, in order. The update uses the same chunks: kernels of
-matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
+Rows are processed in chunks of a fixed number, in order. The update uses the same chunks: kernels
+of matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, initial_noise, ode, sde_step
 from torch import Tensor
 
 from flowgrpo import seeds as random
-from flowgrpo.config import SampleConfig
+from flowgrpo.config import Config, SampleConfig
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
+from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, initial_noise, ode, sde_step
 
 TRANSITIONS = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
 
@@ -69,24 +71,23 @@ def ode_schedule(policy: Policy, steps: int) -> Schedule:
 def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
     """float32 [T]: C / |B|, of mean 1 over the steps [low, high).
 
-    The gradient of log_prob in the velocity is (B / C) eps / D, so these weights give every step the
-    same scale of gradient.
+    The gradient of log_prob in the velocity is (B / C) eps / D, so these weights give every step
+    the same scale of gradient.
     """
     table = transitions.table.to("cpu", torch.float64)
     weights = table[:, 2] / table[:, 1].abs()
     return (weights / weights[low:high].mean()).to(torch.float32)
 
 
-def windows(
-    groups: int, group_size: int, sample: SampleConfig, *, seed: int, iteration: int
-) -> Tensor:
+def windows(groups: int, config: Config, iteration: int) -> Tensor:
     """int64 [W, B]: the trained steps of each row, the same for all rows of a group."""
-    low, high = sample.window_bounds
-    length = sample.trained_steps
+    low, high = config.sample.window_bounds
+    length = config.sample.trained_steps
+    number = np.arange(groups)
     start = low + random.below(
-        high - length - low + 1, seed, random.WINDOW, iteration, torch.arange(groups).numpy()
+        high - low - length + 1, config.run.seed, random.WINDOW, iteration, number
     )
-    start = torch.from_numpy(start).repeat_interleave(group_size)
+    start = torch.from_numpy(start).repeat_interleave(config.sample.group_size)
     return start[None, :] + torch.arange(length)[:, None]
 
 
@@ -181,7 +182,7 @@ def rollout(
         positions = torch.empty(0, rows, dtype=torch.int64)
     positions = positions.to(device)
     return Trajectory(
-        latents, log_probs, steps.gather(0, positions), positions, seeds, velocities
+        latents, log_probs, steps.gather(0, positions), positions, groups, seeds, velocities
     )
 
 

@@ -1,8 +1,8 @@
 """Random numbers without state: every draw is a hash of (run seed, purpose, indices).
 
 Nothing in a run reads or advances a global generator, so a draw depends only on what it is for: an
-iteration can be repeated alone, a resumed run draws what the uninterrupted one would have drawn, and
-a sample keeps its numbers whatever batch or process it is in.
+iteration can be repeated alone, a resumed run draws what the uninterrupted one would have drawn,
+and a sample keeps its numbers whatever batch or process it is in.
 """
 
 from __future__ import annotations

@@ -2,28 +2,30 @@
 
 One iteration, for K prompts with G samples each (B = K G rows), T steps of the sampler:
 
-    x_0 ~ N(0, I);  x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps        rollout.py, flowgrpo_kernels
-    r_b = sum_n weight_n reward_n(image_b, prompt_b)                         rewards/
-    A_b = (r_b - mean of its group) / (std + 1e-4)                           advantages.py
-    minimise mean over rows and trained steps of
-        max(-A r, -A clip(r, 1 - c, 1 + c)) + beta KL(policy || reference)   losses.py
-    r = exp(log p(x_{i+1} | x_i) - the same at the rollout), log p averaged over the elements
+    rollout     x_0 ~ N(0, I);  x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps
+    rewards     R_b = sum_n weight_n reward_n(image_b, prompt_b)
+    advantages  A_b = (R_b - mean of its group) / (std + 1e-4)
+    losses      minimise the mean over rows and trained steps of
+                max(-A r, -A clip(r, 1 - c, 1 + c)) + beta KL(policy || reference),
+                r = exp(log p(x_{i+1} | x_i) - its value at the rollout),
+                log p averaged over the elements of a sample
 
-in `optim.updates_per_iteration` optimizer steps, each on its own part of the rows. Evaluation samples
-with the deterministic sampler and the averaged weights.
+in `optim.updates_per_iteration` optimizer steps, each on its own part of the rows. Evaluation
+samples with the deterministic sampler and the averaged weights.
 
-Deliberate departures from the paper and from flow_grpo (losses.py and advantages.py have their own):
+Deliberate departures from the paper and from flow_grpo (losses.py and advantages.py have their
+own):
 
 1. A window of stochastic steps, if any, is drawn once per group (flow_grpo: per process). Rows with
    different windows share a batch: which transition a row takes is an index into a table.
-2. The update goes over the same chunks of rows in the same order as the rollout, unshuffled, so each
-   forward repeats the rollout's bits and the ratios of the first update are exactly 1.0. The largest
-   deviation is measured in every iteration and stops the run past `optim.ratio_tolerance`.
+2. The update goes over the same chunks of rows in the same order as the rollout, unshuffled, so
+   each forward repeats the rollout's bits and the ratios of the first update are exactly 1.0. The
+   largest deviation is measured in every iteration and stops the run past `optim.ratio_tolerance`.
 3. Groups whose rewards are all equal stay in the batch with advantage 0 (flow_grpo drops the rows).
    A group whose reward failed stays with weight 0.
 4. Frozen weights may be 16-bit, adapters are float32, and there is no autocast.
-5. Every random number is a hash of (seed, purpose, iteration, index): no generator has a state, so a
-   resumed run goes on with the same numbers.
+5. Every random number is a hash of (seed, purpose, iteration, index): no generator has a state, so
+   a resumed run goes on with the same numbers.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Experience, Prompts, Scores, Trajectory
+from flowgrpo.reports import Reports
 from flowgrpo.rollout import Schedule, chunks, decode, rollout, schedule, table_rows, windows
 
 OBJECTIVES: dict[str, Callable[..., losses.Loss]] = {"grpo": losses.grpo}
@@ -49,7 +52,11 @@ OBJECTIVES: dict[str, Callable[..., losses.Loss]] = {"grpo": losses.grpo}
 
 
 class RatioError(RuntimeError):
-    """The first ratios of an update were not 1: rollout and update computed different velocities."""
+    """The first ratios of an update were not 1: rollout and update disagree on the velocity."""
+
+
+class DivergenceError(RuntimeError):
+    """The gradient is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,27 @@ class Parts:
     prompts: Prompts
     scorer: rewards.Scorer
     uncond: Conditioning | None
+    """Of the empty prompt; None without guidance."""
 
 
 def setup(config: Config) -> Parts:
-    """Load the model, make it trainable, and check all that can be checked before the first image."""
+    """Load the model, make it trainable, and check what can be checked before the first image."""
     runs.prepare_process(config)
     scorer = rewards.Scorer(config.reward.weights, config.reward.retries)
     prompt_set = prompts.load(config.sample.prompts, "train")
-    prompts.batch(prompt_set, config.sample.prompts_per_iteration, seed=0, iteration=0)
-    policy = _load_policy(config)
+    prompts.check(prompt_set, config.sample.prompts_per_iteration)
+    policy = load_policy(config)
+    for start in range(0, len(prompt_set), 256):
+        # Words that the model does not know raise here, not in the middle of the run.
+        policy.check_texts(prompt_set.texts[start : start + 256])
     state = runs.State.create(policy.transformer, config.optim)
     plan = schedule(policy, config.sample, config.optim.kl)
     uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
     return Parts(policy, plan, state, prompt_set, scorer, uncond)
 
 
-def _load_policy(config: Config) -> Policy:
+def load_policy(config: Config) -> Policy:
+    """The model of a run with its adapters, or with all of its weights made trainable."""
     whole = config.policy.adapter == "full"
     if whole and config.policy.dtype not in ("auto", "float32"):
         raise ConfigError(
@@ -94,74 +106,61 @@ def _load_policy(config: Config) -> Policy:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train as `config` says; returns what the run directory's summary.json holds."""
+    """Train as `config` says; returns what summary.json of the run directory holds."""
     parts = setup(config)
-    policy, state = parts.policy, parts.state
-    for _ in range(state.iteration, config.run.steps):
-        clock = Clock(policy.device)
-        batch = prompts.batch(
-            parts.prompts,
-            config.sample.prompts_per_iteration,
-            seed=config.run.seed,
-            iteration=state.iteration,
-        )
-        with clock("rollout"):
-            conditioning, groups, trajectory = collect(parts, batch, config)
-            images = decode(policy, trajectory.latents[-1], config.sample.batch_size)
-        with clock("reward"):
-            scores = parts.scorer(images, batch, config.sample.group_size)
-        experience = Experience(
-            trajectory, conditioning, parts.uncond, groups, *weigh(scores, parts, config)
-        )
-        with clock("update"):
-            metrics = update(parts, experience, config)
-        state.iteration += 1
-        print(state.iteration, metrics | summarise(scores, experience, config), clock.seconds)
-    return {}
+    policy, state, group_size = parts.policy, parts.state, config.sample.group_size
+    with runs.stoppable() as stop, Reports.open(config, policy, state) as reports:
+        while state.iteration < config.run.steps and not stop.requested:
+            clock = Clock(policy.device)
+            with clock("rollout"):
+                batch = prompts.batch(parts.prompts, config, state.iteration)
+                conditioning = policy.encode(batch.texts)
+                trajectory = collect(parts, conditioning, config)
+                images = decode(policy, trajectory.latents[-1], config.sample.batch_size)
+            with clock("reward"):
+                scores = parts.scorer(images, batch, group_size)
+                gains, weights = advantages(scores.total.view(-1, group_size), config.optim)
+            with clock("update"):
+                experience = Experience(trajectory, conditioning, parts.uncond, gains, weights).to(
+                    policy.device
+                )
+                metrics = update(parts, experience, config)
+            state.iteration += 1
+            reports.iteration({**describe(scores, gains), **metrics}, clock.seconds)
+        return reports.finish(interrupted=stop.requested)
 
 
-def collect(
-    parts: Parts, batch: Prompts, config: Config
-) -> tuple[Conditioning, Tensor, Trajectory]:
-    """The rollout of one iteration: embeddings of its prompts, the prompt of each row, the states."""
-    sample, place = config.sample, {"seed": config.run.seed, "iteration": parts.state.iteration}
-    conditioning = parts.policy.encode(batch.texts)
-    groups = torch.arange(len(batch), device=parts.policy.device)
-    groups = groups.repeat_interleave(sample.group_size)
-    row_seeds, noise_seeds = prompts.row_seeds(
-        len(batch), sample.group_size, shared_noise=sample.shared_noise, **place
-    )
-    positions = windows(len(batch), sample.group_size, sample, **place)
-    trajectory = rollout(
+def collect(parts: Parts, conditioning: Conditioning, config: Config) -> Trajectory:
+    """The rollout of one iteration: K x G rows, each with its seeds and its window."""
+    count, iteration = len(conditioning), parts.state.iteration
+    positions = windows(count, config, iteration)
+    own, initial = prompts.row_seeds(count, config, iteration)
+    return rollout(
         parts.policy,
         conditioning,
         parts.plan,
-        table_rows(positions, sample.steps),
-        groups=groups,
-        seeds=row_seeds,
-        noise_seeds=noise_seeds,
-        batch_size=sample.batch_size,
+        table_rows(positions, config.sample.steps),
+        groups=torch.arange(count).repeat_interleave(config.sample.group_size),
+        seeds=own,
+        noise_seeds=initial,
+        batch_size=config.sample.batch_size,
         uncond=parts.uncond,
-        guidance_scale=sample.guidance_scale,
+        guidance_scale=config.sample.guidance_scale,
         positions=positions,
         keep_velocities=config.optim.guard,
     )
-    return conditioning, groups, trajectory
-
-
-def weigh(scores: Scores, parts: Parts, config: Config) -> tuple[Tensor, Tensor]:
-    """Advantages and weights of the rows, on the device."""
-    rewards_kg = scores.total.view(-1, config.sample.group_size)
-    found = advantages(rewards_kg, config.optim.advantage_std)
-    return tuple(x.to(parts.policy.device) for x in found)
 
 
 def update(parts: Parts, experience: Experience, config: Config) -> dict[str, Any]:
-    """The optimizer steps of one iteration; returns means over its micro-steps."""
+    """The optimizer steps of one iteration, each over its own part of the chunks.
+
+    Returns the means of the objective's metrics over all micro-steps (one chunk at one of its
+    trained steps), the gradient norm of each optimizer step before clipping, and the largest
+    |ratio - 1| before the first one.
+    """
     objective = OBJECTIVES["grpo"]
-    turns = experience.trajectory.positions.shape[0]
+    turns, share = config.sample.trained_steps, config.chunks_per_update
     every = chunks(config.sample.rows, config.sample.batch_size)
-    share = config.chunks_per_update
     sums: dict[str, Tensor] = {}
     norms, deviations = [], []
     for number in range(config.optim.updates_per_iteration):
@@ -174,33 +173,45 @@ def update(parts: Parts, experience: Experience, config: Config) -> dict[str, An
                 if number == 0:
                     deviations.append((out.ratio - 1).abs().amax())
         norms.append(parts.state.step())
-    # Read only here: until now nothing has waited for the device.
+    # The first numbers that are read from the device since the rewards.
     error = float(torch.stack(deviations).amax())
-    check_ratio(error, config)
+    check_ratio(error, config.optim.ratio_tolerance)
     means = {name: float(value) / (len(every) * turns) for name, value in sums.items()}
-    return means | {"grad_norm": [float(norm) for norm in norms], "max_ratio_error": error}
+    norms = check_norms([float(norm) for norm in norms])
+    return {**means, "grad_norm": norms, "max_ratio_error": error}
 
 
-def check_ratio(error: float, config: Config) -> None:
-    """Raise if the ratios of the first update were not 1."""
-    if not error <= config.optim.ratio_tolerance:
+def check_ratio(error: float, tolerance: float) -> None:
+    """Raise unless the largest |ratio - 1| of the first update, `error`, is within `tolerance`."""
+    # Written so that NaN raises too.
+    if not error <= tolerance:
         raise RatioError(
             f"the first update after a rollout saw |ratio - 1| up to {error:.3g}, but at most "
-            f"{config.optim.ratio_tolerance:g} is allowed (optim.ratio_tolerance), because rollout "
-            "and update must compute the same velocities; use the same kernels, dtype and "
-            "batch_size in both, or raise the tolerance."
+            f"{tolerance:g} is allowed (optim.ratio_tolerance), because rollout and update must "
+            "compute the same velocities; use the same kernels, dtype and batch size in both, or "
+            "raise the tolerance."
         )
 
 
-def summarise(scores: Scores, experience: Experience, config: Config) -> dict[str, Any]:
+def check_norms(norms: list[float]) -> list[float]:
+    """`norms`, if all are finite."""
+    if not all(norm < float("inf") for norm in norms):
+        raise DivergenceError(
+            f"the gradient norms of this iteration are {norms}, but finite numbers are expected; "
+            "go on from the last checkpoint with a lower optim.lr."
+        )
+    return norms
+
+
+def describe(scores: Scores, gains: Tensor) -> dict[str, Any]:
     """What is logged of the rewards of one iteration."""
     kept = scores.total.isfinite()
-    equal = (experience.advantages.view(-1, config.sample.group_size) == 0).all(dim=1)
+    equal = (gains.view(len(scores.dropped), -1) == 0).all(dim=1) & ~scores.dropped
     return {
         "reward": float(scores.total[kept].mean()),
         "reward_std": float(scores.total[kept].std(correction=0)),
         "rewards": {name: float(part[kept].mean()) for name, part in scores.parts.items()},
-        "equal_groups": float(equal.float().mean()),
+        "equal_groups": int(equal.sum()),
         "dropped_groups": int(scores.dropped.sum()),
     }
 

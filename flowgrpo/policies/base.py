@@ -1,9 +1,10 @@
 """What the trainer asks of a model.
 
-A policy is a diffusers pipeline seen as three functions: `encode` texts, `velocity` of a sample at a
-noise level, `decode` latents to images. Rollout, update, reference and evaluation all call the same
-`velocity`, with the same weights and dtype, and no autocast: on the same rows in the same batch
-geometry it returns the same bits with and without autograd, so the first ratio of an update is 1.
+A policy is a diffusers pipeline seen as three functions: `encode` texts, `velocity` of a sample at
+a noise level, `decode` latents to images. Rollout, update, reference and evaluation all call the
+same `velocity`, with the same weights and dtype, and no autocast: on the same rows in the same
+batch geometry it returns the same bits with and without autograd, so the first ratio of an update
+is 1.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ class Conditioning:
 
     def expand(self, count: int) -> Conditioning:
         """A single prompt as `count` rows."""
-        return Conditioning(
-            self.embeds.expand(count, -1, -1), self.pooled.expand(count, -1)
-        )
+        return Conditioning(self.embeds.expand(count, -1, -1), self.pooled.expand(count, -1))
 
     def then(self, other: Conditioning) -> Conditioning:
         """These prompts, then those of `other`."""
@@ -105,6 +104,10 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, in one batch, on the policy's device."""
+
+    @abstractmethod
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raise ConfigError for a text that the model cannot be given."""
 
     @abstractmethod
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -167,7 +170,11 @@ def _pipeline_class(source: str, model: str) -> str:
         index = Path(source) / "model_index.json"
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             index = Path(hf_hub_download(source, "model_index.json"))

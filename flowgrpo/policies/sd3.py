@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5, and pipelines of the same class without VAE or second and third encoder.
+"""Stable Diffusion 3 and 3.5, and pipelines of their class without VAE or with one text encoder.
 
 With three text encoders the embeddings are those of diffusers' own `encode_prompt`. With one
 (CLIPTextModelWithProjection), a prompt's embeddings are its last hidden states, and its pooled
@@ -53,27 +53,27 @@ class SD3Policy(Policy):
         )
         return Conditioning(embeds.to(self.dtype), pooled.to(self.dtype))
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        if self.pipeline.text_encoder_2 is None:
+            self._tokens(list(texts))
+
     def _encode_with_one(self, texts: list[str]) -> Conditioning:
+        out = self.pipeline.text_encoder(self._tokens(texts).to(self.device))
+        return Conditioning(out.last_hidden_state.to(self.dtype), out.text_embeds.to(self.dtype))
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        """int64 [N, L]; raises for a word that the tokenizer maps to its unknown token."""
         tokenizer = self.pipeline.tokenizer
-        tokens = tokenizer(
+        ids = tokenizer(
             texts,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        )
-        self._check_words(texts, tokens.input_ids)
-        out = self.pipeline.text_encoder(tokens.input_ids.to(self.device))
-        return Conditioning(out.last_hidden_state.to(self.dtype), out.text_embeds.to(self.dtype))
-
-    def _check_words(self, texts: list[str], ids: Tensor) -> None:
-        """Raise for a word that the tokenizer maps to its unknown token.
-
-        A byte-pair tokenizer knows every word; its unknown token is another name of the last one.
-        """
-        tokenizer = self.pipeline.tokenizer
+        ).input_ids
+        # A byte-pair tokenizer knows every word; its unknown token is another name of the last one.
         if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.pad_token_id):
-            return
+            return ids
         for text, unknown in zip(texts, (ids == tokenizer.unk_token_id).any(dim=1), strict=True):
             if unknown:
                 words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
@@ -81,6 +81,7 @@ class SD3Policy(Policy):
                     f"the prompt {text!r} has a word that {self.name} does not know, but only "
                     f"{', '.join(words)} are expected; use these words."
                 )
+        return ids
 
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(

@@ -6,7 +6,8 @@ A name is one of `REWARDS`, or "package.module:function" of the user's own. The 
 `load`, so no reward's dependencies are needed for another's.
 
 `Scorer` is the weighted sum of several. A reward that raises or returns scores that are not finite
-is asked again, group by group; a group that fails every time is dropped and counted, never scored 0.
+is asked again, group by group; a group that fails every time is dropped and counted, never scored
+0.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ class Scorer:
         Raises:
             RewardError: a reward returned a wrong number of scores, or failed for every group.
         """
-        parts = {
-            name: self._all_groups(name, images, prompts, group_size) for name in self.weights
-        }
+        parts = {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
         total = sum(weight * parts[name] for name, weight in self.weights.items())
         dropped = total.isnan().view(len(prompts), group_size).any(dim=1)
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
@@ -113,8 +112,13 @@ class Scorer:
                 f"reward {name!r} failed for all {len(prompts)} groups after {self.retries} "
                 f"retries ({problem}), but {len(images)} finite scores are expected; mend it."
             )
-        log.warning("reward %r failed for %d of %d groups, which are dropped (%s)",
-                    name, len(failed), len(prompts), problem)
+        log.warning(
+            "reward %r failed for %d of %d groups, which are dropped (%s)",
+            name,
+            len(failed),
+            len(prompts),
+            problem,
+        )
         for group in failed:
             scores[group * group_size : (group + 1) * group_size] = torch.nan
         return scores
@@ -126,9 +130,7 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _call(
-    reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int
-) -> Tensor:
+def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
     """float64 scores of `images` on the CPU; the count is checked."""
     texts = [text for text in prompts.texts for _ in range(group_size)]
     metadata = [entry for entry in prompts.metadata for _ in range(group_size)]

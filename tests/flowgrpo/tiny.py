@@ -58,7 +58,15 @@ def clip(width: int, projection: int, length: int = 8):
 
 
 def transformer(
-    *, size: int, channels: int, text: int, pooled: int, layers: int, heads: int, head_dim: int, patch: int
+    *,
+    size: int,
+    channels: int,
+    text: int,
+    pooled: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    patch: int,
 ):
     """An SD3Transformer2DModel whose output layer is small but not zero, as a trained one's."""
     from diffusers import SD3Transformer2DModel
