@@ -87,6 +87,8 @@ def _build_info(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise NativeError(f"{path} cannot be read ({error}); {_AGAIN}") from None
+    if not isinstance(info, dict):
+        raise NativeError(f"{path} does not hold the facts of a build; {_AGAIN}")
     if not info.get("built"):
         raise NativeError(f"the native library was not built: {info.get('reason', 'unknown')}")
     return info

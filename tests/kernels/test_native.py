@@ -1,4 +1,4 @@
-"""The native CPU library gives the bits of reference.py: all dtypes, shapes, threads, instruction sets."""
+"""The native library gives the bits of reference.py: all dtypes, sizes, threads, instruction sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from flowgrpo_kernels import _native, cps, dance_sde, flow_sde, ode, reference
 from flowgrpo_kernels._native_library import ISAS
 from flowgrpo_kernels.transitions import Transitions
