@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -15,18 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
 TRAINER = ROOT / "flowgrpo"
 
-# The order of design: a module imports only modules of a lower level, or of its own package.
-LEVELS = [
-    {"validation"},
-    {"config", "records"},
-    {"prompts", "rewards", "advantages", "losses", "policies", "runs", "pictures"},
-    {"rollout"},
-    {"nano"},
-    {"evaluate"},
-    {"train", "doctor"},
-    {"cli"},
-    {"__main__"},
-]
+# One training step in the order of the data: a stage may use what comes before it, never after it.
+STAGES = ("prompts", "policies", "rollout", "rewards", "advantages", "losses", "train", "cli")
 
 # What `import transformers, diffusers` reach only when a model is imported.
 PROBE = """
@@ -111,23 +102,33 @@ def test_kernels_never_import_the_trainer():
             assert name.split(".")[0] != "flowgrpo", f"{file} imports {name}"
 
 
-def test_trainer_imports_point_one_way():
-    level = {name: i for i, names in enumerate(LEVELS) for name in names}
-    stages = {p.stem for p in TRAINER.glob("*.py")} | {
-        p.name for p in TRAINER.iterdir() if (p / "__init__.py").exists()
+def import_graph() -> dict[str, set[str]]:
+    """Module or folder of the trainer -> those it imports, also inside functions."""
+    modules = {p.stem for p in TRAINER.glob("*.py")} | {
+        p.parent.name for p in TRAINER.glob("*/*.py")
     }
-    stages -= {"__init__"}
-    assert stages <= set(level), f"give {stages - set(level)} a level in LEVELS"
+    graph: dict[str, set[str]] = {name: set() for name in modules - {"__init__"}}
     for file in TRAINER.rglob("*.py"):
         here = file.relative_to(TRAINER).parts[0].removesuffix(".py")
-        if here == "__init__":
-            continue
         for name in imports_of(file, ROOT):
-            parts = name.split(".")
-            if parts[0] != "flowgrpo" or len(parts) < 2 or parts[1] not in level:
-                continue
-            if parts[1] != here:
-                assert level[parts[1]] < level[here], f"{file.relative_to(ROOT)} imports {name}"
+            parts = [*name.split("."), ""]
+            if parts[0] == "flowgrpo" and parts[1] in graph and here in graph and parts[1] != here:
+                graph[here].add(parts[1])
+    return graph
+
+
+def test_trainer_imports_have_no_cycle():
+    list(graphlib.TopologicalSorter(import_graph()).static_order())
+
+
+def test_stages_import_downwards_only():
+    graph = import_graph()
+    assert set(STAGES) <= set(graph)
+    for i, stage in enumerate(STAGES):
+        assert not graph[stage] & set(STAGES[i + 1 :]), f"{stage} imports a later stage"
+    # What several stages share stands on its own.
+    assert not graph["records"] & set(STAGES)
+    assert not graph["config"] & set(STAGES)
 
 
 def test_light_imports():

@@ -1,4 +1,4 @@
-"""The native library gives the bits of reference.py: all dtypes, sizes, threads, instruction sets."""
+"""The native library gives the bits of reference.py: dtypes, sizes, threads, instruction sets."""
 
 from __future__ import annotations
 

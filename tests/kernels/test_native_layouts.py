@@ -1,4 +1,4 @@
-"""Native ops through the public functions: layouts, alignment, empty batches, bad steps, rounding."""
+"""Native ops through the public functions: layouts, alignment, empty batches, steps, rounding."""
 
 from __future__ import annotations
 
