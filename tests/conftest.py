@@ -1,4 +1,4 @@
-"""Shared by every test: one torch thread, the interpreter where there is no GPU, NaN in torch.empty."""
+"""Shared by every test: one torch thread, the Triton interpreter without a GPU, NaN buffers."""
 
 from __future__ import annotations
 

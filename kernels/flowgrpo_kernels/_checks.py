@@ -14,6 +14,8 @@ from torch import Tensor
 from ._ops import FLOAT_DTYPES
 from .transitions import Transitions
 
+# Latents that every op that takes them must be given.
+REQUIRED = ("velocity", "prev_sample")
 DEBUG = os.environ.get("FLOWGRPO_DEBUG", "0") == "1"
 
 
@@ -30,7 +32,7 @@ def check_latents(sample: Tensor, **others: Tensor | None) -> None:
     if sample.dtype not in FLOAT_DTYPES and sample.dtype != torch.float64:
         raise TypeError(f"sample must be float32, bfloat16 or float16, got {sample.dtype}")
     for name, value in others.items():
-        if value is None:
+        if value is None and name not in REQUIRED:
             continue
         check_tensor(name, value)
         if value.dtype not in FLOAT_DTYPES and value.dtype != torch.float64:

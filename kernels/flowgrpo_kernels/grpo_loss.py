@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 from . import _checks, _ops
 from ._autograd import once_differentiable
 from .transitions import Transitions

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 from . import _checks, _ops
 from ._autograd import once_differentiable
 from .transitions import Transitions

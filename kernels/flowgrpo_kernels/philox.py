@@ -81,7 +81,7 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
     square = e.to(torch.float32) * MINUS_2_LN2 + f * _horner(LOG_POLY, f)
-    # torch's float32 sqrt on the CPU (MKL) is not always correctly rounded; by way of float64 it is.
+    # torch's float32 sqrt on the CPU (MKL) is not always correctly rounded; by float64 it is.
     r = torch.sqrt(square.to(torch.float64)).to(torch.float32)
 
     f = (angle << 2).to(torch.int32).to(torch.float32) * 2.0**-32

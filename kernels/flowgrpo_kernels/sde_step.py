@@ -88,6 +88,8 @@ def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tup
         out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     elif out.dtype != sample.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {sample.dtype} like sample, got {out.dtype}")
+    elif not torch.compiler.is_compiling() and out.data_ptr() == sample.data_ptr() != 0:
+        raise ValueError("out must not be the memory of sample")
     if log_prob is None:
         log_prob = torch.empty(sample.shape[0], dtype=dtype, device=sample.device)
     else:

@@ -64,7 +64,7 @@ def test_run_to_run(backend, dtype):
 
 @pytest.mark.parametrize("kind", ["flow_sde", "cps"])
 def test_backends_agree_bit_for_bit(backend, dtype, kind):
-    """The contract of reference.py: samples, log_probs and gradients are the same bits everywhere."""
+    """The contract of reference.py: samples, log_probs and gradients are the same bits."""
     if backend == "reference":
         pytest.skip("the others are compared with it")
     for shape in (*SHAPES, (8195,), (16, 17, 33)):

@@ -10,7 +10,7 @@ from flowgrpo_kernels import grpo_loss, log_prob, sde_step
 
 
 def replay(kind="flow_sde", shape=(3, 24, 24), dtype=torch.float32, rows=6, kl="std_dev"):
-    """A stored step under b.old, replayed under b.velocity; old log_probs so that all clips occur."""
+    """A step stored under b.old, replayed under b.velocity; old log_probs so that clips occur."""
     b = oracle.batch(rows, shape, dtype)
     transitions = oracle.make(kind, kl=kl)
     x_prev, _ = sde_step(b.old, b.sample, transitions, b.step, seeds=b.seeds)

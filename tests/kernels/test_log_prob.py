@@ -1,4 +1,4 @@
-"""log_prob and its gradient against the float64 oracle; guidance; gradients as autograd hands them."""
+"""log_prob and its gradient against the float64 oracle; guidance; layouts of gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_value_and_gradient(backend, kind, shape):
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
 def test_no_worse_than_eager(backend, kind):
-    """On the same rounded coefficients: log_prob within 1e-6, gradient no worse than eager float32."""
+    """On the same rounded table: log_prob within 1e-6, gradient no worse than eager float32."""
     b, transitions, x_prev = stored(kind, (16, 64, 64))
     d = b.to(torch.float64)
     leaves = [b.velocity.clone(), b.velocity.clone(), d.velocity.clone()]
@@ -55,7 +55,7 @@ def test_no_worse_than_eager(backend, kind):
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("uncond_grad", [False, True])
 def test_guidance(backend, dtype, uncond_grad):
-    """w to the conditional half, 1 - w to the other if asked for; rounded once to the velocity's dtype."""
+    """w to the conditional half, 1 - w to the other if asked for; one rounding to their dtype."""
     b, transitions, x_prev = stored(shape=(3, 9, 11), dtype=dtype)
     v, u = b.velocity.clone().requires_grad_(), b.uncond.clone().requires_grad_()
     lp = log_prob(

@@ -1,4 +1,4 @@
-"""Transition tables against the peers' formulas in float64, windows, concatenation, bad schedules."""
+"""Transition tables against the peers' formulas; windows, concatenation, bad schedules."""
 
 from __future__ import annotations
 

@@ -1,0 +1,172 @@
+"""Bad input raises TypeError or ValueError naming the argument; unknowable steps give NaN."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+
+from flowgrpo_kernels import (
+    Transitions,
+    _ops,
+    cps,
+    flow_sde,
+    grpo_loss,
+    log_prob,
+    ode,
+    sde_step,
+)
+
+TRANSITIONS = flow_sde(oracle.SIGMAS)
+B = oracle.batch(3, (4, 5))
+STEP = {"velocity": B.velocity, "sample": B.sample, "transitions": TRANSITIONS, "step": B.step}
+SCORE = {**STEP, "prev_sample": B.old}
+LOSS = {**SCORE, "old_log_prob": torch.zeros(3), "advantages": B.advantages}
+CALLS = {
+    "sde_step": (sde_step, {**STEP, "seeds": B.seeds}),
+    "log_prob": (log_prob, SCORE),
+    "grpo_loss": (grpo_loss, LOSS),
+}
+meta = B.velocity.to("meta")
+
+EVERY = [
+    ("velocity", B.velocity.tolist(), TypeError),
+    ("velocity", B.velocity.int(), TypeError),
+    ("velocity", B.velocity.double(), TypeError),
+    ("velocity", B.velocity[:2], ValueError),
+    ("velocity", B.velocity[:, :, :1], ValueError),
+    ("velocity", meta, ValueError),
+    ("sample", B.sample.to(torch.complex64), TypeError),
+    ("sample", torch.ones(3), ValueError),
+    ("transitions", TRANSITIONS.table, TypeError),
+    ("transitions", TRANSITIONS.to("meta"), ValueError),
+    ("step", 9, ValueError),
+    ("step", -1, ValueError),
+    ("step", True, TypeError),
+    ("step", 1.0, TypeError),
+    ("step", torch.tensor(1.0), TypeError),
+    ("step", torch.tensor([0, 1]), ValueError),
+    ("step", torch.tensor([0, 1, 9]), ValueError),
+    ("step", torch.tensor([[0, 1, 2]]), ValueError),
+    ("step", torch.tensor([0, 1, 2], dtype=torch.int32), TypeError),
+    ("step", torch.tensor([0, 1, 2], device="meta"), ValueError),
+    ("uncond_velocity", B.velocity[:1], ValueError),
+    ("guidance_scale", 4.5, ValueError),
+    ("guidance_scale", torch.tensor(4.5), TypeError),
+]
+OWN = [
+    ("sde_step", "seeds", None, ValueError),
+    ("sde_step", "seeds", [1, 2, 3], TypeError),
+    ("sde_step", "seeds", B.seeds.int(), TypeError),
+    ("sde_step", "seeds", B.seeds[:2], ValueError),
+    ("sde_step", "noise", B.velocity, ValueError),
+    ("sde_step", "out", torch.zeros(3, 4, 5, dtype=torch.bfloat16), ValueError),
+    ("sde_step", "out", torch.zeros(3, 5, 4).mT, ValueError),
+    ("sde_step", "out", B.sample, ValueError),
+    ("sde_step", "log_prob_out", torch.zeros(2), ValueError),
+    ("sde_step", "log_prob_out", torch.zeros(3, dtype=torch.float16), ValueError),
+    ("log_prob", "prev_sample", B.old[:2], ValueError),
+    ("log_prob", "prev_sample", None, TypeError),
+    ("log_prob", "uncond_grad", True, ValueError),
+    ("grpo_loss", "old_log_prob", None, TypeError),
+    ("grpo_loss", "old_log_prob", torch.zeros(3, dtype=torch.int64), TypeError),
+    ("grpo_loss", "advantages", torch.zeros(3, 1), ValueError),
+    ("grpo_loss", "row_weight", torch.zeros(2), ValueError),
+    ("grpo_loss", "kl_row_weight", torch.zeros(3, device="meta"), ValueError),
+    ("grpo_loss", "kl_weight", 0.1, ValueError),
+    ("grpo_loss", "kl_weight", float("nan"), ValueError),
+    ("grpo_loss", "clip_range", -1e-4, ValueError),
+    ("grpo_loss", "clip_range", (0.1,), ValueError),
+    ("grpo_loss", "clip_range", (1.1, 0.1), ValueError),
+    ("grpo_loss", "clip_range", float("nan"), ValueError),
+    ("grpo_loss", "adv_clip", 0.0, ValueError),
+    ("grpo_loss", "ref_velocity", B.ref[:1], ValueError),
+    ("grpo_loss", "ref_uncond_velocity", B.ref, ValueError),
+]
+CASES = [(op, *case) for op in CALLS for case in EVERY] + OWN
+
+
+@pytest.mark.parametrize(("op", "name", "value", "error"), CASES)
+def test_names_the_argument(op, name, value, error):
+    function, kwargs = CALLS[op]
+    function(**kwargs)
+    with pytest.raises(error, match=name):
+        function(**{**kwargs, name: value})
+
+
+def test_guard_needs_a_gaussian():
+    with pytest.raises(ValueError, match=r"old_velocity.*cps"):
+        grpo_loss(**{**LOSS, "transitions": cps(oracle.SIGMAS)}, old_velocity=B.old)
+
+
+def test_gradients_are_not_lost_in_silence():
+    for op in ("log_prob", "grpo_loss"):
+        function, kwargs = CALLS[op]
+        for name in ("sample", "prev_sample"):
+            with pytest.raises(ValueError, match=f"{name} is a constant"):
+                function(**{**kwargs, name: kwargs[name].clone().requires_grad_()})
+    v = B.velocity.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"velocity.*log_prob"):
+        sde_step(**{**STEP, "velocity": v}, seeds=B.seeds)
+    with torch.no_grad():
+        sde_step(**{**STEP, "velocity": v}, seeds=B.seeds)
+
+
+def test_no_noise_for_an_ode():
+    deterministic = {**STEP, "transitions": ode(oracle.SIGMAS)}
+    bare, drawn = sde_step(**deterministic), sde_step(**deterministic, seeds=B.seeds)
+    assert torch.equal(bare[0], drawn[0])
+    mixed = Transitions.cat(TRANSITIONS, ode(oracle.SIGMAS))
+    with pytest.raises(ValueError, match="seeds or noise"):
+        sde_step(**{**STEP, "transitions": mixed})
+
+
+def test_unknowable_step_gives_nan(backend):
+    """What a GPU tensor could hold: checked on the device, never read out of bounds."""
+    step = torch.tensor([3, 9, -1])
+    table, out, lp = TRANSITIONS.table, torch.zeros(3, 4, 5), torch.zeros(3)
+    plain = (B.velocity, None, 1.0, B.sample)
+    _ops.op("sde_step")(*plain, table, step, B.seeds, None, out, lp)
+    assert lp.isnan().tolist() == [False, True, True]
+    assert out.isnan().all(-1).all(-1).tolist() == [False, True, True]
+    assert _ops.op("log_prob")(*plain, B.old, table, step).isnan().tolist() == [False, True, True]
+    grad, _ = _ops.op("log_prob_backward")(torch.ones(3), *plain, B.old, table, step, False)
+    assert grad.isnan().all(-1).all(-1).tolist() == [False, True, True]
+
+
+BACKENDS = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import flowgrpo_kernels as fk
+print(fk.initial_noise(torch.arange(2), (3,)).shape)
+print(fk.initial_noise(torch.arange(2), (3,)).shape)
+print("requested", fk.backend_info()["requested"])
+"""
+
+
+def run(choice: str) -> subprocess.CompletedProcess:
+    import os
+
+    env = {**os.environ, "FLOWGRPO_KERNELS": choice, "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, "-c", BACKENDS], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_backend_choice_is_loud():
+    """One line says what runs; an explicit choice that cannot be met raises and says why."""
+    done = run("auto")
+    lines = [x for x in done.stderr.splitlines() if "tensors" in x]
+    native = bool(_ops.backends()["native"]["available"])
+    expected = "INFO cpu tensors run on native" if native else "WARNING cpu tensors fall back"
+    assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith(expected), done.stderr
+    done = run("reference")
+    assert done.returncode == 0 and "INFO cpu tensors run on reference" in done.stderr
+    for choice, why in (("triton", "cannot run initial_noise on cpu"), ("fast", "must be one of")):
+        done = run(choice)
+        assert done.returncode == 1 and why in done.stderr and "FLOWGRPO_KERNELS" in done.stderr
+    if not native:
+        assert run("native").returncode == 1
