@@ -19,7 +19,7 @@ from typing import Any, Literal
 from flowgrpo.validation import ConfigError as ConfigError
 from flowgrpo.validation import build, check_fields, check_positive, check_types, require, similar
 
-RECIPES = {"nano": "flowgrpo.nano.recipe:recipe"}
+RECIPES = {"nano": "flowgrpo.nano:recipe"}
 """Recipe name -> "module:function"; the function takes keyword overrides and returns a Config."""
 
 

@@ -210,10 +210,10 @@ class State:
         """Go back to `checkpoint`: every tensor in place, every counter; all or nothing."""
         state = checkpoints.read_state(checkpoint)
         files = {stem: checkpoints.load(checkpoint, stem) for stem in self.tensors()}
-        moments = self._moments(files["optimizer"], checkpoint)
         weights = {name: p.detach() for name, p in self.parameters.items()}
         for into, stem in ((weights, "weights"), (self.ema.shadow, "ema")):
             checkpoints.check(into, files[stem], checkpoint / f"{stem}.safetensors")
+        moments = self._moments(files["optimizer"], checkpoint)
         for into, stem in ((weights, "weights"), (self.ema.shadow, "ema")):
             checkpoints.restore(into, files[stem])
         optimizer = self.optimizer.state_dict()

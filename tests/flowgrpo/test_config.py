@@ -1,0 +1,162 @@
+"""Configuration: every rule explains itself, and a config survives JSON."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import math
+import typing
+
+import pytest
+
+from flowgrpo import config as module
+from flowgrpo.config import Config, ConfigError, from_dict, from_json, recipe, replace, to_json
+
+SECTIONS = [typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)][1:]
+
+
+def custom() -> Config:
+    """A recipe of the tests' own."""
+    return Config(recipe="custom")
+
+
+def broken() -> str:
+    return "no config"
+
+
+# Field changes that break a rule, and what the sentence must name.
+BAD = [
+    ({"sample.batch_size": 50}, "divides 96, for example 48"),
+    ({"sample.batch_size": 96}, "2 does not divide the 1 chunks"),
+    ({"optim.updates_per_iteration": 3}, "3 does not divide the 2 chunks"),
+    ({"sample.group_size": 1}, "at least 2 images"),
+    ({"sample.steps": 1}, "at least 2 steps"),
+    ({"sample.window_range": (0, 11)}, "0 <= first < end <= steps (10)"),
+    ({"sample.window_range": (4, 4)}, "0 <= first < end"),
+    ({"sample.window_size": 4, "sample.window_range": (0, 3)}, "does not fit"),
+    ({"sample.window_size": -1}, "window_size >= 0"),
+    ({"sample.transition": "euler"}, "'flow_sde', 'dance_sde', 'cps'"),
+    ({"sample.noise_level": math.inf}, "sample.noise_level is inf"),
+    ({"optim.guard": True, "sample.transition": "cps"}, "choose flow_sde or dance_sde"),
+    ({"optim.lr": math.nan}, "optim.lr is nan"),
+    ({"optim.lr": "1e-3"}, "type float is expected"),
+    ({"optim.betas": (0.9, 1.0)}, "below 1"),
+    ({"optim.clip_range": 1.5}, "below 1"),
+    ({"optim.ema_decay": 1.0}, "below 1"),
+    ({"optim.guard": 1}, "type bool is expected"),
+    ({"policy.lora_rank": 0}, "policy.lora_rank is 0"),
+    ({"policy.lora_rank": 4.0}, "type int is expected"),
+    ({"policy.lora_targets": ()}, "policy.lora_targets is empty"),
+    ({"reward.weights": {}}, "at least one reward"),
+    ({"reward.weights": {"a": math.inf}}, "finite weight"),
+    ({"reward.weights": {"a": "b"}}, "dict[str, float]"),
+    ({"run.seed": 2**63}, "below 2^63"),
+    ({"run.seed": True}, "type int is expected"),
+    ({"run.steps": 0}, "greater than 0"),
+    ({"sample.stpes": 8}, "did you mean 'steps'?"),
+    ({"sampel.steps": 8}, "did you mean 'sample'?"),
+    ({"recipe.name": "a"}, "set recipe itself"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD, ids=lambda v: str(v)[:40])
+def test_a_broken_rule_says_so_in_one_sentence(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        replace(Config(), **changes)
+    text = str(caught.value)
+    assert words in text
+    assert "\n" not in text and text.endswith(".") and text.count(". ") == 0
+
+
+def test_derived_numbers():
+    config = replace(
+        Config(),
+        **{
+            "sample.prompts_per_iteration": 6,
+            "sample.group_size": 8,
+            "sample.batch_size": 12,
+            "sample.window_size": 3,
+            "sample.window_range": (1, 7),
+            "run.steps": 7,
+        },
+    )
+    assert (config.sample.rows, config.sample.chunks, config.chunks_per_update) == (48, 4, 2)
+    assert (config.updates, config.sample.trained_steps) == (14, 3)
+    assert config.sample.window_bounds == (1, 7)
+
+
+@pytest.mark.parametrize("steps", [2, 9, 10, 28, 100, 101, 250])
+def test_without_a_window_all_but_the_last_steps_are_trained(steps):
+    """flow_grpo: num_train_timesteps = int(sample.num_steps * timestep_fraction), 0.99."""
+    sample = replace(Config(), **{"sample.steps": steps}).sample
+    assert sample.trained_steps == int(steps * 0.99)
+    assert sample.window_bounds == (0, int(steps * 0.99))
+
+
+def test_json_round_trip_is_exact():
+    config = replace(
+        Config(recipe="x"),
+        **{
+            "optim.lr": 0.1 + 0.2,
+            "sample.window_range": (0, 6),
+            "reward.weights": {"b": 1.0, "a": 1e-300},
+            "reward.report": ("a",),
+            "run.seed": 2**63 - 1,
+            "policy.lora_targets": ("q",),
+        },
+    )
+    again = from_json(to_json(config))
+    assert again == config
+    assert list(again.reward.weights) == ["b", "a"]
+    assert from_json(to_json(Config())) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no JSON"),
+        ("[]", "an object with the fields of Config"),
+        ('{"sample": 3}', "an object with the fields of SampleConfig"),
+        ('{"sample": {"step": 3}}', "did you mean 'steps'?"),
+        ('{"optim": {"betas": [0.9, 0.99, 0.999]}}', "tuple[float, float]"),
+        ('{"run": {"threads": -1}}', "at least 0"),
+    ],
+)
+def test_json_of_something_else_is_refused(text, words):
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?").replace("[", r"\[")):
+        from_json(text)
+
+
+def test_replace_takes_whole_sections_and_leaves_the_rest():
+    section = module.OptimConfig(lr=1.0)
+    changed = replace(Config(), **{"optim": section, "optim.beta": 0.5, "recipe": "r"})
+    assert (changed.optim.lr, changed.optim.beta, changed.recipe) == (1.0, 0.5, "r")
+    assert changed.sample == Config().sample
+    assert from_dict({}) == Config()
+
+
+def test_recipes():
+    assert recipe("nano").recipe == "nano"
+    assert recipe("test_config:custom") == custom()
+    for name, words in (
+        ("nanno", "did you mean 'nano'?"),
+        ("no_such_module:f", "cannot be loaded"),
+        ("test_config:absent", "cannot be loaded"),
+        ("test_config:broken", "returned str"),
+    ):
+        with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+            recipe(name)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
+def test_every_field_is_frozen_typed_and_documented(section):
+    assert section.__dataclass_params__.frozen and section.__bases__ == (object,)
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    for place, node in enumerate(body):
+        if isinstance(node, ast.AnnAssign):
+            following = body[place + 1]
+            documented = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
+            assert documented, f"{section.__name__}.{node.target.id} needs a line under it"
