@@ -86,7 +86,7 @@ def test_storage_dtype(scheduler):
 
 
 def test_peer_switch(scheduler):
-    """peer_log_prob is the peer's value everywhere, in the last cps step and in its gradient too."""
+    """peer_log_prob is the peer's value everywhere, also in the last cps step and its gradient."""
     b = oracle.batch(3)
     t = scheduler.timesteps[-1:]
     rest = {"prev_sample": b.old, "sde_type": "cps"}
