@@ -122,6 +122,10 @@ class BuildPy(build_py):
     """Copies the Python files, then adds the native library and the build info beside them."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            # What an earlier build left behind would go into the wheel.
+            for package in PACKAGE_DIR:
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
         if self.editable_mode:
             target = ROOT / PACKAGE_DIR["flowgrpo_kernels"]
