@@ -116,7 +116,7 @@ def test_another_model_is_refused_and_nothing_is_changed(tmp_path):
         "weights.safetensors lacks 2.bias (2 such of 6": [one, two, torch.nn.Linear(2, 2)],
         "weights.safetensors also holds 1.bias (2 such of 2": [one],
         "weights.safetensors differs in 1.bias": [one, torch.nn.Linear(5, 4)],
-        "weights.safetensors differs in 0.bias": [one.bfloat16(), two],
+        "weights.safetensors differs in 0.bias": [torch.nn.Linear(3, 5, dtype=torch.bfloat16), two],
     }
     for words, layers in models.items():
         state = weights.State.create(torch.nn.Sequential(*layers), OptimConfig())

@@ -1,0 +1,211 @@
+"""The run directory: what it refuses, what it writes, how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowgrpo import checkpoints, runs
+from flowgrpo.config import Config, ConfigError, replace, to_json
+
+
+def config_for(folder: Path, **changes) -> Config:
+    return replace(Config(), **{"run.out": str(folder), **changes})
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def small_state(config: Config) -> tuple[runs.State, torch.nn.Module]:
+    """A state whose transformer is not one: export is tested in test_weights.py."""
+    model = torch.nn.Linear(2, 2)
+    return runs.State.create(model, config.optim), model
+
+
+def save(run: runs.Run, state: runs.State, score: float | None = None) -> None:
+    record = {**state.counters(), "score": score, "versions": runs.versions()}
+    checkpoints.save(run.checkpoints, state.iteration, state.tensors(), record)
+
+
+def test_a_new_run_holds_its_configuration(tmp_path):
+    config = config_for(tmp_path / "a" / "run")
+    with runs.Run.open(config) as run:
+        assert (run.dir / "config.json").read_text() == to_json(config)
+        assert tree(run.dir) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
+    resumed = runs.resume_config(tmp_path / "a" / "run")
+    assert resumed == replace(config, **{"run.resume": str(tmp_path / "a" / "run")})
+
+
+def test_a_directory_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    for call in (runs.check_directory, runs.Run.open):
+        with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
+            call(config_for(tmp_path))
+    assert tree(tmp_path) == {"note.txt"}
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    """Under a file, and where the system refuses: nothing is left behind."""
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "run", tmp_path / "file", Path("/proc/flowgrpo/run")):
+        with pytest.raises(
+            ConfigError, match=r"cannot be written \(.+\).*choose another --run.out"
+        ):
+            runs.Run.open(config_for(out))
+    assert tree(tmp_path) == {"file"}
+
+
+def test_a_folder_made_for_a_run_that_cannot_be_written_goes_again(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_text", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        runs.Run.open(config_for(tmp_path / "a" / "b" / "run"))
+    assert tree(tmp_path) == set()
+
+
+def test_one_process_at_a_time(tmp_path):
+    config = config_for(tmp_path / "run")
+    with (
+        runs.Run.open(config) as run,
+        pytest.raises(ConfigError, match="in use by another process"),
+    ):
+        runs.Run.open(runs.resume_config(run.dir))
+    runs.Run.open(runs.resume_config(tmp_path / "run")).close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim.lr": 0.5}, r"optim.lr is 0.5, but the run in .* was started with 0.0003"),
+        ({"run.seed": 3}, "run.seed is 3"),
+        ({"sample.window_range": (0, 5)}, r"sample.window_range is \[0, 5\]"),
+        ({"recipe": "other"}, "recipe is 'other'"),
+        ({"reward.weights": {"x": 1.0}}, "reward.weights"),
+    ],
+)
+def test_going_on_with_another_configuration_is_refused(tmp_path, changes, words):
+    runs.Run.open(config_for(tmp_path / "run")).close()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
+    with pytest.raises(ConfigError, match=words):
+        runs.Run.open(replace(runs.resume_config(tmp_path / "run"), **changes))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
+
+
+def test_what_does_not_change_the_numbers_may_change(tmp_path):
+    runs.Run.open(config_for(tmp_path / "run")).close()
+    changes = {"run.steps": 7, "run.eval_every": 1, "run.threads": 1, "run.progress": "none"}
+    runs.Run.open(replace(runs.resume_config(tmp_path / "run"), **changes)).close()
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"optim": {"lrr": 1}}'])
+def test_resuming_what_is_no_run_is_refused(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError):
+        runs.resume_config(tmp_path)
+
+
+def test_metrics_are_plain_json_and_times_stand_apart(tmp_path):
+    with runs.Run.open(config_for(tmp_path / "run")) as run:
+        values = {
+            "a": torch.tensor(1.5),
+            "nested": {"b": [torch.tensor([1, 2]), 3]},
+            "bad": float("nan"),
+            "worse": torch.tensor(float("-inf")),
+            "flag": True,
+        }
+        run.log(4, values, {"rollout": 0.25})
+        run.log(5, {"accuracy": 0.5}, kind="eval")
+        lines = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+        assert lines[0] == {
+            "iteration": 4,
+            "kind": "train",
+            "a": 1.5,
+            "nested": {"b": [[1, 2], 3]},
+            "bad": None,
+            "worse": None,
+            "flag": True,
+            "seconds": {"rollout": 0.25},
+        }
+        assert run.metrics("eval") == lines[1:]
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with runs.Run.open(config_for(tmp_path / "run")) as run:
+        for iteration in (1, 2):
+            run.log(iteration, {"reward": iteration / 8, "rewards": {"x": 2.0}}, {"update": 1.0})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"train/reward", "train/rewards/x", "train/seconds/update"} <= set(
+        events.Tags()["scalars"]
+    )
+    found = [(event.step, event.value) for event in events.Scalars("train/reward")]
+    assert found == [(1, 0.125), (2, 0.25)]
+
+
+def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
+    config = config_for(tmp_path / "run")
+    with runs.Run.open(config) as run:
+        state, _ = small_state(config)
+        assert not run.restore(state)
+        run.log(0, {"accuracy": 0.5}, kind="eval")
+        for state.iteration in (1, 2, 3):
+            run.log(state.iteration, {"x": state.iteration})
+            if state.iteration == 2:
+                save(run, state)
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole) + b'{"iteration": 4, "ki')
+    with runs.Run.open(runs.resume_config(run.dir)) as run:
+        state, _ = small_state(config)
+        assert run.restore(state) and state.iteration == 2
+        assert path.read_bytes() == b"".join(whole[:3])
+        run.log(3, {"x": 3})
+        assert path.read_bytes() == b"".join(whole)
+
+
+def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
+    config = config_for(tmp_path / "run")
+    with runs.Run.open(config) as run:
+        state, _ = small_state(config)
+        run.log(1, {"x": 1})
+        save(run, state)
+    before = (run.dir / "metrics.jsonl").read_bytes()
+    (run.checkpoints / "step-000000" / "ema.safetensors").write_bytes(b"\0" * 100)
+    with runs.Run.open(runs.resume_config(run.dir)) as run, pytest.raises(ConfigError, match="ema"):
+        run.restore(small_state(config)[0])
+    assert (run.dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_first_signal_asks_and_second_aborts(capfd):
+    with runs.stoppable() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and "Finishing this iteration" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stoppable_in_a_thread_changes_no_handler():
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with runs.stoppable() as stop:
+            found.append((stop.requested, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
