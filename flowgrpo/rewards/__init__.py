@@ -31,6 +31,19 @@ Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",
     "nano_partial": "flowgrpo.rewards.nano:partial",
+    "aesthetic": "flowgrpo.rewards.aesthetic:score",
+    "clipscore": "flowgrpo.rewards.clipscore:score",
+    "deqa": "flowgrpo.rewards.judges:deqa",
+    "geneval": "flowgrpo.rewards.geneval:partial",
+    "geneval_strict": "flowgrpo.rewards.geneval:strict",
+    "hpsv2": "flowgrpo.rewards.hpsv2:score",
+    "http": "flowgrpo.rewards.http:score",
+    "imagereward": "flowgrpo.rewards.imagereward:score",
+    "jpeg_compressibility": "flowgrpo.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "flowgrpo.rewards.jpeg:incompressibility",
+    "ocr": "flowgrpo.rewards.ocr:score",
+    "pickscore": "flowgrpo.rewards.pickscore:score",
+    "unifiedreward": "flowgrpo.rewards.judges:unifiedreward",
 }
 """Reward name -> "module:function"."""
 

@@ -1,0 +1,128 @@
+"""CLIP embeddings of images and texts (Radford et al., https://arxiv.org/abs/2103.00020).
+
+Images are prepared as the CLIP models' own processors do: shorter edge to the model's size
+(bicubic), centre crop, mean and standard deviation of CLIP's training set. It happens on the model's
+device, in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowgrpo.rewards import models
+from flowgrpo.rewards.images import resize
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def pixels(images: Tensor, size: int, fit: str = "crop") -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], normalised.
+
+    fit: "crop" brings the shorter edge to `size` and crops the centre; "pad" brings the longer edge
+    there and pads with black.
+    """
+    height, width = images.shape[-2:]
+    edge = min(height, width) if fit == "crop" else max(height, width)
+    # torchvision's rule: the long edge is truncated in a crop; HPSv2's: rounded when it pads.
+    whole = int if fit == "crop" else round
+    new = tuple(whole(side * size / edge) for side in (height, width))
+    images = resize(images, new)
+    if fit == "pad":
+        down, right = size - new[0], size - new[1]
+        images = functional.pad(
+            images, (right // 2, right - right // 2, down // 2, down - down // 2)
+        )
+    else:
+        top, left = (round((side - size) / 2) for side in new)
+        images = images[..., top : top + size, left : left + size]
+    return normalise(images / 255)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """float [B, 3, H, W] in [0, 1] -> CLIP's normalisation."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (images - mean) / std
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model with its tokenizer."""
+
+    model: Any
+    """transformers.CLIPModel"""
+    tokenizer: Any
+    batch_size: int
+    fit: str = "crop"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @torch.inference_mode()
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> unit vectors float32 [B, D]."""
+        size = self.model.config.vision_config.image_size
+        parts = [
+            self.pixels(pixels(chunk.to(self.device), size, self.fit))
+            for chunk in images.split(self.batch_size)
+        ]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def pixels(self, values: Tensor) -> Tensor:
+        """Normalised images [B, 3, size, size] -> unit vectors float32 [B, D]."""
+        # Not get_image_features: what it returns differs between transformers 4 and 5.
+        pooled = self.model.vision_model(pixel_values=values).pooler_output
+        return functional.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> unit vectors float32 [B, D]; the same text is encoded once."""
+        different = list(dict.fromkeys(texts))
+        length = self.model.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(different), self.batch_size):
+            tokens = self.tokenizer(
+                different[start : start + self.batch_size],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            ).to(self.device)
+            pooled = self.model.text_model(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            ).pooler_output
+            parts.append(functional.normalize(self.model.text_projection(pooled), dim=-1))
+        place = {text: row for row, text in enumerate(different)}
+        return torch.cat(parts)[[place[text] for text in texts]]
+
+    def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """float32 [B]: the cosine between each image and its text."""
+        return (self.images(images) * self.texts(texts)).sum(dim=-1)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor of the cosine in the model's logits (100 in most CLIP models)."""
+        return self.model.logit_scale.exp()
+
+
+def load(
+    model: str,
+    *,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    batch_size: int = 32,
+    revision: str | None = None,
+    fit: str = "crop",
+) -> Clip:
+    """The CLIP model in a folder or Hub id; `tokenizer` if it lies elsewhere."""
+    found = models.pretrained("CLIPModel", model, models.device(device), revision)
+    return Clip(found, models.tokenizer(tokenizer or model), batch_size, fit)

@@ -1,0 +1,82 @@
+"""Weights of rewards, by transformers and safetensors; nothing here reads a pickle."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgrpo.rewards import RewardError
+
+
+def device(name: str) -> torch.device:
+    """`name`, where "auto" is cuda if there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise RewardError(
+            f"the device of a reward is {name!r}, but auto, cpu, cuda or cuda:N is expected; "
+            "correct it."
+        ) from error
+
+
+@lru_cache(maxsize=None)
+def pretrained(kind: str, model: str, on: torch.device, revision: str | None = None) -> Any:
+    """The frozen transformers model of class `kind` in a folder or Hub id, float32.
+
+    One copy serves all rewards that name the same model.
+
+    Raises:
+        RewardError: there is no such model, or it has no safetensors weights.
+    """
+    import transformers
+
+    try:
+        found = getattr(transformers, kind).from_pretrained(
+            model, use_safetensors=True, dtype=torch.float32, revision=revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise _unusable(f"the model {model}", kind + " with safetensors weights", error) from error
+    return found.eval().requires_grad_(False).to(on)
+
+
+@lru_cache(maxsize=None)
+def tokenizer(name: str) -> Any:
+    """The tokenizer in a folder or Hub id."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unusable(f"the tokenizer {name}", "a tokenizer", error) from error
+
+
+def tensors(source: str, file: str = "model.safetensors") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: a file, or `file` in a folder or Hub id."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(source)
+    try:
+        if path.is_dir():
+            path /= file
+        elif not path.is_file():
+            path = Path(hf_hub_download(source, file))
+        return load_file(path)
+    except (OSError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        raise _unusable(f"the weights {source}", "a .safetensors file", error) from error
+
+
+def _unusable(what: str, expected: str, error: Exception) -> RewardError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return RewardError(
+        f"{what} cannot be loaded ({reason}), but a folder or Hugging Face Hub id of {expected} is "
+        "expected; check the name, your access and the network."
+    )

@@ -1,0 +1,128 @@
+"""Text rendering as in Flow-GRPO (Liu et al., https://arxiv.org/abs/2505.05470, section 4):
+
+    score = max(0, 1 - d / n)         d: edit distance of the text read and the quoted text, n: its
+                                      length; d = 0 if the quoted text is contained in what is read
+
+Both without spaces and in lower case, as flow_grpo/ocr.py has it; lines are joined in reading order.
+The quoted text is what stands between the first pair of straight quotes of the prompt, or else of
+curly ones.
+
+The engine is RapidOCR (https://github.com/RapidAI/RapidOCR: the PP-OCR models in ONNX, which its
+wheel contains), or PaddleOCR if asked for. flow_grpo reads one image after the other; here `workers`
+threads do, each with an engine of one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.images import to_pil
+from flowgrpo.rewards.options import configurable, library
+
+Reader = Callable[[Any], list[str]]
+"""A function Pillow image -> lines of text."""
+
+
+@configurable("ocr")
+def score(*, engine: str = "rapidocr", workers: int = 0):
+    """engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8."""
+    if engine not in ENGINES:
+        raise RewardError(
+            f"the engine of reward 'ocr' is {engine!r}, but one of {', '.join(ENGINES)} is "
+            "expected; name one of these."
+        )
+    library(engine, "ocr")
+    distance = library("rapidfuzz.distance", "ocr").Levenshtein.distance
+    own = threading.local()
+    workers = workers or min(8, _cores())
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+
+    def read(image: Tensor) -> str:
+        if not hasattr(own, "reader"):
+            own.reader = ENGINES[engine]()
+        return "".join(own.reader(to_pil(image)))
+
+    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        wanted = [quoted_text(prompt) for prompt in prompts]
+        texts = pool.map(read, images.cpu())
+        return [similarity(text, want, distance) for text, want in zip(texts, wanted, strict=True)]
+
+    return rate
+
+
+def quoted_text(prompt: str) -> str:
+    """The text in quotes that the image should show.
+
+    Raises:
+        RewardError: there is none.
+    """
+    found = re.search(r'"([^"]*)"', prompt) or re.search(r"“([^”]*)”", prompt)
+    if not found or not _plain(found[1]):
+        raise RewardError(
+            f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what it "
+            'reads with it; write the text as in: a sign that says "OPEN".'
+        )
+    return found[1]
+
+
+def similarity(read: str, wanted: str, distance: Callable[[str, str], int]) -> float:
+    """Score in [0, 1] of the text `read` where `wanted` should stand."""
+    read, wanted = _plain(read), _plain(wanted)
+    if wanted in read:
+        return 1.0
+    return max(0.0, 1.0 - distance(read, wanted) / len(wanted))
+
+
+def _cores() -> int:
+    # Only Linux tells which cores this process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plain(text: str) -> str:
+    return text.replace(" ", "").lower()
+
+
+def _rapidocr() -> Reader:
+    from rapidocr import RapidOCR
+
+    read = RapidOCR(
+        params={
+            "Global.log_level": "error",
+            # Text is upright or wrong: flow_grpo's use_angle_cls=False.
+            "Global.use_cls": False,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+    return lambda image: list(read(image).txts or ())
+
+
+def _paddleocr() -> Reader:
+    import numpy
+    from paddleocr import PaddleOCR
+
+    read = PaddleOCR(
+        lang="en",
+        use_doc_orientation_classify=False,
+        use_doc_unwarping=False,
+        use_textline_orientation=False,
+    )
+
+    def lines(image: Any) -> list[str]:
+        # PaddleOCR takes arrays as OpenCV has them: blue, green, red.
+        pages = read.predict(numpy.asarray(image)[..., ::-1])
+        return [text for page in pages for text in page["rec_texts"]]
+
+    return lines
+
+
+ENGINES: dict[str, Callable[[], Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
+"""Name of the library -> function that makes a reader."""

@@ -1,0 +1,111 @@
+"""Options of rewards: keyword arguments, environment variables, defaults.
+
+A reward that needs options is written as a function of them that returns the reward:
+
+    @configurable("pickscore")
+    def score(*, model: str = "yuvalkirstain/PickScore_v1", batch_size: int = 32):
+        ...load the model...
+        return lambda images, prompts, metadata: ...
+
+`score` is then itself a reward: the function above runs on the first call, once, so naming a reward
+loads nothing. `score.configured(model="/models/pick")` is the same reward with other options. What
+is not given so comes from the environment, FLOWGRPO_REWARD_PICKSCORE_MODEL, or else is the default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flowgrpo.rewards import Reward, RewardError
+from flowgrpo.rewards.images import check_images
+
+
+class ConfigurableReward:
+    """A reward that is built on its first call, from the options that hold by then."""
+
+    def __init__(
+        self, name: str, build: Callable[..., Reward], given: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name = name
+        self.__doc__ = build.__doc__
+        self._build, self._given = build, dict(given or {})
+        self._reward: Reward | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Option name -> default."""
+        return {p.name: p.default for p in inspect.signature(self._build).parameters.values()}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option name -> the value that holds now."""
+        return {
+            option: self._given[option] if option in self._given else self._found(option, default)
+            for option, default in self.defaults.items()
+        }
+
+    def configured(self, **options: Any) -> ConfigurableReward:
+        """The same reward with these options.
+
+        Raises:
+            RewardError: an option is unknown.
+        """
+        for option in options:
+            if option not in self.defaults:
+                raise RewardError(
+                    f"reward {self.name!r} has no option {option!r}, but one of "
+                    f"{', '.join(self.defaults)} is expected; correct the name."
+                )
+        return ConfigurableReward(self.name, self._build, {**self._given, **options})
+
+    def build(self) -> Reward:
+        """Load what the reward needs; a second call changes nothing."""
+        with self._lock:
+            if self._reward is None:
+                self._reward = self._build(**self.options)
+            return self._reward
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Any:
+        """Scores [B] of images uint8 [B, 3, H, W]."""
+        check_images(images, prompts, metadata)
+        return self.build()(images, prompts, metadata)
+
+    def _found(self, option: str, default: Any) -> Any:
+        variable = f"FLOWGRPO_REWARD_{self.name}_{option}".upper()
+        text = os.environ.get(variable)
+        if text is None:
+            return default
+        kind = str if default is None else type(default)
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise RewardError(
+                f"the environment variable {variable} is {text!r}, but a value of type "
+                f"{kind.__name__} is expected; correct it."
+            ) from error
+
+
+def configurable(name: str) -> Callable[[Callable[..., Reward]], ConfigurableReward]:
+    """Decorator: a function of options that returns a reward becomes a `ConfigurableReward`."""
+    return lambda build: ConfigurableReward(name, build)
+
+
+def library(module: str, reward: str, install: str | None = None) -> Any:
+    """The imported module, or a RewardError that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RewardError(
+            f"reward {reward!r} needs the library {module}, which cannot be imported ({error}); "
+            f"run pip install {install or chr(39) + 'flowgrpo[rewards]' + chr(39)}."
+        ) from error
