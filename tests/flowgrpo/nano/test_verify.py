@@ -101,7 +101,7 @@ def test_noise_and_blobs_are_junk():
     rng = np.random.default_rng(4)
     noise = rng.integers(0, 256, (8, 3, 24, 24)).astype(np.uint8)
     assert verify.score(noise, [prompts.parse("a circle")] * 8)["strict"].max() == 0
-    blob = paint(("circle", "red", 9, 12), ("square", "red", 13, 12))
+    blob = paint(("circle", "red", 8.5, 12), ("square", "red", 14.5, 12))
     assert one(blob, "a circle")[0] == 0
     speck = paint(("circle", "red", 12, 12))
     speck[0, :, 1:3, 1:3] = 0
