@@ -144,16 +144,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def verify(checkpoint: Path) -> None:
+    """Raise unless every file of the checkpoint is there and intact."""
+    for name, expected in read_state(checkpoint)["sha256"].items():
+        _compare(checkpoint / name, expected)
+
+
 def load(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
     """The tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
     path = checkpoint / f"{stem}.safetensors"
-    expected = read_state(checkpoint)["sha256"].get(path.name)
-    try:
-        if expected is None or _sha256(path) != expected:
-            raise ValueError("its SHA-256 is not the one that state.json holds")
-        return load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _corrupt(path, error) from error
+    _compare(path, read_state(checkpoint)["sha256"].get(path.name))
+    return read_tensors(path)
 
 
 def check(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor], path: Path) -> None:
@@ -202,6 +203,14 @@ def _corrupt(path: Path, error: Exception) -> ConfigError:
         f"{path} cannot be read ({error}), but an intact file of a flowgrpo checkpoint is "
         f"expected; remove {path.parent} to go on from the checkpoint before it."
     )
+
+
+def _compare(path: Path, expected: str | None) -> None:
+    try:
+        if _sha256(path) != expected:
+            raise ValueError("its SHA-256 is not the one that state.json holds")
+    except (OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
 
 
 def _sha256(path: Path) -> str:

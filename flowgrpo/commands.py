@@ -55,7 +55,7 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
 
     reports = {"base": measure(config.sample.guidance_scale)}
     if options.guidance != 1:
-        reports[f"base, guidance {options.guidance:g}"] = measure(options.guidance)
+        reports[f"base, CFG {options.guidance:g}"] = measure(options.guidance)
     if checkpoint is not None:
         add_trained(policy, config, checkpoint)
         iteration = checkpoints.read_state(checkpoint)["iteration"]
@@ -159,6 +159,7 @@ def _target(target: str, best: bool) -> tuple[Config, Path | None]:
         "these is expected; name a directory that `flowgrpo train` wrote.",
     )
     checkpoint = checkpoints.best(folder) if best else checkpoints.latest(folder)
+    checkpoints.verify(checkpoint)
     # checkpoints/step-* lies two folders below the run.
     run = folder if checkpoint != folder else folder.resolve().parents[1]
     return runs.resume_config(run), checkpoint

@@ -158,10 +158,10 @@ def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -
         tolerances: quality figure -> largest allowed change, above 0 for a rise and below 0 for a
             fall; a figure outside is marked.
     """
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("", no_wrap=True)
     for label in reports:
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", no_wrap=True)
     both = len(reports) > 1
     if both:
         table.add_column("change", justify="right")

@@ -282,7 +282,7 @@ def _step(iteration: int) -> str:
 
 
 def _label(name: str, report: Report) -> str:
-    return name if name == "base" else f"base, guidance {report.guidance_scale:g}"
+    return name if name == "base" else f"base, CFG {report.guidance_scale:g}"
 
 
 def _count(number: int) -> str:

@@ -1,0 +1,172 @@
+"""The command line: what is asked for, and mistakes in one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import shell
+from PIL import Image
+
+from flowgrpo import __version__, cli, nano
+from flowgrpo.config import ConfigError, to_json
+
+
+def test_options_are_fields_of_the_recipe():
+    line = (
+        "nano --sample.steps 8 --sample.window-range 0 5 --optim.betas 0.9 0.95 --optim.guard "
+        "--reward.weights nano_strict 0.25 a:b 2 --run.out x --policy.lora_targets attn.to_q"
+    )
+    config = cli.parse_train(line.split())
+    base = nano.recipe()
+    assert (config.sample.steps, config.sample.window_range) == (8, (0, 5))
+    assert (config.optim.betas, config.optim.guard) == ((0.9, 0.95), True)
+    assert config.reward.weights == {"nano_strict": 0.25, "a:b": 2.0}
+    assert config.policy.lora_targets == ("attn.to_q",)
+    assert config.run.out == "x" and config.recipe == "nano"
+    assert (config.optim.lr, config.sample.group_size) == (base.optim.lr, base.sample.group_size)
+    assert cli.parse_train([]) == base
+
+
+def test_resume_takes_the_configuration_of_the_run(tmp_path):
+    config = shell.make(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    for words in (["--run.resume", str(tmp_path / "run")], [f"--run.resume={tmp_path / 'run'}"]):
+        found = cli.parse_train([*words, "--run.steps", "9"])
+        assert found.sample == config.sample and found.recipe == "tiny"
+        assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
+    with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
+        cli.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
+
+
+MISTAKES = [
+    ("paint", "'paint' is no command"),
+    ("train nanno", "did you mean 'nano'?"),
+    ("train --sample.batch_size 50", "divides 96"),
+    ("train --optim.updates-per-iteration 5", "does not divide the 2 chunks"),
+    ("train --optim.guard --sample.transition cps", "choose flow_sde or dance_sde"),
+    ("train --reward.weights nano_strict", "NAME WEIGHT, repeated"),
+    ("train --reward.weights nano_strict x", "NAME WEIGHT, repeated"),
+    ("train --run.resume /no/such", "/no/such/config.json cannot be read"),
+    ("train --run.out /proc/x --policy.model /no/such", "policy.model is '/no/such'"),
+    ("evaluate /no/such", "neither a run directory nor a recipe"),
+    ("evaluate .", "holds no checkpoint"),
+    ("sample", "no prompt was given"),
+    ("sample x --count 0", "both must be above 0"),
+    ("sample x --run /no/such", "neither a run directory nor a recipe"),
+    ("doctor now", "takes no options"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err and shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train --sample.stpes 8", "--sample.steps"),
+        ("train --optim.lr fast", "could not convert string to float"),
+        ("train --policy.dtype int8", "bfloat16"),
+        ("evaluate", "required"),
+        ("sample x --colour", "--colour"),
+    ],
+)
+def test_what_tyro_refuses_exits_with_2(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line.split())
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert words in shown.err + shown.out
+
+
+def test_help_and_version(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"flowgrpo {word}" in shown for word in ("train", "evaluate", "sample", "doctor"))
+    for command in ("train", "evaluate", "sample"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert "options" in capsys.readouterr().out
+    assert cli.main(["doctor", "--help"]) == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two iterations."""
+    from flowgrpo import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {"run.steps": 2, "run.progress": "none", "run.eval_samples": 2, "run.eval_every": 1}
+    train.run(shell.make(folder, **changes))
+    return folder / "run"
+
+
+def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
+    assert cli.main(["evaluate", str(trained), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "base, CFG 3" in shown and "iteration 2" in shown and "points" in shown
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert list(report["reports"]) == ["base", "base, CFG 3", "iteration 2"]
+    base, _, after = report["reports"].values()
+    assert base["images"] == after["images"] == 6
+    assert report["change"]["accuracy"] == pytest.approx(after["accuracy"] - base["accuracy"])
+    low, high = report["change"]["interval"]
+    assert low <= report["change"]["accuracy"] <= high
+    assert Image.open(tmp_path / "e" / "grid.png").size[1] > 350
+
+
+def test_evaluate_repeats_what_the_run_reported(trained, tmp_path):
+    """The adapter that was saved gives, bit for bit, the accuracy that training had found."""
+    summary = json.loads((trained / "summary.json").read_text())
+    for target in (trained, trained / "checkpoints" / "step-000002"):
+        assert cli.main(["evaluate", str(target), "--out", str(tmp_path / target.name)]) == 0
+        report = json.loads((tmp_path / target.name / "report.json").read_text())
+        assert report["reports"]["base"] == summary["before"]
+        assert report["reports"]["iteration 2"] == {
+            k: v for k, v in summary["after"].items() if k != "iteration"
+        }
+
+
+def test_sample_writes_one_picture(trained, tmp_path, capsys):
+    model = str(trained.parent / "model")
+    out = tmp_path / "new" / "x.png"
+    line = ["sample", "a red circle", "two square", "--model", model, "--out", str(out)]
+    line += ["--count", "3", "--steps", "3"]
+    assert cli.main(line) == 0 and str(out) in capsys.readouterr().out
+    first = out.read_bytes()
+    assert cli.main(line) == 0 and out.read_bytes() == first
+    assert cli.main([*line, "--seed", "1"]) == 0 and out.read_bytes() != first
+    height = Image.open(out).size[1]
+    assert cli.main([*line, "--run", str(trained)]) == 0
+    assert Image.open(out).size[1] > 1.5 * height
+
+
+def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, capsys):
+    out = tmp_path / "new" / "x.png"
+    model = str(trained.parent / "model")
+    assert cli.main(["sample", "a purple dog", "--model", model, "--out", str(out)]) == 2
+    assert "purple dog" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "checkpoints" / "step-000002" / "ema.safetensors").write_bytes(b"no")
+    for line in (["evaluate", str(run)], ["train", "--run.resume", str(run), "--run.steps", "3"]):
+        assert cli.main(line) == 2
+        assert "SHA-256" in capsys.readouterr().err
+    assert not (run / "evaluation").exists()

@@ -1,0 +1,115 @@
+"""Pictures: every pixel of an image is in the grid, and the curve shows what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowgrpo import pictures
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    return tuple(int(name[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def images(count: int, size: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def find(picture: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
+    """(top, left) of every place where `part` is in `picture`."""
+    height, width = part.shape[:2]
+    corners = np.argwhere((picture[: -height + 1, : -width + 1] == part[0, 0]).all(-1))
+    return [(y, x) for y, x in corners if (picture[y : y + height, x : x + width] == part).all()]
+
+
+def test_every_image_is_enlarged_exactly_and_stands_under_its_other_row():
+    rows = {"base": images(7), "after": images(8)[:7]}
+    grid = np.asarray(pictures.grid(rows, [f"prompt {i}" for i in range(7)], columns=4))
+    places = {}
+    for label, row in rows.items():
+        for i, image in enumerate(row):
+            # 24 pixels become 120; the outermost pixel ring of a tile is its frame.
+            tile = image.permute(1, 2, 0).numpy().repeat(5, 0).repeat(5, 1)[1:-1, 1:-1]
+            [place] = find(grid, tile)
+            places[label, i] = place
+    for i in range(7):
+        assert places["base", i][1] == places["after", i][1]
+        assert 120 < places["after", i][0] - places["base", i][0] < 140
+    assert places["base", 0][0] == places["base", 3][0] < places["base", 4][0]
+    assert places["base", 4][1] == places["base", 0][1]
+
+
+def test_marks_are_green_for_one_and_red_for_less():
+    row = torch.full((3, 3, 24, 24), 255, dtype=torch.uint8)
+    grid = np.asarray(pictures.grid({"a": row}, ["x"] * 3, {"a": [1.0, 0.99, 0.0]}))
+    green = (grid == colour(pictures.RIGHT)).all(-1)
+    red = (grid == colour(pictures.WRONG)).all(-1)
+    assert green.sum() == 120 * 3 and red.sum() == 2 * 120 * 3
+    assert np.argwhere(green)[:, 1].max() < np.argwhere(red)[:, 1].min()
+
+
+def test_captions_are_wrapped_inside_their_column():
+    long = "a very long prompt about three red circles above one small blue square and more of it"
+    short = pictures.grid({"a": images(2)}, ["one", "two"])
+    tall = pictures.grid({"a": images(2)}, [long * 3, "two"])
+    assert tall.size[0] == short.size[0] and tall.size[1] > short.size[1]
+    pixels = np.asarray(tall)
+    # Ink of the first caption stays left of the second column.
+    second = find(pixels, np.asarray(pictures._tile(images(2)[1]))[1:-1, 1:-1])[0][1]
+    below = (pixels[140:, :, :] < 120).all(-1)
+    assert below[:, : second - 2].any()
+    assert not below[40:, second - 2 :].any()
+
+
+def test_large_images_are_made_smaller():
+    picture = pictures.grid({"a": images(1, 1024)}, ["x"])
+    assert picture.size[0] < 400
+
+
+@pytest.mark.parametrize("bad", [images(3), images(2).float(), images(2)[:, 0]])
+def test_wrong_images_are_refused(bad):
+    with pytest.raises(ValueError, match=r"rows\['a'\] is .* one image a caption"):
+        pictures.grid({"a": bad}, ["x", "y"])
+
+
+def test_save_replaces_and_leaves_no_part(tmp_path):
+    for count in (1, 2):
+        pictures.save(pictures.grid({"a": images(count)}, ["x"] * count), tmp_path / "s" / "a.png")
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["a.png"]
+    assert Image.open(tmp_path / "s" / "a.png").size[0] > 250
+
+
+def evaluations(values, **extra):
+    return [
+        {"iteration": 50 * i, "accuracy": v, "interval": [v - 0.05, v + 0.05], **extra}
+        for i, v in enumerate(values)
+    ]
+
+
+def blue_line(path) -> np.ndarray:
+    """Pixels of the main line, as (row, column)."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return np.argwhere((np.abs(pixels - colour("#0969da")) < 8).all(-1))
+
+
+def test_curve_rises_with_the_accuracy(tmp_path):
+    for name, values in (("up", (0.3, 0.5, 0.9)), ("down", (0.9, 0.5, 0.3))):
+        entries = evaluations(values, tasks={"counting": 0.2, "colors": 0.9}, elapsed=60.0)
+        line = blue_line(pictures.curve(tmp_path / f"{name}.png", entries, title="t"))
+        line = line[line[:, 1] < 700]  # without the legend
+        left = line[line[:, 1] < 150][:, 0].mean()
+        right = line[line[:, 1] > 650][:, 0].mean()
+        assert (left > right) == (name == "up")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["down.png", "up.png"]
+
+
+def test_curve_of_one_point_and_without_tasks(tmp_path):
+    guided = {"accuracy": 0.7, "guidance_scale": 3.5}
+    path = pictures.curve(tmp_path / "a.png", evaluations([0.4]), guided)
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert (np.abs(pixels - colour("#bf8700")) < 8).all(-1).sum() > 100
+    assert len(blue_line(path)) > 10
