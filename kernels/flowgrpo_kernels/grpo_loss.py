@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+# _grpo_kernels registers the Triton launchers.
+from . import _checks, _grpo_kernels, _ops  # noqa: F401
 from ._autograd import once_differentiable
 from .transitions import Transitions
 

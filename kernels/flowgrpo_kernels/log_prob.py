@@ -15,9 +15,146 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _ops, _triton
 from ._autograd import once_differentiable
+from ._triton import (
+    CHUNKS_C,
+    LANES_C,
+    coefficient,
+    count,
+    jit,
+    pair_tree,
+    position,
+    residual,
+    score,
+    store_gradient,
+    tl,
+)
 from .transitions import Transitions
+
+
+@jit
+def _log_prob_kernel(
+    v_ptr,  # [B, D]
+    u_ptr,  # [B, D] if GUIDED
+    x_ptr,  # [B, D]
+    prev_ptr,  # [B, D]
+    sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
+    table_ptr,  # [R, COLUMNS]
+    step_ptr,  # [B]
+    scale,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    ALIGN: tl.constexpr,
+    GUIDED: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    row, _, base, remaining = position(elements, num_blocks, ALIGN)
+    step = tl.load(step_ptr + row * step_stride)
+    a = coefficient(table_ptr, step, num_steps, 0)
+    b = coefficient(table_ptr, step, num_steps, 1)
+    b_sum = tl.zeros([LANES_C], dtype=tl.float32)
+    for chunk in tl.static_range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        _, b_d = residual(
+            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
+        )
+        b_sum += b_d * b_d
+    total = pair_tree(b_sum, LANES_C)
+    if SINGLE:
+        k = coefficient(table_ptr, step, num_steps, 3)
+        c0 = coefficient(table_ptr, step, num_steps, 4)
+        c = coefficient(table_ptr, step, num_steps, 2)
+        tl.store(sums_ptr + row, score(total, elements, k, c0, c))
+    else:
+        tl.store(sums_ptr + tl.program_id(0), total)
+
+
+@jit
+def _log_prob_backward_kernel(
+    grad_ptr,  # [B]
+    v_ptr,  # [B, D]
+    u_ptr,  # [B, D] if GUIDED
+    x_ptr,  # [B, D]
+    prev_ptr,  # [B, D]
+    dv_ptr,  # [B, D]
+    du_ptr,  # [B, D] if UNCOND_GRAD
+    table_ptr,  # [R, COLUMNS]
+    step_ptr,  # [B]
+    scale,
+    uncond_scale,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    ALIGN: tl.constexpr,
+    GUIDED: tl.constexpr,
+    UNCOND_GRAD: tl.constexpr,
+):
+    row, _, base, remaining = position(elements, num_blocks, ALIGN)
+    step = tl.load(step_ptr + row * step_stride)
+    a = coefficient(table_ptr, step, num_steps, 0)
+    b = coefficient(table_ptr, step, num_steps, 1)
+    k = coefficient(table_ptr, step, num_steps, 3)
+    grad = tl.load(grad_ptr + row)
+    c_d = tl.div_rn(grad * (2.0 * (k * b)), count(elements))
+    for chunk in tl.static_range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        _, b_d = residual(
+            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
+        )
+        store_gradient(
+            dv_ptr, du_ptr, base, o_lane, remaining, c_d * b_d, scale, uncond_scale,
+            GUIDED, UNCOND_GRAD,
+        )  # fmt: skip
+
+
+@_triton.launcher("log_prob")
+def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
+    """One launch, and a second one for rows of more than one block."""
+    rows, elements = sample.shape[0], sample.shape[1:].numel()
+    log_prob = torch.empty(rows, dtype=torch.float32, device=sample.device)
+    if rows == 0:
+        return log_prob
+    blocks = _triton.num_blocks(elements)
+    sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
+    sizes = (elements, table.shape[0], step.stride(0), blocks)
+    with _triton.on(sample.device):
+        _log_prob_kernel[(rows * blocks,)](
+            velocity, uncond, sample, prev_sample, sums, table, step, scale, *sizes,
+            ALIGN=_triton.alignment(rows, elements),
+            GUIDED=uncond is not None,
+            SINGLE=blocks == 1,
+            **_triton.LAUNCH,
+        )  # fmt: skip
+        if blocks > 1:
+            _triton.finish_kernel[(rows,)](
+                sums, log_prob, table, step, *sizes, WIDTH=_triton.lanes(blocks), **_triton.LAUNCH
+            )
+    return log_prob
+
+
+@_triton.launcher("log_prob_backward")
+def _launch_backward(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
+    """One launch."""
+    rows, elements = sample.shape[0], sample.shape[1:].numel()
+    dv, du = _triton.gradients(velocity, uncond, uncond_grad)
+    if rows == 0 or elements == 0:
+        return dv, du
+    blocks = _triton.num_blocks(elements)
+    with _triton.on(sample.device):
+        _log_prob_backward_kernel[(rows * blocks,)](
+            grad, velocity, uncond, sample, prev_sample, dv, du if uncond_grad else None, table,
+            step, scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks,
+            ALIGN=_triton.alignment(rows, elements),
+            GUIDED=uncond is not None,
+            UNCOND_GRAD=uncond_grad,
+            **_triton.LAUNCH,
+        )  # fmt: skip
+    return dv, du
+
 
 _log_prob = _ops.op("log_prob")
 _log_prob_backward = _ops.op("log_prob_backward")

@@ -11,7 +11,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _ops, _triton
+from ._triton import CHUNKS_C, LANES_C, jit, narrow, normals, position, store, tl
+
+
+@jit
+def _noise_kernel(
+    out_ptr,  # [B, D]
+    seeds_ptr,  # [B]
+    elements,
+    num_blocks,
+    ALIGN: tl.constexpr,
+):
+    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    seed = tl.load(seeds_ptr + row)
+    step = tl.full([], 0xFFFFFFFF, tl.uint32)
+    for chunk in tl.static_range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        b_z = normals((start + chunk * LANES_C) // 4, seed, step)
+        store(out_ptr + base, o_lane, remaining, narrow(b_z, out_ptr.dtype.element_ty))
+
+
+@_triton.launcher("initial_noise")
+def _launch(seeds, shape, dtype):
+    rows, elements = seeds.shape[0], torch.Size(shape).numel()
+    out = torch.empty((rows, *shape), dtype=dtype, device=seeds.device)
+    if out.numel() == 0:
+        return out
+    blocks = _triton.num_blocks(elements)
+    align = _triton.alignment(rows, elements)
+    with _triton.on(seeds.device):
+        _noise_kernel[(rows * blocks,)](out, seeds, elements, blocks, ALIGN=align, **_triton.LAUNCH)
+    return out
+
 
 _initial_noise = _ops.op("initial_noise")
 

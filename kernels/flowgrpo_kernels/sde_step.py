@@ -14,8 +14,103 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _ops, _triton
+from ._triton import (
+    CHUNKS_C,
+    LANES_C,
+    coefficient,
+    guided,
+    jit,
+    load,
+    narrow,
+    normals,
+    pair_tree,
+    position,
+    score,
+    store,
+    tl,
+)
 from .transitions import Transitions
+
+
+@jit
+def _sde_step_kernel(
+    v_ptr,  # [B, D]
+    u_ptr,  # [B, D] if GUIDED
+    x_ptr,  # [B, D]
+    noise_ptr,  # [B, D] if NOISE == 2
+    out_ptr,  # [B, D]
+    sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
+    table_ptr,  # [R, COLUMNS]
+    step_ptr,  # [B]
+    seeds_ptr,  # [B] if NOISE == 1
+    scale,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    ALIGN: tl.constexpr,
+    GUIDED: tl.constexpr,
+    NOISE: tl.constexpr,  # 0 none, 1 from seeds, 2 given
+    SINGLE: tl.constexpr,
+):
+    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    step = tl.load(step_ptr + row * step_stride)
+    a = coefficient(table_ptr, step, num_steps, 0)
+    b = coefficient(table_ptr, step, num_steps, 1)
+    c = coefficient(table_ptr, step, num_steps, 2)
+    if NOISE == 1:
+        seed = tl.load(seeds_ptr + row)
+        noise_step = coefficient(table_ptr, step, num_steps, 7).to(tl.int32).to(tl.uint32)
+
+    b_sum = tl.zeros([LANES_C], dtype=tl.float32)
+    for chunk in tl.static_range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+        b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
+        if NOISE == 1:
+            b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
+        elif NOISE == 2:
+            b_x = b_mu + c * load(noise_ptr + base, o_lane, remaining)
+        else:
+            b_x = b_mu
+        b_out = narrow(b_x, out_ptr.dtype.element_ty)
+        store(out_ptr + base, o_lane, remaining, b_out)
+        b_d = b_out.to(tl.float32) - b_mu
+        # Beyond the row's end x' is noise; its square must not enter the sum.
+        b_sum += tl.where(o_lane < remaining, b_d * b_d, 0.0)
+    total = pair_tree(b_sum, LANES_C)
+    if SINGLE:
+        k = coefficient(table_ptr, step, num_steps, 3)
+        c0 = coefficient(table_ptr, step, num_steps, 4)
+        tl.store(sums_ptr + row, score(total, elements, k, c0, c))
+    else:
+        tl.store(sums_ptr + tl.program_id(0), total)
+
+
+@_triton.launcher("sde_step")
+def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob):
+    """One launch, and a second one for rows of more than one block."""
+    rows, elements = sample.shape[0], sample.shape[1:].numel()
+    if rows == 0:
+        return
+    blocks = _triton.num_blocks(elements)
+    sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
+    sizes = (elements, table.shape[0], step.stride(0), blocks)
+    with _triton.on(sample.device):
+        _sde_step_kernel[(rows * blocks,)](
+            velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, scale, *sizes,
+            ALIGN=_triton.alignment(rows, elements),
+            GUIDED=uncond is not None,
+            NOISE=2 if noise is not None else int(seeds is not None),
+            SINGLE=blocks == 1,
+            **_triton.LAUNCH,
+        )  # fmt: skip
+        if blocks > 1:
+            _triton.finish_kernel[(rows,)](
+                sums, log_prob, table, step, *sizes, WIDTH=_triton.lanes(blocks), **_triton.LAUNCH
+            )
+
 
 _sde_step = _ops.op("sde_step")
 

@@ -17,12 +17,10 @@ def _poison(poisoned_empty):
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
+@pytest.fixture(params=["reference", "native"])
 def backend(request):
-    """The name of a backend that runs CPU tensors here; Triton in its interpreter."""
+    """The name of a backend that runs CPU tensors. Triton's interpreter: test_triton.py."""
     if not _available(request.param):
         pytest.skip(f"{request.param}: {_ops.backends()[request.param]['reason']}")
-    if request.param == "triton" and not _ops._interpreting():
-        pytest.skip("triton runs on the GPU here, not in the interpreter")
     with _ops.use_backend(request.param):
         yield request.param
