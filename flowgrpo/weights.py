@@ -19,6 +19,7 @@ from torch import nn
 
 from flowgrpo import checkpoints
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
+from flowgrpo.policies.lora import shorten
 from flowgrpo.validation import require
 
 ADAPTER = "default"
@@ -63,6 +64,7 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     )
     transformer.add_adapter(lora, adapter_name=ADAPTER)
     _draw_lora(transformer, config, seed)
+    shorten(transformer)
     return list(named_parameters(transformer).values())
 
 
