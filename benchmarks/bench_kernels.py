@@ -1,0 +1,273 @@
+"""Suite `kernels`: the fused step and loss beside the family's eager code, and the copy ceiling.
+
+    python benchmarks/bench_kernels.py                  # this machine, all shapes
+    python benchmarks/bench_kernels.py --smoke          # seconds; checks that everything runs
+    python benchmarks/bench_kernels.py --device cuda --large
+
+Cases: `step` (one rollout step), `step-cfg` (with guidance), `loss` (forward and backward) and
+`loss-kl` (with a reference velocity). Providers: `ours` (native on the CPU, Triton in a replayed
+graph on a GPU), `ours-loop` (GPU: called from Python), `reference` (our PyTorch fallback), `eager`
+(eager.py), `compile` (its arithmetic as one compiled graph) and `ceiling`, a copy that moves the
+bytes that the op must move.
+
+Bytes that must move, per element (v velocity, x sample and prev_sample, in bytes of their dtypes):
+    step      v + x + x                 step-cfg  2 v + x + x
+    loss      forward v + 2 x, backward v + 2 x + v;     loss-kl   2 v more
+(the row's ratio must be known before its gradient, so both passes read). Every call works on
+another of several buffer sets, providers are interleaved call by call, and the median is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import eager
+import records
+import torch
+
+from flowgrpo_kernels import _ops, backend_info, flow_sde, grpo_loss, log_prob, sde_step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = {
+    "sd3-512": ((16, 64, 64), (1, 4, 9, 16, 64)),
+    "flux-512": ((1024, 64), (1, 4, 16)),
+    "video": ((16, 9, 60, 104), (1,)),
+}
+SMOKE_SHAPES = {"sd3-512": ((16, 64, 64), (1,)), "odd": ((3, 7, 11), (2,))}
+# 2 GiB and more are moved by every op: 16 x 64 x 64 x 4 bytes x 3 tensors x 2750 rows = 2.01 GiB.
+LARGE_SHAPES = {"large": ((16, 64, 64), (2752,))}
+OPS = ("step", "step-cfg", "loss", "loss-kl")
+SIGMAS = torch.tensor([1 - i / 10 for i in range(11)], dtype=torch.float64)
+STEP, SCALE, BETA = 4, 4.5, 0.04
+
+
+class Case(NamedTuple):
+    op: str
+    model: str
+    shape: tuple[int, ...]
+    batch: int
+    velocity: str
+    sample: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.model} b{self.batch} {self.velocity}/{self.sample}"
+
+    @property
+    def bytes(self) -> int:
+        v, x = DTYPES[self.velocity].itemsize, DTYPES[self.sample].itemsize
+        per_element = {
+            "step": v + 2 * x,
+            "step-cfg": 2 * v + 2 * x,
+            "loss": 3 * v + 4 * x,
+            "loss-kl": 5 * v + 4 * x,
+        }[self.op]
+        return per_element * self.batch * torch.Size(self.shape).numel()
+
+
+class Buffers:
+    """One set of everything a case reads and writes."""
+
+    def __init__(self, case: Case, device: str, seed: int) -> None:
+        g = torch.Generator(device).manual_seed(seed)
+        shape = (case.batch, *case.shape)
+
+        def normal(dtype: str) -> torch.Tensor:
+            return torch.randn(shape, generator=g, device=device).to(DTYPES[dtype])
+
+        self.velocity = normal(case.velocity)
+        self.other = normal(case.velocity) if case.op in ("step-cfg", "loss-kl") else None
+        self.sample = normal(case.sample)
+        self.out = torch.empty_like(self.sample)
+        self.scores = torch.empty(case.batch, device=device)
+        self.seeds = torch.arange(case.batch, device=device) + seed
+        self.step = torch.full((case.batch,), STEP, device=device)
+        self.advantages = torch.linspace(-2, 2, case.batch, device=device)
+        self.transitions = flow_sde(SIGMAS, 0.7).to(device)
+        self.scheduler = eager.Scheduler(SIGMAS.to(device))
+        self.timestep = self.scheduler.timesteps[STEP].repeat(case.batch)
+        self.prev, _ = sde_step(
+            self.velocity, self.sample, self.transitions, self.step, seeds=self.seeds
+        )
+        self.old = log_prob(self.velocity, self.sample, self.prev, self.transitions, self.step)
+        if case.op.startswith("loss"):
+            self.velocity = (self.velocity * 1.001).requires_grad_()
+        source = torch.zeros(max(case.bytes // 2, 1), dtype=torch.uint8, device=device)
+        self.copy = (torch.empty_like(source), source)
+
+
+def ours(case: Case, b: Buffers) -> None:
+    if case.op.startswith("step"):
+        guidance = {} if b.other is None else {"uncond_velocity": b.other, "guidance_scale": SCALE}
+        sde_step(
+            b.velocity, b.sample, b.transitions, b.step,
+            seeds=b.seeds, out=b.out, log_prob_out=b.scores, **guidance,
+        )  # fmt: skip
+        return
+    kl = {} if b.other is None else {"ref_velocity": b.other, "kl_weight": BETA}
+    out = grpo_loss(b.velocity, b.sample, b.prev, b.old, b.advantages, b.transitions, b.step, **kl)
+    torch.autograd.grad(out.loss, b.velocity)
+
+
+def family(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> None:
+    if case.op.startswith("step"):
+        with torch.no_grad():
+            sigmas = b.scheduler.lookup(b.timestep, b.sample.ndim)
+            guided(sigmas, b.velocity, b.other, SCALE, b.sample)
+        return
+    loss, _ = eager.loss(
+        b.scheduler, b.velocity, b.timestep, b.sample, b.prev, b.old, b.advantages, b.other,
+        BETA if b.other is not None else 0.0, micro_step,
+    )  # fmt: skip
+    torch.autograd.grad(loss, b.velocity)
+
+
+def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[Buffers], None]]:
+    def with_backend(name: str, b: Buffers) -> None:
+        with _ops.use_backend(name):
+            ours(case, b)
+
+    found = {
+        "ours": lambda b: ours(case, b),
+        "reference": lambda b: with_backend("reference", b),
+        "eager": lambda b: family(case, b, eager.guided, eager.micro_step),
+        "ceiling": lambda b: b.copy[0].copy_(b.copy[1]),
+    }
+    if device == "cuda":
+        found["ours-loop"] = found["ours"]
+    if compiled:
+        torch._dynamo.reset()
+        guided = torch.compile(eager.guided, fullgraph=True, dynamic=False)
+        micro_step = torch.compile(eager.micro_step, fullgraph=True, dynamic=False)
+        found["compile"] = lambda b: family(case, b, guided, micro_step)
+    return found
+
+
+def time_cpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> dict[str, float]:
+    """Median seconds of a call, providers interleaved."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for b in sets:
+            call(b)
+    for i in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(sets[i % len(sets)])
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_gpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> dict[str, float]:
+    """Median seconds of a call by events: `ours` and `ceiling` as graphs, others in a loop."""
+
+    def over_sets(call: Callable) -> Callable[[], None]:
+        def loop() -> None:
+            for b in sets:
+                call(b)
+
+        return loop
+
+    runs = {}
+    for name, call in calls.items():
+        loop = over_sets(call)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                loop()
+        torch.cuda.synchronize()
+        if name in ("ours", "ceiling"):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loop()
+            runs[name] = graph.replay
+        else:
+            runs[name] = loop
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # A kernel in front keeps the GPU busy while the host queues what is measured.
+            torch.cuda._sleep(1_000_000)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3 / len(sets))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def buffer_sets(case: Case, device: str) -> int:
+    """So many that a set has left the cache when its turn comes again: 200 MB, 2 to 32 sets."""
+    return min(32, max(2, 200_000_000 // max(case.bytes, 1)))
+
+
+def measure(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
+    sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case, device))]
+    calls = providers(case, device, compiled)
+    if case.bytes > 1 << 30:
+        # Its float64 temporaries and int64 words do not fit beside the buffers.
+        del calls["reference"]
+    seconds = (time_gpu if device == "cuda" else time_cpu)(calls, sets, rounds)
+    rows = []
+    for name, s in seconds.items():
+        rows.append(records.row("kernels", case.name, name, "time", s * 1e6, "us"))
+        gb = case.bytes / s / 1e9
+        rows.append(records.row("kernels", case.name, name, "bandwidth", gb, "GB/s"))
+    speed = seconds["eager"] / seconds["ours"]
+    share = seconds["ceiling"] / seconds["ours"]
+    times = "  ".join(f"{n} {s * 1e6:.0f}" for n, s in seconds.items())
+    print(
+        f"{case.name:42s} {times} us   eager/ours {speed:.1f}, ceiling/ours {share:.2f}", flush=True
+    )
+    return rows
+
+
+def cases(shapes: dict, pattern: str) -> list[Case]:
+    found = []
+    for model, (shape, batches) in shapes.items():
+        for batch in batches:
+            dtypes = [("float32", "float32")]
+            if batch == 16:
+                dtypes.append(("bfloat16", "float32"))
+            for op in OPS:
+                found += [Case(op, model, shape, batch, v, x) for v, x in dtypes]
+    return [c for c in found if pattern in c.name]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each provider")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--large", action="store_true", help="add a shape that moves 2 GiB")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds, no compile")
+    parser.add_argument("--out", type=Path, help="default: results/kernels-<device>.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    shapes = SMOKE_SHAPES if args.smoke else SHAPES | (LARGE_SHAPES if args.large else {})
+    rounds = 2 if args.smoke else args.rounds
+    chosen = cases(shapes, args.cases)
+    if not chosen:
+        raise SystemExit(f"--cases {args.cases!r} matches no case")
+    print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
+    rows = []
+    for case in chosen:
+        rows += measure(case, args.device, rounds, not (args.smoke or args.no_compile))
+    out = args.out or records.RESULTS / f"kernels-{args.device}.json"
+    facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
+    records.write(records.record(rows, args.device, **facts), out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

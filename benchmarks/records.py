@@ -1,0 +1,132 @@
+"""The record of a measurement: one JSON file a suite and device, with where and how it was made.
+
+    {"device", "driver", "versions": {...}, "commit", "command", "date",
+     "rows": [{"suite", "case", "provider", "metric", "value", "unit"}, ...]}
+
+Providers: `ours` (and `reference`), `eager` (the family's own sequence), `compile` (that sequence
+under torch.compile), `ceiling` (what the device can do, measured in the same run).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "peft", "flowgrpo")
+
+
+def row(suite: str, case: str, provider: str, metric: str, value: float, unit: str) -> dict:
+    return {
+        "suite": suite,
+        "case": case,
+        "provider": provider,
+        "metric": metric,
+        "value": float(f"{value:.6g}"),
+        "unit": unit,
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's name and the cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        if found := re.search(r"^model name\s*: (.*)$", text, re.M):
+            name = found.group(1)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def gpu_facts() -> tuple[str, str]:
+    """(name with clocks and power limit, driver version) of the current GPU, by nvidia-ml-py."""
+    name = torch.cuda.get_device_name()
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        memory = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
+        watts = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) // 1000
+        facts = f"{name}, SM up to {clock} MHz, memory {memory} MHz, {watts} W"
+        return facts, pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:  # pynvml raises its own family of errors, and may be absent
+        return f"{name} (nvidia-ml-py: {error})", "unknown"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__
+    return found
+
+
+def commit() -> str:
+    """The commit measured, with "+" when the tree differs from it."""
+    try:
+        here = Path(__file__).parent
+        head = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+            cwd=here, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return head.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(rows: list[dict], device: str, **more: Any) -> dict[str, Any]:
+    """A full record of `rows` measured on "cpu" or "cuda"."""
+    name, driver = gpu_facts() if device == "cuda" else (cpu_name(), platform.release())
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {
+        "device": name,
+        "driver": driver,
+        "versions": versions(),
+        "commit": commit(),
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **more,
+        "rows": rows,
+    }
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Writes a record beside its place and renames it, so that no half record is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    missing = {"device", "versions", "commit", "command", "date", "rows"} - set(content)
+    if missing:
+        raise ValueError(f"{path} is not a benchmark record: it lacks {sorted(missing)}")
+    return content
+
+
+def find(rows: list[dict], **wanted: str) -> float | None:
+    """The value of the row with these fields; None where there is no such row."""
+    for r in rows:
+        if all(r[k] == v for k, v in wanted.items()):
+            return r["value"]
+    return None

@@ -1,0 +1,83 @@
+"""The benchmarks run, write the record format, and compare with the family's own arithmetic."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROW = {"suite", "case", "provider", "metric", "value", "unit"}
+RECORD = {"device", "driver", "versions", "commit", "command", "date", "rows"}
+
+
+@pytest.fixture(scope="module")
+def eager():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import eager
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return eager
+
+
+def test_the_baseline_computes_what_we_compute(eager):
+    """Same step, log_prob, loss and gradient as ours up to float32 rounding: a fair comparison."""
+    sigmas = torch.linspace(1, 0, 11, dtype=torch.float64)
+    scheduler, transitions = eager.Scheduler(sigmas), flow_sde(sigmas, 0.7)
+    torch.manual_seed(1)
+    v, x, ref = torch.randn(3, 5, 4, 8, 8)
+    steps = torch.tensor([0, 2, 4, 6, 8])
+    timestep = scheduler.timesteps[steps]
+    torch.manual_seed(2)
+    prev, score, _, _ = eager.step(scheduler, v, timestep, x)
+    torch.manual_seed(2)
+    noise = torch.randn(v.shape)
+    ours, lp = sde_step(v, x, transitions, steps, noise=noise)
+    torch.testing.assert_close(ours, prev, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(lp, score, rtol=2e-5, atol=2e-5)
+
+    old, adv = lp + torch.tensor([0.2, -0.2, 0.01, 0.0, 0.3]), torch.linspace(-3, 7, 5)
+    a, b = v.clone().requires_grad_(), v.clone().requires_grad_()
+    theirs, metrics = eager.loss(scheduler, a, timestep, x, ours, old, adv, ref, beta=0.04)
+    out = grpo_loss(b, x, ours, old, adv, transitions, steps, ref_velocity=ref, kl_weight=0.04)
+    theirs.backward()
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.kl, metrics["kl_loss"].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--smoke", "--out", out]
+    run = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    record = json.loads(out.read_text())
+    assert set(record) >= RECORD and "--smoke" in record["command"]
+    assert all(set(row) == ROW and row["value"] > 0 for row in record["rows"])
+    assert {"ours", "eager", "reference", "ceiling"} == {r["provider"] for r in record["rows"]}
+    assert {r["case"].split()[0] for r in record["rows"]} == {
+        "step", "step-cfg", "loss", "loss-kl"
+    }  # fmt: skip
+    picture = tmp_path / "bars.png"
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "plot.py", out, "--out", picture, "--cases", "odd"],
+        check=True,
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("kernels-*.json")))
+def test_recorded_files_have_the_format(path):
+    record = json.loads(path.read_text())
+    assert set(record) >= RECORD
+    assert all(set(row) == ROW for row in record["rows"])
