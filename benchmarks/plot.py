@@ -25,7 +25,7 @@ COLOURS = {
 }
 
 
-def label(case: str) -> str:
+def tick(case: str) -> str:
     """A case's name in three short lines: op, shape and batch, dtypes."""
     op, model, batch, dtypes = case.split()
     return f"{op}\n{model} {batch}\n{dtypes}"
@@ -50,7 +50,7 @@ def draw(record: dict, cases: list[str], out: Path) -> None:
             )  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylabel("µs a call (log)")
-    axes.set_xticks(range(len(cases)), [label(c) for c in cases], fontsize=7)
+    axes.set_xticks(range(len(cases)), [tick(c) for c in cases], fontsize=7)
     axes.set_title(record["device"], fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, ncols=len(names), loc="upper center",
