@@ -136,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """``flowgrpo train [RECIPE] [--section.field value ...]``"""
     config = parse_train(argv)
-    from flowgrpo import runs
+    from flowgrpo import reports, runs
     from flowgrpo import train as training
 
     runs.check_directory(config)
     try:
         summary = training.run(config)
-    except training.RatioError as error:
+    except (training.RatioError, reports.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 130 if summary.get("interrupted") else 0

@@ -199,17 +199,17 @@ class OptimConfig:
     """The ratio is clipped to 1 +- clip_range."""
     adv_clip: float = 5.0
     """Advantages are clamped to +- adv_clip."""
+    # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
     beta: float = 0.04
-    """Weight of the KL to the model without adapters; 0 also spares its forward. Its size depends
-    on optim.kl: 0.04 under std_dev is about the paper's 0.004 under gaussian."""
+    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
     kl: Literal["std_dev", "gaussian"] = "std_dev"
-    """KL = |mean - reference mean|^2 / 2 S^2 without dt (flow_grpo's code: std_dev) or / 2 C^2 with
-    C^2 = -S^2 dt (gaussian, the true KL of the step)."""
+    """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""
     advantage_std: Literal["group", "global", "none"] = "group"
     """Divide rewards less their group's mean by the std of the group, of all rows, or not."""
+    # With std the gradient of every step has the same scale.
     step_weighting: Literal["none", "std"] = "none"
-    """Weight of a step in the policy term: 1, or std / |d mean / d velocity|, which gives the
-    gradient of every step the same scale."""
+    """Weight of a step in the policy term: 1, or its std / |d mean / d velocity|."""
     updates_per_iteration: int = 2
     """Optimizer steps on the images of one iteration."""
     guard: bool = False
@@ -262,6 +262,8 @@ class RunConfig:
     """Run directory to go on with; its configuration is taken from there."""
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
+    wandb: str = ""
+    """Weights & Biases project that the numbers also go to; empty: none."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
 

@@ -13,6 +13,7 @@ What is written or shown around the algorithm is here, so that the loop is the a
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,22 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.display import Display, within
 from flowgrpo.evaluate import Report
 from flowgrpo.policies import Policy
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer a number."""
+
+
+def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
+    """Raise DivergedError if the loss or a gradient's norm is not finite."""
+    for name in ("loss", "grad_norm"):
+        values = metrics.get(name, 0.0)
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{name} is {value} at iteration {iteration}, but a finite number is expected; "
+                    "start again with a lower optim.lr or optim.max_grad_norm."
+                )
 
 
 class Reports:
@@ -110,6 +127,7 @@ class Reports:
         dropped = totals.get("dropped_groups", 0) + int(metrics.get("dropped_groups", 0))
         totals["dropped_groups"] = dropped
         self.run.log(done, metrics, seconds)
+        check_finite(metrics, done)
         accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
         shown = {**metrics, "accuracy": accuracy}
         self.display.iteration(done, shown, sum(seconds.values()))
@@ -133,7 +151,7 @@ class Reports:
         evaluate.picture(rows, self.held, self.run.samples / "before-after.png")
         columns = {_label(name, found): found for name, found in self.before.items()}
         self.display.table({**columns, f"iteration {at}": report}, self.tolerances)
-        self.display.note(f"Written to {self.run.dir}: summary.json, curve.png, samples, adapter.")
+        self.display.note(f"Written to {self.run.dir}: summary.json, curve.png, samples, weights.")
         return summary
 
     def summary(self, interrupted: bool) -> dict[str, Any]:
@@ -149,6 +167,7 @@ class Reports:
         return {
             "recipe": self.config.recipe,
             "iterations": self.state.iteration,
+            "images": self.state.iteration * self.config.sample.rows,
             "interrupted": interrupted,
             "before": base.to_dict(),
             "before_guided": guided.to_dict() if guided else None,
@@ -262,8 +281,8 @@ def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> d
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
         f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
         f"steps of {sample.transition}, trained: {window}",
-        "update": f"{optim.updates_per_iteration} updates of {config.chunks_per_update} "
-        f"chunks x {sample.trained_steps} steps",
+        "update": f"{optim.updates_per_iteration} updates, each on "
+        f"{config.chunks_per_update * sample.batch_size} rows x {sample.trained_steps} steps",
         "length": f"{run.steps} iterations = {config.updates} updates"
         + (f", resumed at {state.iteration}" if state.iteration else ""),
         "directory": str(folder),

@@ -7,7 +7,7 @@
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
-      adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`
+      adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
 A run that is killed and resumed goes on with the numbers it would have had: `State` (weights.py) is
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo import __version__, checkpoints
+from flowgrpo import __version__, boards, checkpoints
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
 from flowgrpo.weights import EMA as EMA
 from flowgrpo.weights import State as State
@@ -46,7 +46,8 @@ from flowgrpo.weights import make_optimizer as make_optimizer
 
 log = logging.getLogger("flowgrpo")
 # Fields of RunConfig in which a continuation may differ: they do not change its numbers.
-MAY_CHANGE = {"steps", "out", "resume", "threads", "progress", "eval_every", "checkpoint_every"}
+MAY_CHANGE = ("steps", "out", "resume", "eval_every", "checkpoint_every", "threads", "wandb")
+MAY_CHANGE += ("progress",)
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
 
@@ -58,7 +59,7 @@ class Run:
         self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, folder)
-        self._board: Any = None
+        self._boards: list[boards.Board] | None = None
 
     @classmethod
     def open(cls, config: Config) -> Run:
@@ -69,6 +70,7 @@ class Run:
                 configuration or is in use. Nothing is left behind or changed then.
         """
         folder = config.out_dir
+        boards.check(config)
         if config.run.resume:
             _same_config(config, resume_config(folder))
             found = checkpoints.found(folder / "checkpoints")
@@ -100,10 +102,11 @@ class Run:
             line["seconds"] = _plain(seconds)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._board is None:
-            self._board = _board(self.dir / "tensorboard", iteration, bool(self.config.run.resume))
-        for name, value in _scalars(kind, line):
-            self._board.add_scalar(name, value, iteration)
+        if self._boards is None:
+            self._boards = boards.start(self.config, self.dir, iteration)
+        numbers = dict(boards.numbers(line, kind))
+        for board in self._boards:
+            board.write(numbers, iteration)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far, all or of one kind."""
@@ -152,19 +155,20 @@ class Run:
         return self.checkpoint is not None
 
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
-        """Write summary.json and, under adapter/, the averaged weights for diffusers."""
-        beside = self.dir / f".adapter.{os.getpid()}"
+        """Write summary.json, and the averaged weights for diffusers."""
+        final = self.dir / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
+        beside = self.dir / f".{final.name}.{os.getpid()}"
         export(transformer, state.ema, self.config.policy, beside)
-        shutil.rmtree(self.dir / "adapter", ignore_errors=True)
-        os.rename(beside, self.dir / "adapter")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(beside, final)
         checkpoints.write_text(
             self.dir / "summary.json", json.dumps(_plain(summary), indent=2) + "\n"
         )
 
     def close(self) -> None:
         """Flush and release the directory."""
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards or ():
+            board.close()
         self._metrics.close()
 
     def __enter__(self) -> Run:
@@ -265,13 +269,6 @@ def _lock(file: Any, folder: Path) -> None:
         ) from error
 
 
-def _board(folder: Path, iteration: int, resumed: bool) -> Any:
-    """TensorBoard's writer; on resume it hides what was written from `iteration` on."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=iteration if resumed else None)
-
-
 def _plain(value: Any) -> Any:
     """`value` as JSON: tensors become numbers or lists, numbers that are not finite null."""
     if isinstance(value, torch.Tensor):
@@ -283,14 +280,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int | None):
         return value
     return float(value) if math.isfinite(value) else None
-
-
-def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(f"{prefix}/{name}", value)
-        elif isinstance(value, int | float) and name != "iteration":
-            yield f"{prefix}/{name}", float(value)
 
 
 def versions() -> dict[str, str | None]:
@@ -308,8 +297,11 @@ def prepare_process(config: Config) -> None:
     """Threads, deterministic algorithms, and an allocator that keeps its memory."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    if torch.cuda.is_available():
+        # cuBLAS reads this when it starts; without it its results may differ between two runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         # glibc hands freed blocks above 128 KiB back to the kernel, and page faults on getting them
         # again were half of nano's time. M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; old glibc

@@ -92,6 +92,29 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_killed_before_the_first_checkpoint_it_starts_again(whole, tmp_path):
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    shell.Fork(tmp_path / "log", shell.resume, run).wait()
+    same(whole / "run", run)
+
+
+def test_full_fine_tuning_goes_on_with_the_same_numbers(tmp_path):
+    """Two iterations and two more are four; the reference stays the untrained model."""
+    changes = {"policy.adapter": "full", "optim.lr": 1e-3, "optim.beta": 0.1}
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    shell.Fork(one / "log", shell.run, shell.make(one, **changes, **{"run.steps": 2})).wait()
+    shell.Fork(one / "log2", shell.resume, one / "run", "--run.steps", "4").wait()
+    shell.Fork(other / "log", shell.run, shell.make(other, **changes, **{"run.steps": 4})).wait()
+    lines = [shell.untimed(folder / "run" / "metrics.jsonl") for folder in (one, other)]
+    assert lines[0] == lines[1] and lines[0][-2]["kl"] > 0
+    for part in ("checkpoints/step-000004", "transformer"):
+        found = [shell.bits_of(folder / "run" / part) for folder in (one, other)]
+        assert found[0] == found[1] != {}
+
+
 def test_the_command_in_a_process_of_its_own(whole, tmp_path):
     """By the command line, the finished run has nothing left to do and keeps its numbers."""
     run = shutil.copytree(whole / "run", tmp_path / "run")
