@@ -1,0 +1,93 @@
+"""The ratios of the first update are exactly 1, in every mode; a mismatch is found."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import trainers
+
+from flowgrpo import losses, train
+from flowgrpo.config import replace
+from flowgrpo.rollout import chunks
+
+CASES = {
+    "plain": {},
+    "all steps, beta 0": {"sample.window_size": 0, "optim.beta": 0.0},
+    "guidance": {"sample.guidance_scale": 3.0},
+    "guidance and guard": {"sample.guidance_scale": 3.0, "optim.guard": True, "optim.beta": 0.0},
+    "guard": {"optim.guard": True, "sample.transition": "dance_sde"},
+    "cps": {"sample.transition": "cps", "sample.noise_level": 0.8, "sample.shared_noise": True},
+    "odd chunks": {"sample.batch_size": 1, "sample.group_size": 5, "sample.window_size": 1},
+    "one chunk an update": {"sample.batch_size": 6, "optim.step_weighting": "std"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
+    """Before any optimizer step, every chunk's every ratio is 1.0, under grad, with adapters that
+    are not zero; and the gradient is not 0."""
+    config = trainers.config(pixel_model, tmp_path, **{"policy.dtype": dtype, **CASES[case]})
+    parts = trainers.parts(config)
+    experience = trainers.experience(parts, config)
+    every = chunks(config.sample.rows, config.sample.batch_size)
+    for rows, turn in itertools.product(every, range(config.sample.trained_steps)):
+        out = losses.grpo(parts.policy, parts.plan, experience, rows, turn, config)
+        assert torch.equal(out.ratio, torch.ones_like(out.ratio))
+        out.loss.backward()
+    assert sum(p.grad.abs().sum() for p in parts.state.parameters.values()) > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_full_fine_tuning(pixel_model, tmp_path, beta):
+    changes = {"policy.adapter": "full", "policy.dtype": "auto", "optim.beta": beta}
+    config = trainers.config(pixel_model, tmp_path, **changes)
+    parts = trainers.parts(config)
+    metrics = train.update(parts, trainers.experience(parts, config), config)
+    assert metrics["max_ratio_error"] == 0.0
+    # The weights were moved after the reference was taken, so they differ from it.
+    assert (metrics["kl"] > 0) == (beta > 0)
+
+
+def test_latent_model_with_three_encoders(latent_model, tmp_path):
+    config = trainers.config(latent_model, tmp_path, **{"policy.dtype": "bfloat16"})
+    parts = trainers.parts(config)
+    metrics = train.update(parts, trainers.experience(parts, config), config)
+    assert metrics["max_ratio_error"] == 0.0 and metrics["kl"] > 0
+
+
+def test_every_iteration_starts_at_one(pixel_model, tmp_path):
+    """Over iterations with optimizer steps between them, and the second update is off policy."""
+    config = trainers.config(pixel_model, tmp_path, **{"optim.lr": 1e-2})
+    parts = trainers.parts(config)
+    for _ in range(3):
+        metrics = train.update(parts, trainers.experience(parts, config), config)
+        assert metrics["max_ratio_error"] == 0.0 and metrics["clip_fraction"] > 0
+        parts.state.iteration += 1
+    assert parts.state.updates == 6
+
+
+def test_a_mismatch_raises(pixel_model, tmp_path):
+    config = trainers.config(pixel_model, tmp_path)
+    parts = trainers.parts(config)
+    experience = trainers.experience(parts, config)
+    with torch.no_grad():
+        next(iter(parts.state.parameters.values())).mul_(1.5)
+    with pytest.raises(train.RatioError, match=r"ratio - 1\| up to .* but at most 0 is allowed"):
+        train.update(parts, experience, config)
+    loose = replace(config, **{"optim.ratio_tolerance": 10.0})
+    assert train.update(parts, trainers.experience(parts, config), loose)["max_ratio_error"] == 0.0
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), 2e-7])
+def test_check_ratio(error):
+    with pytest.raises(train.RatioError):
+        train.check_ratio(error, 1e-7)
+    train.check_ratio(1e-7, 1e-7)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    with pytest.raises(train.DivergenceError, match="finite numbers are expected"):
+        train.check_norms([0.5, float("nan")])

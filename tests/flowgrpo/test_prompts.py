@@ -1,0 +1,98 @@
+"""Prompt sets: files, errors, and the batches of an iteration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flowgrpo import prompts
+from flowgrpo.config import Config, ConfigError, replace
+from flowgrpo.records import Prompts
+
+
+def config(**changes) -> Config:
+    base = {
+        "sample.prompts_per_iteration": 3,
+        "sample.group_size": 4,
+        "sample.batch_size": 6,
+        "run.seed": 11,
+    }
+    return replace(Config(), **{**base, **changes})
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a red circle\n\n  zwei Äpfel  \n", encoding="utf-8")
+    found = prompts.load(str(path))
+    assert found.texts == ("a red circle", "zwei Äpfel")
+    assert found.metadata == ({}, {}) and found.indices.tolist() == [0, 1]
+
+
+def test_jsonl_file_and_folder(tmp_path):
+    lines = [{"prompt": "one\u2028line", "tag": "x"}, {"prompt": "b", "include": [1]}]
+    for split in ("train", "test"):
+        text = "\n".join(json.dumps(entry | {"split": split}, ensure_ascii=False) for entry in lines)
+        (tmp_path / f"{split}_metadata.jsonl").write_text(text + "\n", encoding="utf-8")
+    train = prompts.load(str(tmp_path))
+    assert train.texts == ("one\u2028line", "b")
+    assert train.metadata[1] == {"prompt": "b", "include": [1], "split": "train"}
+    assert prompts.load(str(tmp_path), "heldout").metadata[0]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "\n \n", "has no prompts"),
+        ("p.txt", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}\nno json', "line 2 of .* is 'no json'"),
+        ("p.jsonl", '["prompt"]', "object with a string 'prompt'"),
+        ("p.jsonl", '{"prompt": 3}', "object with a string 'prompt'"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        prompts.load(str(path))
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(ConfigError, match="neither 'nano' nor an existing file"):
+        prompts.load(str(tmp_path / "absent.txt"))
+    with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
+        prompts.load(str(tmp_path), "heldout")
+
+
+def test_metadata_must_match():
+    with pytest.raises(ValueError, match="1 entries for 2 texts"):
+        Prompts.of(["a", "b"], [{}])
+
+
+def test_an_epoch_covers_the_set_once():
+    found = Prompts.of([str(i) for i in range(11)])
+    for epoch in range(3):
+        batches = [prompts.batch(found, config(), 3 * epoch + i) for i in range(3)]
+        indices = torch.cat([batch.indices for batch in batches]).tolist()
+        assert len(set(indices)) == 9
+        assert [str(i) for i in indices] == [t for batch in batches for t in batch.texts]
+    orders = [prompts.batch(found, config(), i).texts for i in range(0, 30, 3)]
+    assert len(set(orders)) > 5
+
+
+def test_too_many_prompts_for_the_set():
+    with pytest.raises(ConfigError, match=r"prompts_per_iteration is 3, but .* only 2 prompts"):
+        prompts.check(Prompts.of(["a", "b"]), 3)
+
+
+def test_row_seeds():
+    own, initial = prompts.row_seeds(3, config(), 5)
+    assert torch.equal(own, initial) and own.dtype == torch.int64 and len(own.unique()) == 12
+    own_shared, shared = prompts.row_seeds(3, config(**{"sample.shared_noise": True}), 5)
+    assert torch.equal(own, own_shared)
+    assert torch.equal(shared.view(3, 4), shared[::4, None].expand(3, 4))
+    assert len(shared.unique()) == 3 and not set(shared.tolist()) & set(own.tolist())
+    # The first rows do not depend on how many prompts follow.
+    assert torch.equal(prompts.row_seeds(2, config(), 5)[0], own[:8])
+    assert not torch.equal(prompts.row_seeds(3, config(), 6)[0], own)
