@@ -53,7 +53,7 @@ def test_two_equal_runs_are_equal(whole, tmp_path):
     assert summary["after"]["accuracy"] != summary["before"]["accuracy"]
 
 
-@pytest.mark.parametrize("iteration", [1, 3, 5])
+@pytest.mark.parametrize("iteration", [1, 3])
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, iteration):
     run = shell.Fork(tmp_path / "log", shell.run, shell.make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", iteration, run)
