@@ -54,14 +54,14 @@ def _sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
-    row, _, base, remaining = position(elements, num_blocks, ALIGN)
+    row, start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)
     b_dd = tl.zeros([LANES_C], dtype=tl.float32)
     b_ee = tl.zeros([LANES_C], dtype=tl.float32)
     b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in tl.static_range(CHUNKS_C):
+    for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v, b_d = residual(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
@@ -230,7 +230,7 @@ def _backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    row, _, base, remaining = position(elements, num_blocks, ALIGN)
+    row, start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)
@@ -238,7 +238,7 @@ def _backward_kernel(
     c_d = grad * tl.load(coefs_ptr + 3 * row)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_h = grad * tl.load(coefs_ptr + 3 * row + 2)
-    for chunk in tl.static_range(CHUNKS_C):
+    for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v, b_d = residual(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED

@@ -26,7 +26,7 @@ def _noise_kernel(
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     seed = tl.load(seeds_ptr + row)
     step = tl.full([], 0xFFFFFFFF, tl.uint32)
-    for chunk in tl.static_range(CHUNKS_C):
+    for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_z = normals((start + chunk * LANES_C) // 4, seed, step)
         store(out_ptr + base, o_lane, remaining, narrow(b_z, out_ptr.dtype.element_ty))

@@ -64,7 +64,7 @@ def _sde_step_kernel(
         noise_step = coefficient(table_ptr, step, num_steps, 7).to(tl.int32).to(tl.uint32)
 
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in tl.static_range(CHUNKS_C):
+    for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
         b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v

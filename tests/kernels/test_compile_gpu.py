@@ -1,0 +1,74 @@
+"""Kernels compiled for GPUs that are not here: no float64, fma or local memory, 128-bit accesses.
+
+The compiler runs in a process of its own, without the interpreter that the other tests use. A
+compile takes about a second, so this is a selection; benchmarks/compile_kernels.py checks every
+variant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# (target, pairs of velocity and sample dtype, kernels) to compile; every kernel once, in the pair that
+# a trainer uses, the three that differ most in every storage dtype, and two for the other targets.
+CORE = ("sde_step plain", "grpo_loss sums plain", "grpo_loss backward guided")
+JOBS = {
+    "every kernel": ("sm_90", ("bf16/fp32",), None),
+    "every dtype": ("sm_90", ("fp32/fp32", "fp16/fp16", "bf16/bf16"), CORE),
+    **{
+        target: (target, ("bf16/fp32",), (CORE[0], CORE[2]))
+        for target in ("sm_80", "sm_100", "sm_120", "gfx942")
+    },
+}
+COUNTS = {"every kernel": 16, "every dtype": 9}
+SCRIPT = """
+import json, sys
+from flowgrpo_kernels import aot
+for job, (target, pairs, names) in json.loads(sys.argv[1]).items():
+    for variant in aot.variants(("bf16", "fp16", "fp32")):
+        single = not variant.vectorised or variant.name == "initial_noise"
+        pair = f"{variant.velocity}/{variant.sample}"
+        if (pair not in pairs and not single) or (names and variant.name not in names):
+            continue
+        report = aot.compile_variant(variant, aot.TARGETS[target])
+        print(json.dumps({
+            "job": job, "name": variant.name, "pair": pair, "problems": aot.problems(report),
+            "registers": report.registers, "instructions": report.instructions,
+            "wide_offsets": "arith.muli" in report.ttir and ": i64" in report.ttir,
+        }))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(JOBS)],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_compiles_to_what_it_should(reports, job):
+    chosen = [report for report in reports if report["job"] == job]
+    assert len(chosen) == COUNTS.get(job, 2)
+    for report in chosen:
+        assert report["problems"] == [], report
+        assert 0 < report["instructions"] < 1200, report
+        # 128 threads of up to 96 registers leave room for 5 programs on a multiprocessor.
+        assert report["registers"] is None or report["registers"] <= 96, report
+
+
+def test_offsets_are_64_bit(reports):
+    """A row's start is computed in int64, so tensors may have more than 2^31 elements."""
+    streamed = [r for r in reports if r["name"] not in ("finish", "grpo_loss totals")]
+    assert streamed and all(r["wide_offsets"] for r in streamed)

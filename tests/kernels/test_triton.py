@@ -1,0 +1,171 @@
+"""The Triton kernels in Triton's interpreter, bit for bit against the reference.
+
+The interpreter takes about a third of a second a program, so every case has one or two rows, and
+the cases share out dtypes, switches and sizes. Bits equal to the reference carry its other tests
+over.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+
+from flowgrpo_kernels import _ops, grpo_loss, initial_noise, log_prob, ode, sde_step
+
+pytestmark = pytest.mark.skipif(
+    not (_ops._interpreting() and _ops.backends()["triton"]["available"]),
+    reason="needs Triton and TRITON_INTERPRET=1",
+)
+PAIRS = list(itertools.product(oracle.DTYPES, oracle.DTYPES))
+
+
+def both(function):
+    """function() on Triton and on the reference."""
+    with _ops.use_backend("triton"):
+        mine = function()
+    with _ops.use_backend("reference"):
+        return mine, function()
+
+
+def same(function):
+    mine, theirs = both(function)
+    for got, expected in zip(mine, theirs, strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+    return mine
+
+
+@pytest.mark.parametrize(("dtype", "sample_dtype"), PAIRS, ids=str)
+def test_step_and_score_in_every_dtype(dtype, sample_dtype):
+    """One guided row: x', log_prob, its replay, and both gradients."""
+    b = oracle.batch(1, (3, 5, 7), dtype, sample_dtype)
+    transitions = oracle.make("flow_sde")
+
+    def run():
+        guided = {"uncond_velocity": b.uncond, "guidance_scale": 3.5}
+        out, lp = sde_step(b.velocity, b.sample, transitions, 3, seeds=b.seeds, **guided)
+        v, u = b.velocity.clone().requires_grad_(), b.uncond.clone().requires_grad_()
+        guided = {"uncond_velocity": u, "guidance_scale": 3.5, "uncond_grad": True}
+        replay = log_prob(v, b.sample, out, transitions, 3, **guided)
+        assert torch.equal(replay, lp)
+        (replay * 0.7).sum().backward()
+        return out, lp, v.grad, u.grad
+
+    same(run)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (4097,), (2, 5000), (1,), (64,)], ids=str)
+def test_sizes(shape):
+    """Full blocks, several blocks, a tail of one element, one element."""
+    b = oracle.batch(2, shape)
+    transitions = oracle.make("cps")
+
+    def run():
+        out, lp = sde_step(b.velocity, b.sample, transitions, b.step, seeds=b.seeds)
+        v = b.velocity.clone().requires_grad_()
+        replay = log_prob(v, b.sample, out, transitions, b.step)
+        replay.sum().backward()
+        return out, lp, replay.detach(), v.grad
+
+    out, lp, replay, _ = same(run)
+    assert torch.equal(lp, replay) and torch.isfinite(out).all()
+
+
+def test_noise():
+    b = oracle.batch(2, (5, 7))
+    given = torch.randn(2, 5, 7).bfloat16()
+    args = (b.velocity, b.sample)
+    same(lambda: sde_step(*args, oracle.make("dance_sde"), 2, noise=given))
+    same(lambda: sde_step(*args, ode(oracle.SIGMAS), b.step))
+    for dtype in oracle.DTYPES:
+        same(lambda dtype=dtype: (initial_noise(b.seeds, (3, 5, 7), dtype=dtype),))
+    same(lambda: (initial_noise(b.seeds[:1], (4100,)),))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 5, 7), torch.float32), ((4100,), torch.bfloat16)], ids=str
+)
+def test_loss(guided, guard, shape, dtype):
+    """All of the loss; only what passes through exp may differ, by a few ulp."""
+    b = oracle.batch(2, shape, dtype)
+    transitions = oracle.make("flow_sde")
+    with _ops.use_backend("reference"):
+        x_prev, old = sde_step(b.old, b.sample, transitions, b.step, seeds=b.seeds)
+    half = {"ref_uncond_velocity": b.old, "guidance_scale": 2.0, "uncond_grad": True}
+
+    def run():
+        v, u = b.velocity.clone().requires_grad_(), b.uncond.clone().requires_grad_()
+        result = grpo_loss(
+            v, b.sample, x_prev, old + 0.01, b.advantages, transitions, b.step,
+            ref_velocity=b.ref, kl_weight=0.3, clip_range=(1e-3, 0.5),
+            row_weight=b.weight if guard else None, old_velocity=b.old if guard else None,
+            **({"uncond_velocity": u, **half} if guided else {}),
+        )  # fmt: skip
+        result.loss.backward()
+        grads = (v.grad, u.grad) if guided else (v.grad,)
+        return [x.detach() for x in result], grads
+
+    (mine, grads), (theirs, expected) = both(run)
+    assert torch.equal(mine[3], theirs[3])
+    for got, exact in zip((*mine, *grads), (*theirs, *expected), strict=True):
+        torch.testing.assert_close(
+            got, exact, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6
+        )
+
+
+def test_on_policy_ratio():
+    b = oracle.batch(2, (3, 5, 7), torch.bfloat16)
+    transitions = oracle.make("flow_sde")
+    with _ops.use_backend("triton"):
+        out, lp = sde_step(b.velocity, b.sample, transitions, b.step, seeds=b.seeds)
+        args = (b.velocity, b.sample, out, lp, b.advantages, transitions, b.step)
+        assert grpo_loss(*args, old_velocity=b.velocity).ratio.eq(1.0).all()
+        # The same row in another batch.
+        one = sde_step(b.velocity[1:], b.sample[1:], transitions, b.step[1:], seeds=b.seeds[1:])
+        assert torch.equal(one[0], out[1:]) and torch.equal(one[1], lp[1:])
+
+
+def test_edges():
+    """Empty batch, no elements, a step outside the table, NaN advantages, weight 0, ties."""
+    b = oracle.batch(3, (4,))
+    transitions = oracle.make("flow_sde")
+    step = torch.tensor([3, 9, -1])
+
+    def unknowable():
+        out, lp = torch.zeros(3, 4), torch.zeros(3)
+        _ops.op("sde_step")(
+            b.velocity, None, 1.0, b.sample, transitions.table, step, b.seeds, None, out, lp
+        )
+        return out.isnan(), lp.isnan()
+
+    assert same(unknowable)[1].tolist() == [False, True, True]
+
+    def weighted():
+        v = b.velocity.clone().requires_grad_()
+        result = grpo_loss(
+            v, b.sample, b.old, torch.zeros(3), torch.tensor([9.0, float("nan"), 0.0]),
+            transitions, 2, row_weight=torch.tensor([1.0, 0.0, 1.0]), clip_range=0.0,
+        )  # fmt: skip
+        result.loss.backward()
+        return result.log_prob.detach(), result.clip_fraction, v.grad.eq(0)
+
+    same(weighted)
+
+    def empty():
+        none, nothing = b.velocity[:0].clone().requires_grad_(), torch.zeros(2, 0)
+        rows = (b.sample[:0], b.old[:0], torch.zeros(0), torch.zeros(0))
+        result = grpo_loss(none, *rows, transitions, step[:0])
+        result.loss.backward()
+        _, lp = sde_step(nothing, nothing, transitions, 3, seeds=b.seeds[:2])
+        return (
+            result.loss.detach(),
+            none.grad,
+            lp,
+            log_prob(nothing, nothing, nothing, transitions, 3),
+        )
+
+    same(empty)
