@@ -33,7 +33,9 @@ def test_text_file(tmp_path):
 def test_jsonl_file_and_folder(tmp_path):
     lines = [{"prompt": "one\u2028line", "tag": "x"}, {"prompt": "b", "include": [1]}]
     for split in ("train", "test"):
-        text = "\n".join(json.dumps(entry | {"split": split}, ensure_ascii=False) for entry in lines)
+        text = "\n".join(
+            json.dumps(entry | {"split": split}, ensure_ascii=False) for entry in lines
+        )
         (tmp_path / f"{split}_metadata.jsonl").write_text(text + "\n", encoding="utf-8")
     train = prompts.load(str(tmp_path))
     assert train.texts == ("one\u2028line", "b")

@@ -1,4 +1,4 @@
-"""Randomly initialised StableDiffusion3 pipeline folders of the real classes, small enough for tests.
+"""Random StableDiffusion3 pipeline folders of the real classes, small enough for tests.
 
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the three text encoders of SD3.5.
@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a an the red green blue yellow one two three circle square triangle dark bright".split()
+WORDS = (
+    *("a", "an", "the", "one", "two", "three", "dark", "bright"),
+    *("red", "green", "blue", "yellow", "circle", "square", "triangle"),
+)
 
 
 def tokenizer(length: int = 8):

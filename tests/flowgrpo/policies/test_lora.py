@@ -1,0 +1,81 @@
+"""The short LoRA forward against PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from flowgrpo.policies import lora
+
+
+def model(dtype: torch.dtype, **options) -> nn.Module:
+    """Two linear layers, of which the first gets LoRA of rank 3 with float32 matrices."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 5)).to(dtype).requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["0"], **options)
+    net = inject_adapter_in_model(config, net)
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    return net
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(6, 20), (2, 3, 20), (0, 20)])
+def test_value_and_gradients(dtype, bound, shape):
+    """As close to PEFT's forward in float64 as the dtype allows, and PEFT's own is no closer."""
+    peft = model(dtype)
+    short = copy.deepcopy(peft)
+    lora.shorten(short)
+    exact = copy.deepcopy(peft).double()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    cotangent = torch.randn(*shape[:-1], 5, generator=torch.Generator().manual_seed(2))
+    results = {}
+    for name, net in (("peft", peft), ("short", short), ("exact", exact)):
+        own = x.detach().clone().to(torch.float64 if name == "exact" else dtype).requires_grad_()
+        y = net(own)
+        assert y.dtype == own.dtype
+        (y * cotangent.to(y.dtype)).sum().backward()
+        grads = [p.grad for p in net.parameters() if p.requires_grad]
+        results[name] = [t.detach().double() for t in (y, own.grad, *grads)]
+    for exactly, ours, theirs in zip(
+        results["exact"], results["short"], results["peft"], strict=True
+    ):
+        scale = exactly.norm().clamp(min=1e-9)
+        error = (ours - exactly).norm() / scale
+        assert error < bound and error < 4 * (theirs - exactly).norm() / scale + 1e-6
+
+
+def test_switched_off_is_the_base():
+    net = model(torch.float32)
+    lora.shorten(net)
+    (layer,) = lora.layers(net)
+    x = torch.randn(4, 20)
+    on = net(x)
+    layer.enable_adapters(False)
+    assert torch.equal(net(x), net[1](layer.base_layer(x)))
+    layer.enable_adapters(True)
+    assert torch.equal(net(x), on)
+    layer.merge()
+    torch.testing.assert_close(net(x), on)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}]
+)
+def test_other_kinds_keep_pefts_forward(options):
+    net = model(torch.float32, **options)
+    lora.shorten(net)
+    (layer,) = lora.layers(net)
+    assert "forward" not in vars(layer)
+
+
+def test_names_stay():
+    net = model(torch.float32)
+    before = list(net.state_dict())
+    lora.shorten(net)
+    assert list(net.state_dict()) == before
