@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,24 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replace `path` by `values` as indented JSON, see `plain`."""
+    write_text(path, json.dumps(plain(values), indent=2) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON: tensors become numbers or lists, numbers that are not finite null."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

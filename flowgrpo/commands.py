@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +69,13 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         "versions": runs.versions(),
     }
     if found["change"]:
-        low, high = (100 * bound for bound in found["change"]["interval"])
-        console.print(
-            f"change of the accuracy on the same prompts and seeds: "
-            f"{100 * found['change']['accuracy']:+.1f} ({low:+.1f} to {high:+.1f}) points"
-        )
+        scale, digits = (100, 1) if reports["base"].label == "accuracy" else (1, 3)
+        low, high = (scale * bound for bound in found["change"]["interval"])
+        change = f"{scale * found['change']['accuracy']:+.{digits}f}"
+        bounds = f"{low:+.{digits}f} to {high:+.{digits}f}"
+        console.print(f"change on the same prompts and seeds: {change} ({bounds})")
     evaluation.picture(reports, held, out / "grid.png")
-    checkpoints.write_text(out / "report.json", json.dumps(found, indent=2) + "\n")
+    checkpoints.write_json(out / "report.json", found)
     console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
     return found
 
@@ -137,6 +136,7 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
 
 def load_policy(config: Config) -> Policy:
     """The model of `config` without adapters."""
+    runs.prepare_process(config)
     dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
     return Policy.load(config.policy.model, device=config.policy.device, dtype=dtype)
 

@@ -108,7 +108,7 @@ class Display:
         self._evaluation = report.seconds
         low, high = report.interval
         self.note(
-            f"iteration {iteration}  {label}: held-out accuracy {report.accuracy:.3f} "
+            f"iteration {iteration}  {label}: held-out {report.label} {report.accuracy:.3f} "
             f"({low:.3f} to {high:.3f}), {report.images} images in {report.seconds:.1f} s"
         )
 
@@ -174,12 +174,15 @@ def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -
             cells.append(f"{scale * (values[-1] - values[0]):+.{form[-3]}f}")
         table.add_row(name, *cells, style=style)
 
-    row("accuracy, %", [r.accuracy for r in columns], 100, "{:.1f}", "bold")
-    intervals = [f"{100 * r.interval[0]:.1f} to {100 * r.interval[1]:.1f}" for r in columns]
-    table.add_row("  95 % interval", *intervals, style="dim")
+    share = all(r.label == "accuracy" for r in columns)
+    scale, form = (100, "{:.1f}") if share else (1, "{:.3f}")
+    name = "accuracy, %" if share else next(iter(first.scores))
+    row(name, [r.accuracy for r in columns], scale, form, "bold")
+    bounds = [[form.format(scale * bound) for bound in r.interval] for r in columns]
+    table.add_row("  95 % interval", *(" to ".join(pair) for pair in bounds), style="dim")
     for task in first.tasks:
         values = [r.tasks.get(task, float("nan")) for r in columns]
-        row(f"  {task.replace('_', ' ')}", values, 100, "{:.1f}")
+        row(f"  {task.replace('_', ' ')}", values, scale, form)
     for name in list(first.scores)[1:]:
         row(name, [r.scores.get(name, float("nan")) for r in columns], 1, "{:.3f}")
     for name in first.quality:

@@ -87,6 +87,13 @@ class Report:
         return {**found, "interval": list(self.interval)}
 
     @property
+    def label(self) -> str:
+        """What the accuracy is called: the first reward's name if it leaves [0, 1]."""
+        scores = self.per_image[self.per_image.isfinite()]
+        share = bool(((scores >= 0) & (scores <= 1)).all())
+        return "accuracy" if share else next(iter(self.scores))
+
+    @property
     def marks(self) -> list[float]:
         """The first reward of the images in `shown`."""
         samples = len(self.per_image) // self.prompts

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
 RIGHT, WRONG = "#2da44e", "#cf222e"
+MAIN, GUIDED = "#0969da", "#bf8700"
 # One colour for each task's thin line, distinct and calm.
 LINES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
 TILE, GAP, TEXT = 112, 10, 13
@@ -117,6 +118,7 @@ def curve(
     evaluations: Sequence[Mapping[str, Any]],
     guided: Mapping[str, Any] | None = None,
     title: str = "",
+    label: str = "accuracy",
 ) -> Path:
     """Held-out accuracy against iterations, with a thin line for each task.
 
@@ -126,49 +128,56 @@ def curve(
             "elapsed" is the training time in seconds so far and may be missing.
         guided: the base model with guidance: {"accuracy", "guidance_scale"}.
         title: a line above the plot.
+        label: what was measured; "accuracy" is drawn in percent.
     """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
+    scale, unit, digits = (100, " %", 0) if label == "accuracy" else (1, "", 3)
     x = [entry["iteration"] for entry in evaluations]
-    y = [100 * entry["accuracy"] for entry in evaluations]
+    y = [scale * entry["accuracy"] for entry in evaluations]
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    _thin_lines(axes, x, evaluations)
+    _thin_lines(axes, x, evaluations, scale)
     bounds = [entry.get("interval") for entry in evaluations]
     if all(bounds):
-        low, high = zip(*bounds, strict=True)
-        axes.fill_between(
-            x, [100 * v for v in low], [100 * v for v in high], color="#0969da", alpha=0.12, lw=0
-        )
-    axes.plot(x, y, color="#0969da", lw=2.4, marker="o", ms=4, label="Flow-GRPO", zorder=5)
-    axes.axhline(y[0], color=FAINT, lw=1.2, ls="--", label=f"base {y[0]:.0f} %", zorder=3)
+        low, high = ([scale * value for value in side] for side in zip(*bounds, strict=True))
+        axes.fill_between(x, low, high, color=MAIN, alpha=0.12, lw=0)
+    axes.plot(x, y, color=MAIN, lw=2.4, marker="o", ms=4, label="Flow-GRPO", zorder=5)
+    base = f"base: {y[0]:.{digits}f}{unit}"
+    axes.axhline(y[0], color=FAINT, lw=1.2, ls="--", label=base, zorder=3)
     if guided is not None:
-        level = 100 * guided["accuracy"]
-        label = f"base, guidance {guided['guidance_scale']:g}: {level:.0f} %"
-        axes.axhline(level, color="#bf8700", lw=1.2, ls="--", label=label, zorder=3)
-    axes.annotate(
-        f"{y[-1]:.1f} %", (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK
-    )
-    _dress(axes, evaluations, title)
+        level = scale * guided["accuracy"]
+        name = f"base, guidance {guided['guidance_scale']:g}: {level:.{digits}f}{unit}"
+        axes.axhline(level, color=GUIDED, lw=1.2, ls="--", label=name, zorder=3)
+    last = f"{y[-1]:.{digits + 1}f}{unit}"
+    axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
+    _dress(axes, evaluations, title, f"held-out {label}{',' * bool(unit)}{unit}")
     beside = path.with_name(f".{path.name}.part")
     figure.savefig(beside, format="png", facecolor=PAPER)
     beside.replace(path)
     return path
 
 
-def _thin_lines(axes: Any, x: list[int], evaluations: Sequence[Mapping[str, Any]]) -> None:
+def _thin_lines(
+    axes: Any, x: list[int], evaluations: Sequence[Mapping[str, Any]], scale: float
+) -> None:
     names = list(evaluations[0].get("tasks") or ())
     for number, name in enumerate(names):
-        values = [100 * entry["tasks"].get(name, math.nan) for entry in evaluations]
+        # A task whose rewards all failed is null.
+        found = [entry["tasks"].get(name) for entry in evaluations]
+        values = [math.nan if value is None else scale * value for value in found]
         label = name.replace("_", " ")
         axes.plot(x, values, color=LINES[number % len(LINES)], lw=0.9, alpha=0.75, label=label)
 
 
-def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str) -> None:
-    axes.set(ylim=(0, 100), xlabel="iteration", ylabel="held-out strict accuracy, %")
+def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str, ylabel: str) -> None:
+    axes.set_xlabel("iteration", fontsize=9, color=INK)
+    axes.set_ylabel(ylabel, fontsize=9, color=INK)
+    if ylabel.endswith("%"):
+        axes.set_ylim(0, 100)
     axes.set_xlim(0, max(evaluations[-1]["iteration"], 1) * 1.08)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color="#eaeef2", lw=0.8)

@@ -237,7 +237,9 @@ class Reports:
         guided = self.run.metrics("guided")
         title = f"{self.config.recipe}, seed {self.config.run.seed}"
         if lines:
-            pictures.curve(self.run.dir / "curve.png", lines, guided[0] if guided else None, title)
+            level = guided[0] if guided else None
+            label = self.before["base"].label
+            pictures.curve(self.run.dir / "curve.png", lines, level, title, label)
         done, report = self.latest
         rows = {"base": self.before["base"]}
         if done:

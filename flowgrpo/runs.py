@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -97,9 +96,9 @@ class Run:
             seconds: times, kept apart so that equal runs differ only there.
             kind: "train", "eval", or "guided" (the base model with guidance).
         """
-        line = {"iteration": iteration, "kind": kind, **_plain(values)}
+        line = {"iteration": iteration, "kind": kind, **checkpoints.plain(values)}
         if seconds is not None:
-            line["seconds"] = _plain(seconds)
+            line["seconds"] = checkpoints.plain(seconds)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._boards is None:
@@ -119,7 +118,7 @@ class Run:
         (the evaluation's accuracy, if there was one at this iteration)."""
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        record = {**_plain(state.counters()), "score": score, "versions": versions()}
+        record = {**checkpoints.plain(state.counters()), "score": score, "versions": versions()}
         lora = self.config.policy.adapter == "lora"
 
         def adapter(folder: Path) -> None:
@@ -161,9 +160,7 @@ class Run:
         export(transformer, state.ema, self.config.policy, beside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
-        checkpoints.write_text(
-            self.dir / "summary.json", json.dumps(_plain(summary), indent=2) + "\n"
-        )
+        checkpoints.write_json(self.dir / "summary.json", summary)
 
     def close(self) -> None:
         """Flush and release the directory."""
@@ -269,19 +266,6 @@ def _lock(file: Any, folder: Path) -> None:
         ) from error
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON: tensors become numbers or lists, numbers that are not finite null."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | bool | int | None):
-        return value
-    return float(value) if math.isfinite(value) else None
-
-
 def versions() -> dict[str, str | None]:
     """Versions of Python, this package and the libraries that decide the numbers."""
     found: dict[str, str | None] = {"python": platform.python_version(), "flowgrpo": __version__}
@@ -293,8 +277,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def quiet_loading() -> None:
+    """Turn off the bars that diffusers and transformers show while they read a model from disk;
+    downloads have their own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def prepare_process(config: Config) -> None:
     """Threads, deterministic algorithms, and an allocator that keeps its memory."""
+    quiet_loading()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if torch.cuda.is_available():

@@ -118,7 +118,11 @@ def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
     assert cli.main(["evaluate", str(trained), *words]) == 0
     shown = capsys.readouterr().out
-    assert "base, CFG 3" in shown and "iteration 2" in shown and "points" in shown
+    assert (
+        "base, CFG 3" in shown
+        and "iteration 2" in shown
+        and "on the same prompts and seeds" in shown
+    )
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert list(report["reports"]) == ["base", "base, CFG 3", "iteration 2"]
     base, _, after = report["reports"].values()

@@ -115,12 +115,22 @@ def test_comparison_shows_change_and_marks_what_is_beyond_tolerance():
         assert ("\x1b[31m" in shown) == red
     plain = Console(file=io.StringIO(), width=90)
     plain.print(comparison(reports, {}))
-    lines = {line.split("  ")[1].strip() or line.strip(): line for line in _lines(plain)}
     rows = [line.split() for line in _lines(plain)]
-    assert ["accuracy,", "%", "50.0", "75.0", "+25.0"] in rows, lines
+    assert ["accuracy,", "%", "50.0", "75.0", "+25.0"] in rows
     assert ["two", "object", "25.0", "37.5", "+12.5"] in rows
     assert ["partial", "0.875", "0.875", "+0.000"] in rows
     assert ["quality:", "palette", "0.030", "0.050", "+0.020"] in rows
+
+
+def test_a_reward_beyond_one_keeps_its_name_and_unit():
+    scores = {"shop:price": 21.5}
+    one = report(21.5, scores=scores, per_image=torch.tensor([21.0, 22.0]), tasks={})
+    console = Console(file=io.StringIO(), width=90)
+    console.print(comparison({"base": one}, {}))
+    assert ["shop:price", "21.500"] in [line.split() for line in _lines(console)]
+    shown = display()
+    shown.evaluation(0, "base", one)
+    assert "held-out shop:price 21.500 (21.400 to 21.600)" in text(shown)
 
 
 def _lines(console: Console) -> list[str]:

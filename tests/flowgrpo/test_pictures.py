@@ -113,3 +113,9 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert (np.abs(pixels - colour("#bf8700")) < 8).all(-1).sum() > 100
     assert len(blue_line(path)) > 10
+
+
+def test_curve_of_a_reward_beyond_one(tmp_path):
+    entries = evaluations([20.0, 24.0], tasks={"a": None, "b": 21.0})
+    path = pictures.curve(tmp_path / "a.png", entries, label="shop:price")
+    assert len(blue_line(path)) > 100
