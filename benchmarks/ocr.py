@@ -65,7 +65,8 @@ def main(count: int) -> None:
             case = f"{name} {value or 'Pillow'}"
             rows.append(row(case, "score", statistics.fmean(scores), "1"))
     write(rows)
-    print(*(f"{r['case']:28} {r['metric']:16} {r['value']:.4f} {r['unit']}" for r in rows), sep="\n")
+    for r in rows:
+        print(f"{r['case']:28} {r['metric']:16} {r['value']:.4f} {r['unit']}")
     for want, text, s in zip(wanted, found, own, strict=True):
         if s < 1:
             print(f"{s:.2f} wanted {want!r}, read {text!r}")

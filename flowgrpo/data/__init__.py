@@ -24,3 +24,8 @@ def folder(name: str) -> Path:
     if name not in NAMES:
         raise KeyError(name)
     return Path(__file__).parent / name
+
+
+def words(text: str, between: str = ";") -> list[str]:
+    """The parts of a list that is written as one text."""
+    return text.split(between)

@@ -9,48 +9,51 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-ANIMALS = "fox owl tortoise heron badger seal goat crow lynx otter camel moose".split()
-THINGS = (
+from flowgrpo.data import words
+
+ANIMALS = words("fox owl tortoise heron badger seal goat crow lynx otter camel moose", " ")
+THINGS = words(
     "teapot lantern violin compass typewriter armchair ladder suitcase telescope barrel kettle "
-    "umbrella"
-).split()
-COLORS = "crimson turquoise mustard lavender emerald ivory charcoal coral indigo bronze".split()
-PLACES = (
+    "umbrella",
+    " ",
+)
+COLORS = words("crimson turquoise mustard lavender emerald ivory charcoal coral indigo bronze", " ")
+PLACES = words(
     "on a windy pier;in a greenhouse full of ferns;beside a frozen lake;in an attic;"
     "on a cobbled square;at the foot of a glacier;in a crowded tram;under a stone bridge;"
     "on a rooftop at dusk;in a library with tall windows"
-).split(";")
-ODD_DEEDS = (
+)
+ODD_DEEDS = words(
     "knitting a scarf;playing chess against a snowman;repairing a pocket watch;reading the news;"
     "conducting an orchestra;baking bread;painting its own portrait;riding a unicycle;"
     "delivering letters;surfing on a leaf"
-).split(";")
-RELATIONS = (
+)
+RELATIONS = words(
     "to the left of;to the right of;on top of;underneath;in front of;behind;inside;leaning against"
-).split(";")
-NUMBERS = "Two Three Four Five Six Seven".split()
-SIGNS = (
+)
+NUMBERS = words("Two Three Four Five Six Seven", " ")
+SIGNS = words(
     "a paper cup;a subway map;a wedding cake;a ship's bow;a pencil case;a museum ticket;"
     "a race car;a greeting card"
-).split(";")
-WORDS = "Voyage;Good Morning;Number Nine;Thank You;Open Late;Eureka;Moonlight;First Prize".split(";")
-MANNERS = (
+)
+WORDS = words("Voyage;Good Morning;Number Nine;Thank You;Open Late;Eureka;Moonlight;First Prize")
+MANNERS = words(
     "An oil painting of;A charcoal sketch of;A black and white photograph of;A watercolour of;"
     "A woodcut of;A stained glass window with;A clay model of;A pixel art picture of"
-).split(";")
-PEOPLE = (
+)
+PEOPLE = words(
     "a beekeeper checking a hive;a glassblower at the furnace;twins in yellow raincoats;"
     "an old sailor mending a net;a girl flying a box kite;a cellist on a balcony;"
     "two farmers sharing an apple;a surveyor in the mountains"
-).split(";")
-TIMES = "at sunrise;in heavy rain;on a foggy morning;at midnight;in the first snow;in midsummer".split(
-    ";"
 )
-VIEWS = (
+TIMES = words(
+    "at sunrise;in heavy rain;on a foggy morning;at midnight;in the first snow;in midsummer"
+)
+VIEWS = words(
     "A fishing village;A terraced vineyard;A railway viaduct;A salt flat;A walled garden;"
     "An abandoned quarry;A river delta from above;A mountain pass"
-).split(";")
-DESCRIBED = (
+)
+DESCRIBED = words(
     "A tool with a long handle and a flat blade for digging earth;"
     "A striped insect that lives in hives and makes something sweet;"
     "A small round fruit with a hard shell that squirrels bury in autumn;"
@@ -67,14 +70,14 @@ DESCRIBED = (
     "A building with sails that the wind turns to grind grain;"
     "A soft bag of feathers on which one rests the head;"
     "A stringed toy that rises on the wind at the end of a line"
-).split(";")
-RARE = (
+)
+RARE = words(
     "A gibbous moon over a lagoon;A crepuscular harbour;A palimpsest on vellum;"
     "A caparisoned horse;A fuliginous foundry;An arboreal village;A verdigris dome;"
     "A lacustrine settlement;A nacreous shell;A tessellated floor;A bucolic valley;"
     "A diaphanous curtain;A coruscating chandelier;A sylvan glade;A crenellated wall;"
     "An isthmus seen from the air"
-).split(";")
+)
 
 Line = dict[str, Any]
 
@@ -104,7 +107,7 @@ def _kinds() -> dict[str, list[str]]:
         "counting": [f"{n} {t}s {p}." for n, t, p in product(NUMBERS, THINGS, PLACES)],
         "descriptions": [f"{text}." for text in DESCRIBED],
         "manner": [f"{manner} {who}." for manner, who in product(MANNERS, PEOPLE)],
-        "misspellings": [_misspelt(view) for view in views],
+        "misspellings": [_misspelt(view) for view in views if _misspelt(view) != view],
         "positional": [
             f"{_a(a, True)} {relation} {_a(b)}." for (a, b), relation in product(pairs, RELATIONS)
         ],

@@ -18,7 +18,7 @@ from flowgrpo.data import general_prompts, geneval_prompts, ocr_prompts
 Line = dict[str, Any]
 
 GRAMMARS = {"geneval": geneval_prompts, "ocr": ocr_prompts, "general": general_prompts}
-"""Prompt set -> module with `parts` (candidates and counts) and `key` (what parts may not share)."""
+"""Prompt set -> module with `parts` (candidates, counts) and `key` (what parts may not share)."""
 
 
 def deal(

@@ -1,10 +1,10 @@
-"""Prompts with GenEval's metadata (Ghosh et al., https://arxiv.org/abs/2310.11513), from the 80 COCO
-classes, ten colours, four positions and the counts two to four.
+"""Prompts with GenEval's metadata (Ghosh et al., https://arxiv.org/abs/2310.11513), from the 80
+COCO classes, ten colours, four positions and the counts two to four.
 
 Departures from the benchmark's own generator: English plurals and pairs ("four benches", "a pair of
 scissors"), no counting of things that come in pairs or have no count, and the mix of tasks follows
-Flow-GRPO's training set (position : counting : attributes : colours : two objects = 7:5:3:1:1), with
-counting limited by the number of prompts there are and a few single objects kept.
+Flow-GRPO's training set (position : counting : attributes : colours : two objects = 7:5:3:1:1),
+with counting limited by the number of prompts there are and a few single objects kept.
 
 The benchmark's own 553 test prompts are left out, whatever their wording: `BENCHMARK` has a hash of
 the content of each that is not a single object (all 80 of those are in the benchmark).
@@ -18,16 +18,19 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
-CLASSES = (
-    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant "
-    "stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe "
-    "backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat "
-    "baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl "
-    "banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch "
-    "potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard "
-    "cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear "
-    "hair_drier toothbrush"
-).replace(" ", "\n").replace("_", " ").split("\n")
+from flowgrpo.data import words
+
+CLASSES = words(
+    "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;"
+    "fire hydrant;stop sign;parking meter;bench;bird;cat;dog;horse;sheep;cow;elephant;"
+    "bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;skis;snowboard;"
+    "sports ball;kite;baseball bat;baseball glove;skateboard;surfboard;tennis racket;"
+    "bottle;wine glass;cup;fork;knife;spoon;bowl;banana;apple;sandwich;orange;"
+    "broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;potted plant;bed;"
+    "dining table;toilet;tv;laptop;computer mouse;tv remote;computer keyboard;cell phone;"
+    "microwave;oven;toaster;sink;refrigerator;book;clock;vase;scissors;teddy bear;"
+    "hair drier;toothbrush"
+)
 """GenEval's names of the COCO classes, in COCO's order."""
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -88,7 +91,7 @@ def fingerprint(line: Line) -> str:
 
 
 def _noun(name: str, color: str = "") -> str:
-    """"a red car", "an apple", "a pair of red scissors"."""
+    """ "a red car", "an apple", "a pair of red scissors"."""
     words = f"pair of {color} {name}" if name in PAIRS else f"{color} {name}"
     words = " ".join(words.split())
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -142,6 +145,4 @@ def _color_attr() -> Iterator[Line]:
         if number // 90 % 2:
             a, b = b, a
         wishes = [{"class": n, "count": 1, "color": c} for n, c in zip((a, b), colors, strict=True)]
-        yield _line(
-            "color_attr", f"{_noun(a, colors[0])} and {_noun(b, colors[1])}", *wishes
-        )
+        yield _line("color_attr", f"{_noun(a, colors[0])} and {_noun(b, colors[1])}", *wishes)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from flowgrpo.data import words
+
 SURFACES = (
     'A wooden sign at the edge of a pine forest that reads "{}"',
     'A neon sign above the door of a small diner at night that says "{}"',
@@ -43,21 +45,24 @@ SURFACES = (
     'A bookmark between the pages of a novel, embroidered with "{}"',
 )
 
-FIRST = (
+FIRST = words(
     "Golden Quiet Fresh Hidden Royal Northern Gentle Brave Lucky Frozen Clever Ancient Copper "
     "Rapid Humble Bright Velvet Twin Secret Merry Winter Urban Crimson Open Magic Silver Modern "
-    "Sunny Wild Grand Happy Distant Smooth Vintage Double Honest"
-).split()
-SECOND = (
+    "Sunny Wild Grand Happy Distant Smooth Vintage Double Honest",
+    " ",
+)
+SECOND = words(
     "Harbor Bakery Garden Museum Orchard Kitchen Theatre Station Market Library Coffee Bridge "
     "Island Journey Festival Cinema Workshop Village Mountain Ocean Forest Castle Window Record "
-    "Bicycle Pepper Thunder Planet Parade Chapter Pottery Summer Fountain Express Flower Ticket"
-).split()
-SHORT = (
+    "Bicycle Pepper Thunder Planet Parade Chapter Pottery Summer Fountain Express Flower Ticket",
+    " ",
+)
+SHORT = words(
     "Welcome Closed Sale Exit Danger Thanks Hello Quiet Fragile Caution Reserved Vacancy Private "
-    "Victory Dream Adventure Courage Wonder Breakfast Tomorrow"
-).split()
-SAYINGS = (
+    "Victory Dream Adventure Courage Wonder Breakfast Tomorrow",
+    " ",
+)
+SAYINGS = words(
     "Mind the Gap;Keep Off the Grass;Fresh Bread Daily;Beware of the Dog;Handle With Care;"
     "Back in Five Minutes;No Parking Here;Please Ring the Bell;Wet Paint;Last Call for Boarding;"
     "Happy Birthday Grandma;Closed on Sundays;Push the Button;Free Hugs Today;Lost and Found;"
@@ -65,7 +70,7 @@ SAYINGS = (
     "Queue Starts Here;Road Work Ahead;Smile and Wave;Take Your Shoes Off;Two for One;"
     "Under New Management;Watch Your Step;Just Married;Do Not Disturb;Catch of the Day;"
     "Self Service Only;Good Luck Team;Vote Next Friday;Swim at Your Own Risk;The End"
-).split(";")
+)
 DATED = ("Since {}", "Class of {}", "Summer {}", "Est. {}", "Expo {}")
 YEARS = (1924, 1937, 1948, 1953, 1962, 1976, 1985, 1997, 2026, 2034)
 NUMBERED = ("Gate {}", "Platform {}", "Room {}", "Highway {}", "Chapter {}", "Bus {}", "Route {}")

@@ -1,8 +1,8 @@
 """CLIP embeddings of images and texts (Radford et al., https://arxiv.org/abs/2103.00020).
 
-Images are prepared as the CLIP models' own processors do: shorter edge to the model's size
-(bicubic), centre crop, mean and standard deviation of CLIP's training set. It happens on the model's
-device, in batches.
+Images are prepared as the CLIP models' own processors do: shorter edge to the model's size (bicubic
+interpolation), centre crop, mean and standard deviation of CLIP's training set. It happens on the
+model's device, in batches.
 """
 
 from __future__ import annotations

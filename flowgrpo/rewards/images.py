@@ -20,9 +20,7 @@ def check_images(images: Any, prompts: Sequence[Any], metadata: Sequence[Any]) -
         found = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images is {found}, but a uint8 tensor [B, 3, H, W] is expected.")
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images has shape {tuple(images.shape)}, but [B, 3, H, W] is expected."
-        )
+        raise ValueError(f"images has shape {tuple(images.shape)}, but [B, 3, H, W] is expected.")
     if not len(images) == len(prompts) == len(metadata):
         raise ValueError(
             f"there are {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata, "
@@ -66,14 +64,17 @@ def from_png(text: str, max_pixels: int = 4096 * 4096) -> Tensor:
     raise ValueError(f"{image.width} x {image.height} pixels, but at most {max_pixels} are allowed")
 
 
-def resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, *size] in 0 ... 255, whole numbers.
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 [B, 3, *size], whole numbers in 0 ... 255.
 
-    Antialiased and rounded, as Pillow resizes 8-bit images (to one grey level).
+    Bicubic and antialiased as Pillow resizes 8-bit images, which rounds and clips after the first
+    of its two passes too: the horizontal one (Pillow 13 may begin with the other).
     """
-    if images.shape[-2:] == size:
-        return images.float()
-    resized = functional.interpolate(
-        images.float(), size=size, mode=mode, align_corners=False, antialias=True
-    )
-    return resized.round_().clamp_(0, 255)
+    found = images.float()
+    for new in ((found.shape[-2], size[1]), size):
+        if found.shape[-2:] != new:
+            found = functional.interpolate(
+                found, size=new, mode="bicubic", align_corners=False, antialias=True
+            )
+            found = found.round_().clamp_(0, 255)
+    return found

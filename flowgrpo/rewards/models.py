@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def device(name: str) -> torch.device:
         ) from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def pretrained(kind: str, model: str, on: torch.device, revision: str | None = None) -> Any:
     """The frozen transformers model of class `kind` in a folder or Hub id, float32.
 
@@ -45,7 +45,7 @@ def pretrained(kind: str, model: str, on: torch.device, revision: str | None = N
     return found.eval().requires_grad_(False).to(on)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer(name: str) -> Any:
     """The tokenizer in a folder or Hub id."""
     import transformers

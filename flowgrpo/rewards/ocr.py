@@ -3,13 +3,13 @@
     score = max(0, 1 - d / n)         d: edit distance of the text read and the quoted text, n: its
                                       length; d = 0 if the quoted text is contained in what is read
 
-Both without spaces and in lower case, as flow_grpo/ocr.py has it; lines are joined in reading order.
-The quoted text is what stands between the first pair of straight quotes of the prompt, or else of
-curly ones.
+Both without spaces and in lower case, as flow_grpo/ocr.py has it; lines are joined in reading
+order. The quoted text is what stands between the first pair of straight quotes of the prompt, or
+else of curly ones.
 
 The engine is RapidOCR (https://github.com/RapidAI/RapidOCR: the PP-OCR models in ONNX, which its
-wheel contains), or PaddleOCR if asked for. flow_grpo reads one image after the other; here `workers`
-threads do, each with an engine of one thread.
+wheel contains), or PaddleOCR if asked for. flow_grpo reads one image after the other; here
+`workers` threads do, each with an engine of one thread.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def quoted_text(prompt: str) -> str:
     found = re.search(r'"([^"]*)"', prompt) or re.search(r"“([^”]*)”", prompt)
     if not found or not _plain(found[1]):
         raise RewardError(
-            f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what it "
-            'reads with it; write the text as in: a sign that says "OPEN".'
+            f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what "
+            'it reads with it; write the text as in: a sign that says "OPEN".'
         )
     return found[1]
 

@@ -73,9 +73,7 @@ class ConfigurableReward:
                 self._reward = self._build(**self.options)
             return self._reward
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Any:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
         """Scores [B] of images uint8 [B, 3, H, W]."""
         check_images(images, prompts, metadata)
         return self.build()(images, prompts, metadata)

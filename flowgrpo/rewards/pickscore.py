@@ -3,8 +3,8 @@ https://arxiv.org/abs/2305.01569; model card https://huggingface.co/yuvalkirstai
 
     score = exp(logit_scale) cos(image, text) / 26
 
-Images that people prefer have a logit (exp(logit_scale) cos) of about 20 to 26; flow_grpo divides by
-26, and so do we, so that weights carry over.
+Images that people prefer have a logit (exp(logit_scale) cos) of about 20 to 26; flow_grpo divides
+by 26, and so do we, so that weights carry over.
 """
 
 from __future__ import annotations

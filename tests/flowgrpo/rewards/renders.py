@@ -13,7 +13,12 @@ from flowgrpo.rewards.images import from_pil
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono", "")
 """File names in matplotlib's font folder; "" is Pillow's own font."""
 SIZES = (26, 36, 48, 64)
-PAPERS = (("white", "black"), ("#f4ead2", "#5a1f1f"), ("#1d3557", "#f1faee"), ("#2b2b2b", "#ffd166"))
+PAPERS = (
+    ("white", "black"),
+    ("#f4ead2", "#5a1f1f"),
+    ("#1d3557", "#f1faee"),
+    ("#2b2b2b", "#ffd166"),
+)
 SIDE = 512
 
 

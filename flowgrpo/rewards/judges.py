@@ -1,0 +1,239 @@
+"""Vision-language models as judges, behind an OpenAI-compatible endpoint (vLLM, SGLang,
+`transformers serve`): POST {url}/chat/completions with the image as a PNG data URL.
+
+unifiedreward: UnifiedReward (Wang et al., https://arxiv.org/abs/2503.05236). Question and form of
+the answer are the authors' (the point_score scripts for image generation under inference_qwen in
+https://github.com/CodeGoat24/UnifiedReward); decoding is greedy.
+
+    style "final"   one grade, "Final Score: 1 ... 5"                  score = grade / 5
+    style "acs"     UnifiedReward 2.0: alignment, coherence, style     score = mean / 5
+
+flow_grpo asks as "final" does but for the sentence about key elements, and resizes the image to
+512 x 512; here it is sent as it is. The authors print the three grades of "acs"; the mean is ours.
+
+deqa: DeQA-Score (You et al., https://arxiv.org/abs/2501.11561; src/evaluate/scorer.py of
+https://github.com/zhiyuanyou/DeQA-Score). The answer is begun with "The quality of the image is";
+the score is the mean of 5 excellent, 4 good, 3 fair, 2 poor, 1 bad under the softmax of the next
+token among these five words, divided by 5 as flow_grpo does. The endpoint has to continue a message
+and return log-probabilities (`continue_final_message` and `top_logprobs`: vLLM and SGLang do,
+`transformers serve` does not). A word that is not among the 20 likeliest tokens counts as
+impossible.
+
+An answer without a grade scores NaN and is logged, so the trainer drops its group; flow_grpo
+gives 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.images import to_png
+from flowgrpo.rewards.options import configurable
+from flowgrpo.rewards.remote import RemoteError, Server
+
+log = logging.getLogger("flowgrpo")
+
+# Questions are the authors' word for word: the models were trained on them.
+FINAL = (
+    "You are given a text caption and a generated image based on that caption. Your task is to "
+    "evaluate this image based on two key criteria:\n"
+    "1. Alignment with the Caption: Assess how well this image aligns with the provided caption. "
+    "Consider the accuracy of depicted objects, their relationships, and attributes as described "
+    "in the caption.\n"
+    "2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail "
+    "preservation, color accuracy, and overall aesthetic appeal.\n"
+    "Extract key elements from the provided text caption, evaluate their presence in the generated "
+    "image using the format: 'element (type): value' (where value=0 means not generated, and "
+    "value=1 means generated), and assign a score from 1 to 5 after 'Final Score:'.\n"
+    "Your task is provided as follows:\nText Caption: [{prompt}]"
+)
+ACS = (
+    "You are presented with a generated image and its associated text caption. Your task is to "
+    "analyze the image across multiple dimensions in relation to the caption. Specifically:\n"
+    "Provide overall assessments for the image along the following axes (each rated from 1 to 5):\n"
+    "- Alignment Score: How well the image matches the caption in terms of content.\n"
+    "- Coherence Score: How logically consistent the image is (absence of visual glitches, object "
+    "distortions, etc.).\n"
+    "- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy."
+    "\n\nOutput your evaluation using the format below:\n\n"
+    "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n\n"
+    "Your task is provided as follows:\nText Caption: [{prompt}]"
+)
+AXES = ("Alignment", "Coherence", "Style")
+NUMBER = r"([1-5](?:\.\d+)?)(?![\d.]*\d)"
+STYLES: dict[str, tuple[str, Callable[[str], float]]] = {}
+"""Style -> (question, what reads the grade in 1 ... 5 or NaN from the answer)."""
+
+QUALITY = "How would you rate the quality of this image?"
+BEGIN = "The quality of the image is"
+LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
+
+
+@configurable("unifiedreward")
+def unifiedreward(
+    *,
+    url: str = "",
+    model: str = "CodeGoat24/UnifiedReward-7b-v1.5",
+    style: str = "final",
+    token: str | None = None,
+    max_tokens: int = 512,
+    concurrency: int = 16,
+    timeout: float = 120.0,
+    retries: int = 3,
+    backoff: float = 0.5,
+):
+    """url: of the API, for example http://127.0.0.1:8000/v1. style: final or acs."""
+    if style not in STYLES:
+        raise RewardError(
+            f"the style of reward 'unifiedreward' is {style!r}, but one of {', '.join(STYLES)} is "
+            "expected; name one of these."
+        )
+    server = _server("unifiedreward", url, token, timeout, retries, backoff, concurrency)
+    question, grade = STYLES[style]
+
+    def one(image: Tensor, prompt: str) -> float:
+        payload = {
+            "model": model,
+            "messages": [_user(image, question.format(prompt=prompt), image_first=True)],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        return grade(answer(server, server.post(payload))) / 5
+
+    return _judge(server, one)
+
+
+@configurable("deqa")
+def deqa(
+    *,
+    url: str = "",
+    model: str = "zhiyuanyou/DeQA-Score-Mix3",
+    token: str | None = None,
+    concurrency: int = 16,
+    timeout: float = 120.0,
+    retries: int = 3,
+    backoff: float = 0.5,
+):
+    """url: of the API, for example http://127.0.0.1:8000/v1."""
+    server = _server("deqa", url, token, timeout, retries, backoff, concurrency)
+
+    def one(image: Tensor, prompt: str) -> float:
+        payload = {
+            "model": model,
+            "messages": [
+                _user(image, QUALITY, image_first=False),
+                {"role": "assistant", "content": BEGIN},
+            ],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        return expected_level(server, server.post(payload)) / 5
+
+    return _judge(server, one)
+
+
+def answer(server: Server, reply: dict[str, Any]) -> str:
+    """The text of a chat completion."""
+    return _first_choice(server, reply, "message", "content")
+
+
+def final_score(text: str) -> float:
+    """The grade after "Final Score:", or NaN."""
+    found = re.search(rf"Final Score:\s*{NUMBER}", text)
+    return float(found[1]) if found else math.nan
+
+
+def axes_score(text: str) -> float:
+    """The mean of the three grades, or NaN if one is missing."""
+    grades = [re.search(rf"{axis} Score \(1-5\):\s*{NUMBER}", text) for axis in AXES]
+    return sum(float(found[1]) for found in grades) / len(AXES) if all(grades) else math.nan
+
+
+STYLES.update(final=(FINAL, final_score), acs=(ACS, axes_score))
+
+
+def expected_level(server: Server, reply: dict[str, Any]) -> float:
+    """The mean of LEVELS under the model's next token, or NaN if none is likely.
+
+    Raises:
+        RewardError: the endpoint returns no log-probabilities.
+    """
+    logprobs = _first_choice(server, reply, "logprobs", kind=(dict, type(None)))
+    try:
+        likeliest = logprobs["content"][0]["top_logprobs"]
+        tokens = {str(entry["token"]): float(entry["logprob"]) for entry in likeliest}
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise RewardError(
+            f"the endpoint {server.url} of reward 'deqa' returns no log-probabilities, but the "
+            "reward is made of them; use one that knows top_logprobs (vLLM, SGLang)."
+        ) from error
+    weights = dict.fromkeys(LEVELS, 0.0)
+    for token, value in tokens.items():
+        # Tokens carry the space before them, as " good" or "▁good".
+        level = token.strip(" ▁Ġ").lower()
+        if level in weights:
+            weights[level] += math.exp(value)
+    total = sum(weights.values())
+    return sum(LEVELS[w] * weights[w] for w in LEVELS) / total if total else math.nan
+
+
+def _server(
+    name: str, url: str, token: str | None, timeout: float, retries: int, backoff: float, n: int
+) -> Server:
+    if url:
+        url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    return Server(
+        name, url, token=token, timeout=timeout, retries=retries, backoff=backoff, concurrency=n
+    )
+
+
+def _judge(server: Server, one: Callable[[Tensor, str], float]):
+    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        pairs = list(zip(images.cpu(), prompts, strict=True))
+        scores = server.each(lambda pair: one(*pair), pairs)
+        without = sum(math.isnan(value) for value in scores)
+        if without:
+            log.warning(
+                "reward %r: %d of %d answers have no grade where one is expected",
+                server.reward,
+                without,
+                len(scores),
+            )
+        return scores
+
+    return rate
+
+
+def _user(image: Tensor, question: str, *, image_first: bool) -> dict[str, Any]:
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_png(image)}"}},
+        {"type": "text", "text": question},
+    ]
+    return {"role": "user", "content": parts if image_first else parts[::-1]}
+
+
+def _first_choice(server: Server, reply: dict[str, Any], *path: str, kind: Any = str) -> Any:
+    """What stands at `path` in the reply's first choice."""
+    try:
+        found = reply["choices"][0]
+        for name in path:
+            found = found.get(name) if name == "logprobs" else found[name]
+        if not isinstance(found, kind):
+            raise TypeError(type(found).__name__)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise RemoteError(
+            f"the endpoint {server.url} of reward {server.reward!r} answered {str(reply)[:80]!r}, "
+            f"but a chat completion with choices[0].{'.'.join(path)} is expected; check the url."
+        ) from error
+    return found

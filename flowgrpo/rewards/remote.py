@@ -1,0 +1,141 @@
+"""JSON over HTTP with bearer token, time-outs, bounded retries and bounded concurrency.
+
+What may pass by itself (no connection, time-out, 429, 5xx) is tried again, after `backoff` seconds,
+then twice as long, and so on, or as long as the server's Retry-After says, never more than
+`MAX_WAIT`. What remains, and a reply that makes no sense, raises RemoteError, which the trainer
+treats as the failure of some groups. What will not pass (token refused, wrong address, request
+refused) raises RewardError, which ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.options import library
+
+MAX_WAIT = 30.0
+PASSING = (408, 429, 500, 502, 503, 504)
+"""Statuses that are tried again."""
+
+T = TypeVar("T")
+
+
+class RemoteError(RuntimeError):
+    """A server did not answer, or not with what it should; another time it may."""
+
+
+class Server:
+    """One address that takes JSON by POST."""
+
+    def __init__(
+        self,
+        reward: str,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 0.5,
+        concurrency: int = 8,
+    ) -> None:
+        httpx = library("httpx", reward)
+        if not url.startswith(("http://", "https://")):
+            raise RewardError(
+                f"the address of reward {reward!r} is {url!r}, but one that begins with http:// or "
+                f"https:// is expected; set FLOWGRPO_REWARD_{reward.upper()}_URL or the option url."
+            )
+        self.reward, self.url = reward, url
+        self.retries, self.backoff, self.timeout = retries, backoff, timeout
+        self.concurrency = concurrency
+        self._failures = httpx.TransportError
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            limits=httpx.Limits(max_connections=concurrency),
+        )
+
+    def post(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The JSON object that the server answers.
+
+        Raises:
+            RemoteError: no answer after all tries, or one that is no JSON object.
+            RewardError: the server refuses the request or the token.
+        """
+        problem = ""
+        for attempt in range(self.retries + 1):
+            wait = self.backoff * 2**attempt
+            try:
+                response = self._client.post(self.url, json=payload)
+            except self._failures as error:
+                problem = f"gave no answer ({type(error).__name__}: {error})"
+            else:
+                if response.status_code not in PASSING:
+                    return self._read(response)
+                problem = f"answered {response.status_code} ({_detail(response)})"
+                wait = _retry_after(response, wait)
+            if attempt < self.retries:
+                time.sleep(min(wait, MAX_WAIT))
+        raise RemoteError(
+            f"the server {self.url} of reward {self.reward!r} {problem} after {self.retries + 1} "
+            f"tries of at most {self.timeout:g} s; check that it runs and can be reached."
+        )
+
+    def each(self, call: Callable[[T], Any], values: Sequence[T]) -> list[Any]:
+        """`call` of each value, at most `concurrency` at once; the first error is raised."""
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.reward) as pool:
+            calls = [pool.submit(call, value) for value in values]
+            try:
+                return [done.result() for done in calls]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _read(self, response: Any) -> dict[str, Any]:
+        status = response.status_code
+        if status in (401, 403):
+            raise RewardError(
+                f"the server {self.url} of reward {self.reward!r} refuses the token "
+                f"({status}: {_detail(response)}), but its own is expected; set "
+                f"FLOWGRPO_REWARD_{self.reward.upper()}_TOKEN or the option token."
+            )
+        if status == 413:
+            raise RewardError(
+                f"the server {self.url} of reward {self.reward!r} finds a request too large "
+                f"({_detail(response)}); lower the option batch_size or raise the server's limit."
+            )
+        if not response.is_success:
+            raise RewardError(
+                f"the server {self.url} of reward {self.reward!r} refuses the request with status "
+                f"{status} ({_detail(response)}); check the address, the protocol and the prompts."
+            )
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RemoteError(
+                f"the server {self.url} of reward {self.reward!r} answered {response.text[:80]!r}, "
+                "but a JSON object is expected; check that the address is that of a reward server."
+            )
+        return found
+
+
+def _detail(response: Any) -> str:
+    """What the server says was wrong, on one line."""
+    try:
+        found = response.json()
+        found = found.get("detail") or found.get("error") or found
+    except (ValueError, AttributeError):
+        found = response.text or response.reason_phrase
+    return " ".join(str(found).split())[:300]
+
+
+def _retry_after(response: Any, otherwise: float) -> float:
+    try:
+        return max(0.0, float(response.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return otherwise

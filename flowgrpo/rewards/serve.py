@@ -1,0 +1,190 @@
+"""Serves a reward to other machines, by the protocol of flowgrpo.rewards.http.
+
+    POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]} -> {"scores":
+    [...]} GET  /health    {"reward": name} GET  /docs      the OpenAPI page
+
+With a token every request to /score must carry it; without one the server listens on the loopback
+interface only. Requests that are too long are refused unread, those without a length too; images
+and pixels are limited before anything is decompressed. One batch is scored at a time. A score that
+is not finite leaves as null. Nothing that arrives is ever executed or unpickled.
+"""
+
+# No `from __future__ import annotations`: FastAPI reads the annotations of functions inside `app`.
+
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import socket
+import threading
+from typing import Any
+
+import torch
+
+from flowgrpo.rewards import Reward, RewardError, load
+from flowgrpo.rewards.images import from_png
+from flowgrpo.rewards.options import library
+
+log = logging.getLogger("flowgrpo")
+
+MAX_BYTES = 256 * 2**20
+MAX_IMAGES = 256
+MAX_PIXELS = 4096 * 4096
+INSTALL = "'flowgrpo[serve]'"
+
+
+def serve(
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8400,
+    token: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    max_images: int = MAX_IMAGES,
+) -> None:
+    """Serve the reward `name` until interrupted.
+
+    Raises:
+        RewardError: the reward is unknown or cannot be built, `host` is not the loopback interface
+        and
+            there is no token, or the port is taken.
+    """
+    uvicorn = library("uvicorn", name, INSTALL)
+    if not token and not is_loopback(host):
+        raise RewardError(
+            f"the reward server is to listen on {host} without a token, but without one it listens "
+            "on 127.0.0.1 only; give a token."
+        )
+    reward = load(name)
+    application = app(reward, name, token=token, max_bytes=max_bytes, max_images=max_images)
+    with bind(host, port) as sock:
+        # Models are loaded before the first request, so that a missing one shows at once.
+        if hasattr(reward, "build"):
+            reward.build()
+        log.info("reward %r on http://%s:%d/score", name, host, sock.getsockname()[1])
+        uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[sock])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise RewardError(
+            f"the reward server cannot listen on {host} port {port} ({error}); choose another port "
+            "or address."
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def app(
+    reward: Reward,
+    name: str,
+    *,
+    token: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    max_images: int = MAX_IMAGES,
+    max_pixels: int = MAX_PIXELS,
+) -> Any:
+    """The ASGI application."""
+    fastapi = library("fastapi", name, INSTALL)
+    from fastapi.security import HTTPBearer
+    from pydantic import BaseModel, Field
+
+    class Request(BaseModel):
+        """One prompt and one metadata for each image; all images of one size."""
+
+        images: list[str] = Field(min_length=1, max_length=max_images, description="base64 PNG")
+        prompts: list[str]
+        metadata: list[dict[str, Any]]
+
+    class Reply(BaseModel):
+        """One score for each image; null where the reward gave no finite number."""
+
+        scores: list[float | None]
+
+    api = fastapi.FastAPI(title=f"flowgrpo reward {name}", version="1")
+    lock = threading.Lock()
+    # The gate below checks the token; this one shows it on the OpenAPI page.
+    shown = [fastapi.Depends(HTTPBearer(auto_error=False))] if token else []
+
+    @api.get("/health")
+    def health() -> dict[str, str]:
+        return {"reward": name}
+
+    @api.post("/score", dependencies=shown)
+    def score(request: Request) -> Reply:
+        images = _images(fastapi, request, max_pixels)
+        try:
+            with lock:
+                scores = reward(images, request.prompts, request.metadata)
+        # A reward may raise anything: the client hears what, and the server goes on.
+        except Exception as error:
+            log.exception("reward %r failed", name)
+            raise fastapi.HTTPException(500, f"{type(error).__name__}: {error}") from error
+        values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
+        if values.shape != (len(images),):
+            problem = f"the reward returned scores of shape {tuple(values.shape)}"
+            raise fastapi.HTTPException(500, f"{problem} for {len(images)} images")
+        return Reply(scores=[v if math.isfinite(v) else None for v in values.tolist()])
+
+    return Gate(api, token, max_bytes)
+
+
+class Gate:
+    """ASGI middleware in front of /score: token and length, before the body is read."""
+
+    def __init__(self, application: Any, token: str | None, max_bytes: int) -> None:
+        self.application, self.max_bytes = application, max_bytes
+        self.expected = f"Bearer {token}".encode() if token else None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Let the request pass, or answer it."""
+        refusal = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            refusal = self._refusal(dict(scope["headers"]))
+        if refusal is None:
+            await self.application(scope, receive, send)
+            return
+        status, detail = refusal
+        body = json.dumps({"detail": detail}).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        given = headers.get(b"authorization", b"")
+        if self.expected and not hmac.compare_digest(given, self.expected):
+            return 401, "the bearer token is missing or wrong"
+        if b"content-length" not in headers:
+            return 411, "the request has no Content-Length"
+        # The web server below has refused a length that is no number.
+        if int(headers[b"content-length"]) > self.max_bytes:
+            return 413, f"the request is longer than {self.max_bytes} bytes"
+        return None
+
+
+def _images(fastapi: Any, request: Any, max_pixels: int) -> torch.Tensor:
+    """uint8 [B, 3, H, W] of the request; status 422 if it cannot be."""
+    counts = {len(request.images), len(request.prompts), len(request.metadata)}
+    if len(counts) > 1:
+        raise fastapi.HTTPException(422, "images, prompts and metadata differ in number")
+    images = []
+    for place, text in enumerate(request.images):
+        try:
+            images.append(from_png(text, max_pixels))
+        except ValueError as error:
+            raise fastapi.HTTPException(422, f"image {place}: {error}") from error
+        if images[-1].shape != images[0].shape:
+            raise fastapi.HTTPException(422, f"image {place} has another size than image 0")
+    return torch.stack(images)
