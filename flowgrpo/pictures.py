@@ -186,8 +186,16 @@ def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str, ylab
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#d0d7de")
     axes.tick_params(colors=FAINT, length=0, labelsize=8)
+    handles, names = axes.get_legend_handles_labels()
+    # The result and what it is measured against come first, the tasks below.
+    order = sorted(range(len(names)), key=lambda i: handles[i].get_linewidth(), reverse=True)
+    legend = {"frameon": False, "fontsize": 7.5, "labelcolor": INK}
     axes.legend(
-        frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        **legend,
     )
     elapsed = evaluations[-1].get("elapsed")
     if elapsed and evaluations[-1]["iteration"]:
