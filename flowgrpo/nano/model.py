@@ -128,3 +128,7 @@ def save(pipeline, folder: Path) -> None:
     for module in (pipeline.transformer, pipeline.text_encoder):
         module.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
+    # transformers 5 writes a class name that transformers 4 does not know; this one is in both.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
