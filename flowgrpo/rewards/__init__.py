@@ -6,8 +6,8 @@ A name is one of `REWARDS`, or "package.module:function" of the user's own. The 
 `load`, so no reward's dependencies are needed for another's.
 
 `Scorer` is the weighted sum of several. A reward that raises or returns scores that are not finite
-is asked again, group by group; a group that fails every time is dropped and counted, never scored
-0.
+is asked again, group by group; a group that fails every time is dropped and counted, never scored 0
+in silence. A wrong number of scores is a mistake that no repetition mends, and raises.
 """
 
 from __future__ import annotations
@@ -96,42 +96,31 @@ class Scorer:
     def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
         """float64 [B] scores of one reward, NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        problem = ""
-        try:
-            scores = _call(self.rewards[name], name, images, prompts, group_size)
-        except RewardError:
-            raise
-        # A reward is the user's code or a remote service: anything may come out of it.
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        failed = _failed(scores, group_size)
+        problems = ["it returned scores that are not finite"]
+
+        def attempt(rows: slice, these: Prompts) -> None:
+            try:
+                scores[rows] = _call(self.rewards[name], name, images[rows], these, group_size)
+            except RewardError:
+                raise
+            # A reward is the user's code or a remote service: anything may come out of it.
+            except Exception as error:
+                problems.append(f"{type(error).__name__}: {error}")
+
+        attempt(slice(None), prompts)
         for _ in range(self.retries):
-            for group in failed:
+            for group in _failed(scores, group_size):
                 rows = slice(group * group_size, (group + 1) * group_size)
-                try:
-                    scores[rows] = _call(
-                        self.rewards[name], name, images[rows], prompts.take([group]), group_size
-                    )
-                except RewardError:
-                    raise
-                except Exception as error:
-                    problem = f"{type(error).__name__}: {error}"
-            failed = _failed(scores, group_size)
-        if not failed:
-            return scores
-        problem = problem or "it returned scores that are not finite"
-        if len(failed) == len(prompts):
+                attempt(rows, prompts.take([group]))
+        failed = _failed(scores, group_size)
+        if failed and len(failed) == len(prompts):
             raise RewardError(
                 f"reward {name!r} failed for all {len(prompts)} groups after {self.retries} "
-                f"retries ({problem}), but {len(images)} finite scores are expected; mend it."
+                f"retries ({problems[-1]}), but {len(images)} finite scores are expected; mend it."
             )
-        log.warning(
-            "reward %r failed for %d of %d groups, which are dropped (%s)",
-            name,
-            len(failed),
-            len(prompts),
-            problem,
-        )
+        if failed:
+            message = "reward %r failed for %d of %d groups, which are dropped (%s)"
+            log.warning(message, name, len(failed), len(prompts), problems[-1])
         for group in failed:
             scores[group * group_size : (group + 1) * group_size] = torch.nan
         return scores

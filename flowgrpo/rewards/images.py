@@ -59,6 +59,8 @@ def from_png(text: str, max_pixels: int = 4096 * 4096) -> Tensor:
         # The size stands in the header: nothing is decompressed before it is known to fit.
         if image.width * image.height <= max_pixels:
             return from_pil(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"far more than the {max_pixels} pixels that are allowed") from error
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"not base64 of a PNG file ({error})") from error
     raise ValueError(f"{image.width} x {image.height} pixels, but at most {max_pixels} are allowed")

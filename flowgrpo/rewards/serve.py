@@ -126,11 +126,11 @@ def app(
         try:
             with lock:
                 scores = reward(images, request.prompts, request.metadata)
+            values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
         # A reward may raise anything: the client hears what, and the server goes on.
         except Exception as error:
             log.exception("reward %r failed", name)
             raise fastapi.HTTPException(500, f"{type(error).__name__}: {error}") from error
-        values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
         if values.shape != (len(images),):
             problem = f"the reward returned scores of shape {tuple(values.shape)}"
             raise fastapi.HTTPException(500, f"{problem} for {len(images)} images")
