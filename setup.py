@@ -41,6 +41,7 @@ PACKAGE_DIR = {
 }
 PACKAGES = [
     "flowgrpo",
+    "flowgrpo.data",
     "flowgrpo.nano",
     "flowgrpo.policies",
     "flowgrpo.rewards",
@@ -49,6 +50,7 @@ PACKAGES = [
 ]
 PACKAGE_DATA = {
     "flowgrpo": ["py.typed"],
+    "flowgrpo.data": ["*.txt", "*/*.txt", "*/*.jsonl"],
     "flowgrpo.nano": ["*.json", "*.txt", "*.md", "model/*", "model/*/*"],
     "flowgrpo_kernels": ["py.typed"],
 }

@@ -78,7 +78,7 @@ def test_every_module_and_data_file_is_in_the_wheel(pure_wheel):
         p.relative_to(base).as_posix()
         for base, package in ((ROOT, "flowgrpo"), (ROOT / "kernels", "flowgrpo_kernels"))
         for p in (base / package).rglob("*")
-        if p.suffix in (".py", ".json", ".txt", ".safetensors", ".typed")
+        if p.suffix in (".py", ".json", ".jsonl", ".txt", ".safetensors", ".typed")
         and p.name != "_native_build.json"
     }
     assert expected - shipped == set()
@@ -94,6 +94,7 @@ def test_metadata(pure_wheel):
         "test",
         "bench",
         "rewards",
+        "serve",
         "wandb",
     ]
     (entry,) = [n for n in names if n.endswith("dist-info/entry_points.txt")]
