@@ -54,7 +54,7 @@ def _sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)
@@ -230,7 +230,7 @@ def _backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)

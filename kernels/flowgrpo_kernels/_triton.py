@@ -170,9 +170,12 @@ def ordered_sum(ptr, count, WIDTH: tl.constexpr):
     """Second pass: `count` float32 values, chunks of WIDTH added in order, then pairs."""
     o_lane = tl.arange(0, WIDTH)
     b_sum = tl.load(ptr + o_lane, mask=o_lane < count, other=0.0)
-    for start in range(WIDTH, count, WIDTH):
+    # A while loop: the interpreter of Triton 3.6 cannot count to a runtime bound with NumPy 2.4.
+    start = tl.full([], WIDTH, tl.int32)
+    while start < count:
         o = start + o_lane
         b_sum += tl.load(ptr + o, mask=o < count, other=0.0)
+        start += WIDTH
     return pair_tree(b_sum, WIDTH)
 
 

@@ -51,14 +51,14 @@ def _log_prob_kernel(
     GUIDED: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
+        _v, b_d = residual(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
         )
         b_sum += b_d * b_d
@@ -93,7 +93,7 @@ def _log_prob_backward_kernel(
     GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, 0)
     b = coefficient(table_ptr, step, num_steps, 1)
@@ -102,7 +102,7 @@ def _log_prob_backward_kernel(
     c_d = tl.div_rn(grad * (2.0 * (k * b)), count(elements))
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
+        _v, b_d = residual(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
         )
         store_gradient(

@@ -154,7 +154,8 @@ def sde_step(
     elif noise is None and not transitions.deterministic:
         raise ValueError("seeds or noise must be given: the transitions are stochastic")
     if torch.is_grad_enabled():
-        for name, value in (("velocity", velocity), ("uncond_velocity", uncond_velocity)):
+        latents = (("velocity", velocity), ("uncond_velocity", uncond_velocity), ("sample", sample))
+        for name, value in latents:
             if value is not None and value.requires_grad:
                 raise RuntimeError(
                     f"sde_step has no gradient but {name} requires one: call it under "
@@ -162,10 +163,10 @@ def sde_step(
                 )
     out, log_prob_out = _outputs(sample, out, log_prob_out)
     _sde_step(
-        velocity.detach(),
-        None if uncond_velocity is None else uncond_velocity.detach(),
+        velocity,
+        uncond_velocity,
         float(guidance_scale),
-        sample.detach(),
+        sample,
         transitions.table,
         rows,
         seeds,

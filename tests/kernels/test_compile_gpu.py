@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# (target, pairs of velocity and sample dtype, kernels) to compile; every kernel once, in the pair that
-# a trainer uses, the three that differ most in every storage dtype, and two for the other targets.
+# (target, pairs of velocity and sample dtype, kernels) to compile: every kernel once, in the pair
+# that a trainer uses, three of them in every storage dtype, and two for the other targets.
 CORE = ("sde_step plain", "grpo_loss sums plain", "grpo_loss backward guided")
 JOBS = {
     "every kernel": ("sm_90", ("bf16/fp32",), None),

@@ -1,0 +1,68 @@
+"""Compiles every Triton kernel and dtype variant for each target, without a GPU, and records it.
+
+    python benchmarks/compile_kernels.py                    # all targets, some minutes
+    python benchmarks/compile_kernels.py --target sm_90     # replaces that target's rows only
+
+Writes benchmarks/results/compile.json: registers a thread, bytes of shared memory, lines of PTX or
+AMD assembly, bytes of stack and local memory. Exits with 1 when a kernel has float64 arithmetic, a
+fused multiply-add, local memory or no 128-bit accesses (see flowgrpo_kernels/aot.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import records
+
+from flowgrpo_kernels import aot
+
+PATH = records.RESULTS / "compile.json"
+UNITS = {
+    "registers": "registers/thread",
+    "shared": "bytes",
+    "instructions": "lines",
+    "local": "bytes",
+}
+
+
+def compiled(target: str) -> tuple[list[dict], list[str]]:
+    """(rows, problems) of every variant on one target."""
+    rows, problems = [], []
+    for variant in aot.variants():
+        report = aot.compile_variant(variant, aot.TARGETS[target])
+        case = f"{target} {variant.name} {variant.velocity}/{variant.sample}"
+        problems += [f"{case}: {problem}" for problem in aot.problems(report)]
+        for metric, unit in UNITS.items():
+            value = getattr(report, metric)
+            if value is not None:
+                rows.append(records.row("compile", case, "ours", metric, value, unit))
+    return rows, problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=list(aot.TARGETS), action="append")
+    targets = parser.parse_args().target or list(aot.TARGETS)
+    kept: list[dict] = []
+    if set(targets) != set(aot.TARGETS) and PATH.exists():
+        kept = [r for r in records.read(PATH)["rows"] if r["case"].split()[0] not in targets]
+    problems: list[str] = []
+    for target in targets:
+        rows, found = compiled(target)
+        kept += rows
+        problems += found
+        registers = [r["value"] for r in rows if r["metric"] == "registers"]
+        print(f"{target}: {len(registers)} kernels, up to {max(registers):.0f} registers a thread")
+    content = records.record(kept, "cpu")
+    content["device"] = "none (compiled ahead of time)"
+    records.write(content, PATH)
+    print("\n".join(problems) or f"no problems; wrote {PATH.name}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
