@@ -138,7 +138,10 @@ def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_siz
     metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
     out = reward(images, texts, metadata)
     if isinstance(out, Tensor):
-        out = out.detach().to("cpu", torch.float64)
+        out = out.detach().to("cpu", torch.float64).numpy()
+    elif isinstance(out, list | tuple):
+        # Of numbers of any library, 0-dim tensors among them.
+        out = [float(score) for score in out]
     scores = torch.from_numpy(np.array(out, dtype=np.float64))
     if scores.shape != (len(images),):
         raise RewardError(

@@ -1,0 +1,141 @@
+"""The weighted sum of rewards: values, failures, retries, dropped groups."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from flowgrpo import rewards
+from flowgrpo.records import Prompts
+
+PROMPTS = Prompts.of(["a", "b", "c"], [{"n": 1}, {"n": 2}, {"n": 3}])
+IMAGES = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 4)
+VALUES = torch.arange(12, dtype=torch.float64)
+
+
+@pytest.fixture
+def reward(monkeypatch):
+    """Install functions as rewards of a module of the user's own; returns their scorer."""
+    calls = []
+
+    def install(retries=2, **functions):
+        module = type(sys)("users_rewards")
+        for name, (function, _) in functions.items():
+
+            def counted(images, prompts, metadata, name=name, function=function):
+                calls.append((name, len(images), tuple(prompts), [m["n"] for m in metadata]))
+                return function(images, prompts, metadata)
+
+            setattr(module, name, counted)
+        monkeypatch.setitem(sys.modules, "users_rewards", module)
+        weights = {f"users_rewards:{name}": weight for name, (_, weight) in functions.items()}
+        return rewards.Scorer(weights, retries)
+
+    install.calls = calls
+    return install
+
+
+def first(images, *_):
+    return images[:, 0, 0, 0].double()
+
+
+def test_weighted_sum_of_any_kind_of_numbers(reward):
+    scorer = reward(
+        a=(lambda i, p, m: first(i).to(torch.bfloat16), 2.0),
+        b=(lambda i, p, m: [x["n"] for x in m], -0.5),
+        c=(lambda i, p, m: np.float32([len(t) for t in p]), 1.0),
+        d=(lambda i, p, m: [torch.tensor(3) for _ in p], 0.0),
+    )
+    scores = scorer(IMAGES, PROMPTS, 4)
+    numbers = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).repeat_interleave(4)
+    assert torch.equal(scores.total, 2 * VALUES - 0.5 * numbers + 1)
+    assert list(scores.parts) == [f"users_rewards:{n}" for n in "abcd"]
+    assert scores.dropped.tolist() == [False] * 3
+    texts = ("a",) * 4 + ("b",) * 4 + ("c",) * 4
+    assert reward.calls[0] == ("a", 12, texts, [1] * 4 + [2] * 4 + [3] * 4)
+
+
+def test_a_group_that_fails_once_is_asked_again_alone(reward):
+    state = {"failed": False}
+
+    def shaky(images, prompts, metadata):
+        found = first(images)
+        if not state["failed"]:
+            state["failed"] = True
+            found[5] = float("nan")
+        return found
+
+    scores = reward(shaky=(shaky, 1.0))(IMAGES, PROMPTS, 4)
+    assert torch.equal(scores.total, VALUES) and not scores.dropped.any()
+    assert [call[1:3] for call in reward.calls[1:]] == [(4, ("b",) * 4)]
+
+
+@pytest.mark.parametrize("failure", ["raise", "nan", "inf"])
+def test_a_group_that_always_fails_is_dropped(reward, failure, caplog):
+    def broken(images, prompts, metadata):
+        found = first(images)
+        if "b" in prompts:
+            if failure == "raise":
+                raise ConnectionError("no answer")
+            found[prompts.index("b") + 1] = float(failure)
+        return found
+
+    scores = reward(retries=2, fine=(first, 1.0), broken=(broken, 1.0))(IMAGES, PROMPTS, 4)
+    assert scores.dropped.tolist() == [False, True, False]
+    kept = torch.tensor([True, False, True]).repeat_interleave(4)
+    assert torch.equal(scores.total[kept], 2 * VALUES[kept])
+    assert scores.total[~kept].isnan().all()
+    assert scores.parts["users_rewards:broken"][~kept].isnan().all()
+    assert torch.equal(scores.parts["users_rewards:fine"], VALUES)
+    assert "failed for 1 of 3 groups, which are dropped" in caplog.text
+    # Once for all; then, twice, only the group that failed (all of them after an exception).
+    asked = [call[2][0] for call in reward.calls if call[0] == "broken"]
+    assert asked == (["a", "a", "b", "c", "b"] if failure == "raise" else ["a", "b", "b"])
+
+
+def test_a_reward_that_always_fails_raises(reward):
+    def broken(images, prompts, metadata):
+        raise RuntimeError("out of ink")
+
+    message = r"failed for all 3 groups after 1 retries \(RuntimeError: out of ink\)"
+    with pytest.raises(rewards.RewardError, match=message):
+        reward(retries=1, broken=(broken, 1.0))(IMAGES, PROMPTS, 4)
+    assert len(reward.calls) == 1 + 3
+    nan = (lambda i, p, m: [float("nan")] * len(i), 1.0)
+    with pytest.raises(rewards.RewardError, match="returned scores that are not finite"):
+        reward(nan=nan)(IMAGES, PROMPTS, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda i, p, m: first(i)[:-1], lambda i, p, m: first(i)[:, None], lambda i, p, m: 1.0]
+)
+def test_a_wrong_count_raises_at_once(reward, wrong):
+    message = r"returned scores of shape .* for 12 images, but one score an image"
+    with pytest.raises(rewards.RewardError, match=message):
+        reward(wrong=(wrong, 1.0))(IMAGES, PROMPTS, 4)
+    assert len(reward.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("beauty", "'beauty' is unknown, but one of .*nano_strict"),
+        ("no.such.module:f", "cannot be loaded from no.such.module:f .No module named"),
+        ("flowgrpo.rewards.nano:absent", "cannot be loaded .*has no attribute 'absent'"),
+        ("flowgrpo.rewards:REWARDS", "is dict, but a function is expected"),
+    ],
+)
+def test_unknown_rewards(name, message):
+    with pytest.raises(rewards.RewardError, match=message):
+        rewards.load(name)
+
+
+def test_nanos_rewards_by_name():
+    metadata = [{"include": [{"class": "circle", "count": 1}], "tag": "single_object"}] * 2
+    images = torch.full((2, 3, 24, 24), 255, dtype=torch.uint8)
+    for name in ("nano_strict", "nano_partial"):
+        found = rewards.load(name)(images, ["a circle"] * 2, metadata)
+        assert len(found) == 2 and np.isfinite(found).all()
