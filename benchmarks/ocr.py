@@ -9,20 +9,17 @@ another's.
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "flowgrpo" / "rewards"))
 
+import records  # noqa: E402
 from rapidfuzz.distance import Levenshtein  # noqa: E402
 from renders import FONTS, SIZES, renders  # noqa: E402
 
@@ -30,7 +27,7 @@ from flowgrpo import data, prompts  # noqa: E402
 from flowgrpo.rewards import ocr  # noqa: E402
 from flowgrpo.rewards.images import to_pil  # noqa: E402
 
-LIBRARIES = ("rapidocr", "onnxruntime", "rapidfuzz", "pillow", "matplotlib", "numpy", "torch")
+LIBRARIES = ("rapidocr", "onnxruntime", "rapidfuzz", "pillow", "matplotlib")
 
 
 def main(count: int) -> None:
@@ -40,9 +37,9 @@ def main(count: int) -> None:
     wanted = [ocr.quoted_text(text) for text in texts]
     read = ocr.ENGINES["rapidocr"]()
     images = [to_pil(image) for image in renders(wanted)]
-    started = time.perf_counter()
+    started = time.process_time()
     found = ["".join(read(image)) for image in images]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     # A third of the set away: no text meets itself.
     other = wanted[count // 3 :] + wanted[: count // 3]
     own, crossed = (
@@ -55,7 +52,7 @@ def main(count: int) -> None:
         row("all", "share_of_exact", statistics.fmean(s == 1 for s in own), "1"),
         row("shuffled", "score", statistics.fmean(crossed), "1"),
         row("all", "renders", len(texts), "images"),
-        row("all", "time", seconds / len(texts), "s/image"),
+        row("all", "cpu_time", seconds / len(texts), "s/image"),
     ]
     for name, choices, step in (("font", FONTS, 1), ("size", SIZES, len(FONTS))):
         groups = defaultdict(list)
@@ -64,7 +61,10 @@ def main(count: int) -> None:
         for value, scores in groups.items():
             case = f"{name} {value or 'Pillow'}"
             rows.append(row(case, "score", statistics.fmean(scores), "1"))
-    write(rows)
+    versions = {**records.versions(), **{name: metadata.version(name) for name in LIBRARIES}}
+    records.write(
+        records.record(rows, "cpu", versions=versions), ROOT / "benchmarks" / "results" / "ocr.json"
+    )
     for r in rows:
         print(f"{r['case']:28} {r['metric']:16} {r['value']:.4f} {r['unit']}")
     for want, text, s in zip(wanted, found, own, strict=True):
@@ -72,29 +72,9 @@ def main(count: int) -> None:
             print(f"{s:.2f} wanted {want!r}, read {text!r}")
 
 
-def row(case: str, metric: str, value: float, unit: str) -> dict[str, object]:
+def row(case: str, metric: str, value: float, unit: str) -> dict:
     """One figure of the record."""
-    names = {"suite": "ocr", "case": case, "provider": "ours", "metric": metric}
-    return {**names, "value": value, "unit": unit}
-
-
-def write(rows: list[dict[str, object]]) -> None:
-    """benchmarks/results/ocr.json"""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    record = {
-        "device": f"{platform.machine()} CPU",
-        "driver": None,
-        "versions": {name: version(name) for name in LIBRARIES},
-        "commit": commit,
-        "command": "python benchmarks/ocr.py " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
-    path = ROOT / "benchmarks" / "results" / "ocr.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return records.row("ocr", case, "ours", metric, value, unit)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ and
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -71,39 +73,64 @@ def _reward(
     batch_size: int,
     edge: int,
 ):
-    found = models.pretrained("Mask2FormerForUniversalSegmentation", model, models.device(device))
-    detector = Detector(found, batch_size, edge)
-    painter = Painter(clip.load(clip_model, device=device))
+    eyes = _eyes(model, clip_model, device, batch_size, edge)
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         for entry in metadata:
             geneval_rules.check(entry)
-        seen = look(detector, painter, images, metadata)
+        seen = eyes.look(images, metadata)
         return [judge(objects, entry) for objects, entry in zip(seen, metadata, strict=True)]
 
     return rate
 
 
-def look(
-    detector: Detector, painter: Painter, images: Tensor, metadata: list[dict[str, Any]]
-) -> list[dict[str, list[geneval_rules.Detection]]]:
-    """The objects of each image that count, with colours where the metadata asks for them."""
-    seen = [
-        geneval_rules.keep(found, entry["tag"])
-        for found, entry in zip(detector(images), metadata, strict=True)
-    ]
-    colored = [
-        (row, wish["class"])
-        for row, entry in enumerate(metadata)
-        for wish in entry["include"]
-        if "color" in wish
-    ]
-    todo = [
-        (row, name, place)
-        for row, name in dict.fromkeys(colored)
-        for place in range(len(seen[row].get(name, ())))
-    ]
-    painted = painter([(images[row], seen[row][name][place]) for row, name, place in todo])
-    for (row, name, place), one in zip(todo, painted, strict=True):
-        seen[row][name][place] = one
-    return seen
+@cache
+def _eyes(model: str, clip_model: str, device: str, batch_size: int, edge: int) -> Eyes:
+    """One pair of models for both rewards."""
+    found = models.pretrained("Mask2FormerForUniversalSegmentation", model, models.device(device))
+    return Eyes(Detector(found, batch_size, edge), Painter(clip.load(clip_model, device=device)))
+
+
+class Eyes:
+    """Detector and colours, with the result of the last look: both rewards are often asked about
+    the same images, one after the other."""
+
+    def __init__(self, detector: Detector, painter: Painter) -> None:
+        self.detector, self.painter = detector, painter
+        self._last: tuple[Any, int, list[dict[str, Any]], list[Objects]] | None = None
+
+    def look(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
+        """The objects of each image that count, with colours where the metadata asks for them."""
+        if self._last is not None:
+            known, version, entries, seen = self._last
+            if known() is images and version == images._version and entries == metadata:
+                return seen
+        seen = self._paint(images, metadata)
+
+        def forget(gone: Any) -> None:
+            if self._last is not None and self._last[0] is gone:
+                self._last = None
+
+        self._last = weakref.ref(images, forget), images._version, list(metadata), seen
+        return seen
+
+    def _paint(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
+        seen = [
+            geneval_rules.keep(found, entry["tag"])
+            for found, entry in zip(self.detector(images), metadata, strict=True)
+        ]
+        colored = [
+            (row, wish["class"])
+            for row, entry in enumerate(metadata)
+            for wish in entry["include"]
+            if "color" in wish
+        ]
+        todo = [
+            (row, name, place)
+            for row, name in dict.fromkeys(colored)
+            for place in range(len(seen[row].get(name, ())))
+        ]
+        painted = self.painter([(images[row], seen[row][name][i]) for row, name, i in todo])
+        for (row, name, place), one in zip(todo, painted, strict=True):
+            seen[row][name][place] = one
+        return seen

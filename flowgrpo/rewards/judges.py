@@ -67,7 +67,7 @@ ACS = (
     "Your task is provided as follows:\nText Caption: [{prompt}]"
 )
 AXES = ("Alignment", "Coherence", "Style")
-NUMBER = r"([1-5](?:\.\d+)?)(?![\d.]*\d)"
+NUMBER = r"([1-4](?:\.\d+)?|5(?:\.0+)?)(?![\d.]*\d)"
 STYLES: dict[str, tuple[str, Callable[[str], float]]] = {}
 """Style -> (question, what reads the grade in 1 ... 5 or NaN from the answer)."""
 

@@ -16,6 +16,7 @@ import ipaddress
 import json
 import logging
 import math
+import os
 import socket
 import threading
 from typing import Any
@@ -44,16 +45,19 @@ def serve(
 ) -> None:
     """Serve the reward `name` until interrupted.
 
+    token: default, the environment variable FLOWGRPO_SERVE_TOKEN, which no process list shows.
+
     Raises:
         RewardError: the reward is unknown or cannot be built, `host` is not the loopback interface
         and
             there is no token, or the port is taken.
     """
     uvicorn = library("uvicorn", name, INSTALL)
+    token = token or os.environ.get("FLOWGRPO_SERVE_TOKEN")
     if not token and not is_loopback(host):
         raise RewardError(
             f"the reward server is to listen on {host} without a token, but without one it listens "
-            "on 127.0.0.1 only; give a token."
+            "on 127.0.0.1 only; give a token or set FLOWGRPO_SERVE_TOKEN."
         )
     reward = load(name)
     application = app(reward, name, token=token, max_bytes=max_bytes, max_images=max_images)

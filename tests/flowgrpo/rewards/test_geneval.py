@@ -5,6 +5,7 @@ import torch
 
 from flowgrpo.data.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip, geneval_detector, load
+from flowgrpo.rewards.geneval import Eyes
 from flowgrpo.rewards.geneval_detector import Detector, Painter
 from flowgrpo.rewards.geneval_rules import Detection
 from flowgrpo.rewards.images import to_pil
@@ -195,6 +196,36 @@ def test_both_rewards_on_saved_models(detector_folder, clip_folder, pictures):
     assert strict[4] == 0.0
     with pytest.raises(RewardError, match="GenEval's is expected"):
         load("geneval").configured(**options)(pictures[:1], ["a dog"], [{}])
+
+
+def test_the_same_images_are_looked_at_once(clip_folder, pictures):
+    class Counting(Detector):
+        looks = 0
+
+        def __call__(self, images):
+            Counting.looks += 1
+            return super().__call__(images)
+
+    eyes = Eyes(
+        Counting(tiny_detector(), 8, 64), Painter(clip.load(str(clip_folder), device="cpu"))
+    )
+    wish = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
+    first = eyes.look(pictures, [wish] * 5)
+    assert eyes.look(pictures, [dict(wish)] * 5) is first
+    assert Counting.looks == 1
+    assert all(d.color for objects in first for d in objects.get("dog", ()))
+    # Other metadata, other images, and the same tensor with other pixels are looked at again.
+    eyes.look(pictures, [{**wish, "tag": "counting"}] * 5)
+    eyes.look(pictures.clone(), [wish] * 5)
+    eyes.look(pictures, [wish] * 5)
+    pictures.fill_(0)
+    eyes.look(pictures, [wish] * 5)
+    assert Counting.looks == 5
+    # What is forgotten holds no masks.
+    other = pictures.clone()
+    eyes.look(other, [wish] * 5)
+    del other
+    assert eyes._last is None
 
 
 def test_a_detector_for_other_classes_is_refused():

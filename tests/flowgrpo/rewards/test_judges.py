@@ -41,6 +41,8 @@ def ask(name, app, **options):
         ("Final Score: 5\n", 5.0),
         # A sentence may end after the number.
         ("Final Score: 2.", 2.0),
+        ("Final Score: 5.0 out of 5", 5.0),
+        ("Final Score: 5.5", math.nan),
         ("Final Score: 7", math.nan),
         ("Final Score: 12", math.nan),
         ("The score is 4", math.nan),
