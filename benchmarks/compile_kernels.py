@@ -55,11 +55,11 @@ def main() -> int:
         rows, found = compiled(target)
         kept += rows
         problems += found
+        content = records.record(kept, "cpu")
+        content["device"] = "none (compiled ahead of time)"
+        records.write(content, PATH)
         registers = [r["value"] for r in rows if r["metric"] == "registers"]
         print(f"{target}: {len(registers)} kernels, up to {max(registers):.0f} registers a thread")
-    content = records.record(kept, "cpu")
-    content["device"] = "none (compiled ahead of time)"
-    records.write(content, PATH)
     print("\n".join(problems) or f"no problems; wrote {PATH.name}")
     return 1 if problems else 0
 

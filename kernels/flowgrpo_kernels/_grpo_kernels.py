@@ -287,15 +287,14 @@ def _launch_forward(
         _rows_kernel[(rows,)](
             sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
             terms, table, step, kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes,
-            WIDTH=_triton.lanes(blocks),
             WEIGHT=row_weight is not None,
             KL_WEIGHT=kl_row_weight is not None,
             **flags,
-            **_triton.LAUNCH,
+            **_triton.second_pass(blocks),
         )  # fmt: skip
         _totals_kernel[(1,)](
             terms, loss, policy, kl, fraction, kl_weight, rows,
-            WIDTH=_triton.lanes(rows), REF=ref is not None, **_triton.LAUNCH,
+            REF=ref is not None, **_triton.second_pass(rows),
         )  # fmt: skip
     return results
 

@@ -40,6 +40,12 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Integers that reach neither an address nor a mask: no new compilation for their values.
 PLAIN = ("num_steps", "step_stride", "num_blocks", "rows")
+# Pointers whose alignment decides the width of the accesses. The others are read element by
+# element, and a view of one step or row may start anywhere: no new compilation for that either.
+LATENTS = (
+    *("v_ptr", "u_ptr", "x_ptr", "prev_ptr", "out_ptr", "noise_ptr"),
+    *("ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr"),
+)
 
 
 def jit(function):
@@ -47,7 +53,13 @@ def jit(function):
     if not AVAILABLE:
         return function
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in PLAIN if name in names])
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in names if name in PLAIN],
+        do_not_specialize_on_alignment=[
+            name for name in names if name.endswith("_ptr") and name not in LATENTS
+        ],
+    )
 
 
 def launcher(name: str):
@@ -80,9 +92,13 @@ def gradients(velocity: Tensor, uncond: Tensor | None, uncond_grad: bool) -> tup
     return dv, torch.empty(uncond.shape, dtype=uncond.dtype, device=uncond.device)
 
 
-def lanes(count: int) -> int:
-    """Width of the second pass over `count` partial sums: LANES, or less if fewer suffice."""
-    return min(LANES, 1 << max(count - 1, 0).bit_length())
+def second_pass(count: int) -> dict[str, int | bool]:
+    """Options of a launch that sums `count` values a program: LANES wide, or less if that suffices.
+
+    One warp where that is enough: it needs no barrier, and the order of the sum is written out.
+    """
+    width = min(LANES, 1 << max(count - 1, 0).bit_length())
+    return {**LAUNCH, "WIDTH": width, "num_warps": 1 if width <= 128 else 4}
 
 
 def _constant(value: int):

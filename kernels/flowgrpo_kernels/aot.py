@@ -127,19 +127,27 @@ def _type(name: str, variant: Variant) -> str:
     return "fp32" if name in _FLOATS else "i32"
 
 
-def compile_variant(variant: Variant, target: GPUTarget) -> Report:
-    """Compiles one variant for one target, with the options and hints of a real launch."""
+def compile_variant(
+    variant: Variant, target: GPUTarget, types: dict[str, str] | None = None
+) -> Report:
+    """Compiles one variant for one target, with the options and hints of a real launch.
+
+    types: Triton types of arguments that the naming rule above does not know.
+    """
     names = variant.kernel.arg_names
-    signature = {name: _type(name, variant) for name in names}
+    signature = {name: (types or {}).get(name, _type(name, variant)) for name in names}
     constants = {**variant.constants, **dict.fromkeys(variant.absent)}
     aligned = [["tt.divisibility", 16]]
     attributes = {
         (i,): aligned
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name == "elements"
+        if (signature[name].startswith("*") and name in _triton.LATENTS) or name == "elements"
     }
     source = ASTSource(variant.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=dict(_triton.LAUNCH))
+    options = dict(_triton.LAUNCH)
+    if not variant.vectorised:
+        options["num_warps"] = _triton.second_pass(variant.constants["WIDTH"])["num_warps"]
+    compiled = triton.compile(source, target=target, options=options)
     nvidia = target.backend == "cuda"
     assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
     report = Report(

@@ -131,7 +131,7 @@ def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
         )  # fmt: skip
         if blocks > 1:
             _triton.finish_kernel[(rows,)](
-                sums, log_prob, table, step, *sizes, WIDTH=_triton.lanes(blocks), **_triton.LAUNCH
+                sums, log_prob, table, step, *sizes, **_triton.second_pass(blocks)
             )
     return log_prob
 

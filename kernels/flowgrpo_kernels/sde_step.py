@@ -108,7 +108,7 @@ def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sam
         )  # fmt: skip
         if blocks > 1:
             _triton.finish_kernel[(rows,)](
-                sums, log_prob, table, step, *sizes, WIDTH=_triton.lanes(blocks), **_triton.LAUNCH
+                sums, log_prob, table, step, *sizes, **_triton.second_pass(blocks)
             )
 
 
