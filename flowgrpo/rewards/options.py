@@ -53,17 +53,20 @@ class ConfigurableReward:
         }
 
     def configured(self, **options: Any) -> ConfigurableReward:
-        """The same reward with these options.
+        """The same reward with these options; a text becomes a number where one is expected.
 
         Raises:
-            RewardError: an option is unknown.
+            RewardError: an option is unknown, or its value has a wrong type.
         """
-        for option in options:
+        for option, value in options.items():
             if option not in self.defaults:
                 raise RewardError(
                     f"reward {self.name!r} has no option {option!r}, but one of "
                     f"{', '.join(self.defaults)} is expected; correct the name."
                 )
+            options[option] = self._typed(
+                f"the option {option} of reward {self.name!r}", option, value
+            )
         return ConfigurableReward(self.name, self._build, {**self._given, **options})
 
     def build(self) -> Reward:
@@ -81,16 +84,24 @@ class ConfigurableReward:
     def _found(self, option: str, default: Any) -> Any:
         variable = f"FLOWGRPO_REWARD_{self.name}_{option}".upper()
         text = os.environ.get(variable)
-        if text is None:
-            return default
+        return default if text is None else self._typed(variable, option, text)
+
+    def _typed(self, what: str, option: str, value: Any) -> Any:
+        """`value` as the type of the option's default."""
+        default = self.defaults[option]
+        if value is default:
+            return value
         kind = str if default is None else type(default)
         try:
-            return kind(text)
-        except ValueError as error:
+            typed = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            typed = None
+        # An int is a float too, a bool is neither.
+        if isinstance(typed, bool) or not isinstance(typed, (kind, int) if kind is float else kind):
             raise RewardError(
-                f"the environment variable {variable} is {text!r}, but a value of type "
-                f"{kind.__name__} is expected; correct it."
-            ) from error
+                f"{what} is {value!r}, but a value of type {kind.__name__} is expected; correct it."
+            )
+        return typed
 
 
 def configurable(name: str) -> Callable[[Callable[..., Reward]], ConfigurableReward]:

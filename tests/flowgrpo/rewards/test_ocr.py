@@ -8,7 +8,8 @@ from renders import renders
 
 from flowgrpo import data, prompts
 from flowgrpo.rewards import RewardError, load
-from flowgrpo.rewards.ocr import quoted_text, similarity
+from flowgrpo.rewards.images import to_pil
+from flowgrpo.rewards.ocr import ENGINES, quoted_text, similarity
 
 distance = pytest.importorskip("rapidfuzz.distance").Levenshtein.distance
 
@@ -63,15 +64,20 @@ def test_unknown_engine():
 def test_clean_renders_are_read_and_others_are_not():
     """The bounds of the project; benchmarks/ocr.py measures them on some hundred renders."""
     pytest.importorskip("rapidocr")
-    texts = list(prompts.load(str(data.folder("ocr")), "heldout").texts[:18])
-    images = renders([quoted_text(text) for text in texts])
-    nothing = [{} for _ in texts]
-    reward = load("ocr").configured(workers=2)
-    own = reward(images, texts, nothing)
+    lines = list(prompts.load(str(data.folder("ocr")), "heldout").texts[:18])
+    texts = [quoted_text(line) for line in lines]
+    images = renders(texts)
+    reader = ENGINES["rapidocr"]()
+    read = ["".join(reader(to_pil(image))) for image in images[:14]]
+    own = [similarity(found, text, distance) for found, text in zip(read, texts, strict=False)]
     assert statistics.fmean(own) >= 0.95
-    # Every other image under its neighbour's prompt, which costs half the reading.
-    some = slice(0, 16, 2)
-    crossed = reward(images[some], texts[1:17:2], nothing[some])
-    assert statistics.fmean(crossed) <= 0.2
-    blank = reward(torch.full_like(images[:1], 255), texts[:1], [{}])
-    assert blank == [0.0]
+    others = [similarity(a, b, distance) for a in read for b in texts if texts[read.index(a)] != b]
+    assert statistics.fmean(others) <= 0.2
+
+    # The reward itself, by threads: two right, one wrong, and a blank sheet.
+    images = torch.stack([*images[14:17], torch.full_like(images[0], 255)])
+    asked = [lines[14], lines[15], lines[17], lines[14]]
+    found = load("ocr").configured(workers=2)(images, asked, [{}] * 4)
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] < 0.5
+    assert found[3] == 0.0

@@ -63,6 +63,16 @@ def test_option_errors(monkeypatch):
     score, _ = counted()
     with pytest.raises(RewardError, match=r"no option 'modle'"):
         score.configured(modle="x")
+    for options, problem in (
+        ({"batch_size": "some"}, "batch_size of reward 'counted' is 'some'"),
+        ({"batch_size": 2.5}, "is 2.5, but a value of type int"),
+        ({"rate": True}, "is True, but a value of type float"),
+        ({"model": 3}, "is 3, but a value of type str"),
+    ):
+        with pytest.raises(RewardError, match=problem):
+            score.configured(**options)
+    typed = score.configured(batch_size="3", rate=2, token="t").options
+    assert typed == {"model": "there", "batch_size": 3, "rate": 2, "token": "t"}
     monkeypatch.setenv("FLOWGRPO_REWARD_COUNTED_BATCH_SIZE", "many")
     with pytest.raises(RewardError, match="COUNTED_BATCH_SIZE is 'many'"):
         score(IMAGES, ["", ""], [{}, {}])
