@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 
 from flowgrpo_kernels import _ops, _triton, flow_sde, grpo_loss, sde_step
+from flowgrpo_kernels._grpo_kernels import clipped_policy
 from flowgrpo_kernels._triton import (
     LANES_C,
     coefficient,
@@ -109,13 +110,9 @@ def _single_pass_kernel(
     log_prob = score(ordered_sum(p_sum, num_blocks, WIDTH), elements, k, c0, c)
     ratio = tl.exp(log_prob - tl.load(old_log_prob_ptr + row))
     adv = tl.load(advantages_ptr + row)
-    adv = tl.where(adv > adv_clip, adv_clip, tl.where(adv < -adv_clip, -adv_clip, adv))
-    outside = (ratio < low) | (ratio > high)
-    unclipped = -adv * ratio
-    clipped = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    active = tl.where(outside & (clipped > unclipped), 0.0, 1.0)
+    policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
     weight = tl.div_rn(tl.zeros_like(adv) + 1.0, rows.to(tl.float32))
-    c_d = loss_scale * tl.div_rn(((weight * (-adv * active)) * ratio) * (2.0 * (k * b)), n)
+    c_d = loss_scale * tl.div_rn(((weight * slope) * ratio) * (2.0 * (k * b)), n)
     kl = tl.zeros_like(adv)
     g0, g1, g2, g3 = c_d * d0, c_d * d1, c_d * d2, c_d * d3
     if REF:
@@ -131,7 +128,7 @@ def _single_pass_kernel(
     if start == 0:
         tl.store(log_prob_ptr + row, log_prob)
         tl.store(ratio_ptr + row, ratio)
-        tl.store(terms_ptr + row, tl.where(clipped > unclipped, clipped, unclipped))
+        tl.store(terms_ptr + row, policy)
         tl.store(terms_ptr + rows + row, kl)
         tl.store(terms_ptr + 2 * rows + row, tl.where(outside, 1.0, 0.0))
 

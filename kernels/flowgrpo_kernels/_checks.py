@@ -55,10 +55,8 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like sample, got {value.device}")
 
 
-def check_rows(name: str, value: Tensor | None, sample: Tensor) -> None:
+def check_rows(name: str, value, sample: Tensor) -> None:
     """A float tensor [B] on the sample's device."""
-    if value is None:
-        return
     check_tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {value.dtype}")

@@ -83,6 +83,18 @@ def _sums_kernel(
 
 
 @jit
+def clipped_policy(ratio, adv, low, high, adv_clip):
+    """(policy term, its derivative in the ratio, whether the ratio is outside the clip range)."""
+    # Comparisons, not minimum and maximum: a NaN has to get through.
+    adv = tl.where(adv > adv_clip, adv_clip, tl.where(adv < -adv_clip, -adv_clip, adv))
+    outside = (ratio < low) | (ratio > high)
+    unclipped = -adv * ratio
+    clipped = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    active = tl.where(outside & (clipped > unclipped), 0.0, 1.0)
+    return tl.where(clipped > unclipped, clipped, unclipped), -adv * active, outside
+
+
+@jit
 def _rows_kernel(
     sums_ptr,  # [3, B * blocks]
     old_log_prob_ptr,  # [B]
@@ -128,19 +140,13 @@ def _rows_kernel(
         delta = (delta + (k * (b * b)) * mean_h) * c
     ratio = tl.exp(delta)
 
-    # Comparisons, not minimum and maximum: a NaN has to get through.
     adv = tl.load(advantages_ptr + row).to(tl.float32)
-    adv = tl.where(adv > adv_clip, adv_clip, tl.where(adv < -adv_clip, -adv_clip, adv))
-    outside = (ratio < low) | (ratio > high)
-    unclipped = -adv * ratio
-    clipped = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    policy = tl.where(clipped > unclipped, clipped, unclipped)
-    active = tl.where(outside & (clipped > unclipped), 0.0, 1.0)
+    policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
 
-    weight = 1.0
+    weight = tl.zeros_like(adv) + 1.0
     if WEIGHT:
         weight = tl.load(weight_ptr + row).to(tl.float32)
-    g = (tl.div_rn(weight + tl.zeros_like(adv), rows.to(tl.float32)) * (-adv * active)) * ratio
+    g = (tl.div_rn(weight, rows.to(tl.float32)) * slope) * ratio
     if OLD:
         abs_dt = coefficient(table_ptr, step, num_steps, 6)
         policy = tl.div_rn(policy, abs_dt)
@@ -159,11 +165,11 @@ def _rows_kernel(
         big_k = coefficient(table_ptr, step, num_steps, 5) * (b * b)
         mean_e = tl.div_rn(ordered_sum(p_sum + programs, num_blocks, WIDTH), n)
         kl = tl.where(c == 0.0, 0.0, big_k * mean_e)
-        weight = 1.0
+        weight = tl.zeros_like(adv) + 1.0
         if KL_WEIGHT:
             weight = tl.load(kl_row_weight_ptr + row).to(tl.float32)
             kl = tl.where(weight == 0.0, 0.0, weight * kl)
-        kl_grad = tl.div_rn(weight + tl.zeros_like(adv), rows.to(tl.float32)) * kl_weight
+        kl_grad = tl.div_rn(weight, rows.to(tl.float32)) * kl_weight
         c_e = tl.div_rn(kl_grad * (2.0 * big_k), n)
 
     tl.store(log_prob_ptr + row, log_prob)

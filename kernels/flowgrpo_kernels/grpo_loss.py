@@ -116,42 +116,21 @@ def grpo_loss(
     exp(-old_log_prob), KL 0 and no gradient.
     """
     low, high = _clip_bounds(clip_range)
-    _checks.check_latents(
-        sample,
-        velocity=velocity,
-        prev_sample=prev_sample,
-        uncond_velocity=uncond_velocity,
-        ref_velocity=ref_velocity,
-        ref_uncond_velocity=ref_uncond_velocity,
-        old_velocity=old_velocity,
-    )
-    _checks.check_guidance(uncond_velocity, guidance_scale)
-    _checks.check_transitions(transitions, sample)
-    for name, value in (
-        ("old_log_prob", old_log_prob),
-        ("advantages", advantages),
-        ("row_weight", row_weight),
-        ("kl_row_weight", kl_row_weight),
-    ):
-        if value is None and name in ("old_log_prob", "advantages"):
-            raise TypeError(f"{name} must be a torch.Tensor, got None")
-        _checks.check_rows(name, value, sample)
-    _checks.check_constants(
-        sample=sample,
-        prev_sample=prev_sample,
-        old_log_prob=old_log_prob,
-        advantages=advantages,
-        ref_velocity=ref_velocity,
-        ref_uncond_velocity=ref_uncond_velocity,
-        old_velocity=old_velocity,
-        row_weight=row_weight,
-        kl_row_weight=kl_row_weight,
-    )
-    _check_options(transitions, ref_velocity, ref_uncond_velocity, uncond_velocity, kl_weight)
-    if not adv_clip > 0:
-        raise ValueError(f"adv_clip must be > 0, got {adv_clip}")
-    if old_velocity is not None and "cps" in transitions.kinds:
-        raise ValueError("old_velocity (Guard) needs k = 1 / 2C^2, but transitions has cps rows")
+    latents = {
+        "velocity": velocity,
+        "prev_sample": prev_sample,
+        "uncond_velocity": uncond_velocity,
+        "ref_velocity": ref_velocity,
+        "ref_uncond_velocity": ref_uncond_velocity,
+        "old_velocity": old_velocity,
+    }
+    per_row = {
+        "old_log_prob": old_log_prob,
+        "advantages": advantages,
+        "row_weight": row_weight,
+        "kl_row_weight": kl_row_weight,
+    }
+    _check(sample, latents, per_row, transitions, guidance_scale, kl_weight, adv_clip)
     rows = _checks.resolve_step(step, transitions, sample)
     uncond, uncond_grad = _checks.uncond_half(uncond_velocity, uncond_grad)
     args = (
@@ -179,10 +158,34 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _check_options(transitions, ref_velocity, ref_uncond, uncond, kl_weight: float) -> None:
+def _check(
+    sample: Tensor,
+    latents: dict[str, Tensor | None],
+    per_row: dict[str, Tensor | None],
+    transitions: Transitions,
+    guidance_scale: float,
+    kl_weight: float,
+    adv_clip: float,
+) -> None:
+    """Everything but step and clip_range."""
+    _checks.check_latents(sample, **latents)
+    _checks.check_guidance(latents["uncond_velocity"], guidance_scale)
+    _checks.check_transitions(transitions, sample)
+    for name, value in per_row.items():
+        if value is not None or name in ("old_log_prob", "advantages"):
+            _checks.check_rows(name, value, sample)
+    halves = ("velocity", "uncond_velocity")
+    constants = {name: value for name, value in latents.items() if name not in halves}
+    _checks.check_constants(sample=sample, **constants, **per_row)
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be >= 0, got {kl_weight}")
-    if kl_weight > 0.0 and ref_velocity is None:
+    if not adv_clip > 0:
+        raise ValueError(f"adv_clip must be > 0, got {adv_clip}")
+    if kl_weight > 0.0 and latents["ref_velocity"] is None:
         raise ValueError(f"kl_weight={kl_weight} needs ref_velocity")
-    if ref_uncond is not None and (ref_velocity is None or uncond is None):
+    if latents["ref_uncond_velocity"] is not None and (
+        latents["ref_velocity"] is None or latents["uncond_velocity"] is None
+    ):
         raise ValueError("ref_uncond_velocity needs ref_velocity and uncond_velocity")
+    if latents["old_velocity"] is not None and "cps" in transitions.kinds:
+        raise ValueError("old_velocity (Guard) needs k = 1 / 2C^2, but transitions has cps rows")

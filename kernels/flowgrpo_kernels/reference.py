@@ -298,14 +298,10 @@ def grpo_loss_forward(
         delta = (delta + (c.k * b2) * _mean(h * h)) * c.C
     ratio = torch.exp(delta)
     adv = advantages.to(dtype).clamp(-adv_clip, adv_clip)
-    low, high = 1.0 - clip_low, 1.0 + clip_high
-    unclipped, clipped = -adv * ratio, -adv * ratio.clamp(low, high)
-    policy = torch.maximum(unclipped, clipped)
-    outside = (ratio < low) | (ratio > high)
-    active = ~(outside & (clipped > unclipped))
+    policy, slope, outside = _clipped_policy(ratio, adv, 1.0 - clip_low, 1.0 + clip_high)
 
     weight = _row_gradient_weight(row_weight, adv)
-    g = (weight / rows) * (-adv * active) * ratio
+    g = (weight / rows) * slope * ratio
     if row_weight is not None:
         g = torch.where(weight == 0, 0.0, g)
     if old_velocity is not None:
@@ -326,6 +322,14 @@ def grpo_loss_forward(
         c_e, kl, loss = torch.zeros_like(g), torch.zeros_like(policy_loss), policy_loss.clone()
     clip_fraction = ordered_rows(outside.to(dtype)) / rows
     return loss, policy_loss, kl, clip_fraction, lp, ratio, torch.stack((c_d, c_e, c_h), dim=1)
+
+
+def _clipped_policy(ratio, adv, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(policy term, its derivative in the ratio, whether the ratio is outside the clip range)."""
+    unclipped, clipped = -adv * ratio, -adv * ratio.clamp(low, high)
+    outside = (ratio < low) | (ratio > high)
+    active = ~(outside & (clipped > unclipped))
+    return torch.maximum(unclipped, clipped), -adv * active, outside
 
 
 def _row_gradient_weight(weight: Tensor | None, like: Tensor) -> Tensor:
