@@ -52,16 +52,17 @@ FG_INLINE vf sqrt_v(vf x) {
 FG_INLINE void mul_wide(vu x, uint32_t m, vu& hi, vu& lo) {
 #if FLOWGRPO_LANES == 16 && defined(__AVX512F__)
   const __m512i mm = _mm512_set1_epi32((int)m), xx = (__m512i)x;
+  // Shuffles, not shifts: shifts would queue behind the multiplications for the same port.
   const __m512i even = _mm512_mul_epu32(xx, mm);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(xx, 32), mm);
-  hi = (vu)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
-  lo = (vu)_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+  const __m512i odd = _mm512_mul_epu32(_mm512_shuffle_epi32(xx, (_MM_PERM_ENUM)0xF5), mm);
+  hi = (vu)_mm512_mask_shuffle_epi32(odd, 0x5555, even, (_MM_PERM_ENUM)0xF5);
+  lo = (vu)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0);
 #elif FLOWGRPO_LANES == 8 && defined(__AVX2__)
   const __m256i mm = _mm256_set1_epi32((int)m), xx = (__m256i)x;
   const __m256i even = _mm256_mul_epu32(xx, mm);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(xx, 32), mm);
-  hi = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  lo = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  const __m256i odd = _mm256_mul_epu32(_mm256_shuffle_epi32(xx, 0xF5), mm);
+  hi = (vu)_mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xF5), odd, 0xAA);
+  lo = (vu)_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
 #elif FLOWGRPO_LANES == 4 && defined(__SSE2__)
   const __m128i mm = _mm_set1_epi32((int)m), xx = (__m128i)x;
   const __m128i low = _mm_set_epi32(0, -1, 0, -1);
