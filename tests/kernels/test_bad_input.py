@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ import torch
 from flowgrpo_kernels import (
     Transitions,
     _ops,
+    backend_info,
     cps,
     flow_sde,
     grpo_loss,
+    initial_noise,
     log_prob,
     ode,
     sde_step,
@@ -137,36 +140,40 @@ def test_unknowable_step_gives_nan(backend):
     assert grad.isnan().all(-1).all(-1).tolist() == [False, True, True]
 
 
-BACKENDS = """
-import logging, torch
-logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-import flowgrpo_kernels as fk
-print(fk.initial_noise(torch.arange(2), (3,)).shape)
-print(fk.initial_noise(torch.arange(2), (3,)).shape)
-print("requested", fk.backend_info()["requested"])
-"""
+def first_call(choice: str, caplog) -> list[tuple[str, str]]:
+    """(level, line) logged by two calls under a fresh choice of backend."""
+    caplog.clear()
+    with caplog.at_level("INFO", "flowgrpo_kernels"), _ops.use_backend(choice):
+        _ops._said.clear()
+        for _ in range(2):
+            initial_noise(B.seeds, (3,))
+            sde_step(**STEP, seeds=B.seeds)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def run(choice: str) -> subprocess.CompletedProcess:
-    import os
-
-    env = {**os.environ, "FLOWGRPO_KERNELS": choice, "TRITON_INTERPRET": "0"}
-    return subprocess.run(
-        [sys.executable, "-c", BACKENDS], env=env, capture_output=True, text=True, check=False
-    )
-
-
-def test_backend_choice_is_loud():
+def test_backend_choice_is_loud(caplog, monkeypatch):
     """One line says what runs; an explicit choice that cannot be met raises and says why."""
-    done = run("auto")
-    lines = [x for x in done.stderr.splitlines() if "tensors" in x]
     native = bool(_ops.backends()["native"]["available"])
-    expected = "INFO cpu tensors run on native" if native else "WARNING cpu tensors fall back"
-    assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith(expected), done.stderr
-    done = run("reference")
-    assert done.returncode == 0 and "INFO cpu tensors run on reference" in done.stderr
-    for choice, why in (("triton", "cannot run initial_noise on cpu"), ("fast", "must be one of")):
-        done = run(choice)
-        assert done.returncode == 1 and why in done.stderr and "FLOWGRPO_KERNELS" in done.stderr
-    if not native:
-        assert run("native").returncode == 1
+    ((level, line),) = first_call("auto", caplog)
+    assert level == ("INFO" if native else "WARNING")
+    assert line.startswith("cpu tensors run on native" if native else "cpu tensors fall back to")
+    ((level, line),) = first_call("reference", caplog)
+    assert (level, line) == ("INFO", "cpu tensors run on reference (FLOWGRPO_KERNELS)")
+    monkeypatch.setattr(_ops, "_interpreting", lambda: False)
+    cases = [("triton", "cannot run initial_noise on cpu: "), ("fast", "must be one of")]
+    for choice, why in cases if native else [*cases, ("native", "cannot run")]:
+        with pytest.raises(RuntimeError, match=f"FLOWGRPO_KERNELS.*{why}"):
+            first_call(choice, caplog)
+        ops = {}
+        with _ops.use_backend(choice):
+            ops = backend_info()["ops"]["cpu"]
+        assert all(value.startswith("error: FLOWGRPO_KERNELS") for value in ops.values())
+
+
+def test_backend_choice_is_read_from_the_environment():
+    env = {**os.environ, "FLOWGRPO_KERNELS": " Reference "}
+    code = "import flowgrpo_kernels as fk; print(fk.backend_info()['requested'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "reference"
