@@ -208,11 +208,11 @@ def buffer_sets(case: Case, device: str) -> int:
     return min(32, max(2, total // max(case.bytes, 1)))
 
 
-def measure(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
+def measure(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
     sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case, device))]
     calls = providers(case, device, compiled)
-    if case.bytes > 1 << 30:
-        # Its float64 temporaries and int64 words do not fit beside the buffers.
+    if not reference or case.bytes > 1 << 30:
+        # At the large shape its float64 temporaries and int64 words do not fit beside the buffers.
         del calls["reference"]
     times = (time_gpu if device == "cuda" else time_cpu)(calls, sets, rounds)
     rows, seconds = [], {}
@@ -251,6 +251,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--large", action="store_true", help="add a shape that moves 2 GiB")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-reference", action="store_true", help="leave our fallback out")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds, no compile")
     parser.add_argument("--out", type=Path, help="default: results/kernels-<device>.json")
     return parser.parse_args(argv)
@@ -266,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
     rows = []
     for case in chosen:
-        rows += measure(case, args.device, rounds, not (args.smoke or args.no_compile))
+        compiled = not (args.smoke or args.no_compile)
+        rows += measure(case, args.device, rounds, compiled, not args.no_reference)
     out = args.out or records.RESULTS / f"kernels-{args.device}.json"
     facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
     records.write(records.record(rows, args.device, **facts), out)

@@ -31,6 +31,7 @@ print(is_kernels_available(), spec.origin if spec else None)
 """
 
 
+# Importing both libraries takes seconds, and only a fresh process shows what shadows what.
 def probe(*extra_path: Path) -> tuple[str, str]:
     """Import the two libraries with the repository root first on sys.path, as pytest has it."""
     env = os.environ | {

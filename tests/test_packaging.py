@@ -54,6 +54,7 @@ def build_info(wheel: zipfile.ZipFile) -> dict:
     return json.loads(wheel.read("flowgrpo_kernels/_native_build.json"))
 
 
+# Compiles three instruction sets, some ten seconds of CPU: the path from CMake to the wheel is tested.
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     return build_wheel(copy_tree(tmp_path_factory.mktemp("full") / "tree"))

@@ -180,14 +180,16 @@ def test_native_on_request_raises_when_it_is_missing(without_library):
 
 
 @needs_native
-def test_instruction_set_can_be_forced():
-    for isa in _native_library.ISAS:
-        code = "from flowgrpo_kernels import _native; print(_native.available(), _native.reason())"
-        env = os.environ | {"FLOWGRPO_NATIVE_ISA": isa, "PYTHONPATH": str(PACKAGE.parent)}
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        usable = _native_library.ISAS.index(isa) <= (_native.library().flowgrpo_native_isa_best())
-        assert out.stdout.startswith(str(usable)), out.stderr
-        assert isa in out.stdout
-    env = os.environ | {"FLOWGRPO_NATIVE_ISA": "avx9000", "PYTHONPATH": str(PACKAGE.parent)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.stdout.startswith("False FLOWGRPO_NATIVE_ISA must be one of")
+def test_instruction_set_can_be_forced(monkeypatch):
+    decide = _native_library.state.__wrapped__
+    best = _native.library().flowgrpo_native_isa_best()
+    try:
+        for i, isa in enumerate(_native_library.ISAS):
+            monkeypatch.setenv("FLOWGRPO_NATIVE_ISA", isa)
+            library, facts, why = decide()
+            assert (library is not None) == (i <= best)
+            assert facts["isa"] == isa if i <= best else isa in why
+        monkeypatch.setenv("FLOWGRPO_NATIVE_ISA", "avx9000")
+        assert decide()[2].startswith("FLOWGRPO_NATIVE_ISA must be one of")
+    finally:
+        _native.select_isa("auto")
