@@ -54,7 +54,7 @@ def build_info(wheel: zipfile.ZipFile) -> dict:
     return json.loads(wheel.read("flowgrpo_kernels/_native_build.json"))
 
 
-# Compiles three instruction sets, some ten seconds of CPU: the path from CMake to the wheel is tested.
+# Compiles three instruction sets, ten seconds of CPU: it tests the path from CMake to the wheel.
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     return build_wheel(copy_tree(tmp_path_factory.mktemp("full") / "tree"))
