@@ -1,17 +1,17 @@
-// The C ABI between libflowgrpo_native and flowgrpo_kernels/_native.py. Plain C types only.
+// The C ABI between libflowgrpo_native and flowgrpo_kernels/_native_library.py. Plain C types only.
 #pragma once
 
 #include <stdint.h>
 
-// Raised whenever a struct, a signature or the meaning of an argument changes; _native.py refuses a
+// Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
 #define FLOWGRPO_ABI 1
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
 
-// [rows, elements]: elements of a row are contiguous, rows are row_stride elements apart (0 repeats one
-// row). Any alignment. data = NULL stands for an absent tensor.
+// [rows, elements]: elements of a row are contiguous, rows are row_stride elements apart (0 repeats
+// one row). Any alignment. data = NULL stands for an absent tensor.
 typedef struct {
   void* data;
   int64_t row_stride;
@@ -67,9 +67,9 @@ int32_t flowgrpo_native_abi(void);
 int64_t flowgrpo_native_args_size(void);
 const char* flowgrpo_native_version(void);
 
-// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512. isa_best() is the best that this library was built
-// with and this CPU and system support; isa_select() returns the set now in use, which is the wanted one
-// if it can be had.
+// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512. isa_best() is the best that this library was
+// built with and this CPU and system support; isa_select() returns the set now in use, which is the
+// wanted one if it can be had.
 int32_t flowgrpo_native_isa_best(void);
 int32_t flowgrpo_native_isa_select(int32_t wanted);
 // 1 if built with OpenMP, else every op runs on the calling thread.

@@ -1,8 +1,10 @@
-// The ops, compiled once per instruction set. What is computed, and in which order, is the numerical
-// contract in flowgrpo_kernels/reference.py: the same bits for every instruction set and thread count.
+// The ops, compiled once per instruction set. What is computed, and in which order, is the
+// numerical contract in flowgrpo_kernels/reference.py: the same bits for every instruction set and
+// thread count.
 //
-// Work is split over (row, block) pairs, so that one row keeps all threads busy. A pair writes its own
-// elements and its own partial sums; a second, short pass adds the partial sums of each row in order.
+// Work is split over (row, block) pairs, so that one row keeps all threads busy. A pair writes its
+// own elements and its own partial sums; a second, short pass adds the partial sums of each row in
+// order.
 
 #include <math.h>
 #include <stdlib.h>
@@ -84,7 +86,8 @@ FG_INLINE Group difference(const Group& a, const Group& b) {
 
 FG_INLINE Group group_normals(uint64_t seed, uint32_t step, int64_t at) {
   Group z;
-  for (int i = 0; i < kVectors; i += 4) normals(seed, step, (uint64_t)(at + i * kLanes) / 4, z.v + i);
+  for (int i = 0; i < kVectors; i += 4)
+    normals(seed, step, (uint64_t)(at + i * kLanes) / 4, z.v + i);
   return z;
 }
 
@@ -120,7 +123,8 @@ float step_block(const FgArgs& a, int64_t row, int64_t block) {
     const Group mu = mean(in, guided(in.velocity, in.uncond, in.w, e, n), e, n);
     Group x = mu;
     if (noisy) {
-      const Group z = noise.data != nullptr ? load_group(noise, e, n) : group_normals(seed, noise_step, e);
+      const Group z =
+          noise.data != nullptr ? load_group(noise, e, n) : group_normals(seed, noise_step, e);
       for (int i = 0; i < kVectors; ++i) x.v[i] = mu.v[i] + z.v[i] * in.c.C;
     }
     store_group(prev, e, n, x);
@@ -135,7 +139,8 @@ int32_t sde_step(const FgArgs* args) {
   float* sums = (float*)malloc(sizeof(float) * (size_t)(a.rows * blocks + 1));
   if (sums == nullptr) return 1;
   for_blocks(
-      a, [&](int64_t row, int64_t block) { sums[row * blocks + block] = step_block(a, row, block); },
+      a,
+      [&](int64_t row, int64_t block) { sums[row * blocks + block] = step_block(a, row, block); },
       [&](int64_t row) {
         const float sum = ordered_sum(sums + row * blocks, blocks);
         a.log_prob[row] = score(coefficients(a, row), sum, a.elements);

@@ -30,7 +30,7 @@ FG_INLINE vf horner(const float (&c)[N], vf x) {
 }
 
 FG_INLINE void box_muller(vu radius, vu angle, vf& z0, vf& z1) {
-  constexpr float kLog[] = {-2.0f,         0.999999762f,  -0.666683733f, 0.500041485f, -0.399136662f,
+  constexpr float kLog[] = {-2.0f,        0.999999762f,  -0.666683733f, 0.500041485f, -0.399136662f,
                             0.331247866f, -0.299045354f, 0.287336797f,  -0.174446985f};
   constexpr float kSin[] = {1.57079637f, -0.64596349f, 0.079680033f, -0.00460165786f};
   constexpr float kCos[] = {-1.23369765f, 0.25360322f, -0.0204172824f};
@@ -84,15 +84,16 @@ FG_INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #endif
 }
 
-// The normals of 4 kLanes consecutive elements, the first of which is 4 * block. Lane 4k + m computes the
-// block that the in-quarter transpose moves to its place in memory order.
+// The normals of 4 kLanes consecutive elements, the first of which is 4 * block. Lane 4k + m
+// computes the block that the in-quarter transpose moves to its place in memory order.
 FG_INLINE void normals(uint64_t seed, uint32_t step, uint64_t block, vf out[4]) {
   vu offset;
   for (int i = 0; i < kLanes; ++i) offset[i] = (uint32_t)((kLanes / 4) * (i % 4) + i / 4);
   const vu low = offset + (uint32_t)block;
   // Blocks past 2^32 carry into the second word.
   const vu high = (uint32_t)(block >> 32) - (vu)(low < splat_u((uint32_t)block));
-  const Words w = philox({low, high, splat_u(step), splat_u(0)}, (uint32_t)seed, (uint32_t)(seed >> 32));
+  const Words w =
+      philox({low, high, splat_u(step), splat_u(0)}, (uint32_t)seed, (uint32_t)(seed >> 32));
   box_muller(w.w0, w.w1, out[0], out[1]);
   box_muller(w.w2, w.w3, out[2], out[3]);
   transpose4(out[0], out[1], out[2], out[3]);

@@ -105,7 +105,8 @@ FG_INLINE int lanes_for(int64_t n) {
   return lanes;
 }
 
-// Squares of one block of a row, added up as they come: chunk by chunk onto the lanes, then by pairs.
+// Squares of one block of a row, added up as they come: chunk by chunk onto the lanes, then by
+// pairs.
 struct BlockSum {
   alignas(64) float lanes[kSumLanes];
 

@@ -1,8 +1,9 @@
 // Vectors of the compiled instruction set, dtype conversions and elementary functions.
 //
-// This header is compiled once per instruction set (FLOWGRPO_LANES = 4, 8 or 16 floats a vector). Every
-// operation is an IEEE-754 single operation per element (add, multiply, divide, square root) and
-// contraction into fused multiply-adds is switched off, so all instruction sets give the same bits.
+// This header is compiled once per instruction set (FLOWGRPO_LANES = 4, 8 or 16 floats a vector).
+// Every operation is an IEEE-754 single operation per element (add, multiply, divide, square root)
+// and contraction into fused multiply-adds is switched off, so all instruction sets give the same
+// bits.
 #pragma once
 
 #include <cstddef>
@@ -116,13 +117,14 @@ FG_INLINE vf load(const float* p) {
   return x;
 }
 FG_INLINE vf load(const bf16* p) { return as_float(widen(p) << 16); }
-// binary16 -> binary32, exact: exponent and mantissa are shifted into place and rescaled by 2^112, which
-// also normalises subnormals; infinities and NaN get the exponent 255.
+// binary16 -> binary32, exact: exponent and mantissa are shifted into place and rescaled by 2^112,
+// which also normalises subnormals; infinities and NaN get the exponent 255.
 FG_INLINE vf from_fp16_bits(vu h) {
   const vu magnitude = (h & 0x7fffu) << 13;
   const vu scaled = as_bits(as_float(magnitude) * splat(0x1p112f));
   const vi special = (vi)magnitude >= (vi)splat_u(0x7c00u << 13);
-  return as_float(select_u(special, magnitude | splat_u(0x7f800000u), scaled) | ((h & 0x8000u) << 16));
+  return as_float(select_u(special, magnitude | splat_u(0x7f800000u), scaled) |
+                  ((h & 0x8000u) << 16));
 }
 FG_INLINE vf load(const fp16* p) { return from_fp16_bits(widen(p)); }
 
