@@ -119,8 +119,10 @@ ROUND_BY_HAND = _constant(os.environ.get("TRITON_INTERPRET", "0") == "1")
 def position(elements, num_blocks, ALIGN: tl.constexpr):
     """(row, start, base, remaining) of this program: its first element in the row and in memory."""
     elements = tl.cast(elements, tl.int64)
-    row = tl.program_id(0) // num_blocks
-    start = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK_C
+    # Unsigned: the division of a signed number costs registers for its sign.
+    program = tl.program_id(0).to(tl.uint32)
+    row = (program // num_blocks.to(tl.uint32)).to(tl.int32)
+    start = (program % num_blocks.to(tl.uint32)).to(tl.int64) * BLOCK_C
     base = tl.multiple_of(row.to(tl.int64) * elements, ALIGN) + start
     return row, start, base, elements - start
 
