@@ -61,7 +61,6 @@ def grpo(
     )
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
     if optim.beta > 0:
-        # Before the policy's own forward: switching adapters off also stops their gradients.
         with torch.no_grad(), policy.reference():
             reference = velocity(policy, *inputs)
     now, uncond = velocity(policy, *inputs)

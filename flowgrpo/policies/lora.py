@@ -1,20 +1,28 @@
-"""LoRA layers with fewer passes over memory than PEFT's own forward.
+"""LoRA layers in one matrix product, over PEFT's modules.
 
-    y = base(x) + (alpha / r) (x A^T) B^T         A [r, in], B [out, r] in float32
+    y = x W^T + b + s (x A^T) B^T  =  [x, x A^T] [W, s B]^T + b        s = alpha / r
 
-PEFT computes the second term in float32 whatever the model's dtype: x is cast up, the product
-scaled and added in two further passes, and the sum cast back, which on a 16-bit model costs more
-than the base product itself. Here A and B are cast to x's dtype, and scaling and sum are part of
-the second product. The parameters, their names and PEFT's saving and switching off stay as they
-are.
+W [out, in] is frozen and may be 16-bit; A [r, in] and B [out, r] are float32. PEFT computes the
+second term by itself, in float32: on a 16-bit model x is cast up, the product is scaled and added
+in two more passes over the output, and the sum is cast down, which together cost more than x W^T.
+Here A and s B are rounded to W's dtype, and the sum is inside the product, in its float32
+accumulator.
+
+The gradient of W is never formed: dB = s dy^T (x A^T), dA = (s dy B)^T x, and dy [W, s B] gives
+what both of them and dx need. PEFT's parameters, their names, saving, merging and switching off
+stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -22,6 +30,20 @@ def layers(model: nn.Module) -> list[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def switched_off(these: list[nn.Module]) -> Iterator[None]:
+    """Inside, the layers compute what they did before PEFT."""
+    # The flag alone: PEFT's enable_adapters also walks over the parameters to freeze and unfreeze
+    # them, which took longer than a layer of a small model.
+    for layer in these:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in these:
+            layer._disable_adapters = False
 
 
 def shorten(model: nn.Module) -> None:
@@ -40,6 +62,7 @@ def _is_plain(layer: nn.Module) -> bool:
     (name,) = layer.active_adapters
     return (
         list(layer.lora_A) == [name]
+        and type(layer.base_layer) is nn.Linear
         and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
         and isinstance(layer.lora_dropout[name], nn.Identity)
@@ -48,11 +71,39 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    base = self.base_layer(x)
+    base = self.base_layer
     if self.disable_adapters or self.merged:
-        return base
+        return base(x)
     (name,) = self.lora_A
-    a, b = (matrix[name].weight.to(x.dtype) for matrix in (self.lora_A, self.lora_B))
-    low = torch.mm(x.reshape(-1, x.shape[-1]), a.t())
-    out = torch.addmm(base.reshape(-1, base.shape[-1]), low, b.t(), alpha=self.scaling[name])
-    return out.view(base.shape)
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    y = _LoraLinear.apply(
+        x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name]
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x [N, in], W [out, in], bias [out] or None, A [r, in], B [out, r], s -> y [N, out]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        low_a, scaled_b = a.to(weight.dtype), (b * scale).to(weight.dtype)
+        low = torch.mm(x, low_a.t())
+        wide = torch.cat((weight, scaled_b), dim=1)
+        ctx.save_for_backward(x, low, low_a, wide)
+        ctx.scale = scale
+        return F.linear(torch.cat((x, low), dim=1), wide, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, low, low_a, wide = ctx.saved_tensors
+        dim = x.shape[1]
+        if ctx.needs_input_grad[0]:
+            dx, d_low = torch.mm(dy, wide).split((dim, low.shape[1]), dim=1)
+            dx = torch.addmm(dx, d_low, low_a)
+        else:
+            dx, d_low = None, torch.mm(dy, wide[:, dim:])
+        da = torch.mm(d_low.t(), x).float()
+        db = torch.mm(dy.t(), low).float() * ctx.scale
+        return dx, None, None, da, db, None

@@ -156,13 +156,8 @@ class SD3Policy(Policy):
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
                 "keep_reference() before training."
             )
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with lora.switched_off(layers):
             yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
 
 
 def _load(source: str, name: str, dtype: torch.dtype):

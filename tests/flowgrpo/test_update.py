@@ -158,7 +158,8 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
         )
         assert theirs.norm() > 0
         assert (ours - theirs).norm() / theirs.norm() < 2e-4
-    assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-7)
+    # The terms of the mean are about 1 (10 with Guard) and nearly cancel.
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-6)
     assert metrics["max_ratio_error"] > 0
     if case == "plain":
         assert 0 < metrics["clip_fraction"] < 1

@@ -113,7 +113,8 @@ def test_exported_adapter_is_what_diffusers_loads(folder, tmp_path, decay):
     pipe = pipeline(folder)
     assert not torch.equal(forward(pipe.transformer), expected)
     pipe.load_lora_weights(tmp_path / "adapter")
-    assert torch.equal(forward(pipe.transformer), expected)
+    # Rounded in another order than policies/lora.py, which forms x W^T + x A^T B^T in one product.
+    torch.testing.assert_close(forward(pipe.transformer), expected, rtol=1e-5, atol=1e-5)
     lora = pipe.transformer.peft_config["default_0"]
     assert (lora.r, lora.lora_alpha) == (4, 8)
 

@@ -56,8 +56,13 @@ def test_switched_off_is_the_base():
     (layer,) = lora.layers(net)
     x = torch.randn(4, 20)
     on = net(x)
+    base = net[1](layer.base_layer(x))
+    with lora.switched_off([layer]):
+        assert torch.equal(net(x), base)
+    assert torch.equal(net(x), on) and all(p.requires_grad for p in layer.lora_A.parameters())
+    # PEFT's own switch works too.
     layer.enable_adapters(False)
-    assert torch.equal(net(x), net[1](layer.base_layer(x)))
+    assert torch.equal(net(x), base)
     layer.enable_adapters(True)
     assert torch.equal(net(x), on)
     layer.merge()
@@ -72,6 +77,30 @@ def test_other_kinds_keep_pefts_forward(options):
     lora.shorten(net)
     (layer,) = lora.layers(net)
     assert "forward" not in vars(layer)
+
+
+def test_bits_do_not_depend_on_gradients():
+    net = model(torch.bfloat16)
+    lora.shorten(net)
+    x = torch.randn(50, 20).bfloat16()
+    with torch.no_grad():
+        expected = net(x)
+    assert torch.equal(net(x), expected) and torch.equal(net(x.requires_grad_()), expected)
+
+
+def test_a_frozen_input_gets_no_gradient_and_the_base_weight_never():
+    net = model(torch.float32)
+    lora.shorten(net)
+    x = torch.randn(4, 20)
+    net(x).sum().backward()
+    (layer,) = lora.layers(net)
+    assert x.grad is None and layer.base_layer.weight.grad is None
+    grads = [p.grad.clone() for p in net.parameters() if p.requires_grad]
+    net.zero_grad()
+    net(x.requires_grad_()).sum().backward()
+    again = [p.grad for p in net.parameters() if p.requires_grad]
+    for one, other in zip(grads, again, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_names_stay():
