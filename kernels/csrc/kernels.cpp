@@ -16,7 +16,7 @@ namespace FLOWGRPO_ISA {
 namespace {
 
 // Below this many elements waking the other threads costs more than it saves.
-constexpr int64_t kSerialElements = 16384;
+constexpr int64_t kSerialElements = 32768;
 
 struct Coefficients {
   float A, B, C, k, c0, K, abs_dt, noise_step;
