@@ -28,13 +28,25 @@ def _pool(objects: int) -> Layout:
 
 
 @cache
-def _related(name: str) -> np.ndarray:
-    """Indices into the pool of pairs whose first object stands in the named relation, and in no
+def _related(name: str, objects: int) -> np.ndarray:
+    """Indices into the pool of layouts whose first object stands in the named relation, and in no
     other, to the second."""
-    pool = _pool(2)
+    pool = _pool(objects)
     extent = 2 * HALF_EXTENT * (pool.scales[:, 0] + pool.scales[:, 1])
-    holds = relation(pool.centers[:, 0] - pool.centers[:, 1], np.stack([extent, extent], axis=-1))
+    offset = pool.centers[:, 0] - pool.centers[:, 1]
+    holds = relation(offset, np.stack([extent, extent], axis=-1))
     return np.nonzero(holds[:, RELATIONS.index(name)] & (holds.sum(-1) == 1))[0]
+
+
+def with_more(record: dict, rng: np.random.Generator) -> dict:
+    """A record whose picture shows one or two objects more, of any shape and colour, if they fit.
+
+    Its prompt stays: true of the picture, but not all of it.
+    """
+    free = MAX_OBJECTS - sum(entry["count"] for entry in record["include"])
+    count = min(free, 1 + int(rng.random() < 0.3))
+    more = [{"class": SHAPES[rng.integers(len(SHAPES))], "count": 1} for _ in range(count)]
+    return {**record, "include": [*record["include"], *more]}
 
 
 def draw(metadata: list[dict], rng: np.random.Generator) -> np.ndarray:
@@ -66,8 +78,9 @@ def draw(metadata: list[dict], rng: np.random.Generator) -> np.ndarray:
             order = rng.permutation(slot)
         else:
             # The pool's first object has the relation; in metadata it is the second entry.
-            candidates = _related(position[0])
-            pick, order = candidates[rng.integers(len(candidates))], np.array([1, 0])
+            candidates = _related(position[0], slot)
+            pick = candidates[rng.integers(len(candidates))]
+            order = np.array([1, 0, *range(2, slot)])
         centers[i, :slot] = pool.centers[pick, order]
         scales[i, :slot] = pool.scales[pick, order]
     return render(shapes, colors, centers, scales)

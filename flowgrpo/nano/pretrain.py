@@ -6,7 +6,13 @@
 x_sigma = (1 - sigma) x_0 + sigma eps, target velocity eps - x_0, mean squared error (Lipman et al.
 2023; SD3's parametrisation). Captions are true: a prompt of the training split, or one of a few
 compositions outside the six tasks, and a scene that fulfils it; one caption in ten is empty, for
-guidance. Muon trains the blocks' matrices, AdamW the rest.
+guidance. With --incomplete, that share of the pictures shows more than the caption says, as
+pictures with captions usually do. Muon trains the blocks' matrices, AdamW the rest.
+
+The weights in `model/` come from two runs:
+
+    --steps 6000
+    --init FIRST/float32 --incomplete 0.5 --steps 800 --muon-lr 0.005 --adam-lr 3e-4 --anneal 0.7
 
 Writes DIR/model (a diffusers folder), DIR/pretrain.jsonl (loss, and accuracy on the tuning prompts
 by 20 ODE steps).
@@ -27,7 +33,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowgrpo.nano import prompts, verify
-from flowgrpo.nano.draw import draw
+from flowgrpo.nano.draw import draw, with_more
 from flowgrpo.nano.model import build, save
 from flowgrpo.nano.scenes import COLORS, RELATIONS, SHAPES
 
@@ -38,6 +44,10 @@ class Pretraining:
 
     out: Path
     """Folder for the model and the log."""
+    init: Path | None = None
+    """Folder `float32` of an earlier run to go on from; default: fresh weights."""
+    incomplete: float = 0.0
+    """Share of the pictures that show one or two objects more than their captions say."""
     steps: int = 6000
     batch_size: int = 64
     muon_lr: float = 0.02
@@ -149,6 +159,10 @@ def run(config: Pretraining) -> dict:
 
     config.out.mkdir(parents=True, exist_ok=True)
     pipeline = build(config.seed)
+    if config.init is not None:
+        for name in ("transformer", "text_encoder"):
+            module = getattr(pipeline, name)
+            module.load_state_dict(type(module).from_pretrained(config.init / name).state_dict())
     modules = [pipeline.transformer, pipeline.text_encoder]
     opts = optimizers(modules, config)
     base_lrs = [g["lr"] for o in opts for g in o.param_groups]
@@ -158,7 +172,8 @@ def run(config: Pretraining) -> dict:
     started, losses = time.time(), []
     for step in tqdm(range(config.steps), desc="pretrain", mininterval=10):
         records = [caption(rng, config.extra_captions) for _ in range(config.batch_size)]
-        x0 = torch.from_numpy(draw(records, rng)).float() / 127.5 - 1
+        scenes = [with_more(m, rng) if rng.random() < config.incomplete else m for m in records]
+        x0 = torch.from_numpy(draw(scenes, rng)).float() / 127.5 - 1
         texts = ["" if rng.random() < config.caption_dropout else m["prompt"] for m in records]
         # Stratified uniforms, so that every batch covers the noise levels evenly; shifted towards
         # high noise.

@@ -44,7 +44,9 @@ def recipe(**overrides: Any) -> Config:
     """
     config = Config(
         recipe="nano",
-        policy=PolicyConfig(model="nano", lora_rank=8, lora_alpha=16, lora_targets=LORA_TARGETS),
+        policy=PolicyConfig(
+            model="nano", lora_rank=8, lora_alpha=16, lora_init="kaiming", lora_targets=LORA_TARGETS
+        ),
         sample=SampleConfig(
             prompts="nano",
             prompts_per_iteration=8,
@@ -64,12 +66,13 @@ def recipe(**overrides: Any) -> Config:
             betas=(0.9, 0.99),
             weight_decay=0.0,
             warmup=10,
+            clip_range=1e-3,
             beta=0.04,
             step_weighting="std",
             ema_decay=0.95,
             ema_every=1,
         ),
-        run=RunConfig(steps=400, eval_every=100, checkpoint_every=100, eval_guidance=2.0),
+        run=RunConfig(steps=360, eval_every=90, checkpoint_every=60, eval_guidance=2.0),
     )
     return replace(
         config, **{name if "." in name else f"run.{name}": v for name, v in overrides.items()}

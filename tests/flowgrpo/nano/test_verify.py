@@ -137,6 +137,18 @@ def test_bad_input():
         verify.score(np.zeros((2, 3, 24, 24), np.uint8), [prompts.parse("a circle")])
 
 
+def test_incomplete_captions_are_true_but_not_all():
+    records = [m for m in prompts.records("train")[:60] if m["tag"] != "counting"]
+    rng = np.random.default_rng(7)
+    images = draw.draw([draw.with_more(m, rng) for m in records], rng)
+    for image, record in zip(images, records, strict=True):
+        objects = verify.find_objects(image)
+        assert len(objects) > sum(entry["count"] for entry in record["include"])
+        for entry in record["include"]:
+            own = [o for o in objects if o.shape == entry["class"]]
+            assert any("color" not in entry or o.color == entry["color"] for o in own)
+
+
 def test_layouts_keep_their_distance():
     for count in (1, 2, 3, 4):
         layout = scenes.random_layouts(100, count, np.random.default_rng(count))

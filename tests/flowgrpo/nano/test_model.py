@@ -1,0 +1,63 @@
+"""The embedded model: an ordinary diffusers folder, small, whose parts do what they are for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowgrpo.nano import prompts, verify
+from flowgrpo.nano.model import MODEL_DIR
+from flowgrpo.policies import Policy
+from flowgrpo.rollout import sample
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.load("nano", device="cpu", dtype="float32")
+
+
+def test_folder_is_small_and_has_no_pickle():
+    files = [f for f in MODEL_DIR.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 10e6
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+
+
+def test_ode_sampling_draws_mostly_known_objects(policy):
+    records = prompts.balanced("train", 12)
+    images = sample(
+        policy,
+        policy.encode([m["prompt"] for m in records]),
+        steps=20,
+        groups=torch.arange(12),
+        seeds=torch.arange(12),
+        batch_size=12,
+    )
+    quality = verify.quality(images, records)
+    assert quality["junk"] < 0.25 and quality["palette"] < 0.05 and quality["background"] < 0.02
+
+
+def test_loads_as_a_diffusers_pipeline():
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    absent = ("vae", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        MODEL_DIR, **dict.fromkeys((*absent, "image_encoder", "feature_extractor"))
+    )
+    assert isinstance(pipeline.transformer, SD3Transformer2DModel)
+    assert isinstance(pipeline.text_encoder, CLIPTextModelWithProjection)
+    for module in (pipeline.transformer, pipeline.text_encoder):
+        assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_every_prompt_is_in_the_vocabulary(policy):
+    texts = [m["prompt"] for name in prompts.SPLITS for m in prompts.records(name)]
+    policy.check_texts([*texts, "", "three red circles"])
+    with pytest.raises(ValueError, match="dog"):
+        policy.check_texts(["a red dog"])
+
+
+def test_embeddings_tell_prompts_apart(policy):
+    a = policy.encode(["a red circle and a blue square", "a blue circle and a red square"])
+    assert (a.embeds[0] - a.embeds[1]).abs().max() > 0.1
+    assert (a.pooled[0] - a.pooled[1]).abs().max() > 1e-3
