@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | evaluate | sample | doctor``.
+"""The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a run that was stopped by Ctrl-C
 and saved exits with 130.
@@ -37,6 +37,7 @@ USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train; RECIPE is one of: {{}}
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo sample PROMPT ... [options]                  write pictures
+       flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
 
 flowgrpo COMMAND --help lists the options of a command.
@@ -102,6 +103,20 @@ class Sample:
     """Torch device."""
 
 
+@dataclass(frozen=True)
+class Serve:
+    """Serve a reward by HTTP, for `--reward.weights http://HOST:PORT 1.0` on another machine."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A reward's name, or package.module:function."""
+    host: str = "127.0.0.1"
+    """Address to listen on; other than loopback only with a token."""
+    port: int = 8400
+    """Port to listen on."""
+    token: str | None = None
+    """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -109,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "evaluate": evaluate,
         "sample": sample,
+        "serve-reward": serve_reward,
         "doctor": doctor,
     }
     try:
@@ -247,6 +263,15 @@ def sample(argv: list[str]) -> int:
     from flowgrpo import commands
 
     commands.sample_pictures(options)
+    return 0
+
+
+def serve_reward(argv: list[str]) -> int:
+    """``flowgrpo serve-reward NAME [--host --port --token]``"""
+    given = parse(Serve, argv, "flowgrpo serve-reward")
+    from flowgrpo.rewards.serve import serve
+
+    serve(given.name, given.host, given.port, given.token)
     return 0
 
 

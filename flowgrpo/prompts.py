@@ -1,9 +1,9 @@
 """Prompt sets -> K prompts x G samples, each sample with its own seeds.
 
-A set is "nano" (the embedded one), a text file with one prompt a line, a JSONL file with an object
-{"prompt": ..., anything the reward needs} a line, or a folder with train and test files of either
-kind, as flow_grpo's data sets have: train.txt or train_metadata.jsonl, test.txt or
-test_metadata.jsonl.
+A set is "nano" (the embedded one), one of those in flowgrpo/data, a text file with one prompt a
+line, a JSONL file with an object {"prompt": ..., anything the reward needs} a line, or a folder
+with train and test files of either kind, as flow_grpo's data sets have: train.txt or
+train_metadata.jsonl, test.txt or test_metadata.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo import seeds
+from flowgrpo import data, seeds
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.records import Prompts
 
@@ -26,13 +26,14 @@ def load(name: str, split: str = "train") -> Prompts:
         from flowgrpo.nano import prompts as nano_prompts
 
         return nano_prompts.split(split)
-    path = Path(name)
+    path = data.folder(name) if name in data.NAMES else Path(name)
     if path.is_dir():
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
-            f"sample.prompts is {name!r}, which is neither 'nano' nor an existing file or folder; "
-            "name a text file with one prompt a line, a JSONL file or a folder with both splits."
+            f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(data.NAMES)} "
+            "nor an existing file or folder; name a text file with one prompt a line, a JSONL file "
+            "or a folder with both splits."
         )
     found = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
     if not found.texts:

@@ -37,8 +37,8 @@ _WINDOW, _FRACTION = 14, 4
 
 # How far a trained model's quality figures may move from the base model's before the run is said to
 # have paid for accuracy with quality: above 0 a rise, below 0 a fall. Colours and background may
-# drift by 5 of 255 levels, which is hardly seen. Diversity may fall somewhat, because the base model
-# draws objects that were not asked for; real pictures of the held-out prompts have 0.23.
+# drift by 5 of 255 levels, which is hardly seen. Diversity may fall somewhat: the base model draws
+# objects that were not asked for, and real pictures of the held-out prompts have 0.23.
 TOLERANCES = {"palette": 0.02, "background": 0.02, "junk": 0.03, "diversity": -0.06}
 
 

@@ -53,7 +53,11 @@ class RewardError(ConfigError):
 
 
 def load(name: str) -> Reward:
-    """The reward called `name`."""
+    """The reward called `name`; an http:// or https:// address is a remote one."""
+    if name.startswith(("http://", "https://")):
+        from flowgrpo.rewards.http import score
+
+        return score.configured(url=name)
     target = REWARDS.get(name, name)
     module, _, function = target.partition(":")
     if not module or not function:

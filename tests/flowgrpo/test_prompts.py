@@ -61,10 +61,17 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ConfigError, match="neither 'nano' nor an existing file"):
+    with pytest.raises(ConfigError, match="neither one of nano, geneval, ocr, general"):
         prompts.load(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
         prompts.load(str(tmp_path), "heldout")
+
+
+@pytest.mark.parametrize("name", ["geneval", "ocr", "general"])
+def test_sets_of_the_package(name):
+    train, test = prompts.load(name, "train"), prompts.load(name, "test")
+    assert len(train) > len(test) > 50
+    assert not set(train.texts) & set(test.texts)
 
 
 def test_metadata_must_match():

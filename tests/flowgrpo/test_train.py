@@ -96,7 +96,11 @@ def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
     ("changes", "error", "message"),
     [
         ({"reward.weights": {"beauty": 1.0}}, rewards.RewardError, "'beauty' is unknown"),
-        ({"sample.prompts": "absent.txt"}, ConfigError, "neither 'nano' nor an existing"),
+        (
+            {"sample.prompts": "absent.txt"},
+            ConfigError,
+            "neither one of nano, geneval, ocr, general nor an",
+        ),
         ({"sample.prompts_per_iteration": 9}, ConfigError, "is 9, but .* only 6 prompts"),
         ({"policy.model": "/no/such/folder"}, ConfigError, "could not be found|no folder"),
         ({"policy.lora_targets": ("to_x",)}, ConfigError, "'to_x'"),
