@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter):
     def gpu(outcome):
         reports = terminalreporter.stats.get(outcome, [])
-        return sum("gpu" in report.keywords for report in reports)
+        return sum("gpu" in getattr(report, "keywords", ()) for report in reports)
 
     ran, skipped = gpu("passed") + gpu("failed"), gpu("skipped")
     terminalreporter.write_line(f"GPU tests: {ran} ran, {skipped} skipped")
