@@ -187,7 +187,15 @@ def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
     assert (run.dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_first_signal_asks_and_second_aborts(capfd):
+@pytest.fixture
+def default_sigint():
+    """Python's own handler, also where the tests run in the background and Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_first_signal_asks_and_second_aborts(capfd, default_sigint):
     with runs.stoppable() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
