@@ -62,17 +62,17 @@ def recipe(**overrides: Any) -> Config:
             report=("nano_strict", "nano_partial"),
         ),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=1.5e-3,
             betas=(0.9, 0.99),
             weight_decay=0.0,
             warmup=10,
             clip_range=1e-3,
             beta=0.04,
             step_weighting="std",
-            ema_decay=0.95,
+            ema_decay=0.98,
             ema_every=1,
         ),
-        run=RunConfig(steps=360, eval_every=90, checkpoint_every=60, eval_guidance=2.0),
+        run=RunConfig(steps=300, eval_every=75, checkpoint_every=60, eval_guidance=2.0),
     )
     return replace(
         config, **{name if "." in name else f"run.{name}": v for name, v in overrides.items()}
