@@ -55,9 +55,8 @@ class Found:
 
 
 @cache
-def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Opacity windows [shape, scale, fy, fx, W, W], their areas [shape, scale], and their soft
-    pixel sums.
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Opacity windows [shape, scale, fy, fx, W, W] and their areas [shape, scale].
 
     Each window has the template's *centroid* (not its box centre) at column and row W // 2 + f /
     _FRACTION.
@@ -78,13 +77,13 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             painted = coverage(np.full(len(fx), k), center, np.full(len(fx), scale), _WINDOW)
             windows[k, j] = painted.reshape(_FRACTION, _FRACTION, _WINDOW, _WINDOW)
             areas[k, j] = painted.sum((1, 2)).mean()
-    return windows, areas, windows.sum((-1, -2))
+    return windows, areas
 
 
 def _classify(alpha: np.ndarray, center: np.ndarray, area: float) -> str | None:
     """The best-fitting shape of an object with opacity `alpha` [24, 24], or None if none overlaps
     enough."""
-    windows, areas, _ = _templates()
+    windows, areas = _templates()
     position = np.floor(center * _FRACTION + 0.5) / _FRACTION  # (x, y) on the template grid
     whole = np.floor(position).astype(int)
     fx, fy = ((position - whole) * _FRACTION).astype(int)
