@@ -1,6 +1,6 @@
 """The run of `flowgrpo train`: Flow-GRPO on the embedded model, with the reasons for its numbers.
 
-The ablations behind them are in benchmarks/LOG.md.
+What they were chosen by is in benchmarks/LOG.md; separate ablations are still to be made.
 """
 
 from __future__ import annotations
