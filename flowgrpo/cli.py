@@ -19,7 +19,6 @@ import tyro
 
 from flowgrpo import __version__
 from flowgrpo.config import (
-    RECIPES,
     Config,
     ConfigError,
     OptimConfig,
@@ -27,8 +26,8 @@ from flowgrpo.config import (
     RewardConfig,
     RunConfig,
     SampleConfig,
-    recipe,
 )
+from flowgrpo.recipes import RECIPES, recipe
 
 T = TypeVar("T")
 

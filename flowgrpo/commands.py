@@ -10,10 +10,11 @@ from rich.console import Console
 
 from flowgrpo import checkpoints, pictures, rewards, runs, seeds, weights
 from flowgrpo import evaluate as evaluation
-from flowgrpo.config import RECIPES, Config, ConfigError, recipe, replace
+from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.display import comparison
 from flowgrpo.evaluate import HeldOut, Report
 from flowgrpo.policies import Policy
+from flowgrpo.recipes import RECIPES, recipe
 from flowgrpo.validation import require
 
 if TYPE_CHECKING:

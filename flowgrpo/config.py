@@ -10,17 +10,14 @@ Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B =
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flowgrpo.validation import ConfigError as ConfigError
-from flowgrpo.validation import build, check_fields, check_positive, check_types, require, similar
-
-RECIPES = {"nano": "flowgrpo.nano:recipe"}
-"""Recipe name -> "module:function"; the function takes keyword overrides and returns a Config."""
+from flowgrpo.validation import build, check_positive, check_types, require
+from flowgrpo.validation import replace as replace
 
 
 @dataclass(frozen=True)
@@ -322,54 +319,6 @@ class Config:
     def out_dir(self) -> Path:
         """The run directory."""
         return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
-
-
-def recipe(name: str) -> Config:
-    """The Config of the recipe `name`: a key of RECIPES, or "package.module:function"."""
-    target = RECIPES.get(name, name)
-    module, _, function = target.partition(":")
-    require(
-        bool(module and function),
-        f"recipe {name!r} is unknown, but one of {', '.join(sorted(RECIPES))} or "
-        f"package.module:function is expected{similar(name, RECIPES)}; name one of these.",
-    )
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"recipe {name!r} cannot be loaded from {target} ({error}), but a function that "
-            "returns a flowgrpo.config.Config is expected there; check the name and the install."
-        ) from error
-    require(
-        isinstance(made, Config),
-        f"recipe {name!r} returned {type(made).__name__}, but a flowgrpo.config.Config is "
-        "expected; return one.",
-    )
-    return made
-
-
-def replace(config: Config, **changes: Any) -> Config:
-    """A copy of `config` with fields changed by dotted name: ``**{"sample.steps": 8}``.
-
-    Fields of one section change together, so only the result has to be valid.
-    """
-    top: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, dot, rest = name.partition(".")
-        check_fields(Config, [section])
-        if not dot:
-            top[section] = value
-        else:
-            require(
-                dataclasses.is_dataclass(getattr(config, section)),
-                f"{name} is no field of the configuration; set {section} itself.",
-            )
-            check_fields(type(getattr(config, section)), [rest], f"{section}.")
-            sections.setdefault(section, {})[rest] = value
-    for section, values in sections.items():
-        top[section] = dataclasses.replace(top.get(section, getattr(config, section)), **values)
-    return dataclasses.replace(config, **top)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

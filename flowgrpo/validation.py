@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -100,3 +102,28 @@ def build(cls: type, values: Any, prefix: str = "") -> Any:
             value = build(hints[name], value, f"{prefix}{name}.")
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
+
+
+def replace(config: T, **changes: Any) -> T:
+    """A copy of `config` with fields changed by dotted name: ``**{"sample.steps": 8}``.
+
+    `config` is a dataclass whose fields are sections, dataclasses too, or plain values. Fields of
+    one section change together, so only the result has to be valid.
+    """
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, dot, rest = name.partition(".")
+        check_fields(type(config), [section])
+        if not dot:
+            top[section] = value
+        else:
+            require(
+                dataclasses.is_dataclass(getattr(config, section)),
+                f"{name} is no field of the configuration; set {section} itself.",
+            )
+            check_fields(type(getattr(config, section)), [rest], f"{section}.")
+            sections.setdefault(section, {})[rest] = value
+    for section, values in sections.items():
+        top[section] = dataclasses.replace(top.get(section, getattr(config, section)), **values)
+    return dataclasses.replace(config, **top)

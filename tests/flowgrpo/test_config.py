@@ -11,18 +11,9 @@ import typing
 import pytest
 
 from flowgrpo import config as module
-from flowgrpo.config import Config, ConfigError, from_dict, from_json, recipe, replace, to_json
+from flowgrpo.config import Config, ConfigError, from_dict, from_json, replace, to_json
 
 SECTIONS = [typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)][1:]
-
-
-def custom() -> Config:
-    """A recipe of the tests' own."""
-    return Config(recipe="custom")
-
-
-def broken() -> str:
-    return "no config"
 
 
 # Field changes that break a rule, and what the sentence must name.
@@ -134,19 +125,6 @@ def test_replace_takes_whole_sections_and_leaves_the_rest():
     assert (changed.optim.lr, changed.optim.beta, changed.recipe) == (1.0, 0.5, "r")
     assert changed.sample == Config().sample
     assert from_dict({}) == Config()
-
-
-def test_recipes():
-    assert recipe("nano").recipe == "nano"
-    assert recipe("test_config:custom") == custom()
-    for name, words in (
-        ("nanno", "did you mean 'nano'?"),
-        ("no_such_module:f", "cannot be loaded"),
-        ("test_config:absent", "cannot be loaded"),
-        ("test_config:broken", "returned str"),
-    ):
-        with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
-            recipe(name)
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
