@@ -95,6 +95,46 @@ def clipped_policy(ratio, adv, low, high, adv_clip):
 
 
 @jit
+def policy_term(
+    advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip,
+    OLD: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """(weighted policy term, its derivative in log_prob, whether the ratio is outside)."""
+    adv = tl.load(advantages_ptr + row).to(tl.float32)
+    policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
+    weight = tl.zeros_like(adv) + 1.0
+    if WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+    g = (tl.div_rn(weight, rows.to(tl.float32)) * slope) * ratio
+    if OLD:
+        policy = tl.div_rn(policy, abs_dt)
+        g = tl.div_rn(g * c, abs_dt)
+    if WEIGHT:
+        g = tl.where(weight == 0.0, 0.0, g)
+        policy = tl.where(weight == 0.0, 0.0, weight * policy)
+    return policy, g, outside
+
+
+@jit
+def kl_term(weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, WEIGHT: tl.constexpr):
+    """(weighted KL, coefficient c_e of its gradient); big_k is K B^2."""
+    kl = tl.where(c == 0.0, 0.0, big_k * mean_e)
+    weight = tl.zeros_like(mean_e) + 1.0
+    if WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+        kl = tl.where(weight == 0.0, 0.0, weight * kl)
+    kl_grad = tl.div_rn(weight, rows.to(tl.float32)) * kl_weight
+    return kl, tl.div_rn(kl_grad * (2.0 * big_k), n)
+
+
+@jit
+def store_three(ptr, stride, x, y, z):
+    tl.store(ptr, x)
+    tl.store(ptr + stride, y)
+    tl.store(ptr + 2 * stride, z)
+
+
+@jit
 def _rows_kernel(
     sums_ptr,  # [3, B * blocks]
     old_log_prob_ptr,  # [B]
@@ -140,46 +180,24 @@ def _rows_kernel(
         delta = (delta + (k * (b * b)) * mean_h) * c
     ratio = tl.exp(delta)
 
-    adv = tl.load(advantages_ptr + row).to(tl.float32)
-    policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
-
-    weight = tl.zeros_like(adv) + 1.0
-    if WEIGHT:
-        weight = tl.load(weight_ptr + row).to(tl.float32)
-    g = (tl.div_rn(weight, rows.to(tl.float32)) * slope) * ratio
-    if OLD:
-        abs_dt = coefficient(table_ptr, step, num_steps, 6)
-        policy = tl.div_rn(policy, abs_dt)
-        g = tl.div_rn(g * c, abs_dt)
-    if WEIGHT:
-        g = tl.where(weight == 0.0, 0.0, g)
-        policy = tl.where(weight == 0.0, 0.0, weight * policy)
+    abs_dt = coefficient(table_ptr, step, num_steps, 6)
+    policy, g, outside = policy_term(
+        advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip, OLD, WEIGHT
+    )
     c_d = tl.div_rn(g * (2.0 * (k * b)), n)
-    c_h = tl.zeros_like(g)
+    zero = tl.zeros_like(g)
+    kl, c_e, c_h = zero, zero, zero
     if OLD:
         c_h = tl.div_rn(g * (2.0 * (k * (b * b))), n)
-
-    kl = tl.zeros_like(g)
-    c_e = tl.zeros_like(g)
     if REF:
         big_k = coefficient(table_ptr, step, num_steps, 5) * (b * b)
         mean_e = tl.div_rn(ordered_sum(p_sum + programs, num_blocks, WIDTH), n)
-        kl = tl.where(c == 0.0, 0.0, big_k * mean_e)
-        weight = tl.zeros_like(adv) + 1.0
-        if KL_WEIGHT:
-            weight = tl.load(kl_row_weight_ptr + row).to(tl.float32)
-            kl = tl.where(weight == 0.0, 0.0, weight * kl)
-        kl_grad = tl.div_rn(weight, rows.to(tl.float32)) * kl_weight
-        c_e = tl.div_rn(kl_grad * (2.0 * big_k), n)
+        kl, c_e = kl_term(kl_row_weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, KL_WEIGHT)
 
     tl.store(log_prob_ptr + row, log_prob)
     tl.store(ratio_ptr + row, ratio)
-    tl.store(coefs_ptr + 3 * row, c_d)
-    tl.store(coefs_ptr + 3 * row + 1, c_e)
-    tl.store(coefs_ptr + 3 * row + 2, c_h)
-    tl.store(terms_ptr + row, policy)
-    tl.store(terms_ptr + rows + row, kl)
-    tl.store(terms_ptr + 2 * rows + row, tl.where(outside, 1.0, 0.0))
+    store_three(coefs_ptr + 3 * row, 1, c_d, c_e, c_h)
+    store_three(terms_ptr + row, rows, policy, kl, tl.where(outside, 1.0, 0.0))
 
 
 @jit
