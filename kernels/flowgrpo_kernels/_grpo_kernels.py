@@ -95,6 +95,13 @@ def clipped_policy(ratio, adv, low, high, adv_clip):
 
 
 @jit
+def row_sum(sums_ptr, index, num_blocks, WIDTH: tl.constexpr):
+    """This program's row of sums [3, B * blocks], added up. index 0: d d, 1: e e, 2: h h."""
+    at = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
+    return ordered_sum(sums_ptr + at * num_blocks, num_blocks, WIDTH)
+
+
+@jit
 def policy_term(
     advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip,
     OLD: tl.constexpr, WEIGHT: tl.constexpr,
@@ -170,13 +177,11 @@ def _rows_kernel(
     k = coefficient(table_ptr, step, num_steps, 3)
     c0 = coefficient(table_ptr, step, num_steps, 4)
     n = count(elements)
-    p_sum = sums_ptr + row.to(tl.int64) * num_blocks
-    programs = rows.to(tl.int64) * num_blocks
 
-    log_prob = score(ordered_sum(p_sum, num_blocks, WIDTH), elements, k, c0, c)
+    log_prob = score(row_sum(sums_ptr, 0, num_blocks, WIDTH), elements, k, c0, c)
     delta = log_prob - tl.load(old_log_prob_ptr + row).to(tl.float32)
     if OLD:
-        mean_h = tl.div_rn(ordered_sum(p_sum + 2 * programs, num_blocks, WIDTH), n)
+        mean_h = tl.div_rn(row_sum(sums_ptr, 2, num_blocks, WIDTH), n)
         delta = (delta + (k * (b * b)) * mean_h) * c
     ratio = tl.exp(delta)
 
@@ -185,13 +190,12 @@ def _rows_kernel(
         advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip, OLD, WEIGHT
     )
     c_d = tl.div_rn(g * (2.0 * (k * b)), n)
-    zero = tl.zeros_like(g)
-    kl, c_e, c_h = zero, zero, zero
+    kl, c_e, c_h = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g)
     if OLD:
         c_h = tl.div_rn(g * (2.0 * (k * (b * b))), n)
     if REF:
         big_k = coefficient(table_ptr, step, num_steps, 5) * (b * b)
-        mean_e = tl.div_rn(ordered_sum(p_sum + programs, num_blocks, WIDTH), n)
+        mean_e = tl.div_rn(row_sum(sums_ptr, 1, num_blocks, WIDTH), n)
         kl, c_e = kl_term(kl_row_weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, KL_WEIGHT)
 
     tl.store(log_prob_ptr + row, log_prob)
