@@ -56,8 +56,12 @@ def arithmetic(
     sample: Tensor,
     prev_sample: Tensor | None = None,
     noise_level: float = 0.7,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(prev_sample, log_prob [B], mean, std_dev [B, 1, ...]) once the sigmas are known."""
+    """(prev_sample, log_prob [B], mean, std_dev [B, 1, ...]) once the sigmas are known.
+
+    noise: standard normals to use instead of drawing some, for comparisons.
+    """
     model_output, sample = model_output.float(), sample.float()
     if prev_sample is not None:
         prev_sample = prev_sample.float()
@@ -69,7 +73,8 @@ def arithmetic(
         + model_output * (1 + std_dev**2 * (1 - sigma) / (2 * sigma)) * dt
     )
     if prev_sample is None:
-        noise = torch.randn(model_output.shape, device=sample.device, dtype=model_output.dtype)
+        if noise is None:
+            noise = torch.randn(model_output.shape, device=sample.device, dtype=model_output.dtype)
         prev_sample = mean + std_dev * torch.sqrt(-1 * dt) * noise
     log_prob = (
         -((prev_sample.detach() - mean) ** 2) / (2 * ((std_dev * torch.sqrt(-1 * dt)) ** 2))
@@ -81,12 +86,18 @@ def arithmetic(
 
 
 def guided(
-    sigmas: Sigmas, velocity: Tensor, uncond: Tensor | None, scale: float, sample: Tensor
+    sigmas: Sigmas,
+    velocity: Tensor,
+    uncond: Tensor | None,
+    scale: float,
+    sample: Tensor,
+    noise_level: float = 0.7,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The rollout's guidance, then the arithmetic of the step."""
     if uncond is not None:
         velocity = uncond + scale * (velocity - uncond)
-    return arithmetic(sigmas, velocity, sample)
+    return arithmetic(sigmas, velocity, sample, None, noise_level, noise)
 
 
 def micro_step(
@@ -119,6 +130,7 @@ def micro_step(
         "clipfrac_gt_one": torch.mean((ratio - 1.0 > clip_range).float()),
         "clipfrac_lt_one": torch.mean((1.0 - ratio > clip_range).float()),
         "policy_loss": policy_loss,
+        "ratio": ratio,
     }
     if beta > 0:
         dims = tuple(range(1, mean.ndim))

@@ -1,0 +1,185 @@
+"""How things are measured: time, launches, synchronisations, memory, and what the device can do.
+
+On a GPU a call is timed by CUDA events around it, with nothing queued in front, so the host's share
+counts where the host is the slower one; on the CPU by perf_counter. Providers take turns call by
+call, so a clock that drifts drifts for all of them, and the median of the rounds is recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+GIB = 1 << 30
+PEAK_TFLOPS = 989.0
+"""Dense bfloat16 of an H100 or H200 by the data sheet: the denominator of MFU."""
+OutOfMemory = torch.OutOfMemoryError
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each, taking turns. Calls are warm already."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+    return times
+
+
+def release(device: str) -> None:
+    """Give back what no object holds any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def held(device: str) -> int:
+    """Bytes that this process holds: of the caching allocator, or resident memory."""
+    release(device)
+    return torch.cuda.memory_reserved() if device == "cuda" else _status("VmRSS")
+
+
+class Peak(NamedTuple):
+    """Bytes above what was held before."""
+
+    held: int
+    """Taken from the device (the allocator's segments, graph pools included); on the CPU
+    resident."""
+    used: int
+    """In tensors at the same time; on the CPU the same as held."""
+
+
+def peak(call: Callable[[], Any], device: str) -> Peak:
+    """The most memory that one call takes."""
+    before = held(device)
+    if device == "cuda":
+        used = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() - used
+        return Peak(torch.cuda.max_memory_reserved() - before, most)
+    try:
+        # 5 sets the peak of resident memory, VmHWM, back to the present.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    call()
+    most = max(_status("VmHWM") - before, 0)
+    return Peak(most, most)
+
+
+def _status(field: str) -> int:
+    """Bytes in a line of /proc/self/status; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
+
+
+def tensor_peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes of the tensors that one call has at the same time, beyond those before it."""
+    if device == "cuda":
+        return peak(call, device).used
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
+        call()
+    events = [e for e in done.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+def synchronisations(call: Callable[[], Any], device: str) -> int | None:
+    """How often one call makes the host wait for the GPU, by torch's own warnings."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
+
+
+@contextmanager
+def tf32(on: bool):
+    """float32 matrix products in TF32, as flow_grpo's scripts set it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class Ceiling(NamedTuple):
+    """What the device does at its best, measured."""
+
+    matmul: float
+    """FLOP/s of a large bfloat16 matrix product on random data."""
+    copy: float
+    """Bytes read and written a second by a large copy."""
+
+
+def ceiling(device: str, smoke: bool = False) -> Ceiling:
+    """Medians of some large products and copies."""
+    gpu = device == "cuda"
+    size, count = (8192, 1 << 30) if gpu else (1024, 1 << 26)
+    if smoke:
+        size, count = 256, 1 << 20
+    # float32 on a CPU, whose bfloat16 may be emulated.
+    dtype = torch.bfloat16 if gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.randint(0, 255, (count,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    calls = {
+        "matmul": lambda: torch.mm(a, b, out=out),
+        "copy": lambda: target.copy_(source),
+    }
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times = interleaved(calls, 10, device)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    del a, b, out, source, target
+    release(device)
+    return Ceiling(2 * size**3 / found["matmul"], 2 * count / found["copy"])
