@@ -46,12 +46,30 @@ def switched_off(these: list[nn.Module]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def held(these: list[nn.Module]) -> Iterator[None]:
+    """Inside, A and [W, s B] are made once and not in every call: no parameter may change."""
+    short = [layer for layer in these if _is_short(layer)]
+    for layer in short:
+        layer._matrices = _matrices(layer)
+    try:
+        yield
+    finally:
+        for layer in short:
+            layer._matrices = None
+
+
 def shorten(model: nn.Module) -> None:
     """Give every plain LoRA linear layer of `model` the forward of this file; leave the others."""
     for layer in layers(model):
         if _is_plain(layer):
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
+            layer._matrices = None
+
+
+def _is_short(layer: nn.Module) -> bool:
+    return getattr(layer.forward, "__func__", None) is _forward
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -76,20 +94,29 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
         return base(x)
     (name,) = self.lora_A
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    low_a, wide = self._matrices or _matrices(self)
     y = _LoraLinear.apply(
-        x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name]
+        x.reshape(-1, x.shape[-1]), low_a, wide, base.bias, a, b, self.scaling[name]
     )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+@torch.no_grad()
+def _matrices(self: nn.Module) -> tuple[Tensor, Tensor]:
+    """A [r, in] and [W, s B] [out, in + r] in the dtype of W."""
+    (name,) = self.lora_A
+    weight = self.base_layer.weight
+    scaled_b = (self.lora_B[name].weight * self.scaling[name]).to(weight.dtype)
+    return self.lora_A[name].weight.to(weight.dtype), torch.cat((weight, scaled_b), dim=1)
+
+
 class _LoraLinear(torch.autograd.Function):
-    """x [N, in], W [out, in], bias [out] or None, A [r, in], B [out, r], s -> y [N, out]."""
+    """x [N, in], A [r, in] and [W, s B] [out, in + r] in x's dtype, bias [out] or None; A and B,
+    the parameters that get the gradients; s -> y [N, out]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        low_a, scaled_b = a.to(weight.dtype), (b * scale).to(weight.dtype)
+    def forward(ctx, x, low_a, wide, bias, a, b, scale):
         low = torch.mm(x, low_a.t())
-        wide = torch.cat((weight, scaled_b), dim=1)
         ctx.save_for_backward(x, low, low_a, wide)
         ctx.scale = scale
         return F.linear(torch.cat((x, low), dim=1), wide, bias)
@@ -106,4 +133,4 @@ class _LoraLinear(torch.autograd.Function):
             dx, d_low = None, torch.mm(dy, wide[:, dim:])
         da = torch.mm(d_low.t(), x).float()
         db = torch.mm(dy.t(), low).float() * ctx.scale
-        return dx, None, None, da, db, None
+        return dx, None, None, None, da, db, None

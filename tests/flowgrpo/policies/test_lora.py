@@ -108,3 +108,34 @@ def test_names_stay():
     before = list(net.state_dict())
     lora.shorten(net)
     assert list(net.state_dict()) == before
+
+
+def test_held_matrices_give_the_same_bits_and_are_let_go():
+    """Values and gradients as without; after the block a changed parameter counts again."""
+    net = model(torch.bfloat16)
+    lora.shorten(net)
+    (layer,) = lora.layers(net)
+    x = torch.randn(6, 20, dtype=torch.bfloat16)
+
+    def results() -> list[torch.Tensor]:
+        net.zero_grad()
+        y = net(x)
+        y.float().square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
+
+    plain = results()
+    with lora.held([layer]):
+        assert all(map(torch.equal, plain, results()))
+        with torch.no_grad():
+            layer.lora_B["default"].weight.add_(1.0)
+        assert torch.equal(net(x), plain[0]), "inside, the matrices are those of the start"
+    assert not torch.equal(net(x), plain[0])
+
+
+def test_held_lets_go_after_an_error():
+    net = model(torch.float32)
+    lora.shorten(net)
+    (layer,) = lora.layers(net)
+    with pytest.raises(RuntimeError, match="inside"), lora.held([layer]):
+        raise RuntimeError("inside")
+    assert layer._matrices is None

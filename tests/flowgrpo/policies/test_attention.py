@@ -1,0 +1,141 @@
+"""Attention kernels by name: the numbers of diffusers' own processors, and clear refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+from flowgrpo.config import ConfigError
+from flowgrpo.policies import attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sd3() -> SD3Transformer2DModel:
+    """Three blocks: dual attention and joint attention, and one whose text output is not used."""
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+@pytest.fixture(scope="module")
+def flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def run_sd3(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The output and the gradients of the input and of every parameter that has one."""
+    draw = torch.Generator().manual_seed(1)
+    x, context, pooled = (
+        torch.randn(shape, generator=draw, dtype=torch.float32).to(model.dtype)
+        for shape in ((2, 4, 8, 8), (2, 5, 24), (2, 20))
+    )
+    x.requires_grad_()
+    model.zero_grad()
+    out = model(x, context, pooled, torch.tensor([500.0, 900.0])).sample
+    out.float().square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", ["plain", "native", "native_math", "native_flash"])
+def test_sd3_as_diffusers_computes_it(sd3, name):
+    ours = copy.deepcopy(sd3)
+    assert attention.pin(ours, name, CPU, torch.float32) == name
+    for expected, found in zip(run_sd3(copy.deepcopy(sd3)), run_sd3(ours), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen"), [(torch.float32, "native"), (torch.bfloat16, "plain")]
+)
+def test_auto_gives_the_same_bits_with_and_without_gradients(sd3, dtype, chosen):
+    model = copy.deepcopy(sd3).to(dtype)
+    assert attention.pin(model, "auto", CPU, dtype) == chosen
+    with_gradients = run_sd3(model)[0]
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(s, generator=draw).to(dtype) for s in ((2, 4, 8, 8), (2, 5, 24), (2, 20))]
+    with torch.no_grad():
+        without = model(*inputs, torch.tensor([500.0, 900.0])).sample
+    assert torch.equal(with_gradients, without)
+
+
+def test_pin_may_be_called_again(sd3):
+    model = copy.deepcopy(sd3)
+    attention.pin(model, "plain", CPU, torch.float32)
+    attention.pin(model, "native", CPU, torch.float32)
+    assert torch.equal(run_sd3(model)[0], run_sd3(copy.deepcopy(sd3))[0])
+
+
+def test_flux_uses_the_named_kernel(flux, monkeypatch):
+    used = []
+    original = attention.dispatch_attention_fn
+    module = __import__(FluxTransformer2DModel.__module__, fromlist=["dispatch_attention_fn"])
+    monkeypatch.setattr(
+        module,
+        "dispatch_attention_fn",
+        lambda *a, **k: used.append(k["backend"]) or original(*a, **k),
+    )
+    assert attention.pin(flux, "auto", CPU, torch.bfloat16) == "native_math"
+    ids = torch.zeros(4, 3)
+    flux(
+        hidden_states=torch.randn(1, 4, 8),
+        encoder_hidden_states=torch.randn(1, 4, 24),
+        pooled_projections=torch.randn(1, 20),
+        timestep=torch.tensor([0.5]),
+        img_ids=ids,
+        txt_ids=ids,
+    )
+    assert [member.value for member in used] == ["_native_math"] * 2
+
+
+def test_plain_attends_like_pytorch_in_float64():
+    q, k, v = torch.randn(3, 2, 7, 3, 8, dtype=torch.float64)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2)
+    assert torch.allclose(attention.attend(q, k, v, None), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quick", "one of auto, plain, .*native_flash.* is expected"),
+        ("xformers", "xformers cannot compute heads of 16 .*xformers>="),
+        ("native_cudnn", "native_cudnn cannot compute heads of 16 in torch.float32 on cpu"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(sd3, name, message):
+    with pytest.raises(ConfigError, match=message):
+        attention.pin(copy.deepcopy(sd3), name, CPU, torch.float32)
+
+
+def test_plain_is_for_sd3_alone(flux):
+    with pytest.raises(ConfigError, match="only SD3's layers"):
+        attention.pin(flux, "plain", CPU, torch.float32)
