@@ -139,7 +139,9 @@ def load_policy(config: Config) -> Policy:
     """The model of `config` without adapters."""
     runs.prepare_process(config)
     dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
-    return Policy.load(config.policy.model, device=config.policy.device, dtype=dtype)
+    return Policy.load(
+        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
+    )
 
 
 def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:

@@ -38,23 +38,35 @@ class PolicyConfig:
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
     lora_init: Literal["gaussian", "kaiming"] = "gaussian"
     """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
-    lora_targets: tuple[str, ...] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    """Name endings of the linear layers that get a LoRA matrix."""
+    lora_targets: tuple[str, ...] | None = None
+    """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    resolution: int = 0
+    """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
+    max_sequence_length: int = 0
+    """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
+    # The default of FluxPipeline, and flow_grpo's in its pickscore_flux recipes.
+    embedded_guidance: float = 3.5
+    """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
+    text_cache: str = "auto"
+    """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders off the GPU except while they encode a text that is not cached."""
+    vae_slicing: bool = False
+    """Decode images one at a time: less memory, more time."""
 
     def __post_init__(self) -> None:
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
+        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        check_positive("policy", self, *zero, zero=True)
         require(
-            self.adapter == "full" or len(self.lora_targets) > 0,
+            self.max_sequence_length <= 512,
+            f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
+            "tokens at most; lower it.",
+        )
+        require(
+            self.adapter == "full" or self.lora_targets != (),
             "policy.lora_targets is empty, but LoRA needs at least one layer name ending; name "
             "one or set policy.adapter to full.",
         )

@@ -1,7 +1,8 @@
 """What the stages pass on to each other.
 
 Shapes: K prompts of an iteration, G samples a prompt, B = K G rows (row k G + g is sample g of
-prompt k), T sampling steps, W trained steps of a row, C H W of a latent.
+prompt k), T sampling steps, W trained steps of a row, C H W of a latent (N C where the model works
+on packed tokens, as FLUX.1 does).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Reports:
         self.quality = evaluate.quality_of(config.sample.prompts)
         self.tolerances = evaluate.tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
-        policy.encode(self.held.prompts.texts)
+        policy.check_texts(self.held.prompts.texts)
         self.display = Display(config)
         self.before: dict[str, Report] = {}
         self._saved: int | None = None

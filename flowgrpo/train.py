@@ -97,7 +97,9 @@ def load_policy(config: Config) -> Policy:
             "trained are float32; set policy.dtype to auto, or policy.adapter to lora."
         )
     dtype = "float32" if whole else config.policy.dtype
-    policy = Policy.load(config.policy.model, device=config.policy.device, dtype=dtype)
+    policy = Policy.load(
+        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
+    )
     if whole and config.optim.beta > 0:
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])

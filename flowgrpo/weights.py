@@ -19,6 +19,7 @@ from torch import nn
 
 from flowgrpo import checkpoints
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
+from flowgrpo.policies.base import family_of
 from flowgrpo.policies.lora import shorten
 from flowgrpo.validation import require
 
@@ -30,9 +31,9 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     """Make `transformer` trainable and return its trained parameters, float32.
 
     With `config.adapter` "lora", LoRA matrices go into the linear layers named by
-    `config.lora_targets` through diffusers and PEFT; everything else is frozen. A is drawn on the
-    CPU from `seed`, so it is the same on every device; B is 0, so the model starts as its base.
-    With "full" the whole transformer is trained.
+    `config.lora_targets` (by default those of the model's family) through diffusers and PEFT;
+    everything else is frozen. A is drawn on the CPU from `seed`, so it is the same on every device;
+    B is 0, so the model starts as its base. With "full" the whole transformer is trained.
 
     Raises:
         ConfigError: an ending of `config.lora_targets` matches no layer of the model, or a model
@@ -51,7 +52,10 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
 
     transformer.requires_grad_(False)
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for target in config.lora_targets:
+    targets = config.lora_targets
+    if targets is None:
+        targets = family_of(transformer)[1].lora_targets
+    for target in targets:
         require(
             any(name == target or name.endswith(f".{target}") for name in names),
             f"policy.lora_targets names {target!r}, but endings of the model's linear layers are "
@@ -60,7 +64,7 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=list(config.lora_targets),
+        target_modules=list(targets),
     )
     transformer.add_adapter(lora, adapter_name=ADAPTER)
     _draw_lora(transformer, config, seed)
@@ -242,15 +246,15 @@ class State:
 
 def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path) -> None:
     """Write the averaged weights for diffusers: a file for `pipe.load_lora_weights(folder)`, or for
-    full fine-tuning a folder for `SD3Transformer2DModel.from_pretrained(folder)`."""
+    full fine-tuning a folder for `from_pretrained(folder)` of the transformer's class."""
     with ema.swapped():
         if config.adapter == "full":
             transformer.save_pretrained(folder)
             return
-        from diffusers import StableDiffusion3Pipeline
+        import diffusers
         from peft.utils import get_peft_model_state_dict
 
-        StableDiffusion3Pipeline.save_lora_weights(
+        getattr(diffusers, family_of(transformer)[0]).save_lora_weights(
             save_directory=folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
             transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),

@@ -9,56 +9,54 @@ is 1.
 
 from __future__ import annotations
 
-import json
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flowgrpo.config import ConfigError
-
-FAMILIES = {"StableDiffusion3Pipeline": "flowgrpo.policies.sd3:SD3Policy"}
-"""Pipeline class in model_index.json -> "module:class" of its policy."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.policies import lora
+from flowgrpo.policies.conditioning import Conditioning as Conditioning
+from flowgrpo.policies.loading import pipeline_class
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """Text embeddings of N prompts, in the transformer's dtype."""
+class Family:
+    """What belongs to one pipeline class of diffusers."""
 
-    embeds: Tensor
-    """[N, L, D]: one vector a token."""
-    pooled: Tensor
-    """[N, P]: one vector a prompt."""
+    policy: str
+    """ "module:class" of its Policy."""
+    transformer: str
+    """Class of its transformer."""
+    lora_targets: tuple[str, ...]
+    """Name endings of the linear layers that get a LoRA matrix by default: flow_grpo's lists."""
 
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """The prompts at `index`, int64 [M]."""
-        return Conditioning(self.embeds[index], self.pooled[index])
+_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
 
-    def repeat_interleave(self, count: int) -> Conditioning:
-        """Each prompt `count` times in succession."""
-        return Conditioning(
-            self.embeds.repeat_interleave(count, dim=0), self.pooled.repeat_interleave(count, dim=0)
-        )
+FAMILIES = {
+    "StableDiffusion3Pipeline": Family(
+        "flowgrpo.policies.sd3:SD3Policy", "SD3Transformer2DModel", _ATTENTION
+    ),
+    # The q, k, v of the single blocks end like those of the double blocks and are among them; their
+    # proj_mlp and proj_out are not.
+    "FluxPipeline": Family(
+        "flowgrpo.policies.flux:FluxPolicy",
+        "FluxTransformer2DModel",
+        (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+}
+"""Pipeline class in model_index.json -> what belongs to it."""
 
-    def expand(self, count: int) -> Conditioning:
-        """A single prompt as `count` rows."""
-        return Conditioning(self.embeds.expand(count, -1, -1), self.pooled.expand(count, -1))
-
-    def then(self, other: Conditioning) -> Conditioning:
-        """These prompts, then those of `other`."""
-        return Conditioning(
-            torch.cat([self.embeds, other.embeds]), torch.cat([self.pooled, other.pooled])
-        )
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Policy(ABC):
@@ -66,6 +64,8 @@ class Policy(ABC):
 
     name: str
     """What the user called the model."""
+    pipeline: object
+    """The diffusers pipeline that it is made of."""
     transformer: nn.Module
     """What is trained; adapters are injected into it."""
     scheduler: object
@@ -73,17 +73,25 @@ class Policy(ABC):
     device: torch.device
     dtype: torch.dtype
     """Of the frozen weights and of the velocity."""
-    latent_shape: tuple[int, int, int]
-    """C, H, W."""
+    resolution: int
+    """Pixels on each side of an image."""
+    latent_shape: tuple[int, ...]
+    """Of one sample: C, H, W, or N, C where the model works on packed tokens."""
+    _frozen: nn.Module | None = None
 
     @staticmethod
     def load(
-        model: str, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+        model: str,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        config: PolicyConfig | None = None,
     ) -> Policy:
         """The policy for the diffusers pipeline in the folder or Hub repository `model`.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32.
+        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, resolution,
+        text length, embedded guidance, text cache and what saves memory are used.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
@@ -92,14 +100,15 @@ class Policy(ABC):
             from flowgrpo.nano.model import MODEL_DIR
 
             source = str(MODEL_DIR)
-        family = _pipeline_class(source, model)
+        family = pipeline_class(source, model)
         if family not in FAMILIES:
             raise ConfigError(
                 f"policy.model {model!r} is a {family}, but one of {', '.join(FAMILIES)} is "
                 "expected; name such a pipeline."
             )
-        module, _, cls = FAMILIES[family].partition(":")
-        return getattr(import_module(module), cls)(source, model, device, dtype)
+        module, _, cls = FAMILIES[family].policy.partition(":")
+        made = getattr(import_module(module), cls)
+        return made(source, model, device, dtype, config or PolicyConfig())
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -111,23 +120,39 @@ class Policy(ABC):
 
     @abstractmethod
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity [B, C, H, W] in the policy's dtype for float32 samples at float32 sigma [B]."""
+        """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
+        float32 sigma [B]."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, H', W'] of latents [B, C, H, W]."""
+        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
         """float64 [num_steps + 1] from 1 to 0: the scheduler's own float32 values."""
 
-    @abstractmethod
     def keep_reference(self) -> None:
         """Keep a copy of the present weights as the reference, for training without adapters."""
+        self._frozen = copy.deepcopy(self.transformer).requires_grad_(False)
 
-    @abstractmethod
-    def reference(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def reference(self) -> Iterator[None]:
         """Inside, `velocity` is that of the model before training."""
+        if self._frozen is not None:
+            trained, self.transformer = self.transformer, self._frozen
+            try:
+                yield
+            finally:
+                self.transformer = trained
+            return
+        layers = lora.layers(self.transformer)
+        if not layers:
+            raise RuntimeError(
+                "the policy has neither adapters nor a kept reference; add adapters, or call "
+                "keep_reference() before training."
+            )
+        with lora.switched_off(layers):
+            yield
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
@@ -164,30 +189,23 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
-def _pipeline_class(source: str, model: str) -> str:
-    """`_class_name` of a pipeline folder or Hub repository."""
-    if Path(source).is_dir():
-        index = Path(source) / "model_index.json"
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+def family_of(transformer: nn.Module) -> tuple[str, Family]:
+    """(name of the pipeline class, family) of a transformer."""
+    for name, family in FAMILIES.items():
+        if any(cls.__name__ == family.transformer for cls in type(transformer).__mro__):
+            return name, family
+    raise TypeError(
+        f"transformer is a {type(transformer).__name__}, but one of "
+        f"{', '.join(f.transformer for f in FAMILIES.values())} is expected"
+    )
 
-        try:
-            index = Path(hf_hub_download(source, "model_index.json"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigError(
-                f"policy.model is {model!r}, which is no folder and could not be found on the "
-                f"Hugging Face Hub ({type(error).__name__}); name 'nano', a folder in diffusers' "
-                "layout, or a repository that you have access to."
-            ) from error
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"policy.model {model!r} has no readable model_index.json ({error}), but a folder in "
-            "diffusers' layout is expected; name one."
-        ) from error
+
+def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> Tensor:
+    """float64 [num_steps + 1]: what `scheduler.set_timesteps(num_steps, **arguments)` leads to."""
+    # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
+    scheduler = copy.deepcopy(scheduler)
+    if "sigmas" in arguments:
+        scheduler.set_timesteps(**arguments)
+    else:
+        scheduler.set_timesteps(num_steps, **arguments)
+    return scheduler.sigmas.to("cpu", torch.float64)

@@ -1,65 +1,115 @@
 """Stable Diffusion 3 and 3.5, and pipelines of their class without VAE or with one text encoder.
 
-With three text encoders the embeddings are those of diffusers' own `encode_prompt`. With one
-(CLIPTextModelWithProjection), a prompt's embeddings are its last hidden states, and its pooled
-vector the projected one. Without a VAE the latents are the pixels, in [-1, 1].
+With two CLIP encoders, and T5 or none, the embeddings are those of diffusers' own `encode_prompt`;
+without T5 the places of its tokens hold zeros there. With one CLIP encoder alone, a prompt's
+embeddings are its last hidden states, and its pooled vector the projected one. Without a VAE the
+latents are the pixels, in [-1, 1].
+
+T5 sees the first 128 tokens of a prompt unless policy.max_sequence_length says otherwise, as in
+flow_grpo's train_sd3.py; diffusers' own default is 256. The model attends to padding, so another
+length is another function.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowgrpo.config import ConfigError
-from flowgrpo.policies import lora
-from flowgrpo.policies.base import Conditioning, Policy
+from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.policies import embeddings, loading, vae
+from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_PARTS += ("tokenizer", "tokenizer_2", "tokenizer_3")
+MAX_SEQUENCE_LENGTH = 128
 
 
 @final
 class SD3Policy(Policy):
     """`Policy` of a StableDiffusion3Pipeline."""
 
-    def __init__(self, source: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: PolicyConfig,
+    ) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
         self.name, self.device, self.dtype = name, device, dtype
-        self.pipeline = _load(source, name, dtype).to(device)
-        self.transformer = self.pipeline.transformer.requires_grad_(False).eval()
+        self.pipeline, folder = loading.load_pipeline(StableDiffusion3Pipeline, source, name, dtype)
+        encoders = self._find_encoders()
+        offload = config.offload_text_encoders and not self._one_encoder
+        loading.place(self.pipeline, device, encoders if offload else ())
+        vae.prepare(self.pipeline.vae, device, config.vae_slicing)
+        self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
-        config = self.transformer.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self._frozen: torch.nn.Module | None = None
-        for part in (self.pipeline.vae, *self._text_encoders()):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        self._set_size(config.resolution)
+        if self._one_encoder:
+            # The small encoder of a small model: computed sooner than read, and in one batch.
+            return
+        self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
+        cached = embeddings.open_cache(
+            config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
+        )
+        self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
 
-    def _text_encoders(self) -> tuple[torch.nn.Module | None, ...]:
-        pipeline = self.pipeline
-        return pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
+    def _set_size(self, resolution: int) -> None:
+        config, factor = self.transformer.config, 1
+        if self.pipeline.vae is not None:
+            factor = self.pipeline.vae_scale_factor
+        multiple = factor * config.patch_size
+        self.resolution = loading.check_resolution(
+            resolution,
+            config.sample_size * factor,
+            multiple,
+            multiple * config.pos_embed_max_size,
+            self.name,
+        )
+        side = self.resolution // factor
+        self.latent_shape = (config.in_channels, side, side)
 
-    @torch.no_grad()
+    def _find_encoders(self) -> list[torch.nn.Module]:
+        """The text encoders that the pipeline has."""
+        found = {name: getattr(self.pipeline, name) for name in TEXT_PARTS[:3]}
+        there = [name for name, part in found.items() if part is not None]
+        self._one_encoder = there == ["text_encoder"]
+        if not self._one_encoder and there[:2] != ["text_encoder", "text_encoder_2"]:
+            raise ConfigError(
+                f"policy.model {self.name!r} has the text encoders {', '.join(there) or 'none'}, "
+                "but text_encoder and text_encoder_2, with text_encoder_3 or without, are expected "
+                "(or text_encoder alone); restore the missing one."
+            )
+        return [part for part in found.values() if part is not None]
+
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        texts = list(texts)
-        if self.pipeline.text_encoder_2 is None:
-            return self._encode_with_one(texts)
+        if self._one_encoder:
+            return self._encode_with_one(list(texts))
+        return self._texts(texts)
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        if self._one_encoder:
+            self._tokens(list(texts))
+
+    def _encode_one(self, text: str) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=texts,
+            prompt=[text],
             prompt_2=None,
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
+            max_sequence_length=self._length,
         )
         return Conditioning(embeds.to(self.dtype), pooled.to(self.dtype))
 
-    def check_texts(self, texts: Sequence[str]) -> None:
-        if self.pipeline.text_encoder_2 is None:
-            self._tokens(list(texts))
-
+    @torch.no_grad()
     def _encode_with_one(self, texts: list[str]) -> Conditioning:
         out = self.pipeline.text_encoder(self._tokens(texts).to(self.device))
         return Conditioning(out.last_hidden_state.to(self.dtype), out.text_embeds.to(self.dtype))
@@ -107,20 +157,12 @@ class SD3Policy(Policy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        if vae is not None:
-            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-            latents = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-        return ((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return vae.decode(self.pipeline.vae, latents)
 
     def sigmas(self, num_steps: int) -> Tensor:
-        # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
-        scheduler = copy.deepcopy(self.scheduler)
-        if scheduler.config.use_dynamic_shifting:
-            scheduler.set_timesteps(num_steps, mu=self._mu())
-        else:
-            scheduler.set_timesteps(num_steps)
-        return scheduler.sigmas.to("cpu", torch.float64)
+        if self.scheduler.config.use_dynamic_shifting:
+            return scheduler_sigmas(self.scheduler, num_steps, mu=self._mu())
+        return scheduler_sigmas(self.scheduler, num_steps)
 
     def _mu(self) -> float:
         """The resolution-dependent shift, as StableDiffusion3Pipeline computes it."""
@@ -137,48 +179,3 @@ class SD3Policy(Policy):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.16),
         )
-
-    def keep_reference(self) -> None:
-        self._frozen = copy.deepcopy(self.transformer).requires_grad_(False)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        if self._frozen is not None:
-            trained, self.transformer = self.transformer, self._frozen
-            try:
-                yield
-            finally:
-                self.transformer = trained
-            return
-        layers = lora.layers(self.transformer)
-        if not layers:
-            raise RuntimeError(
-                "the policy has neither adapters nor a kept reference; add adapters, or call "
-                "keep_reference() before training."
-            )
-        with lora.switched_off(layers):
-            yield
-
-
-def _load(source: str, name: str, dtype: torch.dtype):
-    """The pipeline, with None for the components that model_index.json has as null."""
-    from diffusers import StableDiffusion3Pipeline
-
-    try:
-        index = StableDiffusion3Pipeline.load_config(source)
-        absent = {
-            part: None
-            for part, value in index.items()
-            if isinstance(value, list) and value[0] is None
-        }
-        with warnings.catch_warnings():
-            # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
-            warnings.simplefilter("ignore", FutureWarning)
-            return StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtype, **absent)
-    # Loading corrupt or foreign files raises whatever the reader of that file raises.
-    except Exception as error:
-        raise ConfigError(
-            f"policy.model {name!r} could not be loaded as a StableDiffusion3Pipeline "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "restore its files."
-        ) from error

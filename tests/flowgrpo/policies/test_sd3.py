@@ -68,10 +68,13 @@ def test_embeddings_with_one_encoder(pixel):
 
 def test_embeddings_with_three_encoders(latent):
     found = latent.encode(TEXTS)
-    embeds, _, pooled, _ = latent.pipeline.encode_prompt(
-        TEXTS, TEXTS, TEXTS, do_classifier_free_guidance=False
-    )
-    assert torch.equal(found.embeds, embeds) and torch.equal(found.pooled, pooled)
+    assert found.embeds.shape == (3, 8 + 128, 32)
+    for row, text in enumerate(TEXTS):
+        embeds, _, pooled, _ = latent.pipeline.encode_prompt(
+            text, text, text, do_classifier_free_guidance=False, max_sequence_length=128
+        )
+        assert torch.equal(found.embeds[row], embeds[0])
+        assert torch.equal(found.pooled[row], pooled[0])
 
 
 def test_rows_of_conditioning(pixel):
@@ -158,9 +161,9 @@ def test_reference_is_the_model_before_training(pixel_model):
         (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index.json"),
         (
             lambda f: (f / "model_index.json").write_text(
-                json.dumps({"_class_name": "FluxPipeline"})
+                json.dumps({"_class_name": "SanaPipeline"})
             ),
-            "is a FluxPipeline, but one of StableDiffusion3Pipeline is expected",
+            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline is expected",
         ),
         (
             lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),

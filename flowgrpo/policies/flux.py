@@ -1,0 +1,138 @@
+"""FLUX.1: FluxPipeline, whose transformer works on packed latents.
+
+A sample is [N, 64]: N = (resolution / 16)^2 tokens, each a 2 x 2 patch of 16 latent channels. It
+stays packed from the initial noise to the last step, as in the pipeline itself, and is unpacked for
+the VAE alone. Embeddings are those of diffusers' `encode_prompt`: T5's tokens and CLIP's pooled
+vector.
+
+FLUX.1-dev is guidance-distilled: it is told a guidance value beside the time. policy.
+embedded_guidance is that value, 3.5 by default as in FluxPipeline and in flow_grpo's pickscore_flux
+recipes. It is not classifier-free guidance, which sample.guidance_scale turns on here as well (the
+pipeline's `true_cfg_scale`), at the price of a second forward. FLUX.1-schnell has no such input.
+
+Deliberate departures from flow_grpo's FLUX scripts:
+
+1. Latents stay float32 between the steps (flow_grpo rounds them to bfloat16 after it has computed
+   their log-probability, so its first ratios differ from 1).
+2. The time is handed over in float32 in rollout and update alike (flow_grpo's rollout rounds it to
+   bfloat16 first, its update does not). In a 16-bit model the transformer rounds it to its dtype
+   all the same, once; the pipeline rounds t before the division by 1000 as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrpo.config import PolicyConfig
+from flowgrpo.policies import embeddings, loading, vae
+from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+MAX_SEQUENCE_LENGTH = 128
+"""T5 tokens in flow_grpo's train_flux.py; the pipeline's own default is 512."""
+PATCH = 2
+"""Latent pixels on each side of a token."""
+
+
+@final
+class FluxPolicy(Policy):
+    """`Policy` of a FluxPipeline."""
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: PolicyConfig,
+    ) -> None:
+        from diffusers import FluxPipeline
+
+        self.name, self.device, self.dtype = name, device, dtype
+        self.pipeline, folder = loading.load_pipeline(FluxPipeline, source, name, dtype)
+        encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+        offload = config.offload_text_encoders
+        loading.place(self.pipeline, device, encoders if offload else ())
+        vae.prepare(self.pipeline.vae, device, config.vae_slicing)
+        self.transformer = self.pipeline.transformer
+        self.scheduler = self.pipeline.scheduler
+        factor = self.pipeline.vae_scale_factor
+        default = self.pipeline.default_sample_size * factor
+        self.resolution = loading.check_resolution(
+            config.resolution, default, PATCH * factor, None, name
+        )
+        self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
+        self._set_positions(factor)
+        self._guidance = None
+        if self.transformer.config.guidance_embeds:
+            self._guidance = torch.full([1], config.embedded_guidance, device=device)
+        cached = embeddings.open_cache(
+            config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
+        )
+        self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
+
+    def _set_positions(self, factor: int) -> None:
+        side = self.resolution // (PATCH * factor)
+        self.latent_shape = (side * side, self.transformer.config.in_channels)
+        # In float32 and not, as in the pipeline, in the embeddings' dtype: bfloat16 has no 257.
+        self._image_ids = self.pipeline._prepare_latent_image_ids(
+            1, side, side, self.device, torch.float32
+        )
+        self._text_ids = torch.zeros(self._length, 3, device=self.device)
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        return self._texts(texts)
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Both tokenizers know every text."""
+
+    def _encode_one(self, text: str) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[text],
+            prompt_2=None,
+            device=self.device,
+            max_sequence_length=self._length,
+        )
+        return Conditioning(embeds.to(self.dtype), pooled.to(self.dtype))
+
+    def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        guidance = self._guidance
+        return self.transformer(
+            hidden_states=sample.to(self.dtype),
+            # The scheduler's timestep over 1000, which the transformer multiplies by 1000.
+            timestep=sigma * self.scheduler.config.num_train_timesteps / 1000,
+            guidance=None if guidance is None else guidance.expand(len(sample)),
+            encoder_hidden_states=conditioning.embeds,
+            pooled_projections=conditioning.pooled,
+            txt_ids=self._text_ids,
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        factor = self.pipeline.vae_scale_factor
+        unpacked = self.pipeline._unpack_latents(latents, self.resolution, self.resolution, factor)
+        return vae.decode(self.pipeline.vae, unpacked)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.scheduler.config
+        arguments = {
+            "mu": calculate_shift(
+                self.latent_shape[0],
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
+        }
+        if not config.get("use_flow_sigmas", False):
+            arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        return scheduler_sigmas(self.scheduler, num_steps, **arguments)

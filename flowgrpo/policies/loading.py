@@ -1,0 +1,108 @@
+"""Diffusers pipelines from a folder or the Hugging Face Hub, and where their parts lie."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowgrpo.config import ConfigError
+
+
+def pipeline_class(source: str, model: str) -> str:
+    """`_class_name` of a pipeline folder or Hub repository; `model` is what the user called it."""
+    index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"policy.model {model!r} has no readable model_index.json ({error}), but a folder in "
+            "diffusers' layout is expected; name one."
+        ) from error
+
+
+def _from_hub(source: str, model: str) -> Path:
+    """model_index.json of a Hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(source, "model_index.json"))
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"policy.model {model!r} is gated on the Hugging Face Hub, but a repository that you "
+            f"may read is expected; accept its terms at https://huggingface.co/{source} and log in "
+            "by `hf auth login`, or name a local folder."
+        ) from error
+    # LocalEntryNotFoundError, of a Hub that cannot be reached, is an OSError.
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(
+            f"policy.model is {model!r}, which is no folder and could not be found on the "
+            f"Hugging Face Hub ({type(error).__name__}); name 'nano', a folder in diffusers' "
+            "layout, or a repository that you have access to."
+        ) from error
+
+
+def load_pipeline(cls: type, source: str, name: str, dtype: torch.dtype) -> tuple[object, Path]:
+    """(pipeline, its folder), with None for the components that model_index.json has as null.
+
+    Everything is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
+    activations leave float16's range. A Hub repository is downloaded first, so the folder is the
+    snapshot that was loaded.
+    """
+    try:
+        folder = Path(source if Path(source).is_dir() else cls.download(source))
+        index = cls.load_config(folder)
+        absent = {
+            part: None
+            for part, value in index.items()
+            if isinstance(value, list) and value[0] is None
+        }
+        apart = dtype == torch.float16 and "vae" in index and "vae" not in absent
+        dtypes = {"default": dtype, "vae": torch.float32} if apart else dtype
+        with warnings.catch_warnings():
+            # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
+            warnings.simplefilter("ignore", FutureWarning)
+            return cls.from_pretrained(folder, torch_dtype=dtypes, **absent), folder
+    # Loading corrupt or foreign files raises whatever the reader of that file raises.
+    except Exception as error:
+        raise ConfigError(
+            f"policy.model {name!r} could not be loaded as a {cls.__name__} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "restore its files."
+        ) from error
+
+
+def place(pipeline: object, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
+    """Freeze the pipeline's models and move all but those in `stay` to `device`."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+            if not any(part is other for other in stay):
+                part.to(device)
+
+
+def check_resolution(
+    resolution: int, default: int, multiple: int, largest: int | None, name: str
+) -> int:
+    """Pixels on each side: `resolution`, or `default` where that is 0.
+
+    Raises ConfigError unless it is a multiple of `multiple` and at most `largest`.
+    """
+    pixels = resolution or default
+    if pixels % multiple:
+        near = max(round(pixels / multiple), 1) * multiple
+        raise ConfigError(
+            f"policy.resolution is {pixels}, but {name} makes images whose sides are multiples of "
+            f"{multiple}; choose one, for example {near}."
+        )
+    if largest is not None and pixels > largest:
+        raise ConfigError(
+            f"policy.resolution is {pixels}, but {name} has positions for at most {largest} "
+            "pixels on a side; choose a smaller one."
+        )
+    return pixels

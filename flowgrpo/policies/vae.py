@@ -1,0 +1,33 @@
+"""From latents to pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def prepare(vae: nn.Module | None, device: torch.device, slicing: bool) -> None:
+    """Lay the decoder out for `device`; with `slicing` it takes one image at a time."""
+    if vae is None:
+        return
+    if device.type == "cuda":
+        # cuDNN's 16-bit convolutions work on channels-last tensors and would convert each time.
+        vae.to(memory_format=torch.channels_last)
+    if slicing:
+        vae.enable_slicing()
+
+
+def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] images of latents [B, C, h, w], decoded in the VAE's dtype.
+
+    Without a VAE the latents are the pixels, in [-1, 1].
+    """
+    pixels = latents
+    if vae is not None:
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents.to(vae.dtype)
+        if latents.device.type == "cuda":
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        pixels = vae.decode(latents, return_dict=False)[0].float()
+    # A rollout's images go to the rewards and into files as ordinary [B, 3, H, W] tensors.
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
