@@ -52,8 +52,12 @@ class PolicyConfig:
     """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
     offload_text_encoders: bool = False
     """Keep the text encoders off the GPU except while they encode a text that is not cached."""
+    attention: str = "auto"
+    """Attention kernel: auto, plain, or a name of diffusers' such as native_flash or xformers."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
         check_types("policy.", self)
@@ -100,11 +104,19 @@ class SampleConfig:
     """First step and end (exclusive) between which a window is drawn; default: all but the last."""
     shared_noise: bool = False
     """Start the images of one group from the same initial noise."""
+    # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
+    share_prefix: bool = True
+    """With shared_noise, sample the steps before a window once a group; not when captured."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
+    overlap: int = 2
+    """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
+        check_positive("sample", self, "overlap", zero=True)
         require(
             self.steps >= 2,
             f"sample.steps is {self.steps}, but a rollout needs at least 2 steps; raise it.",
@@ -229,11 +241,19 @@ class OptimConfig:
     """Updates between two steps of the average."""
     ratio_tolerance: float = 0.0
     """Largest |ratio - 1| that the first update of an iteration may show before the run stops."""
+    # A replay costs one forward for each trained step, without a backward.
+    anchor: Literal["rollout", "replay"] = "rollout"
+    """Old log-probabilities: those of the rollout, or computed again by the update's own forward."""
+    # More rows may mean other kernels, and then the first ratios are not 1: see anchor.
+    steps_per_forward: int = 1
+    """Trained steps of a chunk in one forward of the update; it must divide their number."""
+    capture: Literal["on", "off"] = "off"
+    """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
-        check_positive("optim", self, "updates_per_iteration")
+        check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         nonnegative = ("weight_decay", "warmup", "max_grad_norm", "beta", "ratio_tolerance")
         check_positive("optim", self, *nonnegative, zero=True)
         require(
@@ -305,6 +325,18 @@ class Config:
             f"iteration (K {self.sample.prompts_per_iteration} x G {self.sample.group_size} = "
             f"{self.sample.rows} rows in chunks of sample.batch_size {self.sample.batch_size}); "
             "change one so that every update gets the same number of chunks.",
+        )
+        per, trained = self.optim.steps_per_forward, self.sample.trained_steps
+        require(
+            trained % per == 0,
+            f"optim.steps_per_forward is {per}, but it must divide the {trained} trained steps of "
+            "a row; change one.",
+        )
+        require(
+            per == 1 or self.optim.anchor == "replay" or self.optim.ratio_tolerance > 0,
+            f"optim.steps_per_forward is {per} with optim.anchor rollout, but velocities of a "
+            "larger batch may differ in the last bits from the rollout's, and "
+            "optim.ratio_tolerance is 0; set optim.anchor to replay, or allow a deviation.",
         )
         require(
             not (self.optim.guard and self.sample.transition == "cps"),

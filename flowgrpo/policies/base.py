@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -73,6 +73,8 @@ class Policy(ABC):
     device: torch.device
     dtype: torch.dtype
     """Of the frozen weights and of the velocity."""
+    attention: str
+    """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
     """Pixels on each side of an image."""
     latent_shape: tuple[int, ...]
@@ -91,7 +93,7 @@ class Policy(ABC):
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
         bfloat16 where the device multiplies it in hardware, else float32. Of `config`, resolution,
-        text length, embedded guidance, text cache and what saves memory are used.
+        text length, embedded guidance, attention, text cache and what saves memory are used.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
@@ -107,8 +109,12 @@ class Policy(ABC):
                 "expected; name such a pipeline."
             )
         module, _, cls = FAMILIES[family].policy.partition(":")
-        made = getattr(import_module(module), cls)
-        return made(source, model, device, dtype, config or PolicyConfig())
+        config = config or PolicyConfig()
+        policy = getattr(import_module(module), cls)(source, model, device, dtype, config)
+        from flowgrpo.policies import attention
+
+        policy.attention = attention.pin(policy.transformer, config.attention, device, dtype)
+        return policy
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -153,6 +159,10 @@ class Policy(ABC):
             )
         with lora.switched_off(layers):
             yield
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Inside, no parameter changes, so what `velocity` makes of them alone is made once."""
+        return lora.held(lora.layers(self.transformer))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""

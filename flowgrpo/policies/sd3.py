@@ -13,12 +13,10 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import embeddings, loading, vae
@@ -137,23 +135,14 @@ class SD3Policy(Policy):
         return ids
 
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._attention():
-            return self.transformer(
-                hidden_states=sample.to(self.dtype),
-                # As diffusers: timesteps stay in float32 and are embedded before any cast.
-                timestep=sigma * self.scheduler.config.num_train_timesteps,
-                encoder_hidden_states=conditioning.embeds,
-                pooled_projections=conditioning.pooled,
-                return_dict=False,
-            )[0]
-
-    def _attention(self) -> AbstractContextManager[None]:
-        """The kernel of scaled_dot_product_attention, the same with and without gradients."""
-        if self.device.type == "cpu" and self.dtype != torch.float32:
-            # The backward pass of the CPU's flash kernel takes ten times its forward in 16 bits
-            # (32 against 7 ms at 192 x 45 x 32, one thread).
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
+        return self.transformer(
+            hidden_states=sample.to(self.dtype),
+            # As diffusers: timesteps stay in float32 and are embedded before any cast.
+            timestep=sigma * self.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=conditioning.embeds,
+            pooled_projections=conditioning.pooled,
+            return_dict=False,
+        )[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
