@@ -1,7 +1,7 @@
 """What the suites of whole models measure: models, batch sizes, steps, guidance, windows, KL.
 
-A case is one forward geometry. `batch` rows go through one forward (guidance doubles them), `chunks`
-such forwards make an iteration; each group is one chunk, or the whole iteration at batch 1.
+A case is one forward geometry. `batch` rows go through one forward (guidance doubles them),
+`chunks` such forwards make an iteration; each group is one chunk, or all rows at batch 1.
 """
 
 from __future__ import annotations
@@ -82,19 +82,28 @@ class Case:
         return self.rollout_flops + self.chunks * self.trained_steps * self.micro_step_flops
 
 
+def _chunks(batch: int) -> int:
+    """Rewards are compared inside a group, which needs two rows."""
+    return 2 if batch == 1 else 1
+
+
 def rollout(smoke: bool = False) -> list[Case]:
     if smoke:
         return [
             Case(models.TINY_SD3, 2, 3),
-            Case(models.TINY_SD3, 1, 3, GUIDANCE),
+            Case(models.TINY_SD3, 1, 3, GUIDANCE, chunks=2),
             Case(models.TINY_FLUX, 2, 2),
         ]
     sd3 = [
-        Case(models.SD35_MEDIUM, batch, 10, guidance)
+        Case(models.SD35_MEDIUM, batch, 10, guidance, chunks=_chunks(batch))
         for guidance in (1.0, GUIDANCE)
         for batch in (1, 4, 9, 16, 32)
     ]
-    flux = [Case(models.FLUX_DEV, batch, steps) for steps in (6, 10) for batch in (1, 4, 8)]
+    flux = [
+        Case(models.FLUX_DEV, batch, steps, chunks=_chunks(batch))
+        for steps in (6, 10)
+        for batch in (1, 4, 8)
+    ]
     return [*sd3, *flux, Case(models.nano(), 48, 10)]
 
 
@@ -107,14 +116,12 @@ def update(smoke: bool = False) -> list[Case]:
             Case(models.TINY_FLUX, 2, 4, window=2),
         ]
     sd3 = [
-        Case(models.SD35_MEDIUM, batch, 10, guidance, 2, beta, 2 if batch == 1 else 1)
+        Case(models.SD35_MEDIUM, batch, 10, guidance, 2, beta, _chunks(batch))
         for guidance in (1.0, GUIDANCE)
         for beta in (0.0, BETA)
         for batch in (1, 4, 9, 16)
     ]
-    flux = [
-        Case(models.FLUX_DEV, batch, 6, 1.0, 2, 0.0, 2 if batch == 1 else 1) for batch in (1, 4)
-    ]
+    flux = [Case(models.FLUX_DEV, batch, 6, window=2, chunks=_chunks(batch)) for batch in (1, 4)]
     return [*sd3, *flux, Case(models.nano(), 48, 10, 1.0, 2, BETA)]
 
 

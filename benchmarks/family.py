@@ -3,9 +3,9 @@
 `Family` is flow_grpo's path over diffusers' classes (train_sd3.py, train_flux.py and their
 pipelines), in one of two settings:
 
-`eager`: float32 weights under autocast (fp16 for SD3 with a gradient scaler, bf16 for FLUX), re-cast
-in every forward since autocast caches only weights that want gradients; PEFT's own forward; one
-look-up in the scheduler a step and, in the update, one a row (two host synchronisations each);
+`eager`: float32 weights under autocast (fp16 for SD3 with a gradient scaler, bf16 for FLUX),
+re-cast in every forward since autocast caches only weights that want gradients; PEFT's own forward;
+one look-up in the scheduler a step and, in the update, one a row (two host synchronisations each);
 outputs cast to float32; the unconditional half detached; the reference by disabled adapters;
 a float32 VAE; TF32 for what stays in float32; metrics read at each optimizer step.
 
@@ -49,7 +49,7 @@ class Setting:
 
 
 def setting(provider: str, model: models.Model, device: str) -> Setting:
-    """The setting of "eager" or "compile"; in fp16's place the CPU, which is slow at it, has bf16."""
+    """The setting of "eager" or "compile"; on the CPU, slow at fp16, bf16 takes its place."""
     if provider == "compile":
         return Setting(torch.bfloat16, None, torch.bfloat16, compiled=True)
     half = model.half if device == "cuda" else torch.bfloat16
@@ -85,7 +85,7 @@ class Family:
 
     @cached_property
     def trained(self) -> nn.Module:
-        """The transformer with PEFT's adapters; only the update needs it when rollouts are merged."""
+        """The transformer with PEFT's adapters; merged rollouts do without it."""
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
@@ -221,7 +221,7 @@ class Family:
 
     @torch.no_grad()
     def rollout(self, noise=None) -> list[Rollout]:
-        """T steps of every chunk. noise(rows, i): normals, i = 0 the initial ones, i + 1 step i's."""
+        """T steps of every chunk. noise(rows, i): normals; 0 the initial ones, i + 1 step i's."""
         batch = self.case.batch
         with self._precision():
             return [

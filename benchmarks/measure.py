@@ -7,12 +7,12 @@ call, so a clock that drifts drifts for all of them, and the median of the round
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,11 +89,9 @@ def peak(call: Callable[[], Any], device: str) -> Peak:
         torch.cuda.synchronize()
         most = torch.cuda.max_memory_allocated() - used
         return Peak(torch.cuda.max_memory_reserved() - before, most)
-    try:
+    with contextlib.suppress(OSError):
         # 5 sets the peak of resident memory, VmHWM, back to the present.
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     call()
     most = max(_status("VmHWM") - before, 0)
     return Peak(most, most)
@@ -139,7 +137,7 @@ def synchronisations(call: Callable[[], Any], device: str) -> int | None:
     return sum("synchronizing" in str(w.message) for w in caught)
 
 
-@contextmanager
+@contextlib.contextmanager
 def tf32(on: bool):
     """float32 matrix products in TF32, as flow_grpo's scripts set it."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -161,6 +159,12 @@ class Ceiling(NamedTuple):
 
 def ceiling(device: str, smoke: bool = False) -> Ceiling:
     """Medians of some large products and copies."""
+    found = _ceiling(device, smoke)
+    release(device)
+    return found
+
+
+def _ceiling(device: str, smoke: bool) -> Ceiling:
     gpu = device == "cuda"
     size, count = (8192, 1 << 30) if gpu else (1024, 1 << 26)
     if smoke:
@@ -180,6 +184,4 @@ def ceiling(device: str, smoke: bool = False) -> Ceiling:
             call()
     times = interleaved(calls, 10, device)
     found = {name: statistics.median(values) for name, values in times.items()}
-    del a, b, out, source, target
-    release(device)
     return Ceiling(2 * size**3 / found["matmul"], 2 * count / found["copy"])

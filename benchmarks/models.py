@@ -20,7 +20,7 @@ SD3_ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
-"""What flow_grpo adapts in SD3: 191 layers of SD3.5-M; attn2 and the last block's text output not."""
+"""What flow_grpo adapts in SD3: 191 layers of SD3.5-M, without attn2."""
 FLUX_LAYERS = (
     *SD3_ATTENTION,
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
@@ -165,13 +165,25 @@ FLUX_DEV = Model(
     encoders=(("clip", CLIP_L), ("t5", T5_XXL)),
     distilled_guidance=3.5,
 )
-_TINY_ENCODERS = tuple(
-    (kind, {**config, "num_hidden_layers": 1, "num_layers": 1, "vocab_size": 64})
-    for kind, config in (
-        ("clip", {**CLIP_L, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}),
-        ("t5", {**T5_XXL, "d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 2}),
-    )
-)
+_TINY_CLIP = {
+    **CLIP_L,
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TINY_T5 = {
+    **T5_XXL,
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 1,
+}
 TINY_SD3 = Model(
     name="tiny-sd3",
     family="sd3",
@@ -193,7 +205,7 @@ TINY_SD3 = Model(
     text_tokens=5,
     parameters=125_952,
     rank=4,
-    encoders=_TINY_ENCODERS,
+    encoders=(("clip", _TINY_CLIP), ("clip", _TINY_CLIP), ("t5", _TINY_T5)),
 )
 TINY_FLUX = Model(
     name="tiny-flux",
@@ -216,7 +228,7 @@ TINY_FLUX = Model(
     targets=FLUX_LAYERS,
     rank=4,
     half=torch.bfloat16,
-    encoders=_TINY_ENCODERS,
+    encoders=(("clip", _TINY_CLIP), ("t5", _TINY_T5)),
     distilled_guidance=3.5,
 )
 
@@ -259,9 +271,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
         made = random_module(lambda: kind(**model.transformer), device, dtype, seed)
     count = sum(p.numel() for p in made.parameters())
     if count != model.parameters:
-        raise ValueError(
-            f"{model.name} has {count} parameters, but {model.parameters} are expected"
-        )
+        raise ValueError(f"{model.name} has {count} parameters, expected {model.parameters}")
     return made.requires_grad_(False).eval()
 
 
@@ -283,11 +293,29 @@ def text_encoders(model: Model, device: str, dtype: torch.dtype) -> list[nn.Modu
         "t5": (T5EncoderModel, T5Config),
     }
     made = []
-    for seed, (kind, config) in enumerate(model.encoders, start=2):
-        cls, configured = kinds[kind][0], kinds[kind][1](**config)
-        module = random_module(lambda cls=cls, c=configured: cls(c), device, dtype, seed)
+    for seed, (kind, values) in enumerate(model.encoders, start=2):
+        cls, config = kinds[kind][0], kinds[kind][1](**values)
+        module = random_module(lambda cls=cls, c=config: cls(c), device, dtype, seed)
         made.append(module.requires_grad_(False).eval())
     return made
+
+
+def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False):
+    """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
+    suites hand over embeddings, and only the memory of the real ones matters."""
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+    tiny = TINY_SD3 if model.family == "sd3" else TINY_FLUX
+    encoders = text_encoders(model if whole else tiny, device, dtype)
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")[: len(encoders)]
+    tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")[: len(encoders)]
+    return (StableDiffusion3Pipeline if model.family == "sd3" else FluxPipeline)(
+        transformer=transformer(model, device, dtype),
+        scheduler=scheduler(model),
+        vae=vae(model, device, dtype),
+        **dict(zip(names, encoders, strict=True)),
+        **dict.fromkeys(tokenizers),
+    )
 
 
 def scheduler(model: Model):

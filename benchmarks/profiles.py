@@ -135,19 +135,22 @@ def _on_cpu(done) -> Profile:
     return summarise(spans, 0)
 
 
-def table(title: str, profile: Profile) -> str:
-    """The profile as text."""
+def table(title: str, profile: Profile, per: int = 1) -> str:
+    """The profile as text, each number over `per` steps."""
     total = sum(profile.groups.values()) or 1.0
-    lines = [title, "=" * len(title), f"{'group':18s} {'kernels':>8s} {'us':>12s} {'share':>7s}"]
+    head = f"{title}, over {per} steps" if per > 1 else title
+    lines = [head, "=" * len(head), f"{'group':18s} {'kernels':>9s} {'us':>12s} {'share':>7s}"]
     for name in GROUPS:
         if profile.counts[name]:
-            time = profile.groups[name]
-            lines.append(f"{name:18s} {profile.counts[name]:8d} {time:12.1f} {time / total:7.1%}")
-    lines.append(f"{'all':18s} {profile.kernels:8d} {total:12.1f}")
+            time, count = profile.groups[name], profile.counts[name] / per
+            lines.append(f"{name:18s} {count:9.1f} {time / per:12.1f} {time / total:7.1%}")
+    lines.append(f"{'all':18s} {profile.kernels / per:9.1f} {total / per:12.1f}")
     share = profile.idle / profile.span if profile.span else 0.0
-    lines.append(f"launches {profile.launches}; from first to last {profile.span:.1f} us, "
-                 f"idle {profile.idle:.1f} us ({share:.1%})")  # fmt: skip
-    lines += ["", "longest:"]
+    lines.append(
+        f"launches {profile.launches / per:.1f}; first to last {profile.span / per:.1f} us, "
+        f"idle {profile.idle / per:.1f} us ({share:.1%})"
+    )
+    lines += ["", "longest, all steps:"]
     lines += [f"{time:12.1f} us {count:6d} x  {name[:90]}" for name, count, time in profile.top]
     return "\n".join(lines) + "\n"
 

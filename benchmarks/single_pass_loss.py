@@ -1,6 +1,6 @@
 """Experiment: loss and gradient in one pass over the latents, beside the two passes of grpo_loss.
 
-    python benchmarks/single_pass_loss.py                # GPU: time both, write a record
+    python benchmarks/single_pass_loss.py [--out FILE]   # GPU: time both, write a record
     python benchmarks/single_pass_loss.py --compile      # no GPU: registers of the kernel on sm_90
     TRITON_INTERPRET=1 python benchmarks/single_pass_loss.py --check    # no GPU: same bits
 
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 
 import torch
 import triton
@@ -190,7 +191,7 @@ def compile_report() -> None:
     print(f"single pass on sm_90: {report.registers} registers, {aot.problems(report) or 'clean'}")
 
 
-def measure() -> None:
+def measure(path: Path | None) -> None:
     import records
 
     rows = []
@@ -217,20 +218,21 @@ def measure() -> None:
                 records.row("single-pass", case, provider, "time", statistics.median(values), "us")
             )
             print(rows[-1])
-    records.write(records.record(rows, "cuda"), records.RESULTS / "single-pass.json")
+    records.write(records.record(rows, "cuda"), path or records.RESULTS / "single-pass.json")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--out", type=Path, help="default: results/single-pass.json")
     options = parser.parse_args()
     if options.compile:
         compile_report()
     elif torch.cuda.is_available():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check(16, (16, 64, 64), dtype, "cuda")
-        measure()
+        measure(options.out)
     elif options.check and triton.knobs.runtime.interpret:
         # One block a row: the interpreter runs programs one after another, so none may wait.
         check(2, (3, 5, 7), torch.float32, "cpu")

@@ -1,0 +1,88 @@
+"""Suite `rollout`: noise to latents, and to images, in one forward geometry after another.
+
+    python benchmarks/bench_rollout.py                              # this machine
+    python benchmarks/bench_rollout.py --cases sd3.5-m --batch-sizes 1,16 --providers ours,eager
+    python benchmarks/bench_rollout.py --profile --batch-sizes 16   # where the time goes
+    python benchmarks/bench_rollout.py --smoke                      # tiny models, seconds
+
+Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidance; FLUX.1-dev 512 x
+512, T = 6 and 10; nano. Providers: `ours` (the trainer's rollout as configured by default),
+`ours-loop` (the same, not captured), `eager` and `compile` (family.py), `ceiling` (this device's
+matrix products, all of the time). Rows: `images` a second by denoising alone and
+`images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the
+ceiling), `peak_memory`, `launches`, `kernels` and `syncs` a step, `speedup_vs_eager`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+
+import cases
+import measure
+import suites
+from cases import Case
+
+
+def one(session: suites.Session, case: Case) -> None:
+    ready, made = {}, {}
+    ideal = case.rows * session.ceiling.matmul / case.rollout_flops
+    session.row(case.name, "ceiling", "images", ideal, "images/s")
+    for name in session.providers(case):
+        provider = session.attempt("set-up", name, case.name, lambda n=name: session.build(n, case))
+        if provider is None:
+            continue
+        peak = session.attempt(
+            "rollout", name, case.name, lambda p=provider: measure.peak(p.rollout, session.device)
+        )
+        out = peak and session.attempt("rollout", name, case.name, provider.rollout)
+        if out is not None:
+            ready[name], made[name] = provider, out
+            session.memory_rows(case.name, name, peak)
+    if session.args.profile:
+        for name, provider in ready.items():
+            session.profile(case.name, name, provider.rollout, "rollout", case.steps * case.chunks)
+        return
+    calls = {name: provider.rollout for name, provider in ready.items()}
+    times = measure.interleaved(calls, session.rounds, session.device)
+    text = {}
+    for name, values in times.items():
+        seconds = statistics.median(values)
+        steps = case.steps * case.chunks
+        session.row(case.name, name, "images", case.rows / seconds, "images/s")
+        session.row(case.name, name, "step", 1e3 * seconds / steps, "ms")
+        session.rate_rows(case.name, name, case.rollout_flops, seconds)
+        session.host_rows(case.name, name, calls[name], steps, "step")
+        text[name] = f"{case.rows / seconds:.3g} images/s"
+    _decoding(session, case, ready, made, times)
+    session.speed_rows(case.name, times)
+    suites.line(case.name, text)
+
+
+def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, times: dict) -> None:
+    """Rows of denoising and decoding together."""
+    calls = {}
+    for name, provider in ready.items():
+
+        def call(provider=provider, out=made[name]):
+            return provider.decode(out)
+
+        if session.attempt("decoding", name, case.name, call) is not None:
+            calls[name] = call
+    decoding = measure.interleaved(calls, session.rounds, session.device)
+    for name, values in decoding.items():
+        seconds = statistics.median(values)
+        session.row(case.name, name, "decoding", 1e3 * seconds / case.rows, "ms/image")
+        whole = statistics.median(times[name]) + seconds
+        session.row(case.name, name, "images_with_decoding", case.rows / whole, "images/s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = suites.parser(__doc__).parse_args(argv)
+    chosen = suites.choose(cases.rollout(args.smoke), args, lambda case: case.name)
+    session = suites.Session("rollout", args)
+    return session.each(chosen, lambda case: one(session, case), lambda case: case.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

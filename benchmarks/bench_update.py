@@ -1,0 +1,68 @@
+"""Suite `update`: an optimizer step over micro-steps (one forward geometry at one trained step).
+
+    python benchmarks/bench_update.py
+    python benchmarks/bench_update.py --cases "sd3.5-m t10 b16" --profile
+    python benchmarks/bench_update.py --smoke
+
+Cases: SD3.5-M with and without guidance and KL, FLUX.1-dev, nano; two trained steps of each chunk
+of rows. Rows: `micro_step` (milliseconds, the optimizer step shared out), `rate`, `mfu` and
+`of_measured` by the operations of cases.py, `peak_memory`, `launches`, `kernels` and `syncs` a
+micro-step, `max_ratio_error` (the largest |ratio - 1| of the first update after a rollout),
+`speedup_vs_eager`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+
+import cases
+import measure
+import suites
+from cases import Case
+
+
+def one(session: suites.Session, case: Case) -> None:
+    title, ready = case.training_name, {}
+    per = case.chunks * case.trained_steps
+    for name in session.providers(case):
+        provider = session.attempt("set-up", name, title, lambda n=name: session.build(n, case))
+        out = provider and session.attempt("rollout", name, title, provider.rollout)
+        if out is None:
+            continue
+        errors: list[float] = []
+
+        def first(provider=provider, out=out, errors=errors):
+            return measure.peak(lambda: errors.append(provider.update(out)), session.device)
+
+        peak = session.attempt("update", name, title, first)
+        if peak is not None:
+            session.memory_rows(title, name, peak)
+            session.row(title, name, "max_ratio_error", errors[0], "1")
+            ready[name] = lambda provider=provider, out=out: provider.update(out)
+            ready[name]()
+    if session.args.profile:
+        for name, call in ready.items():
+            session.profile(title, name, call, "update", per)
+        return
+    times = measure.interleaved(ready, session.rounds, session.device)
+    text = {}
+    for name, values in times.items():
+        seconds = statistics.median(values)
+        session.row(title, name, "micro_step", 1e3 * seconds / per, "ms")
+        session.rate_rows(title, name, per * case.micro_step_flops, seconds)
+        session.host_rows(title, name, ready[name], per, "micro-step")
+        text[name] = f"{1e3 * seconds / per:.4g} ms"
+    session.speed_rows(title, times)
+    suites.line(title, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = suites.parser(__doc__).parse_args(argv)
+    chosen = suites.choose(cases.update(args.smoke), args, lambda case: case.training_name)
+    session = suites.Session("update", args)
+    return session.each(chosen, lambda case: one(session, case), lambda case: case.training_name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""GPU tests and every suite, part by part, within a limit of time: one command on a GPU machine.
+
+    python benchmarks/gpu.py --out DIR                              # all parts
+    python benchmarks/gpu.py --out DIR --parts build,tests,kernels  # some of them
+    python benchmarks/gpu.py --out DIR --wheels WHEELS --total 570  # no network, ten minutes
+    python benchmarks/gpu.py --out DIR --smoke                      # tiny, on the CPU
+
+Needs a Python with PyTorch for CUDA, Triton, transformers, peft, accelerate and pytest; whatever
+else is missing may lie as wheels in a folder (--wheels). Each part is a process or two with a
+budget of seconds; one that fails or is stopped is reported and the next one runs. DIR gets the
+records, a log of each part and summary.json; --archive packs it. Exit code 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+GRACE = 20.0
+"""Seconds for a stopped process to save and leave."""
+
+
+@dataclass
+class Part:
+    """Commands that run one after the other, all within `budget` seconds."""
+
+    name: str
+    budget: float
+    commands: list[list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+    absent: str = ""
+    """Why the part cannot run here; empty when it can."""
+
+
+def suite(script: str, out: Path, budget: float, *more: str) -> list[str]:
+    """A suite's command; no case begins in the last fifth of its budget."""
+    command = [sys.executable, str(HERE / script), "--out", str(out), *more]
+    if script not in ("bench_kernels.py", "single_pass_loss.py"):
+        command += ["--budget", f"{0.8 * budget:.0f}"]
+    return command
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """The parts in the order in which they run."""
+    out, python = args.out, sys.executable
+    smoke = ["--smoke", "--device", "cpu"] if args.smoke else []
+
+    def one(name: str, budget: float, script: str, *more: str) -> Part:
+        return Part(name, budget, [suite(script, out / f"{name}.json", budget, *more, *smoke)])
+
+    nano = [python, "-m", "flowgrpo", "train", "--run.out", str(out / "nano")]
+    if args.smoke:
+        nano += (
+            "--run.steps 1 --run.eval-prompts 2 --run.eval-samples 1 --sample.eval-steps 2".split()
+        )
+        nano += "--sample.prompts-per-iteration 2 --sample.group-size 2".split()
+        nano += "--sample.batch-size 2 --run.eval-guidance 1 --policy.device cpu".split()
+    at_16 = ("--compile-batch-sizes", "16")
+    found = [
+        Part("build", 90, build(args)),
+        Part("tests", 150, [tests(args)]),
+        one("kernels", 150, "bench_kernels.py", *([] if args.smoke else ["--large"])),
+        one("kernels-memory", 60, "bench_kernels.py", "--memory"),
+        one("rollout", 240, "bench_rollout.py", *([] if args.smoke else at_16)),
+        one("update", 200, "bench_update.py", *([] if args.smoke else at_16)),
+        one("iteration", 200, "bench_iteration.py"),
+        one("memory", 120, "bench_iteration.py", "--memory"),
+        one("profile-rollout", 90, "bench_rollout.py", "--profile", *filtered(args, "16")),
+        one("profile-update", 90, "bench_update.py", "--profile", *filtered(args, "16")),
+        sanitizer(args),
+        Part("nano", 150, [nano]),
+    ]
+    if not args.smoke:
+        single = suite("single_pass_loss.py", out / "single-pass.json", 60)
+        found.insert(4, Part("single-pass", 60, [single]))
+    return found
+
+
+def filtered(args: argparse.Namespace, batch: str) -> list[str]:
+    """What a profile is taken of."""
+    if args.smoke:
+        return ["--cases", "tiny-sd3", "--batch-sizes", "2"]
+    return ["--cases", "sd3.5-m t10 b16 no-cfg", "--batch-sizes", batch, "--providers",
+            "ours,eager"]  # fmt: skip
+
+
+def build(args: argparse.Namespace) -> list[list[str]]:
+    doctor = [sys.executable, "-m", "flowgrpo", "doctor"]
+    if args.smoke:
+        return [doctor]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    wheels = sorted(map(str, args.wheels.glob("*.whl"))) if args.wheels else []
+    first = [[*pip, "--no-index", *wheels]] if wheels else []
+    return [*first, [*pip, "--no-build-isolation", str(ROOT)], doctor]
+
+
+def tests(args: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # On a CPU they are all skipped: one file shows that the part runs.
+    return [*command, str(ROOT / "tests" / ("kernels/test_gpu.py" if args.smoke else ""))]
+
+
+def sanitizer(args: argparse.Namespace) -> Part:
+    tool, script = shutil.which("compute-sanitizer"), str(HERE / "sanitize.py")
+    if args.smoke:
+        return Part("sanitizer", 60, [[sys.executable, script, "cpu"]])
+    commands = [
+        [str(tool), "--tool", name, "--error-exitcode", "1", sys.executable, script]
+        for name in ("memcheck", "racecheck")
+    ]
+    absent = "" if tool else "compute-sanitizer is not on the PATH"
+    return Part("sanitizer", 120, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt, so that what saves on Ctrl-C does; kill after the grace."""
+    for number, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(wait)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            process.wait()
+            return
+
+
+def execute(part: Part, out: Path, seconds: float) -> dict:
+    """Run one part; what summary.json says about it."""
+    if part.absent:
+        return {"part": part.name, "result": f"absent: {part.absent}", "seconds": 0.0}
+    start, result = time.monotonic(), "passed"
+    path = out / f"{part.name}.log"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
+    with open(path, "w", encoding="utf-8") as log:
+        for command in part.commands:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                process.wait(max(1.0, seconds - (time.monotonic() - start)))
+            except subprocess.TimeoutExpired:
+                stop(process)
+                result = f"stopped after {seconds:.0f} s"
+                break
+            if process.returncode:
+                result = f"failed with {process.returncode}"
+                break
+    spent = round(time.monotonic() - start, 1)
+    return {"part": part.name, "result": result, "seconds": spent}
+
+
+def show(done: dict, out: Path, lines: int) -> None:
+    """The part's result and the end of its log."""
+    print(f"== {done['part']}: {done['result']}, {done['seconds']} s", flush=True)
+    log = out / f"{done['part']}.log"
+    if log.exists():
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(text[-lines:]), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for records and logs")
+    parser.add_argument("--parts", default="", help="comma-separated; default: all")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that `build` installs")
+    parser.add_argument("--total", type=float, default=float("inf"), help="seconds for everything")
+    parser.add_argument("--lines", type=int, default=25, help="lines of each log to print")
+    parser.add_argument("--archive", type=Path, help="pack the folder into this .tar.gz")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    every = parts(args)
+    wanted = [name for name in args.parts.split(",") if name] or [part.name for part in every]
+    if unknown := set(wanted) - {part.name for part in every}:
+        parser.error(f"--parts knows {', '.join(p.name for p in every)}, not {', '.join(unknown)}")
+    start, summary = time.monotonic(), []
+    for part in every:
+        if part.name not in wanted:
+            continue
+        left = args.total - (time.monotonic() - start) - GRACE
+        if left < GRACE:
+            done = {"part": part.name, "result": "not begun: no time left", "seconds": 0.0}
+        else:
+            done = execute(part, args.out, min(part.budget, left))
+        show(done, args.out, args.lines)
+        summary.append(done)
+        (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if args.archive:
+        with tarfile.open(args.archive, "w:gz") as archive:
+            archive.add(args.out, arcname=args.out.name)
+    print(*(f"{d['part']:16s} {d['seconds']:7.1f} s  {d['result']}" for d in summary), sep="\n")
+    return 0 if all(d["result"] == "passed" for d in summary if "absent" not in d["result"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

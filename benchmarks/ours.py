@@ -1,0 +1,133 @@
+"""This project on one case, through the trainer's own functions: setup, collect, decode, update.
+
+The pipeline is handed over in memory with random embeddings for texts; all else is what
+`flowgrpo train` runs with the same configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import models
+import torch
+from cases import Case
+from torch import Tensor
+
+from flowgrpo import train
+from flowgrpo.advantages import advantages
+from flowgrpo.config import Config, replace
+from flowgrpo.policies import Conditioning, base, embeddings, loading
+from flowgrpo.records import Experience, Trajectory
+from flowgrpo.rollout import decode
+
+PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
+# A deviation of the ratio is recorded here; the trainer would stop.
+ANY = 1e9
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """A light reward."""
+    return images.float().mean((1, 2, 3))
+
+
+def config(case: Case, device: str, **changes: Any) -> Config:
+    """The trainer's configuration of a case."""
+    values = {
+        "recipe": "benchmark",
+        "policy.model": case.model.name,
+        "policy.device": device,
+        "policy.lora_rank": case.model.rank,
+        "policy.lora_alpha": 2 * case.model.rank,
+        "policy.lora_targets": case.model.targets,
+        "policy.text_cache": "",
+        "sample.prompts": "nano",
+        "sample.prompts_per_iteration": case.groups,
+        "sample.group_size": case.group_size,
+        "sample.batch_size": case.batch,
+        "sample.steps": case.steps,
+        "sample.guidance_scale": case.guidance,
+        "sample.window_size": case.window,
+        "sample.window_range": (0, case.window) if case.window else None,
+        "reward.weights": {"ours:brightness": 1.0},
+        "optim.beta": case.beta,
+        "optim.updates_per_iteration": 1,
+        "optim.ratio_tolerance": ANY,
+    }
+    if case.model.vae is not None:
+        values["policy.resolution"] = 8 * case.model.latent[1]
+    if case.model.family == "flux":
+        values["policy.max_sequence_length"] = case.model.text_tokens
+    return replace(Config(), **{**values, **changes})
+
+
+@contextmanager
+def in_memory(model: models.Model, device: str, whole: bool) -> Iterator[None]:
+    """Inside, the trainer's `policy.model` is a random pipeline made in memory.
+
+    whole: with the real text encoders on the device.
+    """
+    if model.name == "nano":
+        yield
+        return
+    device = str(base.choose_device(device))
+
+    def load(cls: type, source: str, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
+        return models.pipeline(model, device, dtype, whole), Path()
+
+    with (
+        mock.patch.object(loading, "load_pipeline", load),
+        mock.patch.object(base, "pipeline_class", lambda *_: PIPELINES[model.family]),
+        mock.patch.object(embeddings, "Texts", lambda *_: _random_texts(model, device)),
+    ):
+        yield
+
+
+def _random_texts(model: models.Model, device: str) -> Callable[[Sequence[str]], Conditioning]:
+    """In place of the text encoders: the last of the random prompts is the empty one."""
+    dtype = base.choose_dtype("auto", torch.device(device))
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return Conditioning(*models.conditioning(model, len(texts), device, dtype))
+
+    return encode
+
+
+class Ours:
+    """The trainer on one case."""
+
+    def __init__(self, case: Case, device: str, whole: bool = False, **changes: Any) -> None:
+        self.case, self.config = case, config(case, device, **changes)
+        with in_memory(case.model, device, whole):
+            self.parts = train.setup(self.config)
+            self.prompts = train.prompts.batch(self.parts.prompts, self.config, 0)
+            self.conditioning = self.parts.policy.encode(self.prompts.texts)
+
+    def rollout(self) -> Trajectory:
+        return train.collect(self.parts, self.conditioning, self.config)
+
+    def decode(self, trajectory: Trajectory) -> Tensor:
+        return decode(self.parts.policy, trajectory.latents[-1], self.case.batch)
+
+    def update(self, trajectory: Trajectory) -> float:
+        """One optimizer step; the largest |ratio - 1| in it."""
+        return self._update(trajectory, torch.linspace(-1, 1, self.case.rows), None)
+
+    def _update(self, trajectory: Trajectory, gains: Tensor, weights: Tensor | None) -> float:
+        weights = torch.ones(self.case.rows) if weights is None else weights
+        parts = self.parts
+        experience = Experience(trajectory, self.conditioning, parts.uncond, gains, weights)
+        metrics = train.update(parts, experience.to(parts.policy.device), self.config)
+        return metrics["max_ratio_error"]
+
+    def iteration(self) -> float:
+        """The body of the trainer's loop; the largest |ratio - 1| before its update."""
+        trajectory = self.rollout()
+        scores = self.parts.scorer(self.decode(trajectory), self.prompts, self.case.group_size)
+        gains, weights = advantages(scores.total.view(-1, self.case.group_size), self.config.optim)
+        error = self._update(trajectory, gains, weights)
+        self.parts.state.iteration += 1
+        return error

@@ -1,0 +1,56 @@
+"""Every kernel once on awkward shapes, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+
+Sizes with and without a tail, one element, one row and several, every dtype; guidance, KL and Guard.
+Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own and an
+access beyond its end is seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+
+SHAPES = ((1,), (3, 5, 7), (4097,), (16, 32, 32))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def once(rows: int, shape: tuple[int, ...], velocity: torch.dtype, sample: torch.dtype, device):
+    """Noise, step, score and loss with gradients; raises when a result is not finite."""
+    transitions = flow_sde([1 - i / 10 for i in range(11)]).to(device)
+    seeds = torch.arange(rows, device=device)
+    step = seeds % 9
+    x = initial_noise(seeds, shape, dtype=sample)
+    v, u, ref = (torch.randn(rows, *shape, device=device, dtype=velocity) for _ in range(3))
+    guided = {"uncond_velocity": u, "guidance_scale": 3.0}
+    after, old = sde_step(v, x, transitions, step, seeds=seeds, **guided)
+    v.requires_grad_()
+    log_prob(v, x, after, transitions, step, **guided).sum().backward()
+    out = grpo_loss(
+        v, x, after, old, torch.linspace(-1, 1, rows, device=device), transitions, step,
+        ref_velocity=ref, kl_weight=0.1, old_velocity=ref, **guided,
+    )  # fmt: skip
+    out.loss.backward()
+    for name, tensor in (("x'", after), ("loss", out.loss), ("gradient", v.grad)):
+        if not tensor.isfinite().all():
+            raise AssertionError(f"{name} of {rows} x {shape}, {velocity}/{sample}: not finite")
+
+
+def main(device: str) -> None:
+    backend = "triton" if device == "cuda" else "reference"
+    with _ops.use_backend(backend):
+        for rows, shape, v, x in itertools.product((1, 3), SHAPES, DTYPES, DTYPES):
+            once(rows, shape, v, x, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"every kernel ran on {device}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

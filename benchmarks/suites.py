@@ -1,0 +1,243 @@
+"""What the suites of whole models share: the command line, the providers, and writing as they go.
+
+A suite measures case after case. Each provider of a case is built, called once to warm up (its
+memory is taken then) and once more, and all of them are timed in turns. The record is written after
+every case, so that a run that is cut off leaves a valid one; a case that does not fit in memory has
+a row that says so, one that fails another way is listed under "failures", and the suite goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import family
+import measure
+import ours
+import profiles
+import records
+import torch
+from cases import Case
+
+PROVIDERS = ("ours", "ours-loop", "eager", "compile")
+CHANGES: dict[str, dict[str, Any]] = {"ours": {}, "ours-loop": {}}
+"""Changes of the trainer's configuration that tell variants of ours apart."""
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every suite has."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    made.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
+    made.add_argument("--cases", default="", help="only cases whose name contains one of these")
+    made.add_argument("--batch-sizes", default="", help="only these batch sizes")
+    made.add_argument(
+        "--compile-batch-sizes", default="", help="batch sizes at which compile runs; default: all"
+    )
+    made.add_argument("--rounds", type=int, default=3, help="timed calls of each provider")
+    made.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds; no case begins after them"
+    )
+    made.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"),
+        help="change a field of the trainer's configuration, for ours",
+    )  # fmt: skip
+    made.add_argument("--profile", action="store_true", help="profile instead of timing")
+    made.add_argument("--smoke", action="store_true", help="tiny models, two rounds")
+    made.add_argument("--out", type=Path, help="default: results/SUITE-DEVICE.json")
+    return made
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def choose(cases: list[Case], args: argparse.Namespace, name: Callable[[Case], str]) -> list[Case]:
+    """The cases that --cases and --batch-sizes leave."""
+    sizes, parts = listed(args.batch_sizes), listed(args.cases)
+    chosen = [
+        case
+        for case in cases
+        if (not sizes or str(case.batch) in sizes)
+        and (not parts or any(part in name(case) for part in parts))
+    ]
+    if not chosen:
+        raise SystemExit("--cases and --batch-sizes leave no case")
+    return chosen
+
+
+class Session:
+    """One run of one suite: its rows, its record, its providers."""
+
+    def __init__(self, suite: str, args: argparse.Namespace) -> None:
+        unknown = set(listed(args.providers)) - set(PROVIDERS)
+        if unknown:
+            raise SystemExit(f"--providers knows {', '.join(PROVIDERS)}, not {', '.join(unknown)}")
+        self.suite, self.args, self.device = suite, args, args.device
+        self.rounds = 2 if args.smoke else args.rounds
+        self.out = args.out or records.RESULTS / f"{suite}-{args.device}.json"
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+        self.texts: list[str] = []
+        self.skipped: list[str] = []
+        self.start = time.perf_counter()
+        self.ceiling = measure.ceiling(self.device, args.smoke)
+        self.row("device", "ceiling", "matmul", self.ceiling.matmul / 1e12, "TFLOP/s")
+        self.row("device", "ceiling", "copy", self.ceiling.copy / 1e9, "GB/s")
+        self._families: dict[str, family.Family] = {}
+        self.resident: dict[str, int] = {}
+        self.write()
+
+    def row(self, case: str, provider: str, metric: str, value: float, unit: str) -> None:
+        self.rows.append(records.row(self.suite, case, provider, metric, value, unit))
+
+    def write(self) -> None:
+        facts = {"failures": self.failures, "skipped": self.skipped}
+        records.write(records.record(self.rows, self.device, **facts), self.out)
+        if self.texts:
+            self.out.with_suffix(".txt").write_text("\n".join(self.texts))
+
+    def over_budget(self) -> bool:
+        return time.perf_counter() - self.start > self.args.budget
+
+    def providers(self, case: Case) -> list[str]:
+        """Those that --providers and --compile-batch-sizes leave for this case."""
+        sizes = listed(self.args.compile_batch_sizes)
+        found = listed(self.args.providers)
+        if sizes and str(case.batch) not in sizes:
+            found = [name for name in found if name != "compile"]
+        return found
+
+    def build(self, name: str, case: Case, whole: bool = False) -> Any:
+        """The provider `name` ready for `case`; a baseline is kept from case to case of a model."""
+        if name in CHANGES:
+            changes = {**CHANGES[name], **dict(self.args.set)}
+            before = measure.held(self.device)
+            made = ours.Ours(case, self.device, whole, **typed(changes))
+            self.resident[name] = measure.held(self.device) - before
+            return made
+        key = f"{name} {case.model.name}"
+        if key not in self._families:
+            self.forget()
+            self._families = {
+                k: f for k, f in self._families.items() if k.endswith(f" {case.model.name}")
+            }
+            before = measure.held(self.device)
+            setting = family.setting(name, case.model, self.device)
+            made = family.Family(case.model, setting, self.device)
+            made.serving  # noqa: B018  builds it
+            self._families[key] = made
+            self.resident[name] = measure.held(self.device) - before
+        self._families[key].prepare(case)
+        return self._families[key]
+
+    def forget(self) -> None:
+        """Drop what earlier cases have left."""
+        torch._dynamo.reset()
+        measure.release(self.device)
+
+    def drop(self, name: str) -> None:
+        """Build the baseline `name` anew next time."""
+        self._families = {k: f for k, f in self._families.items() if not k.startswith(f"{name} ")}
+
+    def attempt(self, what: str, name: str, case: str, action: Callable[[], Any]) -> Any:
+        """The action's result; None after it ran out of memory or failed, which is recorded."""
+        try:
+            return action()
+        except measure.OutOfMemory:
+            print(f"{case:36s} {name:10s} out of memory ({what})", flush=True)
+            self.row(case, name, "out_of_memory", 1, "1")
+        # A provider may fail in any way; the others of this run are wanted all the same.
+        except Exception as error:
+            first = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.failures.append(f"{case} {name} {what}: {first}")
+            traceback.print_exc()
+        self.drop(name)
+        self.forget()
+        return None
+
+    def each(self, cases: Iterable[Case], one: Callable[[Case], None], name: Callable) -> int:
+        """Measure the cases within the budget; the exit code."""
+        for case in cases:
+            if self.over_budget():
+                self.skipped.append(name(case))
+                continue
+            self.forget()
+            one(case)
+            self.write()
+        self.write()
+        print(f"wrote {self.out}")
+        for line in self.failures:
+            print(f"failed: {line}")
+        if self.skipped:
+            print(f"not begun within {self.args.budget:.0f} s: {', '.join(self.skipped)}")
+        return 1 if self.failures else 0
+
+    def rate_rows(self, case: str, name: str, flops: float, seconds: float) -> None:
+        """Operations a second, against the data sheet (on a GPU) and the measured product."""
+        rate = flops / seconds
+        self.row(case, name, "rate", rate / 1e12, "TFLOP/s")
+        self.row(case, name, "of_measured", 100 * rate / self.ceiling.matmul, "%")
+        if self.device == "cuda":
+            self.row(case, name, "mfu", 100 * rate / 1e12 / measure.PEAK_TFLOPS, "%")
+
+    def memory_rows(self, case: str, name: str, peak: measure.Peak) -> None:
+        """The provider's own: its resident weights and what the call took beyond them."""
+        resident = self.resident.get(name, 0)
+        self.row(case, name, "peak_memory", (resident + peak.held) / measure.GIB, "GiB")
+
+    def host_rows(self, case: str, name: str, call: Callable[[], Any], per: int, unit: str) -> None:
+        """Launches and synchronisations of one call, each over `per` steps. GPU only."""
+        if self.device != "cuda":
+            return
+        syncs = measure.synchronisations(call, self.device)
+        profile = profiles.record(call, self.device)
+        self.row(case, name, "syncs", syncs / per, f"synchronisations/{unit}")
+        self.row(case, name, "launches", profile.launches / per, f"launches/{unit}")
+        self.row(case, name, "kernels", profile.kernels / per, f"kernels/{unit}")
+
+    def speed_rows(self, case: str, times: dict[str, list[float]]) -> None:
+        """How many times as fast as eager each provider is, by medians."""
+        if "eager" in times:
+            eager = statistics.median(times["eager"])
+            for name, values in times.items():
+                if name != "eager":
+                    speed = eager / statistics.median(values)
+                    self.row(case, name, "speedup_vs_eager", speed, "x")
+
+    def profile(self, case: str, name: str, call: Callable[[], Any], what: str, per: int) -> None:
+        """Rows and a table of one warm call of `per` steps."""
+        found = profiles.record(call, self.device)
+        title = f"{case}, {name}: {what}"
+        self.texts.append(profiles.table(title, found, per))
+        self.rows += profiles.rows(f"{case} {what}", name, found)
+        print(self.texts[-1], flush=True)
+
+
+def typed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Values of --set as Python values: true, false, numbers; the rest stay texts."""
+    words = {"true": True, "false": False, "none": None}
+
+    def value(text: Any) -> Any:
+        if not isinstance(text, str):
+            return text
+        if text.lower() in words:
+            return words[text.lower()]
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
+
+    return {name: value(text) for name, text in changes.items()}
+
+
+def line(case: str, parts: dict[str, str]) -> None:
+    print(f"{case:36s} " + "  ".join(f"{n} {text}" for n, text in parts.items()), flush=True)
