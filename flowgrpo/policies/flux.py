@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo.config import PolicyConfig
+from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import embeddings, loading, vae
 from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
 
@@ -55,6 +55,7 @@ class FluxPolicy(Policy):
 
         self.name, self.device, self.dtype = name, device, dtype
         self.pipeline, folder = loading.load_pipeline(FluxPipeline, source, name, dtype)
+        self._check_parts()
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
         loading.place(self.pipeline, device, encoders if offload else ())
@@ -75,6 +76,14 @@ class FluxPolicy(Policy):
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
         self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
+
+    def _check_parts(self) -> None:
+        lacking = [part for part in (*TEXT_PARTS, "vae") if getattr(self.pipeline, part) is None]
+        if lacking:
+            raise ConfigError(
+                f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
+                "FluxPipeline's parts are expected; restore them."
+            )
 
     def _set_positions(self, factor: int) -> None:
         side = self.resolution // (PATCH * factor)

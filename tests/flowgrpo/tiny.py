@@ -200,20 +200,20 @@ def t5(width: int = 32, words: int = len(WORDS) + 4):
     )
 
 
-def vae(size: int):
-    """An AutoencoderKL of factor 2 with 4 latent channels, over latents of size x size."""
+def vae(size: int, blocks: int = 2):
+    """An AutoencoderKL of factor 2^(blocks - 1) with 4 latent channels, made for size x size."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=2 * size,
+        sample_size=2 ** (blocks - 1) * size,
         scaling_factor=1.5305,
         shift_factor=0.0609,
         use_quant_conv=False,
@@ -222,10 +222,10 @@ def vae(size: int):
 
 
 def save_latent_pipeline(
-    folder: Path, *, size: int = 8, seed: int = 0, without: tuple[str, ...] = ()
+    folder: Path, *, size: int = 8, blocks: int = 2, seed: int = 0, without: tuple[str, ...] = ()
 ) -> Path:
-    """A pipeline with a VAE (factor 2, 4 latent channels) and the text encoders of SD3.5, less the
-    components named by `without`."""
+    """A pipeline with a VAE (factor 2^(blocks - 1), 4 latent channels) and the text encoders of
+    SD3.5, less the components named by `without`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     with torch.random.fork_rng(devices=[]):
@@ -236,7 +236,7 @@ def save_latent_pipeline(
                 size=size, channels=4, text=32, pooled=24, layers=2, heads=2, head_dim=8, patch=2
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae(size),
+            vae=vae(size, blocks),
             text_encoder=clip(12, 12),
             tokenizer=tokenizer(),
             text_encoder_2=clip(12, 12),
@@ -249,10 +249,13 @@ def save_latent_pipeline(
     return Path(folder)
 
 
-def save_flux_pipeline(folder: Path, *, guidance: bool = True, seed: int = 0) -> Path:
-    """FluxPipeline with FLUX.1-dev's parts: a double and a single block, a VAE of factor 2 with 4
-    latent channels, CLIP and T5, the resolution-dependent shift and, with `guidance`, the guidance
-    embedding. Its default resolution is 256; the tests ask for 16."""
+def save_flux_pipeline(
+    folder: Path, *, guidance: bool = True, blocks: int = 2, seed: int = 0
+) -> Path:
+    """FluxPipeline with FLUX.1-dev's parts: a double and a single block, a VAE of factor
+    2^(blocks - 1) with 4 latent channels, CLIP and T5, the resolution-dependent shift and, with
+    `guidance`, the guidance embedding. Its default resolution, 256 for 2 blocks, is more than most
+    tests need."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -261,7 +264,7 @@ def save_flux_pipeline(folder: Path, *, guidance: bool = True, seed: int = 0) ->
         torch.manual_seed(seed)
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=vae(8),
+            vae=vae(8, blocks),
             text_encoder=CLIPTextModel(
                 CLIPTextConfig(
                     vocab_size=len(clip_words),

@@ -48,13 +48,29 @@ def test_sigmas_leave_the_scheduler_alone(pixel):
     assert torch.equal(pixel.scheduler.sigmas, before)
 
 
-def test_dynamic_shifting_is_the_pipelines(pixel, monkeypatch):
-    """mu from the number of tokens, as StableDiffusion3Pipeline passes it."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    monkeypatch.setattr(pixel, "scheduler", scheduler)
-    own = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    own.set_timesteps(10, mu=0.5 + (1.15 - 0.5) / (4096 - 256) * (16 - 256))
-    torch.testing.assert_close(pixel.sigmas(10).float(), own.sigmas, rtol=0, atol=0)
+@pytest.mark.parametrize("steps", [6, 10, 28, 40])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sigmas_are_what_the_pipeline_sets_up(latent, dynamic, steps, monkeypatch):
+    """As the pipeline's own __call__ leaves its scheduler; dynamic: mu from the tokens."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+    monkeypatch.setattr(latent.pipeline, "scheduler", own)
+    monkeypatch.setattr(latent, "scheduler", own)
+    found, text = latent.sigmas(steps), latent.encode(TEXTS[:1])
+
+    def stop(pipeline, i, t, values):
+        pipeline._interrupt = True
+        return values
+
+    latent.pipeline(
+        prompt_embeds=text.embeds,
+        pooled_prompt_embeds=text.pooled,
+        guidance_scale=1.0,
+        num_inference_steps=steps,
+        output_type="latent",
+        callback_on_step_end=stop,
+    )
+    assert torch.equal(found.float(), own.sigmas)
+    assert torch.equal(found.float()[:-1] * 1000, own.timesteps)
 
 
 def test_embeddings_with_one_encoder(pixel):

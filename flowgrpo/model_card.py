@@ -1,0 +1,182 @@
+"""README.md beside the saved weights: a model card of the Hugging Face Hub.
+
+The front matter is what the Hub reads (base model, library, tags, task); below it stand what was
+trained on what, the arithmetic of a group, the numbers before and after where they are known, and
+the lines that load the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flowgrpo import checkpoints
+from flowgrpo.config import Config
+from flowgrpo.policies.base import family_of
+
+FILE = "README.md"
+
+
+def write(
+    folder: Path,
+    config: Config,
+    transformer: nn.Module,
+    iteration: int,
+    summary: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the card of the weights in `folder`, trained for `iteration` iterations.
+
+    Args:
+        summary: what summary.json holds, for the numbers before and after.
+    """
+    from huggingface_hub import ModelCardData
+
+    lora = config.policy.adapter == "lora"
+    data = ModelCardData(
+        # The Hub knows repositories; a folder's name says nothing there.
+        base_model=config.policy.model if _on_hub(config.policy.model) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*(["lora"] if lora else []), "flow-grpo", "reinforcement-learning"],
+    )
+    optim = config.optim
+    average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
+    kind = "LoRA adapter" if lora else "Transformer"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {config.recipe}: {_base(config)} after Flow-GRPO",
+        f"{kind} of {_base(config)}, trained by online reinforcement learning (Flow-GRPO, "
+        f"arXiv 2505.05470) for {iteration} iterations{average}.",
+        _table(("", ""), _settings(config, transformer)),
+    ]
+    if summary is not None:
+        parts += ["## Before and after", _numbers(summary)]
+    parts += ["## Load it", f"```python\n{load_lines(config, transformer)}\n```"]
+    path = folder / FILE
+    checkpoints.write_text(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDER") -> str:
+    """Python that makes an image with the weights in `folder`."""
+    policy, name = config.policy, family_of(transformer)[0]
+    if policy.model == "nano":
+        return (
+            "from flowgrpo.policies import Policy\n\n"
+            'policy = Policy.load("nano")  # its one text encoder is not what diffusers expects\n'
+            f'policy.pipeline.load_lora_weights("{folder}")'
+        )
+    base = f'"{policy.model}", torch_dtype=torch.bfloat16'
+    call = f'image = pipe("a prompt", {_arguments(config, name)}).images[0]'
+    if policy.adapter == "lora":
+        return (
+            f"import torch\nfrom diffusers import {name}\n\n"
+            f'pipe = {name}.from_pretrained({base}).to("cuda")\n'
+            f'pipe.load_lora_weights("{folder}")\n{call}'
+        )
+    cls = family_of(transformer)[1].transformer
+    return (
+        f"import torch\nfrom diffusers import {cls}, {name}\n\n"
+        f'transformer = {cls}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)\n'
+        f'pipe = {name}.from_pretrained({base}, transformer=transformer).to("cuda")\n{call}'
+    )
+
+
+def _arguments(config: Config, pipeline: str) -> str:
+    """The pipeline's arguments that make it sample as evaluation did."""
+    policy, sample = config.policy, config.sample
+    arguments: dict[str, Any] = {}
+    if policy.resolution:
+        arguments |= {"height": policy.resolution, "width": policy.resolution}
+    arguments["num_inference_steps"] = sample.eval_steps
+    if pipeline == "FluxPipeline":
+        arguments["guidance_scale"] = policy.embedded_guidance
+        if sample.guidance_scale != 1:
+            arguments |= {"negative_prompt": "", "true_cfg_scale": sample.guidance_scale}
+    else:
+        arguments["guidance_scale"] = sample.guidance_scale
+    # The default of both policies.
+    arguments["max_sequence_length"] = policy.max_sequence_length or 128
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _on_hub(model: str) -> bool:
+    return model != "nano" and not Path(model).exists()
+
+
+def _base(config: Config) -> str:
+    model = config.policy.model
+    return model if model == "nano" or _on_hub(model) else Path(model).name
+
+
+def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
+    policy, sample, optim = config.policy, config.sample, config.optim
+    rewards = ", ".join(f"{weight:g} x {name}" for name, weight in config.reward.weights.items())
+    window = "all but the last step"
+    if sample.window_size:
+        low, high = sample.window_bounds
+        window = f"a window of {sample.window_size} in steps {low} to {high - 1}"
+    trained = "all weights of the transformer"
+    if policy.adapter == "lora":
+        targets = policy.lora_targets or family_of(transformer)[1].lora_targets
+        trained = f"rank {policy.lora_rank}, alpha {policy.lora_alpha}, on {', '.join(targets)}"
+    return [
+        ("Recipe", config.recipe),
+        ("Rewards", rewards),
+        ("Prompts", Path(sample.prompts).name),
+        (
+            "Group arithmetic",
+            f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = {sample.rows} "
+            f"images an iteration, {optim.updates_per_iteration} updates of "
+            f"{config.chunks_per_update} chunks of {sample.batch_size} images",
+        ),
+        (
+            "Sampler",
+            f"{sample.steps} steps in training ({sample.eval_steps} in evaluation), "
+            f"{sample.transition}, noise level {sample.noise_level:g}, trained: {window}",
+        ),
+        ("Guidance", _guidance(config, family_of(transformer)[0])),
+        ("Trained", trained),
+        (
+            "Optimizer",
+            f"AdamW, learning rate {optim.lr:g}, clip range {optim.clip_range:g}, "
+            f"KL weight {optim.beta:g} ({optim.kl})",
+        ),
+        ("Seed", str(config.run.seed)),
+    ]
+
+
+def _guidance(config: Config, pipeline: str) -> str:
+    scale = config.sample.guidance_scale
+    found = f"classifier-free, {scale:g}" if scale != 1 else "none"
+    if pipeline == "FluxPipeline":
+        found += f"; embedded, {config.policy.embedded_guidance:g}"
+    return found
+
+
+def _numbers(summary: Mapping[str, Any]) -> str:
+    """Scores, tasks and quality of both reports, and how many images they stand for."""
+    before, after = summary["before"], summary["after"]
+    rows = []
+    for group, prefix in (("scores", ""), ("tasks", "task "), ("quality", "quality ")):
+        for name, value in before[group].items():
+            rows.append((f"{prefix}{name}", _number(value), _number(after[group].get(name))))
+    low, high = after["interval"]
+    note = (
+        f"{after['images']} images of {after['prompts']} held-out prompts, deterministic sampler, "
+        f"{after['steps']} steps, guidance {after['guidance_scale']:g}; 95 % interval of the first "
+        f"score over prompts after training: {_number(low)} to {_number(high)}."
+    )
+    return _table(("", "before", f"iteration {after['iteration']}"), rows) + "\n\n" + note
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
