@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo import __version__, boards, checkpoints
+from flowgrpo import __version__, boards, checkpoints, model_card
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
 from flowgrpo.weights import EMA as EMA
 from flowgrpo.weights import State as State
@@ -123,6 +123,7 @@ class Run:
 
         def adapter(folder: Path) -> None:
             export(transformer, state.ema, self.config.policy, folder)
+            model_card.write(folder, self.config, transformer, state.iteration)
 
         path = checkpoints.save(
             self.checkpoints, state.iteration, state.tensors(), record, adapter if lora else None
@@ -158,6 +159,7 @@ class Run:
         final = self.dir / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
         beside = self.dir / f".{final.name}.{os.getpid()}"
         export(transformer, state.ema, self.config.policy, beside)
+        model_card.write(beside, self.config, transformer, state.iteration, summary)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
         checkpoints.write_json(self.dir / "summary.json", summary)
