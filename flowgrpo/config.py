@@ -163,6 +163,11 @@ class SampleConfig:
         return self.window_range or (0, int(self.steps * 0.99))
 
     @property
+    def last_start(self) -> int:
+        """The latest step at which a window may begin."""
+        return self.window_bounds[1] - self.trained_steps
+
+    @property
     def trained_steps(self) -> int:
         """W: stochastic steps of one row, each trained in the update."""
         low, high = self.window_bounds
@@ -243,7 +248,7 @@ class OptimConfig:
     """Largest |ratio - 1| that the first update of an iteration may show before the run stops."""
     # A replay costs one forward for each trained step, without a backward.
     anchor: Literal["rollout", "replay"] = "rollout"
-    """Old log-probabilities: those of the rollout, or computed again by the update's own forward."""
+    """Old log-probabilities: the rollout's, or computed again by the forward of the update."""
     # More rows may mean other kernels, and then the first ratios are not 1: see anchor.
     steps_per_forward: int = 1
     """Trained steps of a chunk in one forward of the update; it must divide their number."""

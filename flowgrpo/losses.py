@@ -1,4 +1,4 @@
-"""Objectives: what an update minimises over one chunk of rows at one trained step each.
+"""Objectives: what an update minimises over a batch of rows at one trained step each.
 
 `grpo` is Flow-GRPO's loss (arXiv 2505.05470, equation 5), with r the ratio of the step's
 probability now to that in the rollout, A the advantage and v, v_ref the velocities with and without
@@ -19,16 +19,17 @@ Deliberate departures from the paper and from flow_grpo:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
-from flowgrpo.records import Experience
-from flowgrpo.rollout import Schedule, velocity
-from flowgrpo_kernels import grpo_loss
+from flowgrpo.records import Batch, Experience
+from flowgrpo.rollout import Schedule, guided, velocity
+from flowgrpo_kernels import grpo_loss, log_prob
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,47 @@ class Loss:
     """float32 [rows]."""
 
 
-def grpo(
-    policy: Policy, plan: Schedule, experience: Experience, rows: slice, turn: int, config: Config
-) -> Loss:
-    """Flow-GRPO's loss of the chunk `rows`, each row at its own trained step number `turn`."""
-    trajectory, optim = experience.trajectory, config.optim
-    place = trajectory.positions[turn, rows]
-    step = trajectory.steps[turn, rows]
-    index = torch.arange(rows.start, rows.stop, device=place.device)
-    sample = trajectory.latents[place, index]
-    prev_sample = trajectory.latents[place + 1, index]
-    inputs = (
-        sample,
-        plan.sigmas[place],
-        experience.conditioning.rows(trajectory.groups[rows]),
-        experience.uncond,
+def gather(plan: Schedule, experience: Experience, rows: slice, turns: range) -> Batch:
+    """The chunk `rows` at its trained steps number `turns`, one after another."""
+    trajectory = experience.trajectory
+    index = torch.arange(rows.start, rows.stop, device=trajectory.positions.device)
+    index = index.repeat(len(turns))
+    place = trajectory.positions[turns.start : turns.stop, rows].flatten()
+    velocities = trajectory.velocities
+    return Batch(
+        sample=trajectory.latents[place, index],
+        prev_sample=trajectory.latents[place + 1, index],
+        sigma=plan.sigmas[place],
+        transitions=plan.transitions,
+        step=trajectory.steps[turns.start : turns.stop, rows].flatten(),
+        conditioning=experience.conditioning.rows(trajectory.groups[index]),
+        uncond=experience.uncond,
+        old_log_prob=trajectory.log_probs[place, index],
+        old_velocity=None if velocities is None else velocities[place, index],
+        advantages=experience.advantages[index],
+        weights=experience.weights[index],
+        step_weights=plan.weights[place],
     )
+
+
+def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
+    """Flow-GRPO's loss of one micro-step."""
+    optim = config.optim
+    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
     if optim.beta > 0:
         with torch.no_grad(), policy.reference():
             reference = velocity(policy, *inputs)
     now, uncond = velocity(policy, *inputs)
-    weight = experience.weights[rows]
+    weight = batch.weights
     out = grpo_loss(
         now,
-        sample,
-        prev_sample,
-        trajectory.log_probs[place, index],
-        experience.advantages[rows],
-        plan.transitions,
-        step,
+        batch.sample,
+        batch.prev_sample,
+        batch.old_log_prob,
+        batch.advantages,
+        batch.transitions,
+        batch.step,
         uncond_velocity=uncond,
         guidance_scale=config.sample.guidance_scale,
         ref_velocity=reference[0],
@@ -80,9 +92,9 @@ def grpo(
         kl_weight=optim.beta,
         clip_range=optim.clip_range,
         adv_clip=optim.adv_clip,
-        row_weight=weight * plan.weights[place] if optim.step_weighting == "std" else weight,
+        row_weight=weight * batch.step_weights if optim.step_weighting == "std" else weight,
         kl_row_weight=weight,
-        old_velocity=trajectory.velocities[place, index] if optim.guard else None,
+        old_velocity=batch.old_velocity if optim.guard else None,
     )
     metrics = {
         "loss": out.loss.detach(),
@@ -91,3 +103,43 @@ def grpo(
         "clip_fraction": out.clip_fraction.detach(),
     }
     return Loss(out.loss, metrics, out.ratio.detach())
+
+
+def replay(
+    policy: Policy,
+    plan: Schedule,
+    experience: Experience,
+    micro_steps: Sequence[tuple[slice, range]],
+    config: Config,
+) -> Experience:
+    """`experience` with the old log-probabilities computed again, by the forwards of the update.
+
+    Their ratios are then 1 whatever computed the rollout, as long as one forward repeats itself:
+    the anchor for forwards that differ from the rollout's in kernels or number of rows. The price
+    is one forward for each trained step.
+    """
+    trajectory = experience.trajectory
+    log_probs = trajectory.log_probs.clone()
+    velocities = None if trajectory.velocities is None else trajectory.velocities.clone()
+    for rows, turns in micro_steps:
+        batch = gather(plan, experience, rows, turns)
+        # With gradients, which nothing uses: without them a forward may take other kernels.
+        now, uncond = velocity(policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond)
+        now, uncond = now.detach(), None if uncond is None else uncond.detach()
+        scale = config.sample.guidance_scale
+        found = log_prob(
+            now,
+            batch.sample,
+            batch.prev_sample,
+            batch.transitions,
+            batch.step,
+            uncond_velocity=uncond,
+            guidance_scale=scale,
+        )
+        place = trajectory.positions[turns.start : turns.stop, rows].flatten()
+        index = torch.arange(rows.start, rows.stop, device=place.device).repeat(len(turns))
+        log_probs[place, index] = found
+        if velocities is not None:
+            velocities[place, index] = guided(now, uncond, scale)
+    anchored = replace(trajectory, log_probs=log_probs, velocities=velocities)
+    return replace(experience, trajectory=anchored)

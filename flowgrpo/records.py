@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flowgrpo.policies import Conditioning
+    from flowgrpo_kernels import Transitions
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,35 @@ class Experience:
         """The same with advantages and weights, which were made on the CPU, on `device`."""
         moved = {"advantages": self.advantages.to(device), "weights": self.weights.to(device)}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-step: M rows, each at one of its trained steps."""
+
+    sample: Tensor
+    """float32 [M, C, H, W]: what the step was fed."""
+    prev_sample: Tensor
+    """float32 [M, C, H, W]: what came out."""
+    sigma: Tensor
+    """float32 [M]."""
+    transitions: Transitions
+    step: Tensor
+    """int64 [M]: rows of the transition table."""
+    conditioning: Conditioning
+    """M rows."""
+    uncond: Conditioning | None
+    """One row; None without guidance."""
+    old_log_prob: Tensor
+    """float32 [M]."""
+    old_velocity: Tensor | None
+    """[M, C, H, W], for GRPO-Guard only."""
+    advantages: Tensor
+    """float32 [M]."""
+    weights: Tensor
+    """float32 [M]."""
+    step_weights: Tensor
+    """float32 [M]: see `rollout.step_weights`."""
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,26 @@ one forward.
 
 Rows are processed in chunks of a fixed number, in order. The update uses the same chunks: kernels
 of matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
+
+`denoise` is the whole algorithm for one chunk. With `policy.graphs` (capture.py) it is replayed as
+one CUDA graph where all states are kept, which is training, and step by step, with a graph that
+serves any number of steps, where only the result is, which is evaluation. Initial noise, windows
+and noise levels are data in it: seeds, rows of the table, and the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrpo import seeds as random
-from flowgrpo.config import Config, SampleConfig
+from flowgrpo.config import Config, ConfigError, SampleConfig
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
 from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, initial_noise, ode, sde_step
@@ -92,7 +100,16 @@ def windows(groups: int, config: Config, iteration: int) -> Tensor:
 
 
 def table_rows(positions: Tensor, steps: int) -> Tensor:
-    """int64 [T, B]: the table row of each step, stochastic at `positions` [W, B], else ODE."""
+    """int64 [T, B]: the table row of each step, stochastic at `positions` [W, B], else ODE.
+
+    Raises:
+        ConfigError: a position is no step of the schedule.
+    """
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < steps:
+        raise ConfigError(
+            f"a window covers the steps {int(positions.min())} to {int(positions.max())}, but the "
+            f"schedule has the steps 0 to {steps - 1}; change sample.window_range or sample.steps."
+        )
     rows = torch.arange(steps)[:, None].expand(steps, positions.shape[1]) + steps
     return rows.clone().scatter_(0, positions, positions)
 
@@ -116,9 +133,37 @@ def velocity(
     return conditional, unconditional
 
 
+def guided(conditional: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """The velocity that a step is made by."""
+    if uncond is None:
+        return conditional
+    # In float32 and in the order of the kernels: GRPO-Guard compares it bit for bit.
+    uncond = uncond.float()
+    return uncond + (conditional.float() - uncond) * guidance_scale
+
+
 def chunks(rows: int, batch_size: int) -> list[slice]:
     """The rows of each forward, in order."""
     return [slice(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the sampling of b rows starts from; all of it is data to a captured rollout."""
+
+    conditioning: Conditioning
+    """b rows."""
+    uncond: Conditioning | None
+    """One row, for guidance."""
+    sigmas: Tensor
+    """float32 [T+1]."""
+    transitions: Transitions
+    steps: Tensor
+    """int64 [T, b]: rows of the table."""
+    seeds: Tensor
+    """int64 [b]: of the steps' noise."""
+    noise_seeds: Tensor
+    """int64 [b]: of the initial noise."""
 
 
 @torch.no_grad()
@@ -137,6 +182,7 @@ def rollout(
     positions: Tensor | None = None,
     keep: bool = True,
     keep_velocities: bool = False,
+    done: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample one latent for each row.
 
@@ -152,75 +198,144 @@ def rollout(
         keep: keep all states; otherwise `latents` has the last two only, of which latents[-1] is
             the result.
         keep_velocities: keep the (guided) velocities too.
+        done: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
-    total, rows = plan.steps, seeds.numel()
-    device = policy.device
+    device, rows = policy.device, seeds.numel()
+    sample_chunk, fixed = _form(policy, keep)
     seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
-    latents = torch.empty(total + 1 if keep else 2, rows, *policy.latent_shape, device=device)
-    log_probs = torch.empty(total, rows, device=device)
-    velocities = None
-    if keep_velocities:
-        dtype = policy.dtype if uncond is None else torch.float32
-        velocities = torch.empty(total, *latents.shape[1:], dtype=dtype, device=device)
+    found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
     for part in chunks(rows, batch_size):
-        _denoise(
-            policy,
-            conditioning.rows(groups[part]),
-            plan,
-            steps[:, part],
-            # Places counted so that the result is the last one, in a full buffer and in one of two.
-            [latents[(i - total - 1) % len(latents), part] for i in range(total + 1)],
-            log_probs[:, part],
-            None if velocities is None else velocities[:, part],
-            seeds[part],
-            noise_seeds[part],
+        # A graph has one geometry: a last chunk that is short repeats its last row.
+        stop = part.start + min(batch_size, rows) if fixed else part.stop
+        place = torch.arange(part.start, stop, device=device).clamp(max=rows - 1)
+        chunk = Chunk(
+            conditioning.rows(groups[place]),
             uncond,
-            guidance_scale,
+            plan.sigmas,
+            plan.transitions,
+            steps[:, place],
+            seeds[place],
+            noise_seeds[place],
         )
+        made = sample_chunk(policy, chunk, guidance_scale, keep, keep_velocities)
+        for into, value in zip(found, made, strict=True):
+            if into is not None:
+                into[:, part] = value[:, : part.stop - part.start]
+        if done is not None:
+            done(found[0][-1, part])
     if positions is None:
         positions = torch.empty(0, rows, dtype=torch.int64)
     positions = positions.to(device)
+    latents, log_probs, velocities = found
     return Trajectory(
         latents, log_probs, steps.gather(0, positions), positions, groups, seeds, velocities
     )
 
 
-def _denoise(
+def buffers(
+    policy: Policy, steps: int, rows: int, guidance: bool, keep: bool, keep_velocities: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Uninitialised latents [T+1 or 2, rows, ...], log_probs [T, rows], velocities or None."""
+    shape, device = (rows, *policy.latent_shape), policy.device
+    velocities = None
+    if keep_velocities:
+        dtype = torch.float32 if guidance else policy.dtype
+        velocities = torch.empty(steps, *shape, dtype=dtype, device=device)
+    latents = torch.empty(steps + 1 if keep else 2, *shape, device=device)
+    return latents, torch.empty(steps, rows, device=device), velocities
+
+
+def advance(
     policy: Policy,
+    sample: Tensor,
+    sigma: Tensor,
     conditioning: Conditioning,
-    plan: Schedule,
-    steps: Tensor,
-    states: list[Tensor],
-    log_probs: Tensor,
-    velocities: Tensor | None,
-    seeds: Tensor,
-    noise_seeds: Tensor,
     uncond: Conditioning | None,
+    transitions: Transitions,
+    steps: Tensor,
+    seeds: Tensor,
     guidance_scale: float,
-) -> None:
-    """The T steps of one chunk, written into `states`, `log_probs` and `velocities`."""
-    states[0].copy_(initial_noise(noise_seeds, states[0].shape[1:]))
-    for i in range(plan.steps):
-        sigma = plan.sigmas[i].expand(len(seeds))
-        conditional, unconditional = velocity(policy, states[i], sigma, conditioning, uncond)
-        sde_step(
-            conditional,
-            states[i],
-            plan.transitions,
-            steps[i],
-            seeds=seeds,
-            uncond_velocity=unconditional,
-            guidance_scale=guidance_scale,
-            out=states[i + 1],
-            log_prob_out=log_probs[i],
-        )
-        if velocities is not None and unconditional is None:
-            velocities[i].copy_(conditional)
-        elif velocities is not None:
-            # In float32 and in the order of the kernels: GRPO-Guard compares it bit for bit.
-            u = unconditional.float()
-            velocities[i].copy_(u + (conditional.float() - u) * guidance_scale)
+    *,
+    out: Tensor | None = None,
+    log_prob_out: Tensor | None = None,
+    velocity_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The next states of rows that may be at different steps, and their log-probabilities.
+
+    sigma [b] and steps [b], rows of the table, belong to the rows of `sample`.
+    """
+    conditional, unconditional = velocity(policy, sample, sigma, conditioning, uncond)
+    if velocity_out is not None:
+        velocity_out.copy_(guided(conditional, unconditional, guidance_scale))
+    return sde_step(
+        conditional,
+        sample,
+        transitions,
+        steps,
+        seeds=seeds,
+        uncond_velocity=unconditional,
+        guidance_scale=guidance_scale,
+        out=out,
+        log_prob_out=log_prob_out,
+    )
+
+
+def denoise(
+    policy: Policy,
+    chunk: Chunk,
+    guidance_scale: float,
+    keep: bool,
+    keep_velocities: bool,
+    step: Callable[..., object] = advance,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latents, log_probs and velocities of the rows of one chunk, as `buffers` describes them."""
+    total, rows = chunk.steps.shape
+    guidance = chunk.uncond is not None
+    latents, log_probs, velocities = buffers(policy, total, rows, guidance, keep, keep_velocities)
+    # Places counted so that the result is the last one, in a full buffer and in one of two.
+    states = [latents[(i - total - 1) % len(latents)] for i in range(total + 1)]
+    states[0].copy_(initial_noise(chunk.noise_seeds, states[0].shape[1:]))
+    # A graph of one step must make what it needs of the parameters by itself.
+    with policy.steady() if step is advance else nullcontext():
+        for i in range(total):
+            step(
+                policy,
+                states[i],
+                chunk.sigmas[i].expand(rows),
+                chunk.conditioning,
+                chunk.uncond,
+                chunk.transitions,
+                chunk.steps[i],
+                chunk.seeds,
+                guidance_scale,
+                out=states[i + 1],
+                log_prob_out=log_probs[i],
+                velocity_out=None if velocities is None else velocities[i],
+            )
+    return latents, log_probs, velocities
+
+
+def _form(policy: Policy, keep: bool) -> tuple[Callable[..., tuple], bool]:
+    """`denoise`, or the form of it that replays graphs, and whether chunks need a fixed size."""
+    graphs = getattr(policy, "graphs", None)
+    if graphs is None:
+        return denoise, False
+    if keep:
+        return partial(graphs, denoise), True
+
+    def step(policy, sample, sigma, conditioning, uncond, transitions, steps, *rest, **buffers):
+        # Row b of the table is what row b of the batch does: one shape for any number of steps.
+        # Not by `from_table`, which reads the table on the host.
+        index = torch.arange(len(steps), device=steps.device)
+        kinds = tuple(dict.fromkeys(transitions.kinds))
+        rows = Transitions(transitions.table[steps], None, kinds, index)
+        inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
+        found = graphs(advance, policy, *inputs)
+        for name, value in zip(("out", "log_prob_out"), found, strict=True):
+            buffers[name].copy_(value)
+
+    return partial(denoise, step=step), True
 
 
 def sample(

@@ -21,34 +21,39 @@ own):
 2. The update goes over the same chunks of rows in the same order as the rollout, unshuffled, so
    each forward repeats the rollout's bits and the ratios of the first update are exactly 1.0. The
    largest deviation is measured in every iteration and stops the run past `optim.ratio_tolerance`.
+   With `optim.anchor` "replay" the update's own forward computes the old log p anew.
 3. Groups whose rewards are all equal stay in the batch with advantage 0 (flow_grpo drops the rows).
    A group whose reward failed stays with weight 0.
 4. Frozen weights may be 16-bit, adapters are float32, and there is no autocast.
 5. Every random number is a hash of (seed, purpose, iteration, index): no generator has a state, so
    a resumed run goes on with the same numbers.
+6. Images of a chunk are decoded and scored while the next chunk is sampled (scoring.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from flowgrpo import losses, prompts, rewards, runs, seeds
+from flowgrpo import capture, losses, prefix, prompts, rewards, runs, seeds
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import Conditioning, Policy
-from flowgrpo.records import Experience, Prompts, Scores, Trajectory
+from flowgrpo.records import Batch, Experience, Prompts, Scores, Trajectory
 from flowgrpo.reports import Reports
-from flowgrpo.rollout import Schedule, chunks, decode, rollout, schedule, table_rows, windows
+from flowgrpo.rollout import Schedule, chunks, rollout, schedule, table_rows, windows
+from flowgrpo.scoring import Scoring, Worker
 
 OBJECTIVES: dict[str, Callable[..., losses.Loss]] = {"grpo": losses.grpo}
-"""What an update can minimise: f(policy, plan, experience, rows, turn, config) -> Loss."""
+"""What an update can minimise: f(policy, batch, config) -> Loss."""
 
 
 class RatioError(RuntimeError):
@@ -70,6 +75,9 @@ class Parts:
     scorer: rewards.Scorer
     uncond: Conditioning | None
     """Of the empty prompt; None without guidance."""
+    worker: Worker | None
+    """Computes rewards beside the rollout; None: afterwards."""
+    micro_step: MicroStep
 
 
 def setup(config: Config) -> Parts:
@@ -79,13 +87,19 @@ def setup(config: Config) -> Parts:
     prompt_set = prompts.load(config.sample.prompts, "train")
     prompts.check(prompt_set, config.sample.prompts_per_iteration)
     policy = load_policy(config)
+    capture.prepare(policy, config)
     for start in range(0, len(prompt_set), 256):
         # Words that the model does not know raise here, not in the middle of the run.
         policy.check_texts(prompt_set.texts[start : start + 256])
     state = runs.State.create(policy.transformer, config.optim)
     plan = schedule(policy, config.sample, config.optim.kl)
     uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
-    return Parts(policy, plan, state, prompt_set, scorer, uncond)
+    worker = Worker(policy.device, config.sample.overlap) if config.sample.overlap else None
+    graphs = None
+    if config.optim.capture == "on":
+        graphs = policy.graphs or capture.Graphs(policy, capture.CudaRecorder(policy.device))
+    micro = MicroStep(policy, graphs)
+    return Parts(policy, plan, state, prompt_set, scorer, uncond, worker, micro)
 
 
 def load_policy(config: Config) -> Policy:
@@ -104,7 +118,22 @@ def load_policy(config: Config) -> Policy:
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     runs.add_adapter(policy.transformer, config.policy, seed)
+    if config.policy.gradient_checkpointing:
+        recompute(policy.transformer)
     return policy
+
+
+def recompute(transformer: nn.Module) -> None:
+    """Keep only the inputs of the transformer's blocks for the backward pass."""
+    # Nothing in a block is random; and the state of a generator is read by waiting for the device.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    try:
+        transformer.enable_gradient_checkpointing(lambda module, *args: again(module, *args))
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.gradient_checkpointing is on, but {type(transformer).__name__} has none; "
+            "turn it off."
+        ) from error
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -117,10 +146,10 @@ def run(config: Config) -> dict[str, Any]:
             with clock("rollout"):
                 batch = prompts.batch(parts.prompts, config, state.iteration)
                 conditioning = policy.encode(batch.texts)
-                trajectory = collect(parts, conditioning, config)
-                images = decode(policy, trajectory.latents[-1], config.sample.batch_size)
+                scoring = Scoring(parts.scorer, batch, group_size, parts.worker)
+                trajectory = collect(parts, conditioning, config, scoring)
             with clock("reward"):
-                scores = parts.scorer(images, batch, group_size)
+                scores = scoring.finish()
                 gains, weights = advantages(scores.total.view(-1, group_size), config.optim)
             with clock("update"):
                 experience = Experience(trajectory, conditioning, parts.uncond, gains, weights).to(
@@ -132,24 +161,37 @@ def run(config: Config) -> dict[str, Any]:
         return reports.finish(interrupted=stop.requested)
 
 
-def collect(parts: Parts, conditioning: Conditioning, config: Config) -> Trajectory:
-    """The rollout of one iteration: K x G rows, each with its seeds and its window."""
-    count, iteration = len(conditioning), parts.state.iteration
+def collect(
+    parts: Parts, conditioning: Conditioning, config: Config, scoring: Scoring | None = None
+) -> Trajectory:
+    """The rollout of one iteration: K x G rows, each with its seeds and its window. The images of
+    each chunk go to `scoring` as soon as they are there."""
+    count, iteration, sample = len(conditioning), parts.state.iteration, config.sample
+    policy = parts.policy
+
+    def done(latents: Tensor) -> None:
+        if scoring is not None:
+            scoring.add(policy.decode(latents))
+
     positions = windows(count, config, iteration)
     own, initial = prompts.row_seeds(count, config, iteration)
-    return rollout(
-        parts.policy,
+    # Without noise in common, or with all windows at the first step, there is nothing to share.
+    shared = sample.share_prefix and sample.shared_noise and sample.last_start > 0
+    shared = shared and getattr(policy, "graphs", None) is None
+    return (prefix.rollout if shared else rollout)(
+        policy,
         conditioning,
         parts.plan,
-        table_rows(positions, config.sample.steps),
-        groups=torch.arange(count).repeat_interleave(config.sample.group_size),
+        table_rows(positions, sample.steps),
+        groups=torch.arange(count).repeat_interleave(sample.group_size),
         seeds=own,
         noise_seeds=initial,
-        batch_size=config.sample.batch_size,
+        batch_size=sample.batch_size,
         uncond=parts.uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=sample.guidance_scale,
         positions=positions,
         keep_velocities=config.optim.guard,
+        done=done,
     )
 
 
@@ -157,30 +199,70 @@ def update(parts: Parts, experience: Experience, config: Config) -> dict[str, An
     """The optimizer steps of one iteration, each over its own part of the chunks.
 
     Returns the means of the objective's metrics over all micro-steps (one chunk at one of its
-    trained steps), the gradient norm of each optimizer step before clipping, and the largest
-    |ratio - 1| before the first one.
+    trained steps, or at `optim.steps_per_forward` of them), the gradient norm of each optimizer
+    step before clipping, and the largest |ratio - 1| before the first one.
     """
-    objective = OBJECTIVES["grpo"]
-    turns, share = config.sample.trained_steps, config.chunks_per_update
-    every = chunks(config.sample.rows, config.sample.batch_size)
+    policy, sample, optim, micro = parts.policy, config.sample, config.optim, parts.micro_step
+    turns = range(sample.trained_steps)
+    turns = [turns[i : i + optim.steps_per_forward] for i in turns[:: optim.steps_per_forward]]
+    every = [(rows, some) for rows in chunks(sample.rows, sample.batch_size) for some in turns]
+    if optim.anchor == "replay":
+        with policy.steady():
+            experience = losses.replay(policy, parts.plan, experience, every, config)
+    share = len(every) // optim.updates_per_iteration
     sums: dict[str, Tensor] = {}
-    norms, deviations = [], []
-    for number in range(config.optim.updates_per_iteration):
-        for rows in every[number * share : (number + 1) * share]:
-            for turn in range(turns):
-                out = objective(parts.policy, parts.plan, experience, rows, turn, config)
-                (out.loss / (share * turns)).backward()
-                for name, value in out.metrics.items():
+    error, norms = torch.zeros((), device=policy.device), []
+    for number in range(optim.updates_per_iteration):
+        with micro.accumulating():
+            for rows, some in every[number * share : (number + 1) * share]:
+                batch = losses.gather(parts.plan, experience, rows, some)
+                metrics, deviation = micro(policy, OBJECTIVES["grpo"], batch, config, share)
+                # Sums are new tensors: what a graph returned is overwritten by its next replay.
+                for name, value in metrics.items():
                     sums[name] = sums.get(name, 0) + value
                 if number == 0:
-                    deviations.append((out.ratio - 1).abs().amax())
+                    error = torch.maximum(error, deviation)
         norms.append(parts.state.step())
-    # The first numbers that are read from the device since the rewards.
-    error = float(torch.stack(deviations).amax())
-    check_ratio(error, config.optim.ratio_tolerance)
-    means = {name: float(value) / (len(every) * turns) for name, value in sums.items()}
-    norms = check_norms([float(norm) for norm in norms])
-    return {**means, "grad_norm": norms, "max_ratio_error": error}
+    # All that is read from the device since the rewards, at once.
+    found = torch.stack([error, *sums.values(), *norms]).tolist()
+    check_ratio(found[0], optim.ratio_tolerance)
+    means = {name: value / len(every) for name, value in zip(sums, found[1:], strict=False)}
+    norms = check_norms(found[1 + len(sums) :])
+    return {**means, "grad_norm": norms, "max_ratio_error": found[0]}
+
+
+def micro_step(
+    policy: Policy, objective: Callable[..., losses.Loss], batch: Batch, config: Config, share: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward and backward of one of the `share` micro-steps of an optimizer step.
+
+    Returns the objective's metrics and the largest |ratio - 1|, all on the device.
+    """
+    out = objective(policy, batch, config)
+    (out.loss / share).backward()
+    return out.metrics, (out.ratio - 1).abs().amax()
+
+
+class MicroStep:
+    """`micro_step`, or with graphs its replayed form, whose gradients stay at their addresses."""
+
+    def __init__(self, policy: Policy, graphs: capture.Graphs | None) -> None:
+        self.policy, self.graphs = policy, graphs
+        self.parameters = list(policy.parameters()) if graphs else []
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, gradients add up from 0, and no parameter changes."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient.zero_()
+        with nullcontext() if self.graphs else self.policy.steady():
+            yield
+
+    def __call__(self, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
+        if self.graphs is None:
+            return micro_step(*arguments)
+        return self.graphs(micro_step, *arguments, changes=self.gradients, option="optim.capture")
 
 
 def check_ratio(error: float, tolerance: float) -> None:

@@ -84,6 +84,8 @@ class Scorer:
         self.weights = dict(weights)
         self.retries = retries
         self.rewards = {name: load(name) for name in self.weights}
+        self.problems: dict[str, str] = {}
+        """Why each reward failed last."""
 
     def __call__(self, images: Tensor, prompts: Prompts, group_size: int) -> Scores:
         """Score K * G images, G for each of the K prompts in turn.
@@ -91,9 +93,31 @@ class Scorer:
         Raises:
             RewardError: a reward returned a wrong number of scores, or failed for every group.
         """
-        parts = {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
+        return self.combine(self.parts(images, prompts, group_size), group_size)
+
+    def parts(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
+        """float64 scores of each reward for some of the groups, NaN in those that failed.
+
+        Raises:
+            RewardError: a reward returned a wrong number of scores.
+        """
+        return {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
+
+    def combine(self, parts: dict[str, Tensor], group_size: int) -> Scores:
+        """The weighted sum over all groups, from what `parts` returned for them in turn.
+
+        Raises:
+            RewardError: a reward failed for every group.
+        """
+        for name, scores in parts.items():
+            if len(_failed(scores, group_size)) * group_size == len(scores):
+                raise RewardError(
+                    f"reward {name!r} failed for all {len(scores) // group_size} groups after "
+                    f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
+                    "scores are expected; mend it."
+                )
         total = sum(weight * parts[name] for name, weight in self.weights.items())
-        dropped = total.isnan().view(len(prompts), group_size).any(dim=1)
+        dropped = total.isnan().view(-1, group_size).any(dim=1)
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
         return Scores(total, parts, dropped)
 
@@ -117,12 +141,8 @@ class Scorer:
                 rows = slice(group * group_size, (group + 1) * group_size)
                 attempt(rows, prompts.take([group]))
         failed = _failed(scores, group_size)
-        if failed and len(failed) == len(prompts):
-            raise RewardError(
-                f"reward {name!r} failed for all {len(prompts)} groups after {self.retries} "
-                f"retries ({problems[-1]}), but {len(images)} finite scores are expected; mend it."
-            )
         if failed:
+            self.problems[name] = problems[-1]
             message = "reward %r failed for %d of %d groups, which are dropped (%s)"
             log.warning(message, name, len(failed), len(prompts), problems[-1])
         for group in failed:

@@ -34,7 +34,8 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
     experience = trainers.experience(parts, config)
     every = chunks(config.sample.rows, config.sample.batch_size)
     for rows, turn in itertools.product(every, range(config.sample.trained_steps)):
-        out = losses.grpo(parts.policy, parts.plan, experience, rows, turn, config)
+        batch = losses.gather(parts.plan, experience, rows, range(turn, turn + 1))
+        out = losses.grpo(parts.policy, batch, config)
         assert torch.equal(out.ratio, torch.ones_like(out.ratio))
         out.loss.backward()
     assert sum(p.grad.abs().sum() for p in parts.state.parameters.values()) > 0

@@ -142,6 +142,13 @@ def test_a_reward_that_fails_in_every_group_stops_the_run(pixel_model, tmp_path,
 def test_the_loop_fits_one_screen():
     lines = inspect.getsource(train.run).splitlines()
     assert len(lines) <= 40
-    stages = ("prompts.batch", "collect(", "scorer(", "advantages(", "update(", "reports.iteration")
+    stages = (
+        "prompts.batch",
+        "collect(",
+        "scoring.",
+        "advantages(",
+        "update(",
+        "reports.iteration",
+    )
     places = [next(i for i, line in enumerate(lines) if stage in line) for stage in stages]
     assert places == sorted(places)

@@ -169,19 +169,24 @@ def test_update_takes_the_chunks_in_order(pixel_model, tmp_path, monkeypatch):
     """Two updates of two chunks each, every chunk at each of its trained steps, the loss scaled."""
     config = trainers.config(pixel_model, tmp_path, **{"sample.window_size": 3})
     parts = trainers.parts(config)
-    calls = []
+    calls, gather = [], train.losses.gather
 
-    def objective(policy, plan, experience, rows, turn, config):
-        calls.append((len(steps), rows, turn))
+    def gathered(plan, experience, rows, turns):
+        calls.append((len(steps), rows, turns))
+        return gather(plan, experience, rows, turns)
+
+    def objective(policy, batch, config):
         leaf = torch.ones((), requires_grad=True)
         leaf.register_hook(lambda g: scales.append(g.item()))
         return train.losses.Loss(leaf * 1.0, {"loss": torch.ones(())}, torch.ones(3))
 
     steps, scales = [], []
+    monkeypatch.setattr(train.losses, "gather", gathered)
     monkeypatch.setitem(train.OBJECTIVES, "grpo", objective)
     monkeypatch.setattr(type(parts.state), "step", lambda s: (steps.append(1), torch.ones(()))[1])
     metrics = train.update(parts, trainers.experience(parts, config), config)
-    order = [(u, slice(r, r + 3), w) for u in (0, 1) for r in (6 * u, 6 * u + 3) for w in range(3)]
+    chunks = [(u, slice(r, r + 3)) for u in (0, 1) for r in (6 * u, 6 * u + 3)]
+    order = [(*chunk, range(w, w + 1)) for chunk in chunks for w in range(3)]
     assert calls == order and metrics["loss"] == 1.0 and metrics["grad_norm"] == [1.0, 1.0]
     assert scales == [pytest.approx(1 / 6)] * 12
 

@@ -1,0 +1,374 @@
+"""Functions recorded as CUDA graphs, so that the host's share is paid once.
+
+    graphs = Graphs(policy, CudaRecorder(policy.device))
+    graphs(function, *arguments)        what function(*arguments) returns, by one launch
+
+The first call with a geometry runs the function twice, so that kernels are compiled and workspaces
+exist, and records a further run. Tensors in the arguments (also inside dataclasses, tuples and
+dicts) become static buffers that each call copies into. All other arguments, whether gradients are
+on, and the switches of the policy's adapters are written into the graph; they decide which graph is
+replayed.
+
+1. The result lies in the graph's own memory and is overwritten by the next call: copy it.
+2. A graph holds addresses. Those of every tensor of the policy's modules are compared before each
+   replay; if one moved, the function is recorded again, and a log line says so. Values may change
+   in place: optimizer steps and averaged weights need no new graph.
+3. No two graphs run at the same time, so all share one memory pool: what one needs in between, the
+   next may overwrite; inputs and results are held by their recording.
+4. One stream serves every warm-up and capture, because cuBLAS has a workspace for each stream, and
+   one that is first needed during a capture would lie in the pool.
+
+What a function that is recorded must not do: wait for the device (`.item()`, `if tensor`), copy
+between host and device (`.cpu()`, `torch.tensor(list, device="cuda")`), or keep a tensor that it
+allocated for a later call. The first two raise `CaptureError` with the module and the line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.policies import Policy
+
+WARM_UPS = 2
+LIMIT = 8
+"""Graphs that are kept; training and evaluation with guidance, reference and update need five."""
+
+log = logging.getLogger("flowgrpo")
+
+
+class CaptureError(ConfigError):
+    """A function cannot be recorded: it synchronises with the host, or memory ran out."""
+
+
+class CudaRecorder:
+    """Records on a CUDA device. Graphs knows no more of CUDA than the two methods of this class."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, body: Callable[[], Any]) -> None:
+        """Run `body` as often as it takes until nothing is done for the first time."""
+        with self._aside():
+            for _ in range(WARM_UPS):
+                body()
+
+    def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """(replay, result): what runs the recorded kernels again, and what `body` returned."""
+        graph = torch.cuda.CUDAGraph()
+        # A destructor that unloads a kernel or destroys an event would end the capture.
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        # thread_local: threads that compute rewards may go on using the device meanwhile.
+        recording = partial(
+            torch.cuda.graph,
+            pool=self.pool,
+            stream=self.stream,
+            capture_error_mode="thread_local",
+        )
+        try:
+            # _aside too puts the caller's stream back: torch.cuda.graph does not after a failure.
+            with self._aside(), recording(graph):
+                result = body()
+        except BaseException:
+            # The broken graph's memory stays in its pool; later graphs get a new one.
+            self.pool = torch.cuda.graph_pool_handle()
+            raise
+        finally:
+            if enabled:
+                gc.enable()
+        return graph.replay, result
+
+    @contextmanager
+    def _aside(self):
+        """On the stream of this recorder, after what was launched and before what will be."""
+        main = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            main.wait_stream(self.stream)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One function at one geometry."""
+
+    inputs: list[Tensor]
+    """The static buffers, in the order of the tensors in the arguments."""
+    replay: Callable[[], None]
+    result: Any
+    addresses: tuple[int, ...]
+    """Of all that the graph reads or writes beside its inputs."""
+
+
+class Graphs:
+    """The recorded functions of one policy."""
+
+    def __init__(self, policy: Policy, recorder: CudaRecorder) -> None:
+        self.policy, self.recorder = policy, recorder
+        self.recordings: dict[Any, Recording] = {}
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        changes: Sequence[Tensor] = (),
+        option: str = "sample.capture",
+    ) -> Any:
+        """`function(*arguments)`, recorded at the first call with this geometry.
+
+        Args:
+            changes: tensors that the function changes in place, beside what it returns. Recording
+                leaves them as they were.
+            option: the field of the configuration that an error message names.
+
+        Returns:
+            The result, valid until the next call.
+
+        Raises:
+            CaptureError: the function cannot be recorded. No graph is kept of it, and `changes`
+                have their values.
+        """
+        given: list[Tensor] = []
+        geometry = _geometry(arguments, given)
+        key = (function, geometry, torch.is_grad_enabled(), _switches(self.policy))
+        addresses = (*_addresses(self.policy), *(t.data_ptr() for t in changes))
+        # Taken out and put back, which makes it the last in the order of use.
+        recording = self.recordings.pop(key, None)
+        if recording is not None and recording.addresses != addresses:
+            log.warning(
+                "%s is captured again, because the storage of %s moved; weights that are changed "
+                "in place spare this",
+                function.__name__,
+                _moved(self.policy, recording.addresses, addresses),
+            )
+            recording = None
+        if recording is None:
+            recording = self._record(function, arguments, given, changes, addresses, option)
+        self.recordings[key] = recording
+        for static, value in zip(recording.inputs, given, strict=True):
+            static.copy_(value)
+        recording.replay()
+        return recording.result
+
+    def _record(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        given: list[Tensor],
+        changes: Sequence[Tensor],
+        addresses: tuple[int, ...],
+        option: str,
+    ) -> Recording:
+        self._make_room(function, option)
+        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in given]
+        places = iter(inputs)
+        bound = _with_tensors(arguments, lambda _: next(places))
+        before = [t.clone() for t in changes]
+        problems: list[Exception] = []
+
+        def body() -> Any:
+            try:
+                return function(*bound)
+            except Exception as error:
+                # Ending a broken capture raises once more; this one says why it broke.
+                problems.append(error)
+                raise
+
+        warm = False
+        try:
+            self.recorder.warm_up(body)
+            warm = True
+            replay, result = self.recorder.capture(body)
+        except Exception as error:
+            first = problems[0] if problems else error
+            full = isinstance(first, torch.OutOfMemoryError)
+            if not (warm or full):
+                # The function's own mistake, with or without a graph.
+                raise
+            explain = _explain_memory if full else _explain
+            message = explain(first, function, self.policy, option)
+            # The frames hold the tensors of the function that broke off.
+            for problem in (first, error):
+                traceback.clear_frames(problem.__traceback__)
+            raise CaptureError(message) from first
+        finally:
+            for tensor, value in zip(changes, before, strict=True):
+                tensor.copy_(value)
+        shapes = ", ".join(str(list(t.shape)) for t in inputs[:2])
+        log.info("captured %s for inputs %s, ...", function.__name__, shapes)
+        return Recording(inputs, replay, result, addresses)
+
+    def _make_room(self, function: Callable[..., Any], option: str) -> None:
+        """Drop the graph that was not used for longest when there are too many."""
+        if len(self.recordings) >= LIMIT:
+            log.warning(
+                "%s came with a shape that none of its graphs was made for, and %d graphs are "
+                "kept already: the oldest is dropped; keep batch size and text length fixed, or "
+                "set %s to off",
+                function.__name__,
+                LIMIT,
+                option,
+            )
+            del self.recordings[next(iter(self.recordings))]
+
+
+def prepare(policy: Policy, config: Config) -> None:
+    """Set `policy.graphs`, by which rollouts and evaluations of the policy are captured, or None.
+
+    Raises:
+        ConfigError: the configuration asks for capture where there is no CUDA device.
+    """
+    cuda = policy.device.type == "cuda"
+    for option, value in (
+        ("sample.capture", config.sample.capture),
+        ("optim.capture", config.optim.capture),
+    ):
+        if value == "on" and not cuda:
+            raise ConfigError(
+                f"{option} is on with policy.device {policy.device}, but CUDA graphs need a CUDA "
+                f"device; set {option} to off, or policy.device to cuda."
+            )
+    wanted = cuda and config.sample.capture != "off"
+    policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if wanted else None
+
+
+def _geometry(value: Any, tensors: list[Tensor]) -> Any:
+    """A hashable key of `value`, with shapes for its tensors, which are appended to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple(_geometry(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _geometry(item, tensors)) for name, item in value.items())
+    if _is_record(value):
+        fields = dataclasses.fields(value)
+        return type(value), *(_geometry(getattr(value, f.name), tensors) for f in fields)
+    return value
+
+
+def _with_tensors(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with its tensors replaced, in the order of `_geometry`."""
+    if isinstance(value, Tensor):
+        return put(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_with_tensors(item, put) for item in value)
+    if isinstance(value, dict):
+        return {name: _with_tensors(item, put) for name, item in value.items()}
+    if _is_record(value):
+        old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        new = {name: _with_tensors(item, put) for name, item in old.items()}
+        changed = {name: item for name, item in new.items() if item is not old[name]}
+        return dataclasses.replace(value, **changed) if _holds_tensor(value) else value
+    return value
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _holds_tensor(value: Any) -> bool:
+    found: list[Tensor] = []
+    _geometry(value, found)
+    return bool(found)
+
+
+def _parts(policy: Policy) -> list[nn.Module]:
+    """The modules that a policy computes with: its transformer, and the copy kept of it."""
+    return [value for value in vars(policy).values() if isinstance(value, nn.Module)]
+
+
+def _switches(policy: Policy) -> tuple[Any, ...]:
+    """What the modules decide in Python, which a graph cannot hear of."""
+    found: list[Any] = [id(policy.transformer), policy.transformer.training]
+    for module in policy.transformer.modules():
+        # Every PEFT layer has it in its own dict; hasattr on a module raises and catches an error.
+        if "scaling" in vars(module):
+            names = (tuple(module.active_adapters), tuple(module.merged_adapters))
+            found.append((module.disable_adapters, *names, *module.scaling.items()))
+            if vars(module).get("_matrices") is not None:
+                raise RuntimeError(
+                    "a graph was asked for inside Policy.steady, whose matrices are not its own; "
+                    "enter steady in the function that is captured"
+                )
+    return tuple(found)
+
+
+def _tensors(policy: Policy) -> list[tuple[str, Tensor]]:
+    """Names and tensors that belong to the policy and its modules."""
+    found = [(name, t) for name, t in vars(policy).items() if isinstance(t, Tensor)]
+    for root in _parts(policy):
+        for prefix, module in root.named_modules():
+            for group in (module._parameters, module._buffers):
+                found += [(f"{prefix}.{n}".lstrip("."), t) for n, t in group.items()]
+    return [(name, t) for name, t in found if t is not None]
+
+
+def _addresses(policy: Policy) -> tuple[int, ...]:
+    """Of `_tensors`, in the same order. Every call walks the modules anew, since a replaced module
+    or parameter is no longer found through a list made before."""
+    found = [t.data_ptr() for t in vars(policy).values() if isinstance(t, Tensor)]
+    for root in _parts(policy):
+        for module in root.modules():
+            for group in (module._parameters, module._buffers):
+                found += [t.data_ptr() for t in group.values() if t is not None]
+    return tuple(found)
+
+
+def _moved(policy: Policy, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    names = [name for name, _ in _tensors(policy)]
+    if len(old) != len(new):
+        return "the set of parameters"
+    changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    first = names[changed[0]] if changed[0] < len(names) else "a gradient"
+    return first if len(changed) == 1 else f"{first} and {len(changed) - 1} more"
+
+
+def _explain(error: BaseException, function: Callable, policy: Policy, option: str) -> str:
+    """The sentence for an error in a capture: which module, at which line, said what."""
+    names = {module: name for name, module in policy.transformer.named_modules()}
+    where, owner = "", None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if isinstance(frame.f_locals.get("self"), nn.Module):
+            owner = frame.f_locals["self"]
+        # Inside torch itself the line says nothing; the caller's does.
+        if Path(torch.__file__).parent not in Path(frame.f_code.co_filename).parents:
+            where = f"{Path(frame.f_code.co_filename).name}, line {line}"
+    kind = type(policy.transformer if owner is None else owner).__name__
+    name = f" {names[owner]}" if names.get(owner) else ""
+    return (
+        f"{kind}{name} does something that a CUDA graph of {function.__name__} cannot hold "
+        f"({where}: {_first_line(error)}), but inside it nothing may wait for the device or copy "
+        f"from host memory; mend that line, or set {option} to off."
+    )
+
+
+def _explain_memory(error: BaseException, function: Callable, policy: Policy, option: str) -> str:
+    return (
+        f"capturing {function.__name__} of {type(policy.transformer).__name__} ran out of device "
+        f"memory ({_first_line(error)}), which a graph needs for good; lower sample.batch_size, or "
+        f"set {option} to off."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
