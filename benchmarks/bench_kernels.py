@@ -1,33 +1,39 @@
-"""Suite `kernels`: the fused step and loss beside the family's eager code, and the copy ceiling.
+"""Suites `kernels` and `memory`: the fused step and loss beside the family's eager code.
 
     python benchmarks/bench_kernels.py                  # this machine, all shapes
     python benchmarks/bench_kernels.py --smoke          # seconds; checks that everything runs
     python benchmarks/bench_kernels.py --device cuda --large
+    python benchmarks/bench_kernels.py --memory         # suite memory: bytes of tensors of one call
 
 Cases: `step` (one rollout step), `step-cfg` (with guidance), `loss` (forward and backward) and
 `loss-kl` (with a reference velocity). Providers: `ours` (native on the CPU, Triton in a replayed
 graph on a GPU), `ours-loop` (GPU: called from Python), `reference` (our PyTorch fallback), `eager`
-(eager.py), `compile` (its arithmetic as one compiled graph) and `ceiling`, a copy that moves the
-bytes that the op must move.
+(eager.py; it looks up one timestep for a rollout step and one a row for a loss), `compile` (its
+arithmetic as one compiled graph) and `ceiling`, a copy that moves the bytes that the op must move.
 
 Bytes that must move, per element (v velocity, x sample and prev_sample, in bytes of their dtypes):
     step      v + x + x                 step-cfg  2 v + x + x
     loss      forward v + 2 x, backward v + 2 x + v;     loss-kl   2 v more
 (the row's ratio must be known before its gradient, so both passes read). Every call works on
-another of several buffer sets, and providers are interleaved call by call. `time` is the median and
-`best` the shortest call (on a busy machine the steadier of the two); `bandwidth` is of the median.
+another of several buffer sets, together larger than the caches, and providers are interleaved call
+by call. `time` is the median and `best` the shortest call (on a busy machine the steadier of the
+two); `bandwidth` is of the median; `kernels` (GPU, batch 16) counts the launches of one call.
+Suite `memory`: `peak`, the most bytes of tensors that one call has at a time beyond its arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import eager
+import measure
+import profiles
 import records
 import torch
 
@@ -45,6 +51,10 @@ LARGE_SHAPES = {"large": ((16, 64, 64), (2752,))}
 OPS = ("step", "step-cfg", "loss", "loss-kl")
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)], dtype=torch.float64)
 STEP, SCALE, BETA = 4, 4.5, 0.04
+LOOP_SETS = 8
+"""Buffer sets of a GPU provider that is called from Python: it is bound by its launches."""
+LOOP_SECONDS = 1.5
+"""Timed calls of one such provider end after this."""
 
 
 class Case(NamedTuple):
@@ -118,7 +128,8 @@ def ours(case: Case, b: Buffers) -> None:
 def family(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> None:
     if case.op.startswith("step"):
         with torch.no_grad():
-            sigmas = b.scheduler.lookup(b.timestep, b.sample.ndim)
+            # In a rollout all rows are at one step: flow_grpo hands over one timestep.
+            sigmas = b.scheduler.lookup(b.timestep[:1], b.sample.ndim)
             guided(sigmas, b.velocity, b.other, SCALE, b.sample)
         return
     loss, _ = eager.loss(
@@ -165,50 +176,67 @@ def time_cpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> di
 
 def time_gpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> dict[str, list]:
     """Seconds of a call by events: `ours` and `ceiling` as graphs, others in a loop."""
-
-    def over_sets(call: Callable) -> Callable[[], None]:
-        def loop() -> None:
-            for b in sets:
-                call(b)
-
-        return loop
-
     runs = {}
     for name, call in calls.items():
-        loop = over_sets(call)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                loop()
-        torch.cuda.synchronize()
-        if name in ("ours", "ceiling"):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loop()
-            runs[name] = graph.replay
-        else:
-            runs[name] = loop
+        graphed = name in ("ours", "ceiling")
+        runs[name] = (_graph if graphed else _loop)(call, sets if graphed else sets[:LOOP_SETS])
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name, (run, count, graphed) in runs.items():
+            if spent[name] > LOOP_SECONDS and len(seconds[name]) > 2:
+                continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # A kernel in front keeps the GPU busy while the host queues what is measured.
-            torch.cuda._sleep(1_000_000)
+            torch.cuda.synchronize()
+            if graphed:
+                # A kernel in front: the graph is queued by the time the GPU reaches it.
+                torch.cuda._sleep(200_000)
             start.record()
             run()
             end.record()
             torch.cuda.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / len(sets))
+            elapsed = start.elapsed_time(end) / 1e3
+            seconds[name].append(elapsed / count)
+            spent[name] += elapsed
     return seconds
 
 
+def _loop(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int, bool]:
+    """(the call over all sets, warm; how many sets; not a graph)."""
+
+    def loop() -> None:
+        for b in sets:
+            call(b)
+
+    for _ in range(2):
+        loop()
+    return loop, len(sets), False
+
+
+def _graph(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int, bool]:
+    """(replay of the call over all sets; how many sets; a graph)."""
+    loop = _loop(call, sets[:1])[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loop()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for b in sets:
+            call(b)
+    graph.replay()
+    return graph.replay, len(sets), True
+
+
 def buffer_sets(case: Case, device: str) -> int:
-    """2 to 32: so many that a set has left the (private) caches when its turn comes."""
-    total = 200_000_000 if device == "cuda" else 60_000_000
-    return min(32, max(2, total // max(case.bytes, 1)))
+    """So many that a set has left the caches when its turn comes: 60 MB of L2 on an H200, the
+    private caches of a CPU."""
+    total, most = (250_000_000, 320) if device == "cuda" else (60_000_000, 32)
+    return min(most, max(2, total // max(case.bytes, 1)))
 
 
-def measure(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
+def timed(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
     sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case, device))]
     calls = providers(case, device, compiled)
     if not reference or case.bytes > 1 << 30:
@@ -222,12 +250,32 @@ def measure(case: Case, device: str, rounds: int, compiled: bool, reference: boo
         rows.append(records.row("kernels", case.name, name, "best", min(values) * 1e6, "us"))
         gb = case.bytes / s / 1e9
         rows.append(records.row("kernels", case.name, name, "bandwidth", gb, "GB/s"))
+    if device == "cuda" and case.batch == 16:
+        for name in ("ours", "eager"):
+            # A fresh call, not the replay: a graph's kernels would count as one launch.
+            count = profiles.record(lambda n=name: calls[n](sets[0]), device).kernels
+            rows.append(records.row("kernels", case.name, name, "kernels", count, "kernels"))
     speed = seconds["eager"] / seconds["ours"]
     best = min(times["eager"]) / min(times["ours"])
     share = seconds["ceiling"] / seconds["ours"]
     line = "  ".join(f"{n} {s * 1e6:.0f}" for n, s in seconds.items())
     print(f"{case.name:42s} {line} us", flush=True)
     print(f"{'':42s} eager/ours {speed:.1f} (best calls {best:.1f}), ceiling/ours {share:.2f}")
+    return rows
+
+
+def memory(case: Case, device: str) -> list[dict]:
+    """Bytes of one call's tensors, providers one after another."""
+    b = Buffers(case, device, 0)
+    calls = providers(case, device, compiled=False)
+    rows, line = [], []
+    for name in ("ours", "eager"):
+        calls[name](b)
+        peak = measure.tensor_peak(lambda n=name: calls[n](b), device)
+        rows.append(records.row("memory", case.name, name, "peak", peak, "bytes"))
+        elements = case.batch * torch.Size(case.shape).numel()
+        line.append(f"{name} {peak / elements:.1f}")
+    print(f"{case.name:42s} {'  '.join(line)} bytes an element", flush=True)
     return rows
 
 
@@ -251,13 +299,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--large", action="store_true", help="add a shape that moves 2 GiB")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile-cases", default="", help="compile only cases whose name contains this"
+    )
     parser.add_argument("--no-reference", action="store_true", help="leave our fallback out")
+    parser.add_argument("--memory", action="store_true", help="suite memory instead of kernels")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds; no case begins after them"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds, no compile")
-    parser.add_argument("--out", type=Path, help="default: results/kernels-<device>.json")
+    parser.add_argument("--out", type=Path, help="default: results/SUITE-<device>.json")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     shapes = SMOKE_SHAPES if args.smoke else SHAPES | (LARGE_SHAPES if args.large else {})
     rounds = 2 if args.smoke else args.rounds
@@ -265,15 +320,24 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
     print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
-    rows = []
+    name = "kernels-memory" if args.memory else "kernels"
+    out = args.out or records.RESULTS / f"{name}-{args.device}.json"
+    rows, skipped, start = [], [], time.perf_counter()
     for case in chosen:
-        compiled = not (args.smoke or args.no_compile)
-        rows += measure(case, args.device, rounds, compiled, not args.no_reference)
-    out = args.out or records.RESULTS / f"kernels-{args.device}.json"
-    facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
-    records.write(records.record(rows, args.device, **facts), out)
-    print(f"wrote {out}")
+        if time.perf_counter() - start > args.budget:
+            skipped.append(case.name)
+        elif args.memory:
+            rows += memory(case, args.device)
+        else:
+            compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
+            rows += timed(case, args.device, rounds, compiled, not args.no_reference)
+        measure.release(args.device)
+        facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
+        # After every case: a run that is cut off leaves what it has.
+        records.write(records.record(rows, args.device, **facts, skipped=skipped), out)
+    print(f"wrote {out}" + (f"; not begun: {', '.join(skipped)}" if skipped else ""))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,7 +47,7 @@ class Part:
 def suite(script: str, out: Path, budget: float, *more: str) -> list[str]:
     """A suite's command; no case begins in the last fifth of its budget."""
     command = [sys.executable, str(HERE / script), "--out", str(out), *more]
-    if script not in ("bench_kernels.py", "single_pass_loss.py"):
+    if script != "single_pass_loss.py":
         command += ["--budget", f"{0.8 * budget:.0f}"]
     return command
 
@@ -62,16 +62,16 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
     nano = [python, "-m", "flowgrpo", "train", "--run.out", str(out / "nano")]
     if args.smoke:
-        nano += (
-            "--run.steps 1 --run.eval-prompts 2 --run.eval-samples 1 --sample.eval-steps 2".split()
-        )
-        nano += "--sample.prompts-per-iteration 2 --sample.group-size 2".split()
-        nano += "--sample.batch-size 2 --run.eval-guidance 1 --policy.device cpu".split()
+        tiny = {"--run.steps": 1, "--run.eval-prompts": 2, "--run.eval-samples": 1}
+        tiny |= {"--run.eval-guidance": 1, "--sample.eval-steps": 2, "--sample.batch-size": 2}
+        tiny |= {"--sample.prompts-per-iteration": 2, "--sample.group-size": 2}
+        nano += [str(word) for pair in tiny.items() for word in pair]
+    large = ("--large", "--rounds", "20", "--compile-cases", "sd3-512 b16")
     at_16 = ("--compile-batch-sizes", "16")
     found = [
         Part("build", 90, build(args)),
         Part("tests", 150, [tests(args)]),
-        one("kernels", 150, "bench_kernels.py", *([] if args.smoke else ["--large"])),
+        one("kernels", 180, "bench_kernels.py", *([] if args.smoke else large)),
         one("kernels-memory", 60, "bench_kernels.py", "--memory"),
         one("rollout", 240, "bench_rollout.py", *([] if args.smoke else at_16)),
         one("update", 200, "bench_update.py", *([] if args.smoke else at_16)),

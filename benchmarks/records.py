@@ -3,8 +3,9 @@
     {"device", "driver", "versions": {...}, "commit", "command", "date",
      "rows": [{"suite", "case", "provider", "metric", "value", "unit"}, ...]}
 
-Providers: `ours` (and `reference`), `eager` (the family's own sequence), `compile` (that sequence
-under torch.compile), `ceiling` (what the device can do, measured in the same run).
+Providers: `ours` (and variants of it), `eager` (the family's own code), `compile` (that code at its
+best under torch.compile), `ceiling` (what the device can do, measured in the same run). A suite may
+add facts of its own, such as "failures" and "skipped" (cases that did not fit into the time given).
 """
 
 from __future__ import annotations
@@ -68,6 +69,23 @@ def gpu_facts() -> tuple[str, str]:
         return f"{name} (nvidia-ml-py: {error})", "unknown"
 
 
+def gpu_state() -> dict[str, int]:
+    """Clocks, power and temperature of the current GPU now; empty without nvidia-ml-py."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) // 1000,
+            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except Exception:  # as in gpu_facts
+        return {}
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -95,6 +113,9 @@ def commit() -> str:
 def record(rows: list[dict], device: str, **more: Any) -> dict[str, Any]:
     """A full record of `rows` measured on "cpu" or "cuda"."""
     name, driver = gpu_facts() if device == "cuda" else (cpu_name(), platform.release())
+    if device == "cuda":
+        # Right after measuring: what the clocks were while it ran.
+        more["state"] = gpu_state()
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return {
         "device": name,

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
-Sizes with and without a tail, one element, one row and several, every dtype; guidance, KL and Guard.
+Sizes with and without a tail, one element, one row and several, every dtype; guidance, KL, Guard.
 Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own and an
 access beyond its end is seen.
 """
