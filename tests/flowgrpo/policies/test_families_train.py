@@ -1,0 +1,224 @@
+"""Tiny SD3 and FLUX pipelines go through train, resume, evaluate, sample and back to diffusers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import trainers
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+from flowgrpo import cli, commands, evaluate, rollout, runs, train
+from flowgrpo.config import Config, replace
+from flowgrpo.weights import load_trained
+from flowgrpo_kernels import initial_noise
+
+# FLUX is told its guidance value instead of a second forward.
+FAMILIES = {
+    "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
+    "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
+}
+COMMON = {
+    "policy.lora_targets": None,
+    "policy.resolution": 16,
+    "policy.max_sequence_length": 8,
+    "sample.eval_steps": 4,
+    "optim.lr": 1e-2,
+    "optim.ema_every": 1,
+    "optim.beta": 0.04,
+    "run.steps": 3,
+    "run.eval_every": 0,
+    "run.checkpoint_every": 1,
+    "run.eval_prompts": 2,
+    "run.eval_samples": 2,
+}
+LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3}
+"""Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
+block."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run of three iterations."""
+
+    family: str
+    model: Path
+    config: Config
+    summary: dict
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory) -> Trained:
+    model, changes = FAMILIES[request.param]
+    model, folder = request.getfixturevalue(model), tmp_path_factory.mktemp(request.param)
+    config = trainers.config(model, folder, **{**COMMON, **changes})
+    return Trained(request.param, model, config, train.run(config), folder / "run")
+
+
+def metrics(folder: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in lines if x["kind"] == kind]
+
+
+def latents(policy, config: Config, steps: int = 6) -> torch.Tensor:
+    """Our deterministic sampler, from the noise of three seeds."""
+    scale = config.sample.guidance_scale
+    return rollout.rollout(
+        policy,
+        policy.encode(trainers.TEXTS[:3]),
+        rollout.ode_schedule(policy, steps),
+        torch.arange(steps)[:, None].expand(steps, 3),
+        groups=torch.arange(3),
+        seeds=torch.tensor([3, 4, 5]),
+        batch_size=3,
+        uncond=policy.encode([""]) if scale != 1 else None,
+        guidance_scale=scale,
+    ).latents[-1]
+
+
+def test_three_iterations_with_ratio_one(trained):
+    lines = metrics(trained.folder, "train")
+    assert len(lines) == 3 and trained.summary["max_ratio_error"] == 0.0
+    assert all(line["kl"] > 0 and min(line["grad_norm"]) > 0 for line in lines)
+    assert lines[0]["reward"] != lines[1]["reward"]
+
+
+def test_resumed_equals_uninterrupted(trained, tmp_path):
+    config = replace(trained.config, **{"run.out": str(tmp_path / "run"), "run.steps": 1})
+    train.run(config)
+    train.run(replace(runs.resume_config(tmp_path / "run"), **{"run.steps": 3}))
+    for kind in ("train", "eval"):
+        assert metrics(tmp_path / "run", kind) == metrics(trained.folder, kind)
+
+
+def test_evaluate_and_sample(trained, tmp_path):
+    quiet = Console(quiet=True)
+    found = commands.evaluate_run(
+        cli.Evaluate(str(trained.folder), out=str(tmp_path / "out"), device="cpu"), quiet
+    )
+    # The final evaluation of the run, by another process's path: the same figures.
+    accuracy = found["reports"]["iteration 3"]["accuracy"]
+    assert accuracy == trained.summary["after"]["accuracy"]
+    assert found["reports"]["base"]["accuracy"] != accuracy
+    options = cli.Sample(
+        ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
+    )
+    assert commands.sample_pictures(options, quiet).stat().st_size > 0
+
+
+def own(trained: Trained):
+    """Our policy with the averaged weights of the last checkpoint."""
+    policy = commands.load_policy(trained.config)
+    runs.add_adapter(policy.transformer, trained.config.policy)
+    load_trained(policy.transformer, trained.folder / "checkpoints" / "step-000003")
+    return policy
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_adapter_and_latents_are_the_pipelines(trained, scale):
+    """The saved adapter in diffusers' own pipeline, from disk: its latents are ours, with and
+    without classifier-free guidance."""
+    policy = own(trained)
+    pipe = type(policy.pipeline).from_pretrained(trained.model)
+    text, uncond = policy.encode(trainers.TEXTS[:3]), policy.encode([""])
+    flux = trained.family == "flux"
+    arguments = {
+        "prompt_embeds": text.embeds,
+        "pooled_prompt_embeds": text.pooled,
+        "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
+        "negative_pooled_prompt_embeds": uncond.pooled.expand(3, -1),
+        "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
+        "num_inference_steps": 6,
+        **({"guidance_scale": 2.5, "true_cfg_scale": scale} if flux else {"guidance_scale": scale}),
+        "height": 16,
+        "width": 16,
+        "output_type": "latent",
+    }
+    base = pipe(**arguments).images
+    pipe.load_lora_weights(trained.folder / "adapter")
+    theirs = pipe(**arguments).images
+    ours = latents(policy, replace(trained.config, **{"sample.guidance_scale": scale}))
+    # float32 in two orders: PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    assert (ours - base).abs().max() > 1e-3, "the adapter matters"
+    lora = pipe.transformer.peft_config["default_0"]
+    assert (lora.r, lora.lora_alpha) == (4, 8)
+    adapted = {k for k in pipe.transformer.state_dict() if "lora_A" in k}
+    assert len(adapted) == LAYERS[trained.family]
+
+
+def test_model_card(trained):
+    """Valid front matter, the run's numbers, and lines that load the adapter as they stand."""
+    card = ModelCard.load(trained.folder / "adapter" / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    assert {"lora", "flow-grpo"} <= set(data["tags"]) and "base_model" not in data
+    assert "2 prompts x 6 images = 12 images" in card.text and "trainers:bright" in card.text
+    before, after = (trained.summary[k]["scores"]["trainers:bright"] for k in ("before", "after"))
+    assert f"| trainers:bright | {before:.4g} | {after:.4g} |" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line]) == 5
+    code = code.replace('.to("cuda")', "").replace("bfloat16", "float32")
+    names: dict = {}
+    exec(code.replace("THIS_FOLDER", str(trained.folder / "adapter")), names)
+    assert names["image"].size == (16, 16)
+    assert names["pipe"].transformer.peft_config["default_0"].r == 4
+    saved = trained.folder / "checkpoints" / "step-000003" / "README.md"
+    assert "for 3 iterations" in saved.read_text() and "Before and after" not in saved.read_text()
+
+
+def test_base_model_of_the_card_is_a_hub_repository(trained, tmp_path):
+    from flowgrpo import model_card
+
+    config = replace(trained.config, **{"policy.model": "acme/model"})
+    model_card.write(tmp_path, config, own(trained).transformer, 7)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "acme/model"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy.dtype": "bfloat16"},
+        {"sample.guidance_scale": 3.0, "optim.guard": True, "optim.beta": 0.0},
+        {"sample.transition": "cps", "sample.window_size": 0, "sample.batch_size": 1},
+    ],
+    ids=["bfloat16", "guidance and guard", "cps, all steps, batch 1"],
+)
+def test_flux_ratios_are_exactly_one(flux_model, tmp_path, changes):
+    config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
+    parts = trainers.parts(config)
+    measured = train.update(parts, trainers.experience(parts, config), config)
+    assert measured["max_ratio_error"] == 0.0 and measured["grad_norm"][0] > 0
+
+
+def test_flux_full_fine_tuning(flux_model, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    changes = {"policy.adapter": "full", "policy.dtype": "auto", "optim.lr": 1e-3, "run.steps": 1}
+    config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
+    summary = train.run(config)
+    assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 1
+    policy = train.load_policy(config)
+    base = latents(policy, config)
+    load_trained(policy.transformer, tmp_path / "run" / "checkpoints" / "step-000001")
+    ours = latents(policy, config)
+    saved = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "transformer")
+    policy.transformer.load_state_dict(saved.state_dict())
+    assert torch.equal(latents(policy, config), ours) and not torch.equal(ours, base)
+    card = ModelCard.load(tmp_path / "run" / "transformer" / "README.md")
+    assert "FluxTransformer2DModel.from_pretrained" in card.text and "lora" not in card.data.tags
+
+
+def test_pictures_of_flux_are_pictures(flux_model, tmp_path):
+    config = trainers.config(flux_model, tmp_path, **COMMON)
+    policy = commands.load_policy(config)
+    images = evaluate.sample_images(
+        policy, ["a red circle"], torch.arange(4), 4, steps=2, batch_size=3
+    )
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
+    assert len(images.unique(dim=0)) == 4
