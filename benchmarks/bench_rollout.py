@@ -78,7 +78,7 @@ def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, time
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__).parse_args(argv)
+    args = suites.parser(__doc__, "ours,ours-loop,eager,compile").parse_args(argv)
     chosen = suites.choose(cases.rollout(args.smoke), args, lambda case: case.name)
     session = suites.Session("rollout", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.name)

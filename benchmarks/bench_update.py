@@ -58,7 +58,7 @@ def one(session: suites.Session, case: Case) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__).parse_args(argv)
+    args = suites.parser(__doc__, "ours,ours-captured,eager,compile").parse_args(argv)
     chosen = suites.choose(cases.update(args.smoke), args, lambda case: case.training_name)
     session = suites.Session("update", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.training_name)

@@ -144,7 +144,10 @@ class Family:
 
     @contextmanager
     def _precision(self):
+        """The switches of this setting; ours, which asks for deterministic algorithms, has its own
+        in the same process."""
         with ExitStack() as stack:
+            stack.enter_context(measure.deterministic(False))
             stack.enter_context(measure.tf32(self.setting.tf32))
             if self.setting.compiled and self.device == "cuda":
                 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -255,22 +258,23 @@ class Family:
     @torch.no_grad()
     def decode(self, rollouts: list[Rollout]) -> Tensor:
         """float images in [0, 1]: [B, 3, H, W]."""
-        images = []
-        for rollout in rollouts:
-            latents = rollout.latents[-1]
-            if self.model.family == "flux":
-                from diffusers import FluxPipeline
+        with self._precision():
+            return torch.cat([self._images(rollout) for rollout in rollouts])
 
-                _, height, width = self.model.latent
-                latents = FluxPipeline._unpack_latents(latents, height * 8, width * 8, 8)
-            if self.vae is not None:
-                config = self.vae.config
-                latents = latents / config.scaling_factor + config.shift_factor
-                if self.setting.compiled:
-                    latents = latents.contiguous(memory_format=torch.channels_last)
-                latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-            images.append((latents / 2 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+    def _images(self, rollout: Rollout) -> Tensor:
+        latents = rollout.latents[-1]
+        if self.model.family == "flux":
+            from diffusers import FluxPipeline
+
+            _, height, width = self.model.latent
+            latents = FluxPipeline._unpack_latents(latents, height * 8, width * 8, 8)
+        if self.vae is not None:
+            config = self.vae.config
+            latents = latents / config.scaling_factor + config.shift_factor
+            if self.setting.compiled:
+                latents = latents.contiguous(memory_format=torch.channels_last)
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (latents / 2 + 0.5).clamp(0, 1)
 
     def micro_step(self, rollout: Rollout, j: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one chunk at one trained step; backward is the caller's."""

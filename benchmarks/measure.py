@@ -21,7 +21,6 @@ import torch
 GIB = 1 << 30
 PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 or H200 by the data sheet: the denominator of MFU."""
-OutOfMemory = torch.OutOfMemoryError
 
 
 def synchronize(device: str) -> None:
@@ -146,6 +145,25 @@ def tf32(on: bool):
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def deterministic(on: bool):
+    """torch.use_deterministic_algorithms inside."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error is that the GPU's memory was full, or was raised because of that."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 class Ceiling(NamedTuple):

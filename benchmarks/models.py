@@ -309,13 +309,24 @@ def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False)
     encoders = text_encoders(model if whole else tiny, device, dtype)
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")[: len(encoders)]
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")[: len(encoders)]
+    words = tokenizer()
     return (StableDiffusion3Pipeline if model.family == "sd3" else FluxPipeline)(
         transformer=transformer(model, device, dtype),
         scheduler=scheduler(model),
         vae=vae(model, device, dtype),
         **dict(zip(names, encoders, strict=True)),
-        **dict.fromkeys(tokenizers),
+        **dict.fromkeys(tokenizers, words),
     )
+
+
+def tokenizer():
+    """A stand-in: a pipeline has to have one, and nothing is tokenized here."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
 
 
 def scheduler(model: Model):

@@ -23,6 +23,7 @@ from flowgrpo.config import Config, replace
 from flowgrpo.policies import Conditioning, base, embeddings, loading
 from flowgrpo.records import Experience, Trajectory
 from flowgrpo.rollout import decode
+from flowgrpo.scoring import Scoring
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
 # A deviation of the ratio is recorded here; the trainer would stop.
@@ -125,8 +126,10 @@ class Ours:
 
     def iteration(self) -> float:
         """The body of the trainer's loop; the largest |ratio - 1| before its update."""
-        trajectory = self.rollout()
-        scores = self.parts.scorer(self.decode(trajectory), self.prompts, self.case.group_size)
+        parts = self.parts
+        scoring = Scoring(parts.scorer, self.prompts, self.case.group_size, parts.worker)
+        trajectory = train.collect(parts, self.conditioning, self.config, scoring)
+        scores = scoring.finish()
         gains, weights = advantages(scores.total.view(-1, self.case.group_size), self.config.optim)
         error = self._update(trajectory, gains, weights)
         self.parts.state.iteration += 1

@@ -24,17 +24,23 @@ import records
 import torch
 from cases import Case
 
-PROVIDERS = ("ours", "ours-loop", "eager", "compile")
-CHANGES: dict[str, dict[str, Any]] = {"ours": {}, "ours-loop": {}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-loop": {"sample.capture": "off"},
+    "ours-captured": {"optim.capture": "on"},
+}
 """Changes of the trainer's configuration that tell variants of ours apart."""
+PROVIDERS = (*CHANGES, "eager", "compile")
+GPU_ONLY = ("ours-loop", "ours-captured")
+"""Without a GPU nothing is captured, and these are `ours`."""
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
     """The options that every suite has."""
     made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    made.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
+    made.add_argument("--providers", default=providers, help="comma-separated")
     made.add_argument("--cases", default="", help="only cases whose name contains one of these")
     made.add_argument("--batch-sizes", default="", help="only these batch sizes")
     made.add_argument(
@@ -49,7 +55,9 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         help="change a field of the trainer's configuration, for ours",
     )  # fmt: skip
     made.add_argument("--profile", action="store_true", help="profile instead of timing")
-    made.add_argument("--smoke", action="store_true", help="tiny models, two rounds")
+    made.add_argument(
+        "--smoke", action="store_true", help="tiny models, two rounds, without compile"
+    )
     made.add_argument("--out", type=Path, help="default: results/SUITE-DEVICE.json")
     return made
 
@@ -110,9 +118,9 @@ class Session:
         """Those that --providers and --compile-batch-sizes leave for this case."""
         sizes = listed(self.args.compile_batch_sizes)
         found = listed(self.args.providers)
-        if sizes and str(case.batch) not in sizes:
+        if self.args.smoke or (sizes and str(case.batch) not in sizes):
             found = [name for name in found if name != "compile"]
-        return found
+        return [name for name in found if self.device == "cuda" or name not in GPU_ONLY]
 
     def build(self, name: str, case: Case, whole: bool = False) -> Any:
         """The provider `name` ready for `case`; a baseline is kept from case to case of a model."""
@@ -150,14 +158,15 @@ class Session:
         """The action's result; None after it ran out of memory or failed, which is recorded."""
         try:
             return action()
-        except measure.OutOfMemory:
-            print(f"{case:36s} {name:10s} out of memory ({what})", flush=True)
-            self.row(case, name, "out_of_memory", 1, "1")
         # A provider may fail in any way; the others of this run are wanted all the same.
         except Exception as error:
-            first = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.failures.append(f"{case} {name} {what}: {first}")
-            traceback.print_exc()
+            if measure.out_of_memory(error):
+                print(f"{case:36s} {name:10s} out of memory ({what})", flush=True)
+                self.row(case, name, "out_of_memory", 1, "1")
+            else:
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.failures.append(f"{case} {name} {what}: {first}")
+                traceback.print_exc()
         self.drop(name)
         self.forget()
         return None
