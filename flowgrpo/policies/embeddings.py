@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -124,7 +125,8 @@ class Cache:
         if self._broken:
             return
         path, row = self.path(text), row.to(torch.device("cpu"))
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        # Processes of several machines may share the folder, so a process id is no name.
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         tensors = {"embeds": row.embeds.contiguous(), "pooled": row.pooled.contiguous()}
         try:
             path.parent.mkdir(exist_ok=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy
@@ -49,17 +49,43 @@ def hub():
     server.server_close()
 
 
-# In a process of its own, because huggingface_hub reads its address when it is imported.
-def test_a_gated_repository(hub, tmp_path):
-    code = "from flowgrpo.policies import Policy; Policy.load('acme/gated-model', device='cpu')"
-    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert "ConfigError: policy.model 'acme/gated-model' is gated on the Hugging Face Hub" in last
-    assert "accept its terms at https://huggingface.co/acme/gated-model and log in" in last
+def test_a_gated_repository(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        ConfigError,
+        match=r"'acme/gated-model' is gated on the Hugging Face Hub, .* accept its terms at "
+        "https://huggingface.co/acme/gated-model and log in by",
+    ):
+        load("acme/gated-model")
+
+
+def test_a_hub_repository_is_loaded_from_its_snapshot(flux_model, tmp_path, monkeypatch):
+    """Offline, from a cache folder laid out as the Hub's client does."""
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for path in flux_model.rglob("*"):
+        if path.is_file():
+            blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copy(path, blob)
+            link = repository / "snapshots" / commit / path.relative_to(flux_model)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = replace(SMALL, text_cache=str(tmp_path / "text"))
+    for _ in range(2):
+        policy = load("acme/tiny", config)
+        assert policy.name == "acme/tiny" and policy.encode(["a red circle"]).embeds.shape[1] == 4
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 1
+    with pytest.raises(ConfigError, match="'acme/other', which is no folder and could not be"):
+        load("acme/other")
 
 
 def without(*names):
@@ -69,6 +95,31 @@ def without(*names):
         (folder / "model_index.json").write_text(json.dumps(index))
 
     return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "no readable model_index.json"),
+        (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index.json"),
+        (
+            lambda f: (f / "model_index.json").write_text(
+                json.dumps({"_class_name": "SanaPipeline"})
+            ),
+            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline is expected",
+        ),
+        (
+            lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),
+            "could not be loaded as a StableDiffusion3Pipeline",
+        ),
+        (lambda f: shutil.rmtree(f / "transformer"), "could not be loaded"),
+    ],
+)
+def test_bad_model_folders(pixel_model, tmp_path, damage, message):
+    folder = shutil.copytree(pixel_model, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ConfigError, match=message):
+        load(folder)
 
 
 @pytest.mark.parametrize(

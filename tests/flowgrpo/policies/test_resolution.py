@@ -85,6 +85,20 @@ def test_dtype_of_the_vae(model, dtype, expected, request):
     assert policy.decode(torch.randn(2, *policy.latent_shape)).dtype == torch.uint8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["latent_model", "flux_model"])
+def test_images_of_the_gpu_are_those_of_the_cpu(model, request):
+    folder, config = request.getfixturevalue(model), PolicyConfig(resolution=16, text_cache="")
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cpu", "cuda"):
+        policy = Policy.load(str(folder), device=device, dtype="float32", config=config)
+        found.append(policy.decode(latents.view(3, *policy.latent_shape).to(device)).cpu().int())
+    weight = policy.pipeline.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert (found[0] - found[1]).abs().amax() <= 1
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -168,31 +165,6 @@ def test_reference_is_the_model_before_training(pixel_model):
     assert torch.equal(policy.velocity(*arguments), changed)
     assert all(p.requires_grad for p in trained)
     assert set(map(id, policy.parameters())) == set(map(id, trained))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "model_index.json").unlink(), "no readable model_index.json"),
-        (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index.json"),
-        (
-            lambda f: (f / "model_index.json").write_text(
-                json.dumps({"_class_name": "SanaPipeline"})
-            ),
-            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline is expected",
-        ),
-        (
-            lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),
-            "could not be loaded as a StableDiffusion3Pipeline",
-        ),
-        (lambda f: shutil.rmtree(f / "transformer"), "could not be loaded"),
-    ],
-)
-def test_bad_model_folders(pixel_model, tmp_path, damage, message):
-    folder = shutil.copytree(pixel_model, tmp_path / "model")
-    damage(folder)
-    with pytest.raises(ConfigError, match=message):
-        Policy.load(str(folder), device="cpu", dtype="float32")
 
 
 def test_other_bad_input(pixel, pixel_model, monkeypatch):
