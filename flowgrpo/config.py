@@ -54,6 +54,8 @@ class PolicyConfig:
     """Keep the text encoders off the GPU except while they encode a text that is not cached."""
     attention: str = "auto"
     """Attention kernel: auto, plain, or a name of diffusers' such as native_flash or xformers."""
+    compile: bool = False
+    """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
     gradient_checkpointing: bool = False

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import lora
+from flowgrpo.policies import compiled, lora
 from flowgrpo.policies.conditioning import Conditioning as Conditioning
 from flowgrpo.policies.loading import pipeline_class
 
@@ -79,6 +79,8 @@ class Policy(ABC):
     """Pixels on each side of an image."""
     latent_shape: tuple[int, ...]
     """Of one sample: C, H, W, or N, C where the model works on packed tokens."""
+    compiled: bool = False
+    """Whether the transformer's blocks go through torch.compile, see policies/compiled.py."""
     _frozen: nn.Module | None = None
 
     @staticmethod
@@ -92,8 +94,8 @@ class Policy(ABC):
         """The policy for the diffusers pipeline in the folder or Hub repository `model`.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, resolution,
-        text length, embedded guidance, attention, text cache and what saves memory are used.
+        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
+        adapter is used.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
@@ -114,20 +116,29 @@ class Policy(ABC):
         from flowgrpo.policies import attention
 
         policy.attention = attention.pin(policy.transformer, config.attention, device, dtype)
+        if config.compile:
+            compiled.compile_blocks(policy.transformer)
+            policy.compiled = True
         return policy
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, in one batch, on the policy's device."""
+        """Embeddings of the texts, on the policy's device."""
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise ConfigError for a text that the model cannot be given."""
 
-    @abstractmethod
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
-        float32 sigma [B]."""
+        float32 sigma [B]: the same bits with gradients and without."""
+        if not self.compiled or torch.is_grad_enabled():
+            return self._velocity(sample, sigma, conditioning)
+        with compiled.training_form():
+            return self._velocity(sample, sigma, conditioning).detach()
+
+    @abstractmethod
+    def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

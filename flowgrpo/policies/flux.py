@@ -109,7 +109,7 @@ class FluxPolicy(Policy):
         )
         return Conditioning(embeds.to(self.dtype), pooled.to(self.dtype))
 
-    def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
         return self.transformer(
             hidden_states=sample.to(self.dtype),

@@ -134,7 +134,7 @@ class SD3Policy(Policy):
                 )
         return ids
 
-    def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(
             hidden_states=sample.to(self.dtype),
             # As diffusers: timesteps stay in float32 and are embedded before any cast.

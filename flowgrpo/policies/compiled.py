@@ -1,0 +1,56 @@
+"""torch.compile of the transformer's blocks, with the training graph's bits in the rollout.
+
+Each block is compiled by itself: all blocks of a kind share their code, so a model of 24 blocks
+takes the compilation of three. Inductor's own CUDA graphs stay off; the rollout captures all of its
+steps in one.
+
+Inductor fuses a forward that has a backward otherwise than one that has none, and the two differ in
+the last bits, so a rollout without gradients would give first ratios other than 1. Hence
+`training_form`: the rollout, too, runs the forward that has a backward, and lets go of what that
+would have kept. The price is the writing of those tensors, block by block; no memory stays taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Kinds of blocks (SD3.5-medium: dual, plain, last; the first has an input without gradient) times
+# forms (training, reference without adapters). torch's own limit is 8.
+VARIANTS = 32
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compile every block in place, on its first call with each kind of input."""
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    for block in blocks(transformer):
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of a diffusers transformer, those of one stream (FLUX) after those of two."""
+    return [
+        *transformer.transformer_blocks,
+        *getattr(transformer, "single_transformer_blocks", ()),
+    ]
+
+
+@contextmanager
+def training_form() -> Iterator[None]:
+    """Inside, a forward is computed as for training, but nothing is kept for a backward."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _refuse):
+        yield
+
+
+def _forget(tensor: Tensor) -> None:
+    return None
+
+
+def _refuse(nothing: None) -> Tensor:
+    raise RuntimeError("a forward in training_form keeps nothing; run it with gradients instead")
