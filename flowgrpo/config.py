@@ -221,6 +221,8 @@ class OptimConfig:
     """AdamW's epsilon."""
     warmup: int = 0
     """Updates over which the learning rate rises linearly to lr."""
+    decay: int = 0
+    """Updates over which it falls linearly to a tenth of lr, where it stays; 0: it does not."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     clip_range: float = 1e-4
@@ -261,7 +263,14 @@ class OptimConfig:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
-        nonnegative = ("weight_decay", "warmup", "max_grad_norm", "beta", "ratio_tolerance")
+        nonnegative = (
+            "weight_decay",
+            "warmup",
+            "decay",
+            "max_grad_norm",
+            "beta",
+            "ratio_tolerance",
+        )
         check_positive("optim", self, *nonnegative, zero=True)
         require(
             all(0 <= b < 1 for b in (*self.betas, self.ema_decay)),

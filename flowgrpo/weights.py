@@ -109,9 +109,11 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
 
 
 def learning_rate(config: OptimConfig, update: int) -> float:
-    """Learning rate of the update number `update` (from 0): a linear rise over `warmup` updates,
-    then `lr`."""
-    return config.lr * min(1.0, (update + 1) / max(config.warmup, 1))
+    """Learning rate of the update number `update` (from 0): a linear rise over `warmup` updates to
+    `lr`; with `decay`, a linear fall to a tenth of it over that many updates."""
+    rise = min(1.0, (update + 1) / max(config.warmup, 1))
+    fall = max(0.1, 1 - 0.9 * update / config.decay) if config.decay else 1.0
+    return config.lr * rise * fall
 
 
 class EMA:

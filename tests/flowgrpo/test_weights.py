@@ -141,6 +141,12 @@ def test_warm_up_is_linear_and_ends_at_lr():
     assert weights.learning_rate(OptimConfig(lr=0.4), 0) == 0.4
 
 
+def test_learning_rate_falls_to_a_tenth_and_stays():
+    config = OptimConfig(lr=1.0, warmup=2, decay=10)
+    rates = [weights.learning_rate(config, n) for n in (0, 1, 5, 10, 1000)]
+    assert rates == pytest.approx([0.5, 0.91, 0.55, 0.1, 0.1])
+
+
 def test_step_is_clipped_adamw_in_float64():
     """Against AdamW written out in float64 (Loshchilov and Hutter 2019, algorithm 2)."""
     torch.manual_seed(0)
