@@ -278,7 +278,7 @@ def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> d
     lora = f"LoRA of rank {config.policy.lora_rank}, " if config.policy.adapter == "lora" else ""
     return {
         "model": f"{policy.name}, {type(policy.transformer).__name__}, {_count(every)} parameters, "
-        f"{dtype} on {device_name(policy.device)}",
+        f"{dtype} on {device_name(policy.device)}, {policy.resolution} pixels a side",
         "trained": f"{lora}{_count(trained)} parameters",
         "kernels": backend(policy.device),
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "

@@ -7,7 +7,8 @@ from disk could not be the same as a fresh one.
 The cache is a folder of safetensors files, one for each text, named by the SHA-256 of everything
 that decides the bits: the files of the text encoders and tokenizers, dtype, number of tokens, kind
 of device, versions of the libraries, and the text. What is read is compared with the SHA-256 of
-the tensors that was stored with it.
+the tensors that was stored with it. In 16 bits a prompt of 128 T5 tokens takes 1.7 MB for SD3.5 and
+1.05 MB for FLUX.1; nothing is ever removed, and the folder may be deleted at any time.
 """
 
 from __future__ import annotations

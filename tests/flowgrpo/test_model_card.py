@@ -1,0 +1,66 @@
+"""The card beside saved weights, without a run; with runs: policies/test_families_train.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from flowgrpo import model_card, weights
+from flowgrpo.config import OptimConfig, replace
+from flowgrpo.policies import Policy
+from flowgrpo.recipes import recipe
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder, policy, configuration) of an adapter of nano that is not zero."""
+    folder, config = tmp_path_factory.mktemp("nano") / "adapter", recipe("nano")
+    policy = Policy.load("nano", device="cpu", dtype="float32", config=config.policy)
+    with torch.no_grad():
+        for parameter in weights.add_adapter(policy.transformer, config.policy):
+            parameter.add_(0.01)
+    state = weights.State.create(policy.transformer, OptimConfig())
+    weights.export(policy.transformer, state.ema, config.policy, folder)
+    return folder, policy, config
+
+
+def test_the_lines_for_nano_load_its_adapter(saved):
+    folder, policy, config = saved
+    names: dict = {}
+    exec(model_card.load_lines(config, policy.transformer, str(folder)), names)
+    loaded = names["policy"].transformer.peft_config["default_0"]
+    assert (loaded.r, loaded.lora_alpha) == (config.policy.lora_rank, config.policy.lora_alpha)
+    for name, tensor in names["policy"].transformer.state_dict().items():
+        if "lora_" in name:
+            own = policy.transformer.get_parameter(name.replace("default_0", "default"))
+            torch.testing.assert_close(tensor.float(), own.detach(), rtol=1e-2, atol=1e-3)
+
+
+def test_settings_and_numbers(saved, tmp_path):
+    _, policy, config = saved
+    config = replace(config, **{"reward.weights": {"ocr": 1.0, "pickscore": 0.25}})
+    report = {"scores": {"ocr": 0.5}, "tasks": {}, "quality": {"diversity": 0.1}}
+    after = {"scores": {"ocr": 0.75}, "tasks": {}, "quality": {"diversity": None}}
+    counts = {"interval": [0.7, 0.8], "images": 8, "prompts": 4, "steps": 40, "iteration": 9}
+    summary = {"before": report, "after": {**after, **counts, "guidance_scale": 1.0}}
+    card = ModelCard.load(model_card.write(tmp_path, config, policy.transformer, 9, summary))
+    assert card.data.to_dict() == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "flow-grpo", "reinforcement-learning"],
+    }
+    for line in (
+        "| Rewards | 1 x ocr, 0.25 x pickscore |",
+        "| Group arithmetic | 8 prompts x 12 images = 96 images an iteration, ",
+        "| ocr | 0.5 | 0.75 |",
+        "| quality diversity | 0.1 |  |",
+        "8 images of 4 held-out prompts, deterministic sampler, 40 steps, guidance 1;",
+        "0.7 to 0.8",
+    ):
+        assert line in card.text
+    assert (
+        "Before and after"
+        not in model_card.write(tmp_path, config, policy.transformer, 9).read_text()
+    )
+    assert not list(tmp_path.glob(".*")), "written beside and renamed"
