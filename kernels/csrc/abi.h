@@ -5,7 +5,7 @@
 
 // Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
-#define FLOWGRPO_ABI 1
+#define FLOWGRPO_ABI 2
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
@@ -37,8 +37,8 @@ typedef struct {
   FgTensor ref_velocity;
   FgTensor ref_uncond_velocity;
   FgTensor old_velocity;
-  FgTensor grad_velocity;         // written by the backward ops
-  FgTensor grad_uncond_velocity;  // written by the backward ops, or absent
+  FgTensor grad_velocity;         // written by the ops that give gradients
+  FgTensor grad_uncond_velocity;  // likewise, or absent
   const float* old_log_prob;      // [rows]
   const float* advantages;        // [rows]
   const float* row_weight;        // [rows] or NULL
@@ -81,6 +81,8 @@ int32_t flowgrpo_native_log_prob(const FgArgs*);
 int32_t flowgrpo_native_log_prob_backward(const FgArgs*);
 int32_t flowgrpo_native_grpo_loss_forward(const FgArgs*);
 int32_t flowgrpo_native_grpo_loss_backward(const FgArgs*);
+// Forward and backward in one pass over the memory, grad being known beforehand.
+int32_t flowgrpo_native_grpo_loss_gradient(const FgArgs*);
 // Normals of counter word noise_step into prev_sample.
 int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
 
@@ -94,6 +96,7 @@ struct Kernels {
   int32_t (*log_prob_backward)(const FgArgs*);
   int32_t (*grpo_loss_forward)(const FgArgs*);
   int32_t (*grpo_loss_backward)(const FgArgs*);
+  int32_t (*grpo_loss_gradient)(const FgArgs*);
   int32_t (*normals)(const FgArgs*, uint32_t noise_step);
 };
 #endif

@@ -10,16 +10,50 @@ struct Words {
   vu w0, w1, w2, w3;
 };
 
-FG_INLINE Words philox(Words c, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    vu hi0, lo0, hi1, lo1;
-    mul_wide(c.w0, 0xD2511F53u, hi0, lo0);
-    mul_wide(c.w2, 0xCD9E8D57u, hi1, lo1);
-    c = {hi1 ^ c.w1 ^ key0, lo1, hi0 ^ c.w3 ^ key1, lo0};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+// Chains of rounds computed side by side: a round waits for the one before it, and two chains fill
+// the wait. More registers than two need only AVX-512 has.
+constexpr int kChains = kLanes == 16 ? 2 : 1;
+// Normals of one call.
+constexpr int kNormals = 4 * kLanes * kChains;
+
+// What the counters (low, high, step, 0) of one seed have in common, whatever the low word.
+struct Counters {
+  // Whole vectors: a round reads its keys from memory instead of spreading them out each time.
+  vu key0[10], key1[10];
+  // What rounds 1 and 2 add to words 0 and 2 (xor) and make of word 3.
+  vu word1, word2, word3;
+};
+
+constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u;
+
+static inline Counters counters(uint64_t seed, uint32_t step, uint32_t high) {
+  Counters c;
+  for (uint32_t i = 0; i < 10; ++i) {
+    c.key0[i] = splat_u((uint32_t)seed + i * 0x9E3779B9u);
+    c.key1[i] = splat_u((uint32_t)(seed >> 32) + i * 0xBB67AE85u);
   }
+  const uint64_t product1 = (uint64_t)step * kMul1;
+  const uint32_t word0 = (uint32_t)(product1 >> 32) ^ high ^ (uint32_t)seed;
+  const uint64_t product0 = (uint64_t)word0 * kMul0;
+  c.word1 = splat_u((uint32_t)product1) ^ c.key0[1];
+  c.word2 = splat_u((uint32_t)(product0 >> 32)) ^ c.key1[1];
+  c.word3 = splat_u((uint32_t)product0);
   return c;
+}
+
+// Rounds 1 and 2, in which half of the words are still the same for all counters.
+FG_INLINE Words first_rounds(const Counters& c, vu low) {
+  vu hi, lo, hi1, lo1;
+  mul_wide(low, kMul0, hi, lo);
+  mul_wide(hi ^ c.key1[0], kMul1, hi1, lo1);
+  return {hi1 ^ c.word1, lo1, lo ^ c.word2, c.word3};
+}
+
+FG_INLINE Words philox_round(const Words& w, vu key0, vu key1) {
+  vu hi0, lo0, hi1, lo1;
+  mul_wide(w.w0, kMul0, hi0, lo0);
+  mul_wide(w.w2, kMul1, hi1, lo1);
+  return {hi1 ^ w.w1 ^ key0, lo1, hi0 ^ w.w3 ^ key1, lo0};
 }
 
 template <int N>
@@ -34,20 +68,21 @@ FG_INLINE void box_muller(vu radius, vu angle, vf& z0, vf& z1) {
                             0.331247866f, -0.299045354f, 0.287336797f,  -0.174446985f};
   constexpr float kSin[] = {1.57079637f, -0.64596349f, 0.079680033f, -0.00460165786f};
   constexpr float kCos[] = {-1.23369765f, 0.25360322f, -0.0204172824f};
-  const vf u = to_float(radius) * 0x1p-32f + 0x1p-33f;
-  const vu bits = as_bits(u);
-  const vi e = (vi)(bits - 0x3F3504F3u) >> 23;
-  vf f = as_float(bits - ((vu)e << 23)) - 1.0f;
+  // u 2^32; the scale comes off its exponent, with the one that puts f into [sqrt(1/2), sqrt(2)).
+  const vf u = to_float(radius) + 0.5f;
+  const vu bits = as_bits(u) - (0x3F3504F3u + (32u << 23));
+  const vi e = (vi)bits >> 23;
+  vf f = as_float((bits & 0x7FFFFFu) + 0x3F3504F3u) - 1.0f;
   const vf r = sqrt_v(__builtin_convertvector(e, vf) * -1.38629436f + f * horner(kLog, f));
 
   f = __builtin_convertvector((vi)(angle << 2), vf) * 0x1p-32f;
   const vf z = f * f;
-  const vf s = f * horner(kSin, z);
+  vf s = f * horner(kSin, z);
   vf c = z * horner(kCos, z) + 1.0f;
   c = as_float(as_bits(c) ^ (angle & 0x80000000u));
-  const vi swap = (vi)(angle << 1) < 0;
-  z0 = r * select(swap, s, c);
-  z1 = r * select(swap, c, s);
+  order_by_bit(angle, 0x40000000u, s, c);
+  z0 = r * s;
+  z1 = r * c;
 }
 
 // Transposes the 4x4 matrices that the four vectors hold in each 128-bit quarter.
@@ -84,19 +119,24 @@ FG_INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #endif
 }
 
-// The normals of 4 kLanes consecutive elements, the first of which is 4 * block. Lane 4k + m
-// computes the block that the in-quarter transpose moves to its place in memory order.
-FG_INLINE void normals(uint64_t seed, uint32_t step, uint64_t block, vf out[4]) {
+// kNormals normals of consecutive elements, the first of which is 4 * low of the row's part that has
+// these counters; low + kNormals / 4 must not pass 2^32.
+FG_INLINE void normals(const Counters& counters, uint32_t low, vf* out) {
+  // Lane 4k + m computes the counter that the in-quarter transpose moves to its place.
   vu offset;
   for (int i = 0; i < kLanes; ++i) offset[i] = (uint32_t)((kLanes / 4) * (i % 4) + i / 4);
-  const vu low = offset + (uint32_t)block;
-  // Blocks past 2^32 carry into the second word.
-  const vu high = (uint32_t)(block >> 32) - (vu)(low < splat_u((uint32_t)block));
-  const Words w =
-      philox({low, high, splat_u(step), splat_u(0)}, (uint32_t)seed, (uint32_t)(seed >> 32));
-  box_muller(w.w0, w.w1, out[0], out[1]);
-  box_muller(w.w2, w.w3, out[2], out[3]);
-  transpose4(out[0], out[1], out[2], out[3]);
+  Words w[kChains];
+  for (int i = 0; i < kChains; ++i)
+    w[i] = first_rounds(counters, offset + (low + (uint32_t)(i * kLanes)));
+#pragma GCC unroll 8
+  for (int r = 2; r < 10; ++r)
+    for (int i = 0; i < kChains; ++i) w[i] = philox_round(w[i], counters.key0[r], counters.key1[r]);
+  for (int i = 0; i < kChains; ++i) {
+    vf* z = out + 4 * i;
+    box_muller(w[i].w0, w[i].w1, z[0], z[1]);
+    box_muller(w[i].w2, w[i].w3, z[2], z[3]);
+    transpose4(z[0], z[1], z[2], z[3]);
+  }
 }
 
 }  // namespace FLOWGRPO_ISA

@@ -82,9 +82,13 @@ FG_INLINE void mul_wide(vu x, uint32_t m, vu& hi, vu& lo) {
 
 // The nearest float of each unsigned integer: the halves convert exactly and the sum rounds once.
 FG_INLINE vf to_float(vu x) {
+#if FLOWGRPO_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtepu32_ps((__m512i)x);
+#else
   const vf high = __builtin_convertvector((vi)(x >> 16), vf);
   const vf low = __builtin_convertvector((vi)(x & 0xffffu), vf);
   return high * 65536.0f + low;
+#endif
 }
 
 // ---- dtypes: float32 by itself, bfloat16 and float16 as their 16 bits ----
@@ -110,6 +114,21 @@ FG_INLINE vf select(vi mask, vf yes, vf no) {
   return (vf)(((vu)mask & (vu)yes) | (~(vu)mask & (vu)no));
 }
 FG_INLINE vu select_u(vi mask, vu yes, vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
+
+// (yes, no) where the bit is set in x, else (no, yes).
+FG_INLINE void order_by_bit(vu x, uint32_t bit, vf& yes, vf& no) {
+#if FLOWGRPO_LANES == 16 && defined(__AVX512F__)
+  const __mmask16 set = _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32((int)bit));
+  const __m512 a = (__m512)yes, b = (__m512)no;
+  yes = (vf)_mm512_mask_blend_ps(set, b, a);
+  no = (vf)_mm512_mask_blend_ps(set, a, b);
+#else
+  const vi set = (x & bit) != 0u;
+  const vf a = yes, b = no;
+  yes = select(set, a, b);
+  no = select(set, b, a);
+#endif
+}
 
 FG_INLINE vf load(const float* p) {
   vf x;

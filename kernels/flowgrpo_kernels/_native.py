@@ -196,7 +196,18 @@ def log_prob_backward(
     return gradients
 
 
-def grpo_loss_forward(
+def _loss_outputs(call: _Call) -> tuple[Tensor, ...]:
+    """What grpo_loss_forward returns, not yet written."""
+    loss, policy_loss, kl, clip_fraction = (torch.empty((), dtype=torch.float32) for _ in range(4))
+    score = torch.empty(call.rows, dtype=torch.float32)
+    ratio = torch.empty(call.rows, dtype=torch.float32)
+    coefs = torch.empty((call.rows, 3), dtype=torch.float32)
+    call.outputs(loss=loss, policy_loss=policy_loss, kl=kl, clip_fraction=clip_fraction)
+    call.outputs(log_prob=score, ratio=ratio, coefs=coefs)
+    return loss, policy_loss, kl, clip_fraction, score, ratio, coefs
+
+
+def _loss_call(
     velocity: Tensor,
     uncond_velocity: Tensor | None,
     guidance_scale: float,
@@ -215,8 +226,7 @@ def grpo_loss_forward(
     clip_low: float,
     clip_high: float,
     adv_clip: float,
-) -> tuple[Tensor, ...]:
-    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+) -> _Call:
     call = _Call(sample)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
     call.latents(prev_sample=prev_sample, ref_velocity=ref_velocity)
@@ -226,16 +236,27 @@ def grpo_loss_forward(
     call.transitions(table, step, guidance_scale)
     call.args.kl_weight, call.args.adv_clip = kl_weight, adv_clip
     call.args.ratio_low, call.args.ratio_high = 1.0 - clip_low, 1.0 + clip_high
-    totals = {
-        name: torch.empty((), dtype=torch.float32)
-        for name in ("loss", "policy_loss", "kl", "clip_fraction")
-    }
-    score = torch.empty(call.rows, dtype=torch.float32)
-    ratio = torch.empty(call.rows, dtype=torch.float32)
-    coefs = torch.empty((call.rows, 3), dtype=torch.float32)
-    call.outputs(**totals, log_prob=score, ratio=ratio, coefs=coefs)
+    return call
+
+
+def grpo_loss_forward(*args) -> tuple[Tensor, ...]:
+    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+    call = _loss_call(*args)
+    outputs = _loss_outputs(call)
     call.run("grpo_loss_forward")
-    return (*totals.values(), score, ratio, coefs)
+    return outputs
+
+
+def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
+    """Forward and backward in one pass over memory; arguments and results as in reference.py."""
+    *args, grad_loss, uncond_grad = args
+    call = _loss_call(*args)
+    grad = ctypes.c_float(grad_loss)
+    call.args.grad = ctypes.addressof(grad)
+    outputs = _loss_outputs(call)
+    gradients = _gradients(call, args[0], args[1], uncond_grad)
+    call.run("grpo_loss_gradient")
+    return *outputs, *gradients
 
 
 def grpo_loss_backward(

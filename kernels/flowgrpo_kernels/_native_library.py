@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-ABI = 1
+ABI = 2
 ISAS = ("baseline", "avx2", "avx512")
 BUILD_INFO = "_native_build.json"
 _AGAIN = "install flowgrpo again to rebuild it"

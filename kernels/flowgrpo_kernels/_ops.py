@@ -38,16 +38,21 @@ log = logging.getLogger("flowgrpo_kernels")
 
 _GUIDED = "Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample"
 _LOSS = "Tensor? ref_velocity, Tensor? ref_uncond_velocity, Tensor? old_velocity"
+_LOSS_ARGS = (
+    f"{_GUIDED}, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, Tensor table, "
+    f"Tensor step, {_LOSS}, Tensor? row_weight, Tensor? kl_row_weight, "
+    "float kl_weight, float clip_low, float clip_high, float adv_clip"
+)
+_LOSS_OUTPUTS = ", ".join(["Tensor"] * 7)
 SCHEMAS = {
     "sde_step": f"({_GUIDED}, Tensor table, Tensor step, Tensor? seeds, Tensor? noise, "
     "Tensor(a!) prev_sample, Tensor(b!) log_prob) -> ()",
     "log_prob": f"({_GUIDED}, Tensor prev_sample, Tensor table, Tensor step) -> Tensor",
     "log_prob_backward": f"(Tensor grad, {_GUIDED}, Tensor prev_sample, Tensor table, Tensor step, "
     "bool uncond_grad) -> (Tensor, Tensor)",
-    "grpo_loss_forward": f"({_GUIDED}, Tensor prev_sample, Tensor old_log_prob, Tensor advantages, "
-    f"Tensor table, Tensor step, {_LOSS}, Tensor? row_weight, Tensor? kl_row_weight, "
-    "float kl_weight, float clip_low, float clip_high, float adv_clip) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "grpo_loss_forward": f"({_LOSS_ARGS}) -> ({_LOSS_OUTPUTS})",
+    "grpo_loss_gradient": f"({_LOSS_ARGS}, float grad_loss, bool uncond_grad) "
+    f"-> ({_LOSS_OUTPUTS}, Tensor, Tensor)",
     "grpo_loss_backward": f"(Tensor grad_loss, Tensor coefs, {_GUIDED}, Tensor prev_sample, "
     f"Tensor table, Tensor step, {_LOSS}, bool uncond_grad) -> (Tensor, Tensor)",
     "initial_noise": "(Tensor seeds, SymInt[] shape, ScalarType dtype) -> Tensor",
@@ -237,12 +242,22 @@ def _(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_gr
     return _like(velocity), _uncond_like(velocity, uncond, uncond_grad)
 
 
-@_fake("grpo_loss_forward")
-def _(velocity, uncond, scale, sample, *rest):
+def _fake_loss(sample: Tensor) -> tuple[Tensor, ...]:
     dtype, rows = _float(sample), sample.shape[0]
     scalars = [sample.new_empty((), dtype=dtype) for _ in range(4)]
     per_row = [sample.new_empty(rows, dtype=dtype) for _ in range(2)]
     return (*scalars, *per_row, sample.new_empty((rows, 3), dtype=dtype))
+
+
+@_fake("grpo_loss_forward")
+def _(velocity, uncond, scale, sample, *rest):
+    return _fake_loss(sample)
+
+
+@_fake("grpo_loss_gradient")
+def _(velocity, uncond, scale, sample, *rest):
+    outputs = _fake_loss(sample)
+    return (*outputs, _like(velocity), _uncond_like(velocity, uncond, rest[-1]))
 
 
 @_fake("grpo_loss_backward")

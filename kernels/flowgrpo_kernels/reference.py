@@ -364,6 +364,19 @@ def grpo_loss_backward(
     return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
 
+def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
+    """The outputs of grpo_loss_forward and of grpo_loss_backward for a grad_loss known beforehand.
+
+    args: grpo_loss_forward's, then grad_loss (a number) and uncond_grad. For backends that save a
+    pass over memory with it.
+    """
+    *args, grad_loss, uncond_grad = args
+    outputs = grpo_loss_forward(*args)
+    grad = torch.full_like(outputs[0], grad_loss)
+    latents = (*args[:5], *args[7:12])
+    return *outputs, *grpo_loss_backward(grad, outputs[6], *latents, uncond_grad)
+
+
 def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """Standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
     steps = torch.full_like(seeds, philox.INITIAL_STEP)

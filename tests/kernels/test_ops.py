@@ -31,6 +31,8 @@ def arguments(dtype=torch.float32):
         "log_prob_backward guided": (torch.randn(3), *guided, x_prev, table, step, True),
         "grpo_loss_forward": (*plain, x_prev, *loss),
         "grpo_loss_forward guided": (*guided, x_prev, *loss),
+        "grpo_loss_gradient": (*plain, x_prev, *loss, 0.3, False),
+        "grpo_loss_gradient guided": (*guided, x_prev, *loss, 1.0, True),
         "grpo_loss_backward": (
             torch.tensor(1.0), torch.randn(3, 3), *guided, x_prev, table, step,
             b.ref, b.uncond, b.old, True,

@@ -1,0 +1,125 @@
+// Work on (row, block) pairs: what a row reads, how it is divided among threads.
+//
+// A pair writes its own elements and its own partial sums; the partial sums of a row are added in
+// order when all of them are there. So results do not depend on who computed what.
+#pragma once
+
+#include <math.h>
+
+#include "rows.h"
+
+namespace FLOWGRPO_ISA {
+
+// Below this many elements waking the other threads costs more than it saves.
+constexpr int64_t kSerialElements = 32768;
+
+struct Coefficients {
+  float A, B, C, k, c0, K, abs_dt, noise_step;
+};
+
+static inline Coefficients coefficients(const FgArgs& a, int64_t row) {
+  const int64_t step = a.step[row];
+  if (step < 0 || step >= a.table_rows) {
+    const float nan = NAN;
+    return {nan, nan, nan, nan, nan, nan, nan, 0.0f};
+  }
+  const float* t = a.table + step * a.table_columns;
+  return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
+}
+
+static inline int64_t blocks_of(const FgArgs& a) { return (a.elements + kBlock - 1) / kBlock; }
+
+// For every row: before(row, block) for its blocks, then finish(row), then after(row, block).
+//
+// Whole rows go to one thread each, which finds what `before` read in its cache when `after` reads
+// it again (three float32 latents of 16 x 64 x 64 are 0.75 MiB). Rows that are left over, or fewer
+// than threads, are worked on by all threads, block by block.
+template <class Before, class Finish, class After>
+void for_rows(const FgArgs& a, Before before, Finish finish, After after) {
+  const int64_t blocks = blocks_of(a);
+  const bool serial = a.threads <= 1 || a.rows * a.elements < kSerialElements;
+  const int threads = serial ? 1 : (int)a.threads;
+  const int64_t whole = a.rows - a.rows % threads;
+  const int64_t shared = (a.rows - whole) * blocks;
+#pragma omp parallel num_threads(threads) if (!serial)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < whole; ++row) {
+      for (int64_t block = 0; block < blocks; ++block) before(row, block);
+      finish(row);
+      for (int64_t block = 0; block < blocks; ++block) after(row, block);
+    }
+    if (whole < a.rows) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < shared; ++i) before(whole + i / blocks, i % blocks);
+#pragma omp for schedule(static)
+      for (int64_t row = whole; row < a.rows; ++row) finish(row);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < shared; ++i) after(whole + i / blocks, i % blocks);
+    }
+  }
+}
+
+// The same without a second pass over the blocks, or with nothing else.
+template <class Before, class Finish>
+void for_rows(const FgArgs& a, Before before, Finish finish) {
+  for_rows(a, before, finish, [](int64_t, int64_t) {});
+}
+template <class Work>
+void for_blocks(const FgArgs& a, Work work) {
+  for_rows(a, work, [](int64_t) {});
+}
+
+// What one row reads, and the pieces of it that every op needs.
+struct Inputs {
+  Coefficients c;
+  float w;
+  Row velocity, uncond, sample;
+
+  Inputs(const FgArgs& a, int64_t row)
+      : c(coefficients(a, row)),
+        w(a.guidance_scale),
+        velocity(row_of(a.velocity, row)),
+        uncond(row_of(a.uncond_velocity, row)),
+        sample(row_of(a.sample, row)) {}
+};
+
+FG_INLINE Group guided(const Row& velocity, const Row& uncond, float w, int64_t at, int n) {
+  Group v = load_group(velocity, at, n);
+  if (uncond.data != nullptr) {
+    const Group u = load_group(uncond, at, n);
+    for (int i = 0; i < kVectors; ++i) v.v[i] = u.v[i] + (v.v[i] - u.v[i]) * w;
+  }
+  return v;
+}
+
+FG_INLINE Group mean(const Inputs& in, const Group& v, int64_t at, int n) {
+  const Group x = load_group(in.sample, at, n);
+  Group mu;
+  for (int i = 0; i < kVectors; ++i) mu.v[i] = x.v[i] * in.c.A + v.v[i] * in.c.B;
+  return mu;
+}
+
+FG_INLINE Group difference(const Group& a, const Group& b) {
+  Group r;
+  for (int i = 0; i < kVectors; ++i) r.v[i] = a.v[i] - b.v[i];
+  return r;
+}
+
+// log_prob of a row from the sum of its squared residuals.
+static inline float score(const Coefficients& c, float sum, int64_t elements) {
+  if (c.C == 0.0f) return 0.0f;
+  const float m = sum / (float)(elements > 0 ? elements : 1);
+  return -(c.k * m) - c.c0;
+}
+
+struct Span {
+  int64_t start;
+  int count;
+};
+static inline Span span_of(const FgArgs& a, int64_t block) {
+  const int64_t start = block * kBlock, left = a.elements - start;
+  return {start, (int)(left < kBlock ? left : kBlock)};
+}
+
+}  // namespace FLOWGRPO_ISA

@@ -1,0 +1,185 @@
+// The loss of stored steps and its gradient: sums of squares over each row, scalars of each row,
+// gradients straight to the velocities. log_prob shares the first and the last.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "blocks.h"
+
+namespace FLOWGRPO_ISA {
+namespace {
+
+// Sums over elements of d^2, e^2 and h^2.
+struct Sums {
+  float d, e, h;
+};
+
+Sums residual_block(const FgArgs& a, int64_t row, int64_t block) {
+  const Inputs in(a, row);
+  const Row prev = row_of(a.prev_sample, row), ref = row_of(a.ref_velocity, row);
+  const Row ref_uncond = row_of(a.ref_uncond_velocity, row), old = row_of(a.old_velocity, row);
+  const Span span = span_of(a, block);
+  BlockSum sum_d, sum_e, sum_h;
+  for (int at = 0; at < span.count; at += kGroup) {
+    const int n = span.count - at < kGroup ? span.count - at : kGroup;
+    const int64_t e = span.start + at;
+    const Group v = guided(in.velocity, in.uncond, in.w, e, n);
+    sum_d.add(at, n, difference(load_group(prev, e, n), mean(in, v, e, n)));
+    if (ref.data != nullptr) sum_e.add(at, n, difference(v, guided(ref, ref_uncond, in.w, e, n)));
+    if (old.data != nullptr) sum_h.add(at, n, difference(v, load_group(old, e, n)));
+  }
+  return {sum_d.finish(span.count), ref.data != nullptr ? sum_e.finish(span.count) : 0.0f,
+          old.data != nullptr ? sum_h.finish(span.count) : 0.0f};
+}
+
+// The sums of every block, kept until those of a row are complete.
+class RowSums {
+ public:
+  explicit RowSums(const FgArgs& a)
+      : blocks_(blocks_of(a)),
+        stride_(a.rows * blocks_),
+        sums_((float*)malloc(sizeof(float) * (size_t)(3 * stride_ + 1))) {}
+  ~RowSums() { free(sums_); }
+  RowSums(const RowSums&) = delete;
+  RowSums& operator=(const RowSums&) = delete;
+
+  bool failed() const { return sums_ == nullptr; }
+  void set(int64_t row, int64_t block, const Sums& s) {
+    float* at = sums_ + row * blocks_ + block;
+    at[0] = s.d, at[stride_] = s.e, at[2 * stride_] = s.h;
+  }
+  Sums of(int64_t row) const {
+    const float* at = sums_ + row * blocks_;
+    return {ordered_sum(at, blocks_), ordered_sum(at + stride_, blocks_),
+            ordered_sum(at + 2 * stride_, blocks_)};
+  }
+
+ private:
+  const int64_t blocks_, stride_;
+  float* const sums_;
+};
+
+// dv = c_d d + c_e e + c_h h, straight to the velocities.
+void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, float c_e, float c_h) {
+  const Inputs in(a, row);
+  const Row prev = row_of(a.prev_sample, row), ref = row_of(a.ref_velocity, row);
+  const Row ref_uncond = row_of(a.ref_uncond_velocity, row), old = row_of(a.old_velocity, row);
+  const Row grad = row_of(a.grad_velocity, row), grad_uncond = row_of(a.grad_uncond_velocity, row);
+  const Span span = span_of(a, block);
+  for (int at = 0; at < span.count; at += kGroup) {
+    const int n = span.count - at < kGroup ? span.count - at : kGroup;
+    const int64_t e = span.start + at;
+    const Group v = guided(in.velocity, in.uncond, in.w, e, n);
+    Group dv = difference(load_group(prev, e, n), mean(in, v, e, n));
+    for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * c_d;
+    if (ref.data != nullptr) {
+      const Group r = guided(ref, ref_uncond, in.w, e, n);
+      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] + (v.v[i] - r.v[i]) * c_e;
+    }
+    if (old.data != nullptr) {
+      const Group o = load_group(old, e, n);
+      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] + (v.v[i] - o.v[i]) * c_h;
+    }
+    if (grad_uncond.data != nullptr) {
+      Group u;
+      for (int i = 0; i < kVectors; ++i) u.v[i] = dv.v[i] * a.uncond_scale;
+      store_group(grad_uncond, e, n, u);
+    }
+    if (in.uncond.data != nullptr)
+      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * in.w;
+    store_group(grad, e, n, dv);
+  }
+}
+
+void loss_gradient_block(const FgArgs& a, int64_t row, int64_t block) {
+  const float go = a.grad[0];
+  const float* c = a.coefs + 3 * row;
+  gradient_block(a, row, block, go * c[0], go * c[1], go * c[2]);
+}
+
+// torch's clamp and maximum: NaN propagates.
+float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+float maximum(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
+
+// The scalars of one row of the loss; policy, kl and clipped are added up over the rows afterwards.
+struct RowLoss {
+  float policy, kl, clipped;
+};
+
+RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
+  const Coefficients c = coefficients(a, row);
+  const float n = (float)(a.elements > 0 ? a.elements : 1), rows = (float)a.rows;
+  const bool guard = a.old_velocity.data != nullptr, has_ref = a.ref_velocity.data != nullptr;
+  const float b2 = c.B * c.B, lp = score(c, s.d, a.elements);
+  float delta = lp - a.old_log_prob[row];
+  if (guard) delta = (delta + (c.k * b2) * (s.h / n)) * c.C;
+  const float ratio = expf(delta);
+  const float adv = clamp(a.advantages[row], -a.adv_clip, a.adv_clip);
+  const float unclipped = -adv * ratio, clipped = -adv * clamp(ratio, a.ratio_low, a.ratio_high);
+  const bool outside = ratio < a.ratio_low || ratio > a.ratio_high;
+  const bool active = !(outside && clipped > unclipped);
+  const float weight = a.row_weight != nullptr ? a.row_weight[row] : 1.0f;
+  const float kl_weight = a.kl_row_weight != nullptr ? a.kl_row_weight[row] : 1.0f;
+
+  float policy = maximum(unclipped, clipped);
+  float g = ((weight / rows) * (-adv * (active ? 1.0f : 0.0f))) * ratio;
+  if (a.row_weight != nullptr && weight == 0.0f) g = 0.0f;
+  if (guard) {
+    policy = policy / c.abs_dt;
+    g = (g * c.C) / c.abs_dt;
+  }
+  float* coefs = a.coefs + 3 * row;
+  coefs[0] = (g * (2.0f * (c.k * c.B))) / n;
+  coefs[1] = has_ref ? (((kl_weight / rows) * a.kl_weight) * (2.0f * (c.K * b2))) / n : 0.0f;
+  coefs[2] = guard ? (g * (2.0f * (c.k * b2))) / n : 0.0f;
+
+  float kl = has_ref && c.C != 0.0f ? (c.K * b2) * (s.e / n) : 0.0f;
+  if (a.row_weight != nullptr) policy = weight == 0.0f ? 0.0f : weight * policy;
+  if (a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
+  a.log_prob[row] = lp;
+  a.ratio[row] = ratio;
+  return {policy, kl, outside ? 1.0f : 0.0f};
+}
+
+// The forward op; with kGradient also the gradients for the upstream gradient grad, those of a row
+// while what they are computed from is still in the cache.
+template <bool kGradient>
+int32_t grpo_loss(const FgArgs& a) {
+  RowSums sums(a);
+  float* per_row = (float*)malloc(sizeof(float) * (size_t)(3 * a.rows + 1));
+  if (sums.failed() || per_row == nullptr) {
+    free(per_row);
+    return 1;
+  }
+  float *policy = per_row, *kl = per_row + a.rows, *clipped = per_row + 2 * a.rows;
+  for_rows(
+      a, [&](int64_t row, int64_t block) { sums.set(row, block, residual_block(a, row, block)); },
+      [&](int64_t row) {
+        const RowLoss r = loss_row(a, row, sums.of(row));
+        policy[row] = r.policy, kl[row] = r.kl, clipped[row] = r.clipped;
+      },
+      [&](int64_t row, int64_t block) {
+        if (kGradient) loss_gradient_block(a, row, block);
+      });
+  const float rows = (float)(a.rows > 0 ? a.rows : 1);
+  *a.policy_loss = ordered_sum(policy, a.rows) / rows;
+  *a.kl = ordered_sum(kl, a.rows) / rows;
+  *a.clip_fraction = ordered_sum(clipped, a.rows) / rows;
+  *a.loss = *a.policy_loss;
+  if (a.ref_velocity.data != nullptr) *a.loss = *a.policy_loss + a.kl_weight * *a.kl;
+  free(per_row);
+  return 0;
+}
+
+int32_t grpo_loss_forward(const FgArgs* args) { return grpo_loss<false>(*args); }
+int32_t grpo_loss_gradient(const FgArgs* args) { return grpo_loss<true>(*args); }
+
+int32_t grpo_loss_backward(const FgArgs* args) {
+  const FgArgs& a = *args;
+  for_blocks(a, [&](int64_t row, int64_t block) { loss_gradient_block(a, row, block); });
+  return 0;
+}
+
+}  // namespace
+}  // namespace FLOWGRPO_ISA
