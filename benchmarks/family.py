@@ -120,6 +120,9 @@ class Family:
 
     def _compile(self, transformer: nn.Module, fullgraph: bool) -> None:
         if self.setting.compiled:
+            # Kinds of blocks, with and without gradients and adapters: past dynamo's default of 8
+            # graphs a function, it would go on without compiling.
+            torch._dynamo.config.recompile_limit = 64
             singles = getattr(transformer, "single_transformer_blocks", [])
             for block in (*transformer.transformer_blocks, *singles):
                 block.compile(fullgraph=fullgraph, dynamic=False)
@@ -133,13 +136,12 @@ class Family:
         self.sigmas = models.sigmas(self.model, case.steps).to(self.device)
         self.scheduler = eager.Scheduler(self.sigmas)
         self.second_sigma = float(self.sigmas[1])
-        tokens, pooled = models.conditioning(
-            self.model, case.groups + 1, self.device, self.setting.embeds
-        )
-        # The last prompt is the empty one. As in flow_grpo every row has its own copy.
+        like = (self.device, self.setting.embeds)
+        tokens, pooled = models.conditioning(self.model, case.groups, *like)
+        # As in flow_grpo every row has its own copy of its prompt's embeddings.
         order = torch.arange(case.rows, device=self.device) // case.group_size
         self.embeds, self.pooled = tokens[order], pooled[order]
-        self.empty = (tokens[-1:], pooled[-1:])
+        self.empty = models.conditioning(self.model, 1, *like, models.EMPTY_PROMPT)
         self.advantages = torch.linspace(-1, 1, case.rows, device=self.device)
 
     @contextmanager

@@ -6,7 +6,7 @@ The pipeline is handed over in memory with random embeddings for texts; all else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,26 +75,23 @@ def in_memory(model: models.Model, device: str, whole: bool) -> Iterator[None]:
         yield
         return
     device = str(base.choose_device(device))
+    dtypes: list[torch.dtype] = []
 
     def load(cls: type, source: str, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
+        dtypes.append(dtype)
         return models.pipeline(model, device, dtype, whole), Path()
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        seed = models.EMPTY_PROMPT if list(texts) == [""] else models.PROMPTS
+        made = models.conditioning(model, len(texts), device, dtypes[-1], seed)
+        return Conditioning(*made)
 
     with (
         mock.patch.object(loading, "load_pipeline", load),
         mock.patch.object(base, "pipeline_class", lambda *_: PIPELINES[model.family]),
-        mock.patch.object(embeddings, "Texts", lambda *_: _random_texts(model, device)),
+        mock.patch.object(embeddings, "Texts", lambda *_, **__: encode),
     ):
         yield
-
-
-def _random_texts(model: models.Model, device: str) -> Callable[[Sequence[str]], Conditioning]:
-    """In place of the text encoders: the last of the random prompts is the empty one."""
-    dtype = base.choose_dtype("auto", torch.device(device))
-
-    def encode(texts: Sequence[str]) -> Conditioning:
-        return Conditioning(*models.conditioning(model, len(texts), device, dtype))
-
-    return encode
 
 
 class Ours:

@@ -1,6 +1,7 @@
-"""Draws a record of bench_kernels.py as bars on a log axis.
+"""Draws a record: bars on a log axis for kernels, images a second over the batch for rollouts.
 
 python benchmarks/plot.py benchmarks/results/kernels-cpu.json [--out kernels-cpu.png] [--cases b16]
+python benchmarks/plot.py benchmarks/results/rollout-cuda.json [--cases sd3.5-m]
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ import records
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ORDER = ("eager", "compile", "reference", "ours-loop", "ours", "ceiling")
+ORDER = ("eager", "compile", "reference", "ours-loop", "ours-captured", "ours", "ceiling")
 COLOURS = {
     "eager": "#8c8c8c",
     "compile": "#c9a227",
     "reference": "#b0c4de",
     "ours-loop": "#7fb3d5",
+    "ours-captured": "#4a90c4",
     "ours": "#1f6fb2",
     "ceiling": "#d9d9d9",
 }
+
+
+def providers(rows: list[dict]) -> list[str]:
+    return [p for p in ORDER if any(r["provider"] == p for r in rows)]
 
 
 def tick(case: str) -> str:
@@ -31,9 +37,9 @@ def tick(case: str) -> str:
     return f"{op}\n{model} {batch}\n{dtypes}"
 
 
-def draw(record: dict, cases: list[str], out: Path) -> None:
+def bars(record: dict, cases: list[str], out: Path) -> None:
     """One group of bars a case, one bar a provider; time in microseconds, log axis."""
-    names = [p for p in ORDER if any(r["provider"] == p for r in record["rows"])]
+    names = providers(record["rows"])
     figure, axes = plt.subplots(figsize=(max(6.0, 1.1 + 1.5 * len(cases)), 3.6), dpi=150)
     width = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -59,18 +65,73 @@ def draw(record: dict, cases: list[str], out: Path) -> None:
     plt.close(figure)
 
 
+def batches(cases: list[str]) -> dict[str, dict[int, str]]:
+    """Title (model, steps, guidance) -> batch size -> case."""
+    found: dict[str, dict[int, str]] = {}
+    for case in cases:
+        model, steps, batch, guidance = case.split()
+        title = f"{model}, {steps.removeprefix('t')} steps, {guidance}"
+        found.setdefault(title, {})[int(batch.removeprefix("b"))] = case
+    return found
+
+
+def lines(record: dict, cases: list[str], out: Path) -> None:
+    """A panel for each model, number of steps and guidance: images a second by denoising."""
+    rows, panels = record["rows"], batches(cases)
+    names = providers(rows)
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.4), dpi=150, squeeze=False
+    )
+    for axes, (title, sizes) in zip(grid[0], panels.items(), strict=True):
+        for name in names:
+            points = [
+                (batch, value)
+                for batch, case in sorted(sizes.items())
+                if (value := records.find(rows, case=case, provider=name, metric="images"))
+            ]
+            if not points:
+                continue
+            style = "--" if name == "ceiling" else "o-"
+            colour = "#555555" if name == "ceiling" else COLOURS[name]
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4)
+        axes.set_title(title, fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(sizes), [str(b) for b in sorted(sizes)], fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows of a forward", fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("images/s, denoising", fontsize=7)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=len(labels), loc="lower center",
+                  bbox_to_anchor=(0.5, -0.08))  # fmt: skip
+    figure.suptitle(record["device"], fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draws a record of bench_kernels.py.")
+    parser = argparse.ArgumentParser(description="Draws a record of bench_kernels, bench_rollout.")
     parser.add_argument("record", type=Path)
     parser.add_argument("--out", type=Path, help="default: the record's name with .png")
-    parser.add_argument("--cases", default="sd3-512 b16 float32", help="cases that contain this")
+    parser.add_argument(
+        "--cases", help="cases that contain this; default: sd3-512 b16 float32 of kernels, else all"
+    )
     args = parser.parse_args(argv)
     record = records.read(args.record)
-    cases = [c for c in dict.fromkeys(r["case"] for r in record["rows"]) if args.cases in c]
-    if not cases:
-        raise SystemExit(f"--cases {args.cases!r} matches no case of {args.record}")
+    suite = {r["suite"] for r in record["rows"]}
+    if suite not in ({"kernels"}, {"rollout"}):
+        raise SystemExit(f"{args.record} is of {', '.join(sorted(suite))}, not kernels or rollout")
+    wanted = args.cases
+    if wanted is None:
+        wanted = "sd3-512 b16 float32" if suite == {"kernels"} else ""
+    cases = dict.fromkeys(r["case"] for r in record["rows"] if r["case"] != "device")
+    chosen = [case for case in cases if wanted in case]
+    if not chosen:
+        raise SystemExit(f"--cases {wanted!r} matches no case of {args.record}")
     out = args.out or args.record.with_suffix(".png")
-    draw(record, cases, out)
+    (bars if suite == {"kernels"} else lines)(record, chosen, out)
     print(f"wrote {out}")
 
 

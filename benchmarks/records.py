@@ -11,6 +11,7 @@ add facts of its own, such as "failures" and "skipped" (cases that did not fit i
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -97,8 +98,10 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """The commit measured, with "+" when the tree differs from it."""
+    """The commit measured, with "+" when the tree differed from it when this was first asked, which
+    is before the process writes any record."""
     try:
         here = Path(__file__).parent
         head = subprocess.run(

@@ -139,7 +139,10 @@ class Session:
             before = measure.held(self.device)
             setting = family.setting(name, case.model, self.device)
             made = family.Family(case.model, setting, self.device)
-            made.serving  # noqa: B018  builds it
+            _ = made.serving
+            if self.suite != "rollout":
+                # Now, so that the weights count as resident in every case.
+                _ = made.trained
             self._families[key] = made
             self.resident[name] = measure.held(self.device) - before
         self._families[key].prepare(case)

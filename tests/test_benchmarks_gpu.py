@@ -1,0 +1,118 @@
+"""gpu.py: its parts are commands that exist, stop in time, and do not stop each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import bench_kernels
+    import gpu
+    import suites
+    import tables
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+PYTHON = sys.executable
+
+
+def say(text):
+    return [PYTHON, "-c", text]
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Four parts in place of the real ones."""
+    sleeper = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
+    made = [
+        gpu.Part("good", 30, [say("print('one')"), say("import os; print(os.environ['WORD'])")],
+                 {"WORD": "two"}),
+        gpu.Part("bad", 30, [say("raise SystemExit(3)"), say("print('never')")]),
+        gpu.Part("slow", 2, [say(sleeper)]),
+        gpu.Part("missing", 30, [say("print('never')")], absent="no such tool"),
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu, "parts", lambda args: made)
+    return made
+
+
+def test_every_part_runs_and_is_reported(parts, tmp_path, capsys):
+    out, archive = tmp_path / "out", tmp_path / "out.tar.gz"
+    start = time.monotonic()
+    assert gpu.main(["--out", str(out), "--archive", str(archive)]) == 1
+    assert time.monotonic() - start < 30
+    summary = json.loads((out / "summary.json").read_text())
+    assert [d["result"] for d in summary] == [
+        "passed", "failed with 3", "stopped after 2 s", "absent: no such tool"
+    ]  # fmt: skip
+    assert "one\n" in (out / "good.log").read_text() and "two" in capsys.readouterr().out
+    assert "saved" in (out / "slow.log").read_text()
+    assert "never'" not in (out / "bad.log").read_text().split("\n", 1)[1]
+    with tarfile.open(archive) as packed:
+        assert "out/summary.json" in packed.getnames()
+
+
+def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path), "--parts", "good"]) == 0
+    assert not (tmp_path / "bad.log").exists()
+    assert gpu.main(["--out", str(tmp_path), "--parts", "good", "--total", "1"]) == 1
+    assert "no time left" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--parts", "goood"])
+    assert "not goood" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_commands_are_what_the_scripts_take(smoke, tmp_path):
+    import argparse
+
+    args = argparse.Namespace(out=tmp_path, smoke=smoke, wheels=None)
+    found = gpu.parts(args)
+    names = [part.name for part in found]
+    wanted = {"build", "tests", "kernels", "rollout", "update", "iteration", "memory", "nano"}
+    assert wanted | {"sanitizer"} <= set(names) and len(set(names)) == len(names)
+    for part in found:
+        for command in part.commands:
+            script = Path(command[1])
+            if script.name == "bench_kernels.py":
+                bench_kernels.parse(command[2:])
+            elif script.name.startswith("bench_"):
+                parser = suites.parser("", "ours")
+                parser.add_argument("--memory", action="store_true")
+                parsed = parser.parse_args(command[2:])
+                assert parsed.budget < part.budget and parsed.out.parent == tmp_path
+            elif script.suffix == ".py":
+                assert script.exists()
+
+
+def test_wheels_are_installed_without_a_network(tmp_path):
+    import argparse
+
+    (tmp_path / "tyro-1.0-py3-none-any.whl").write_bytes(b"")
+    args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path)
+    wheels, project, _ = gpu.build(args)
+    assert "--no-index" in wheels and wheels[-1].endswith("tyro-1.0-py3-none-any.whl")
+    assert {"--no-deps", "--no-build-isolation", str(gpu.ROOT)} <= set(project)
+
+
+def test_every_kernel_runs_in_the_sanitizers_script(tmp_path):
+    done = subprocess.run(
+        [PYTHON, BENCHMARKS / "sanitize.py", "cpu"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "every kernel ran on cpu" in done.stdout
+
+
+def test_the_page_shows_the_records():
+    """`python benchmarks/tables.py` after a record has changed."""
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(text) == text
+    assert text.count("sde_step plain") == 3 and "gfx942" in text
