@@ -1,0 +1,106 @@
+"""The rollout that shares the steps before a window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trainers
+
+from flowgrpo import prefix, train
+from flowgrpo.config import replace
+
+SHARED = {"sample.shared_noise": True, "sample.prompts_per_iteration": 4}
+CASES = {
+    "plain": {},
+    "guidance and guard": {"sample.guidance_scale": 3.0, "optim.guard": True},
+    "bfloat16": {"policy.dtype": "bfloat16"},
+    "chunks across groups": {"sample.batch_size": 4},
+    "one late step": {"sample.window_size": 1, "sample.window_range": (2, 6)},
+}
+
+
+def both(parts, config):
+    """(shared, plain): the same iteration by both rollouts."""
+    conditioning = parts.policy.encode(trainers.TEXTS[:4])
+    plain = replace(config, **{"sample.share_prefix": False})
+    return tuple(train.collect(parts, conditioning, c) for c in (config, plain))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_plain_rollout_but_for_rounding(pixel_model, tmp_path, case):
+    """Every state and log-probability, and the velocities of trained steps, for Guard."""
+    config = trainers.config(pixel_model, tmp_path, **{**SHARED, **CASES[case]})
+    parts, starts = trainers.parts(config), set()
+    close = {"rtol": 0, "atol": 2e-2 if case == "bfloat16" else 1e-5}
+    for parts.state.iteration in range(3):
+        shared, plain = both(parts, config)
+        starts |= set(shared.positions[0].tolist())
+        torch.testing.assert_close(shared.latents, plain.latents, **close)
+        # A log-probability is a squared deviation over 2 C^2, which is small in late steps.
+        torch.testing.assert_close(shared.log_probs, plain.log_probs, rtol=1e-4, atol=1e-3)
+        for name in ("positions", "steps", "groups", "seeds"):
+            assert torch.equal(getattr(shared, name), getattr(plain, name))
+        if config.optim.guard:
+            place, row = shared.positions, torch.arange(24).expand_as(shared.positions)
+            trained = (x.velocities[place, row] for x in (shared, plain))
+            torch.testing.assert_close(*trained, **close)
+    assert len(starts) > 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ratios_are_exactly_one(pixel_model, tmp_path, case):
+    config = trainers.config(pixel_model, tmp_path, **{**SHARED, **CASES[case]})
+    parts = trainers.parts(config)
+    for parts.state.iteration in range(2):
+        metrics = train.update(parts, trainers.experience(parts, config), config)
+        assert metrics["max_ratio_error"] == 0.0
+
+
+def test_fewer_rows_go_through_the_model(pixel_model, tmp_path):
+    """Before its window a group is one row; a window's forwards have whole chunks."""
+    config = trainers.config(pixel_model, tmp_path, **SHARED)
+    parts, rows = trainers.parts(config), []
+    parts.policy.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    conditioning = parts.policy.encode(trainers.TEXTS[:4])
+    found = train.collect(parts, conditioning, config)
+    starts = found.positions[0, ::6]
+    assert starts.max() > 0
+    assert sum(rows) == int((starts + 6 * (6 - starts)).sum()) < 24 * 6
+    assert max(rows) == config.sample.batch_size
+    group = found.latents.view(7, 4, 6, -1)
+    for k, start in enumerate(starts.tolist()):
+        alike = group[: start + 1, k, :1].expand(-1, 6, -1)
+        assert torch.equal(group[: start + 1, k], alike)
+        assert not torch.equal(group[start + 1, k, 0], group[start + 1, k, 1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample.share_prefix": False},
+        {"sample.shared_noise": False},
+        {"sample.window_size": 0},
+    ],
+)
+def test_where_nothing_is_shared_it_is_not_used(pixel_model, tmp_path, changes, monkeypatch):
+    config = trainers.config(pixel_model, tmp_path, **{**SHARED, **changes})
+    parts = trainers.parts(config)
+    monkeypatch.setattr(prefix, "rollout", None)
+    train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
+
+
+def test_results_come_chunk_by_chunk(pixel_model, tmp_path):
+    changes = {**SHARED, "sample.batch_size": 8, "optim.updates_per_iteration": 1}
+    config = trainers.config(pixel_model, tmp_path, **changes)
+    parts = trainers.parts(config)
+    seen = []
+
+    class Collector:
+        def add(self, images):
+            seen.append(images)
+
+    found = train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config, Collector())
+    assert [len(images) for images in seen] == [8, 8, 8]
+    assert torch.equal(torch.cat(seen), parts.policy.decode(found.latents[-1]))
