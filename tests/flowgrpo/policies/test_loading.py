@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy
@@ -52,7 +52,11 @@ def hub():
 def test_a_gated_repository(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]))
+    # Versions before 1.0 read it from the second place.
+    for module in (constants, file_download):
+        monkeypatch.setattr(
+            module, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]), raising=False
+        )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(
