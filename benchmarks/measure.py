@@ -55,9 +55,9 @@ def interleaved(
 
 
 def release(device: str) -> None:
-    """Give back what no object holds any more."""
-    gc.collect()
+    """Give back GPU memory that no object holds any more."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

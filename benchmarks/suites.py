@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -150,7 +151,9 @@ class Session:
 
     def forget(self) -> None:
         """Drop what earlier cases have left."""
-        torch._dynamo.reset()
+        # Its import takes as long as a small suite, and without compile it is not needed.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         measure.release(self.device)
 
     def drop(self, name: str) -> None:

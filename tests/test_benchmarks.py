@@ -57,6 +57,7 @@ def test_the_baseline_computes_what_we_compute(eager):
 def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
     out = tmp_path / "kernels.json"
     command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--smoke", "--out", out]
+    command += ["--cases", "odd"]
     run = subprocess.run(
         [*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -74,6 +75,25 @@ def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
         check=True,
     )
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+
+
+def test_bytes_of_one_call(eager, tmp_path, monkeypatch):
+    """The loss makes one gradient; the step writes where it is told. 16 KiB and more, so that the
+    handful of floats a row does not show."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_kernels
+
+    out = tmp_path / "memory.json"
+    case = ["--cases", "sd3-512 b1 ", "--device", "cpu", "--out", str(out)]
+    assert bench_kernels.main(["--smoke", "--memory", *case]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    elements = 16 * 64 * 64
+    found = {(r["case"].split()[0], r["provider"]): r["value"] / elements for r in rows}
+    assert {r["suite"] for r in rows} == {"memory"} and {r["unit"] for r in rows} == {"bytes"}
+    for op in ("loss", "loss-kl"):
+        assert 4 <= found[op, "ours"] < 4.1 and found[op, "eager"] >= 16
+    for op in ("step", "step-cfg"):
+        assert found[op, "ours"] < 0.1 and found[op, "eager"] >= 16
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("kernels-*.json")))

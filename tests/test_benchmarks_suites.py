@@ -144,7 +144,7 @@ def test_no_case_begins_after_the_budget(run):
 
 
 def test_bad_options(run):
-    with pytest.raises(SystemExit, match="--providers knows ours, .*, not theirs"):
+    with pytest.raises(SystemExit, match=r"--providers knows ours, .*, not theirs"):
         run(bench_update, "--providers", "theirs")
     with pytest.raises(SystemExit, match="leave no case"):
         run(bench_update, "--cases", "sd9")
