@@ -58,7 +58,7 @@ def parts(config: Config, spread: float = 0.1) -> train.Parts:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.state.parameters.values():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.add_(spread * noise * (1 if config.policy.adapter == "lora" else 0.1))
     return made
 
