@@ -1,0 +1,314 @@
+"""The sections of a configuration: one frozen dataclass a concern.
+
+The line under a field is its help text (tyro prints it); numbers that follow from others are
+properties. A rule that a value breaks raises ``ConfigError`` with the rule in it.
+
+Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowgrpo.validation import check_positive, check_types, require
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The model that is trained, and which of its weights are."""
+
+    model: str = "nano"
+    """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
+    device: str = "auto"
+    """Torch device; auto: cuda when there is one, else cpu."""
+    adapter: Literal["lora", "full"] = "lora"
+    """Train LoRA matrices in float32 over the frozen model, or the whole transformer."""
+    lora_rank: int = 32
+    """Rank of the LoRA matrices."""
+    lora_alpha: int = 64
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
+    lora_targets: tuple[str, ...] | None = None
+    """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    resolution: int = 0
+    """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
+    max_sequence_length: int = 0
+    """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
+    # The default of FluxPipeline, and flow_grpo's in its pickscore_flux recipes.
+    embedded_guidance: float = 3.5
+    """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
+    text_cache: str = "auto"
+    """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders off the GPU except while they encode a text that is not cached."""
+    attention: str = "auto"
+    """Attention kernel: auto, plain, or a name of diffusers' such as native_flash or xformers."""
+    compile: bool = False
+    """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
+    vae_slicing: bool = False
+    """Decode images one at a time: less memory, more time."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory in the update, one more forward."""
+
+    def __post_init__(self) -> None:
+        check_types("policy.", self)
+        check_positive("policy", self, "lora_rank", "lora_alpha")
+        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        check_positive("policy", self, *zero, zero=True)
+        require(
+            self.max_sequence_length <= 512,
+            f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
+            "tokens at most; lower it.",
+        )
+        require(
+            self.adapter == "full" or self.lora_targets != (),
+            "policy.lora_targets is empty, but LoRA needs at least one layer name ending; name "
+            "one or set policy.adapter to full.",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Prompts, and how images are sampled from them."""
+
+    prompts: str = "nano"
+    """Prompt set: "nano", a text file with one prompt a line, or a JSONL file."""
+    prompts_per_iteration: int = 8
+    """K: prompts drawn for one iteration."""
+    group_size: int = 12
+    """G: images sampled for each prompt; rewards are compared inside the group."""
+    batch_size: int = 48
+    """Rows of one forward in rollout and update alike; it must divide K G."""
+    steps: int = 10
+    """T: sampling steps of a training rollout."""
+    eval_steps: int = 40
+    """Sampling steps of an evaluation, always by the deterministic ODE."""
+    transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """The Gaussian step: Flow-GRPO's SDE, DanceGRPO's SDE or coefficients-preserving sampling."""
+    noise_level: float = 0.7
+    """How much noise a step adds: a of flow_sde and cps, eta of dance_sde."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in rollout, update and evaluation; 1: none, one forward a step."""
+    window_size: int = 0
+    """Consecutive steps that are stochastic and trained, the rest ODE; 0: all but the last."""
+    window_range: tuple[int, int] | None = None
+    """First step and end (exclusive) between which a window is drawn; default: all but the last."""
+    shared_noise: bool = False
+    """Start the images of one group from the same initial noise."""
+    # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
+    share_prefix: bool = True
+    """With shared_noise, sample the steps before a window once a group; not when captured."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
+    overlap: int = 2
+    """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
+
+    def __post_init__(self) -> None:
+        check_types("sample.", self)
+        names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
+        check_positive("sample", self, *names, "guidance_scale")
+        check_positive("sample", self, "overlap", zero=True)
+        require(
+            self.steps >= 2,
+            f"sample.steps is {self.steps}, but a rollout needs at least 2 steps; raise it.",
+        )
+        require(
+            self.group_size >= 2,
+            f"sample.group_size is {self.group_size}, but rewards are compared inside a group, "
+            "which needs at least 2 images; raise it.",
+        )
+        require(
+            self.rows % self.batch_size == 0,
+            f"sample.batch_size {self.batch_size} does not divide the {self.rows} rows of an "
+            f"iteration (prompts_per_iteration {self.prompts_per_iteration} x group_size "
+            f"{self.group_size}); choose a batch_size that divides {self.rows}, for example "
+            f"{_nearest_divisor(self.rows, self.batch_size)}.",
+        )
+        low, high = self.window_bounds
+        require(
+            0 <= low < high <= self.steps and self.window_size >= 0,
+            f"sample.window_range is {self.window_range} and window_size {self.window_size}, but "
+            f"0 <= first < end <= steps ({self.steps}) and window_size >= 0 must hold; change "
+            "them or sample.steps.",
+        )
+        require(
+            self.window_size <= high - low,
+            f"sample.window_size {self.window_size} does not fit into the window range "
+            f"[{low}, {high}); make the window smaller or the range wider.",
+        )
+
+    @property
+    def rows(self) -> int:
+        """B = K G: images sampled in one iteration."""
+        return self.prompts_per_iteration * self.group_size
+
+    @property
+    def chunks(self) -> int:
+        """Forwards of `batch_size` rows that cover one iteration."""
+        return self.rows // self.batch_size
+
+    @property
+    def window_bounds(self) -> tuple[int, int]:
+        """(first, end): the steps a window may cover. flow_grpo leaves out the last step too,
+        int(T * 0.99): its Gaussian is too sharp for a ratio to be trusted."""
+        return self.window_range or (0, int(self.steps * 0.99))
+
+    @property
+    def last_start(self) -> int:
+        """The latest step at which a window may begin."""
+        return self.window_bounds[1] - self.trained_steps
+
+    @property
+    def trained_steps(self) -> int:
+        """W: stochastic steps of one row, each trained in the update."""
+        low, high = self.window_bounds
+        return self.window_size or high - low
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min(
+        (d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d)
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What the images are rewarded for."""
+
+    weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
+    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    report: tuple[str, ...] = ()
+    """Rewards that evaluation reports, the first as the accuracy; default: those of weights."""
+    retries: int = 2
+    """How often a failing reward is tried again before its groups are dropped."""
+    timeout: float = 60.0
+    """Seconds after which one call of a remote reward counts as failed."""
+
+    def __post_init__(self) -> None:
+        check_types("reward.", self)
+        check_positive("reward", self, "retries", zero=True)
+        check_positive("reward", self, "timeout")
+        finite = all(abs(weight) < float("inf") for weight in self.weights.values())
+        require(
+            finite and any(self.weights.values()),
+            f"reward.weights is {self.weights}, but at least one reward with a finite weight other "
+            "than 0 is expected; name one, for example --reward.weights nano_strict 1.0.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The loss and the optimizer."""
+
+    lr: float = 3e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    warmup: int = 0
+    """Updates over which the learning rate rises linearly to lr."""
+    decay: int = 0
+    """Updates over which it falls linearly to a tenth of lr, where it stays; 0: it does not."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    clip_range: float = 1e-4
+    """The ratio is clipped to 1 +- clip_range."""
+    adv_clip: float = 5.0
+    """Advantages are clamped to +- adv_clip."""
+    # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
+    beta: float = 0.04
+    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
+    kl: Literal["std_dev", "gaussian"] = "std_dev"
+    """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""
+    advantage_std: Literal["group", "global", "none"] = "group"
+    """Divide rewards less their group's mean by the std of the group, of all rows, or not."""
+    # With std the gradient of every step has the same scale.
+    step_weighting: Literal["none", "std"] = "none"
+    """Weight of a step in the policy term: 1, or its std / |d mean / d velocity|."""
+    updates_per_iteration: int = 2
+    """Optimizer steps on the images of one iteration."""
+    guard: bool = False
+    """GRPO-Guard: recentre the ratio and balance the steps; not for transition cps."""
+    ema_decay: float = 0.9
+    """Decay of the averaged weights that evaluation and the saved adapter use; 0: no average."""
+    ema_every: int = 8
+    """Updates between two steps of the average."""
+    ratio_tolerance: float = 0.0
+    """Largest |ratio - 1| that the first update of an iteration may show before the run stops."""
+    # A replay costs one forward for each trained step, without a backward.
+    anchor: Literal["rollout", "replay"] = "rollout"
+    """Old log-probabilities: the rollout's, or computed again by the forward of the update."""
+    # More rows may mean other kernels, and then the first ratios are not 1: see anchor.
+    steps_per_forward: int = 1
+    """Trained steps of a chunk in one forward of the update; it must divide their number."""
+    capture: Literal["on", "off"] = "off"
+    """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
+
+    def __post_init__(self) -> None:
+        check_types("optim.", self)
+        check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
+        check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
+        nonnegative = (
+            "weight_decay",
+            "warmup",
+            "decay",
+            "max_grad_norm",
+            "beta",
+            "ratio_tolerance",
+        )
+        check_positive("optim", self, *nonnegative, zero=True)
+        require(
+            all(0 <= b < 1 for b in (*self.betas, self.ema_decay)),
+            f"optim.betas is {self.betas} and ema_decay {self.ema_decay}, but each must be at "
+            "least 0 and below 1; change the one outside.",
+        )
+        require(
+            self.clip_range < 1,
+            f"optim.clip_range is {self.clip_range}, but it must be below 1; lower it.",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run writes, how long it goes and what it shows."""
+
+    out: str | None = None
+    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    steps: int = 100
+    """Iterations (rollout, reward, update) from the start of the run."""
+    seed: int = 0
+    """Seed of prompts, noise, windows and adapter weights."""
+    eval_every: int = 50
+    """Iterations between two evaluations; 0: only before and after."""
+    eval_prompts: int = 120
+    """Held-out prompts of an evaluation; 0: all of the set."""
+    eval_samples: int = 2
+    """Images for each prompt of an evaluation (two or more show diversity within a prompt)."""
+    eval_guidance: float = 1.0
+    """Guidance scale of one more evaluation of the untrained model, for comparison; 1: none."""
+    checkpoint_every: int = 50
+    """Iterations between two checkpoints; 0: only at the end."""
+    resume: str | None = None
+    """Run directory to go on with; its configuration is taken from there."""
+    threads: int = 0
+    """CPU threads; 0: what torch chooses."""
+    wandb: str = ""
+    """Weights & Biases project that the numbers also go to; empty: none."""
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
+
+    def __post_init__(self) -> None:
+        check_types("run.", self)
+        check_positive("run", self, "steps", "eval_samples", "eval_guidance")
+        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
+        check_positive("run", self, *counts, zero=True)
+        require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")
