@@ -9,10 +9,11 @@ compositions outside the six tasks, and a scene that fulfils it; one caption in 
 guidance. With --incomplete, that share of the pictures shows more than the caption says, as
 pictures with captions usually do. Muon trains the blocks' matrices, AdamW the rest.
 
-The weights in `model/` come from two runs:
+The weights in `model/` come from three runs:
 
     --steps 6000
-    --init FIRST/float32 --incomplete 0.5 --steps 800 --muon-lr 0.005 --adam-lr 3e-4 --anneal 0.7
+    --init FIRST/float32 --steps 6000 --muon-lr 0.015 --adam-lr 7e-4 --anneal 0.7 --seed 1
+    --init SECOND/float32 --incomplete 0.5 --steps 800 --muon-lr 0.005 --adam-lr 3e-4 --anneal 0.7
 
 Writes DIR/model (a diffusers folder), DIR/pretrain.jsonl (loss, and accuracy on the tuning prompts
 by 20 ODE steps).
@@ -213,7 +214,7 @@ def run(config: Pretraining) -> dict:
     for module in modules:
         module.float()
     record = {
-        "config": {k: str(v) if k == "out" else v for k, v in asdict(config).items()},
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "heldout, 40 steps": {},
     }
     for guidance in (1.0, 2.0, 3.5):
