@@ -107,7 +107,10 @@ int32_t log_prob(const FgArgs* args) {
   RowSums sums(a);
   if (sums.failed()) return 1;
   for_rows(
-      a, [&](int64_t row, int64_t block) { sums.set(row, block, residual_block(a, row, block)); },
+      a,
+      [&](int64_t row, int64_t block) {
+        sums.set(row, block, residual_block<false>(a, row, block));
+      },
       [&](int64_t row) {
         a.log_prob[row] = score(coefficients(a, row), sums.of(row).d, a.elements);
       });
@@ -119,7 +122,7 @@ int32_t log_prob_backward(const FgArgs* args) {
   const float n = (float)(a.elements > 0 ? a.elements : 1);
   for_blocks(a, [&](int64_t row, int64_t block) {
     const Coefficients c = coefficients(a, row);
-    gradient_block(a, row, block, (a.grad[row] * (2.0f * (c.k * c.B))) / n, 0.0f, 0.0f);
+    gradient_block<false>(a, row, block, (a.grad[row] * (2.0f * (c.k * c.B))) / n, 0.0f, 0.0f);
   });
   return 0;
 }
@@ -128,7 +131,7 @@ int32_t log_prob_backward(const FgArgs* args) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    sde_step,           log_prob,           log_prob_backward,   grpo_loss_forward,
+    sde_step,           log_prob,           log_prob_backward, grpo_loss_forward,
     grpo_loss_backward, grpo_loss_gradient, fill_normals,
 };
 

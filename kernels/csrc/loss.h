@@ -15,8 +15,11 @@ struct Sums {
   float d, e, h;
 };
 
+// kKeep: d itself is left where the gradient will be, which is float32.
+template <bool kKeep>
 Sums residual_block(const FgArgs& a, int64_t row, int64_t block) {
   const Inputs in(a, row);
+  const Row grad = row_of(a.grad_velocity, row);
   const Row prev = row_of(a.prev_sample, row), ref = row_of(a.ref_velocity, row);
   const Row ref_uncond = row_of(a.ref_uncond_velocity, row), old = row_of(a.old_velocity, row);
   const Span span = span_of(a, block);
@@ -25,7 +28,9 @@ Sums residual_block(const FgArgs& a, int64_t row, int64_t block) {
     const int n = span.count - at < kGroup ? span.count - at : kGroup;
     const int64_t e = span.start + at;
     const Group v = guided(in.velocity, in.uncond, in.w, e, n);
-    sum_d.add(at, n, difference(load_group(prev, e, n), mean(in, v, e, n)));
+    const Group d = difference(load_group(prev, e, n), mean(in, v, e, n));
+    if (kKeep) store_group(grad, e, n, d);
+    sum_d.add(at, n, d);
     if (ref.data != nullptr) sum_e.add(at, n, difference(v, guided(ref, ref_uncond, in.w, e, n)));
     if (old.data != nullptr) sum_h.add(at, n, difference(v, load_group(old, e, n)));
   }
@@ -60,7 +65,8 @@ class RowSums {
   float* const sums_;
 };
 
-// dv = c_d d + c_e e + c_h h, straight to the velocities.
+// dv = c_d d + c_e e + c_h h, straight to the velocities. kKept: d is where dv goes.
+template <bool kKept>
 void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, float c_e, float c_h) {
   const Inputs in(a, row);
   const Row prev = row_of(a.prev_sample, row), ref = row_of(a.ref_velocity, row);
@@ -70,8 +76,10 @@ void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, floa
   for (int at = 0; at < span.count; at += kGroup) {
     const int n = span.count - at < kGroup ? span.count - at : kGroup;
     const int64_t e = span.start + at;
-    const Group v = guided(in.velocity, in.uncond, in.w, e, n);
-    Group dv = difference(load_group(prev, e, n), mean(in, v, e, n));
+    Group v, dv;
+    if (!kKept || ref.data != nullptr || old.data != nullptr)
+      v = guided(in.velocity, in.uncond, in.w, e, n);
+    dv = kKept ? load_group(grad, e, n) : difference(load_group(prev, e, n), mean(in, v, e, n));
     for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * c_d;
     if (ref.data != nullptr) {
       const Group r = guided(ref, ref_uncond, in.w, e, n);
@@ -92,10 +100,11 @@ void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, floa
   }
 }
 
+template <bool kKept>
 void loss_gradient_block(const FgArgs& a, int64_t row, int64_t block) {
   const float go = a.grad[0];
   const float* c = a.coefs + 3 * row;
-  gradient_block(a, row, block, go * c[0], go * c[1], go * c[2]);
+  gradient_block<kKept>(a, row, block, go * c[0], go * c[1], go * c[2]);
 }
 
 // torch's clamp and maximum: NaN propagates.
@@ -142,10 +151,9 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
   return {policy, kl, outside ? 1.0f : 0.0f};
 }
 
-// The forward op; with kGradient also the gradients for the upstream gradient grad, those of a row
-// while what they are computed from is still in the cache.
-template <bool kGradient>
-int32_t grpo_loss(const FgArgs& a) {
+// The forward op, between what is done before and after a row's ratio is known.
+template <class Before, class After>
+int32_t grpo_loss(const FgArgs& a, Before before, After after) {
   RowSums sums(a);
   float* per_row = (float*)malloc(sizeof(float) * (size_t)(3 * a.rows + 1));
   if (sums.failed() || per_row == nullptr) {
@@ -154,14 +162,12 @@ int32_t grpo_loss(const FgArgs& a) {
   }
   float *policy = per_row, *kl = per_row + a.rows, *clipped = per_row + 2 * a.rows;
   for_rows(
-      a, [&](int64_t row, int64_t block) { sums.set(row, block, residual_block(a, row, block)); },
+      a, [&](int64_t row, int64_t block) { sums.set(row, block, before(a, row, block)); },
       [&](int64_t row) {
         const RowLoss r = loss_row(a, row, sums.of(row));
         policy[row] = r.policy, kl[row] = r.kl, clipped[row] = r.clipped;
       },
-      [&](int64_t row, int64_t block) {
-        if (kGradient) loss_gradient_block(a, row, block);
-      });
+      [&](int64_t row, int64_t block) { after(a, row, block); });
   const float rows = (float)(a.rows > 0 ? a.rows : 1);
   *a.policy_loss = ordered_sum(policy, a.rows) / rows;
   *a.kl = ordered_sum(kl, a.rows) / rows;
@@ -172,12 +178,21 @@ int32_t grpo_loss(const FgArgs& a) {
   return 0;
 }
 
-int32_t grpo_loss_forward(const FgArgs* args) { return grpo_loss<false>(*args); }
-int32_t grpo_loss_gradient(const FgArgs* args) { return grpo_loss<true>(*args); }
+int32_t grpo_loss_forward(const FgArgs* args) {
+  return grpo_loss(*args, residual_block<false>, [](const FgArgs&, int64_t, int64_t) {});
+}
+
+// With the gradients for the upstream gradient grad, those of a row while what they are computed
+// from is still in the cache.
+int32_t grpo_loss_gradient(const FgArgs* args) {
+  if (args->grad_velocity.dtype == FG_FLOAT32)
+    return grpo_loss(*args, residual_block<true>, loss_gradient_block<true>);
+  return grpo_loss(*args, residual_block<false>, loss_gradient_block<false>);
+}
 
 int32_t grpo_loss_backward(const FgArgs* args) {
   const FgArgs& a = *args;
-  for_blocks(a, [&](int64_t row, int64_t block) { loss_gradient_block(a, row, block); });
+  for_blocks(a, [&](int64_t row, int64_t block) { loss_gradient_block<false>(a, row, block); });
   return 0;
 }
 

@@ -119,8 +119,8 @@ FG_INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #endif
 }
 
-// kNormals normals of consecutive elements, the first of which is 4 * low of the row's part that has
-// these counters; low + kNormals / 4 must not pass 2^32.
+// kNormals normals of consecutive elements, the first of which is 4 * low of the row's part that
+// has these counters; low + kNormals / 4 must not pass 2^32.
 FG_INLINE void normals(const Counters& counters, uint32_t low, vf* out) {
   // Lane 4k + m computes the counter that the in-quarter transpose moves to its place.
   vu offset;
