@@ -209,7 +209,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Reads dict[str, float] as NAME WEIGHT NAME WEIGHT ...; tyro fixes a default's keys."""
+    """Reads dict[str, float] as NAME WEIGHT NAME WEIGHT ..., and dict[str, str] in the same way;
+    tyro fixes a default's keys."""
     registry = tyro.constructors.ConstructorRegistry()
 
     def weights(words: list[str]) -> dict[str, float]:
@@ -222,14 +223,28 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
                 "write, for example, nano_strict 0.5 nano_partial 0.5."
             ) from error
 
+    def options(words: list[str]) -> dict[str, str]:
+        if len(words) % 2:
+            raise ConfigError(
+                f"the options are {' '.join(words)!r}, but NAME.OPTION VALUE, repeated, is "
+                "expected; write, for example, geneval.batch_size 16."
+            )
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    readers = {
+        dict[str, float]: ("NAME WEIGHT ...", weights),
+        dict[str, str]: ("NAME.OPTION VALUE ...", options),
+    }
+
     @registry.primitive_rule
     def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if info.type != dict[str, float]:
+        if info.type not in readers:
             return None
+        metavar, read = readers[info.type]
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
-            metavar="NAME WEIGHT ...",
-            instance_from_str=weights,
+            metavar=metavar,
+            instance_from_str=read,
             is_instance=lambda value: isinstance(value, dict),
             str_from_instance=lambda value: [w for pair in value.items() for w in map(str, pair)],
         )

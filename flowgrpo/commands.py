@@ -38,7 +38,8 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     config = replace(config, **{name: v for name, v in given.items() if v is not None})
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
     held = evaluation.held_out(config, options.split)
-    scorer = rewards.Scorer(dict.fromkeys(config.reported, 1.0), config.reward.retries)
+    scorer = rewards.Scorer.of(config.reward, config.reported)
+    scorer.check(held.prompts)
     policy = load_policy(config)
     _writable(out)
 

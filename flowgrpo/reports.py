@@ -50,8 +50,8 @@ class Reports:
     def __init__(self, config: Config, policy: Policy, state: runs.State) -> None:
         self.config, self.policy, self.state = config, policy, state
         self.held = evaluate.held_out(config)
-        weights = dict.fromkeys(config.reported, 1.0)
-        self.scorer = rewards.Scorer(weights, config.reward.retries)
+        self.scorer = rewards.Scorer.of(config.reward, config.reported)
+        self.scorer.check(self.held.prompts)
         self.quality = evaluate.quality_of(config.sample.prompts)
         self.tolerances = evaluate.tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.

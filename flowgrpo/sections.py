@@ -186,13 +186,19 @@ class RewardConfig:
     """Rewards that evaluation reports, the first as the accuracy; default: those of weights."""
     retries: int = 2
     """How often a failing reward is tried again before its groups are dropped."""
-    timeout: float = 60.0
-    """Seconds after which one call of a remote reward counts as failed."""
+    timeout: float = 0.0
+    """Seconds after which one call of a remote reward counts as failed; 0: the reward's own."""
+    # Tokens are better kept in FLOWGRPO_REWARD_NAME_TOKEN: this dictionary is written to files.
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of rewards: NAME.OPTION VALUE, for example geneval.batch_size 16."""
+    # group is GDPO's (arXiv 2601.05242); with optim.advantage_std global the whole of it.
+    normalize: Literal["none", "std", "group"] = "none"
+    """Before the weighted sum, divide each reward by its std inside the groups of the iteration
+    (std), or make it mean 0 and std 1 in each group (group)."""
 
     def __post_init__(self) -> None:
         check_types("reward.", self)
-        check_positive("reward", self, "retries", zero=True)
-        check_positive("reward", self, "timeout")
+        check_positive("reward", self, "retries", "timeout", zero=True)
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
         require(
             finite and any(self.weights.values()),

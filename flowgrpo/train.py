@@ -83,9 +83,10 @@ class Parts:
 def setup(config: Config) -> Parts:
     """Load the model, make it trainable, and check what can be checked before the first image."""
     runs.prepare_process(config)
-    scorer = rewards.Scorer(config.reward.weights, config.reward.retries)
     prompt_set = prompts.load(config.sample.prompts, "train")
     prompts.check(prompt_set, config.sample.prompts_per_iteration)
+    scorer = rewards.Scorer.of(config.reward)
+    scorer.check(prompt_set)
     policy = load_policy(config)
     capture.prepare(policy, config)
     for start in range(0, len(prompt_set), 256):

@@ -8,21 +8,33 @@ A name is one of `REWARDS`, or "package.module:function" of the user's own. The 
 `Scorer` is the weighted sum of several. A reward that raises or returns scores that are not finite
 is asked again, group by group; a group that fails every time is dropped and counted, never scored 0
 in silence. A wrong number of scores is a mistake that no repetition mends, and raises.
+
+Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
+by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
+before the weights, with s the scores of one reward, [K, G], and only rows that are kept:
+
+    std      s / sqrt(mean_k var_g(s))         its std inside the groups; how a prompt's groups
+                                               differ plays no part, as advantages have none of it
+    group    (s - mean_g s) / std_g(s)         GDPO (arXiv 2601.05242), and MixGRPO's advantage_aggr
+
+After "group" a reward counts the same in every group, however little it varies there.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo.config import ConfigError
+from flowgrpo.config import ConfigError, RewardConfig
 from flowgrpo.records import Prompts, Scores
+from flowgrpo.validation import similar
 
 log = logging.getLogger("flowgrpo")
 
@@ -48,22 +60,29 @@ REWARDS = {
 """Reward name -> "module:function"."""
 
 
+EPS = 1e-8
+"""Added to a std before it divides: a reward that is the same everywhere stays finite."""
+
+
 class RewardError(ConfigError):
     """A reward cannot be used: it is unknown, misbehaves, or failed for every group."""
 
 
-def load(name: str) -> Reward:
-    """The reward called `name`; an http:// or https:// address is a remote one."""
+def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """The reward called `name`, with these options; an http:// or https:// address is a remote one.
+
+    The same name and options give the same object, so what it loads is loaded once.
+    """
     if name.startswith(("http://", "https://")):
         from flowgrpo.rewards.http import score
 
-        return score.configured(url=name)
+        return _configured(score, (("url", name), *sorted((options or {}).items())))
     target = REWARDS.get(name, name)
     module, _, function = target.partition(":")
     if not module or not function:
         raise RewardError(
             f"reward {name!r} is unknown, but one of {', '.join(sorted(REWARDS))} or "
-            "package.module:function is expected; name one of these."
+            f"package.module:function is expected{similar(name, REWARDS)}; name one of these."
         )
     try:
         found = getattr(importlib.import_module(module), function)
@@ -74,18 +93,95 @@ def load(name: str) -> Reward:
         ) from error
     if not callable(found):
         raise RewardError(f"reward {name!r} is {type(found).__name__}, but a function is expected.")
+    if not options:
+        return found
+    if not hasattr(found, "configured"):
+        raise RewardError(
+            f"reward {name!r} takes no options, but {', '.join(options)} is given in "
+            "reward.options; leave it out."
+        )
+    return _configured(found, tuple(sorted(options.items())))
+
+
+@cache
+def _configured(reward: Any, options: tuple[tuple[str, Any], ...]) -> Reward:
+    return reward.configured(**dict(options))
+
+
+def options_of(given: Mapping[str, str], names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Reward name -> option -> text, from texts under NAME.OPTION.
+
+    Raises:
+        RewardError: a key is not of that form, or its name is none of `names`.
+    """
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in given.items():
+        # From the right, since an address or a module has dots of its own.
+        name, _, option = key.rpartition(".")
+        if name not in found:
+            raise RewardError(
+                f"reward.options has {key!r}, but NAME.OPTION is expected with one of the rewards "
+                f"of this run, {', '.join(found)}{similar(name, found)}; correct the name."
+            )
+        found[name][option] = value
     return found
 
 
 class Scorer:
     """The weighted sum of rewards over K groups of images."""
 
-    def __init__(self, weights: Mapping[str, float], retries: int = 2) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        retries: int = 2,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout: float = 0.0,
+        normalize: str = "none",
+    ) -> None:
+        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs."""
         self.weights = dict(weights)
-        self.retries = retries
-        self.rewards = {name: load(name) for name in self.weights}
+        self.retries, self.normalize = retries, normalize
+        self.rewards = {}
+        for name in self.weights:
+            own = dict((options or {}).get(name, {}))
+            if timeout and "timeout" in getattr(load(name), "defaults", {}):
+                own.setdefault("timeout", timeout)
+            self.rewards[name] = load(name, own)
         self.problems: dict[str, str] = {}
         """Why each reward failed last."""
+
+    @classmethod
+    def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
+        """The rewards that `config` trains with; or those `reported`, each by itself.
+
+        What they need is loaded and remote ones are called, so that a missing model, library or
+        server shows before the first image.
+        """
+        weights = dict.fromkeys(reported, 1.0) or config.weights
+        names = dict.fromkeys((*config.weights, *config.report, *weights))
+        options = options_of(config.options, names)
+        scorer = cls(
+            weights,
+            config.retries,
+            options=options,
+            timeout=config.timeout,
+            normalize=config.normalize,
+        )
+        for reward in scorer.rewards.values():
+            if hasattr(reward, "build"):
+                reach = getattr(reward.build(), "reach", None)
+                if reach is not None:
+                    reach()
+        return scorer
+
+    def check(self, prompts: Prompts) -> None:
+        """Raise RewardError for a prompt that a reward cannot judge images of."""
+        for reward in self.rewards.values():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
+                    check(text, entry)
 
     def __call__(self, images: Tensor, prompts: Prompts, group_size: int) -> Scores:
         """Score K * G images, G for each of the K prompts in turn.
@@ -116,7 +212,12 @@ class Scorer:
                     f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
                     "scores are expected; mend it."
                 )
-        total = sum(weight * parts[name] for name, weight in self.weights.items())
+        kept = torch.stack(list(parts.values())).isfinite().all(dim=0)
+        kept = kept.view(-1, group_size).all(dim=1)
+        total = sum(
+            weight * normalized(parts[name].view(-1, group_size), kept, self.normalize).flatten()
+            for name, weight in self.weights.items()
+        )
         dropped = total.isnan().view(-1, group_size).any(dim=1)
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
         return Scores(total, parts, dropped)
@@ -148,6 +249,20 @@ class Scorer:
         for group in failed:
             scores[group * group_size : (group + 1) * group_size] = torch.nan
         return scores
+
+
+def normalized(scores: Tensor, kept: Tensor, how: str) -> Tensor:
+    """One reward's scores [K, G] as the weighted sum takes them, see the top of this file.
+
+    kept: bool [K], groups that no reward failed for; the others take no part.
+    """
+    if how == "std":
+        inside = scores[kept].var(dim=1, correction=0).mean().sqrt()
+        return scores / (inside + EPS)
+    if how == "group":
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        return centred / (scores.std(dim=1, correction=0, keepdim=True) + EPS)
+    return scores
 
 
 def _failed(scores: Tensor, group_size: int) -> list[int]:

@@ -13,8 +13,7 @@ departures from the benchmark, none of them in the rules:
    mmdetection.
 2. CLIP ViT-L/14 is transformers' copy of OpenAI's weights, in float32 and without autocast.
 3. Images arrive as they are. flow_grpo's server compresses them as JPEG and hands the detector red
-and
-   blue in each other's place.
+   and blue in each other's place.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
 
 
-@configurable("geneval")
+@configurable("geneval", check=lambda prompt, entry: geneval_rules.check(entry))
 def partial(
     *,
     model: str = DETECTOR,
@@ -48,7 +47,7 @@ def partial(
     return _reward(geneval_rules.partial, model, clip_model, device, batch_size, edge)
 
 
-@configurable("geneval")
+@configurable("geneval", check=lambda prompt, entry: geneval_rules.check(entry))
 def strict(
     *,
     model: str = DETECTOR,

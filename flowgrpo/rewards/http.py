@@ -60,6 +60,7 @@ def score(
         parts = server.each(part, range(0, len(images), batch_size))
         return [value for values in parts for value in values]
 
+    rate.reach = server.reach
     return rate
 
 

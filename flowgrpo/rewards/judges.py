@@ -212,6 +212,7 @@ def _judge(server: Server, one: Callable[[Tensor, str], float]):
             )
         return scores
 
+    rate.reach = server.reach
     return rate
 
 

@@ -31,7 +31,7 @@ Reader = Callable[[Any], list[str]]
 """A function Pillow image -> lines of text."""
 
 
-@configurable("ocr")
+@configurable("ocr", check=lambda prompt, entry: quoted_text(prompt))
 def score(*, engine: str = "rapidocr", workers: int = 0):
     """engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8."""
     if engine not in ENGINES:

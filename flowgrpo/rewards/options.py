@@ -8,8 +8,9 @@ A reward that needs options is written as a function of them that returns the re
         return lambda images, prompts, metadata: ...
 
 `score` is then itself a reward: the function above runs on the first call, once, so naming a reward
-loads nothing. `score.configured(model="/models/pick")` is the same reward with other options. What
-is not given so comes from the environment, FLOWGRPO_REWARD_PICKSCORE_MODEL, or else is the default.
+loads nothing. `score.configured(model="/models/pick")` is the same reward with other options, as
+`--reward.options pickscore.model /models/pick` makes it. What is not given so comes from the
+environment, FLOWGRPO_REWARD_PICKSCORE_MODEL, or else is the default.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ from torch import Tensor
 
 from flowgrpo.rewards import Reward, RewardError
 from flowgrpo.rewards.images import check_images
+from flowgrpo.validation import similar
+
+Check = Callable[[str, Mapping[str, Any]], Any]
+"""A function of a prompt and its metadata that raises RewardError for one it cannot judge."""
 
 
 class ConfigurableReward:
     """A reward that is built on its first call, from the options that hold by then."""
 
     def __init__(
-        self, name: str, build: Callable[..., Reward], given: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        build: Callable[..., Reward],
+        given: Mapping[str, Any] | None = None,
+        check: Check | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.check = name, check
         self.__doc__ = build.__doc__
         self._build, self._given = build, dict(given or {})
         self._reward: Reward | None = None
@@ -62,12 +71,13 @@ class ConfigurableReward:
             if option not in self.defaults:
                 raise RewardError(
                     f"reward {self.name!r} has no option {option!r}, but one of "
-                    f"{', '.join(self.defaults)} is expected; correct the name."
+                    f"{', '.join(self.defaults)} is expected{similar(option, self.defaults)}; "
+                    "correct the name."
                 )
             options[option] = self._typed(
                 f"the option {option} of reward {self.name!r}", option, value
             )
-        return ConfigurableReward(self.name, self._build, {**self._given, **options})
+        return ConfigurableReward(self.name, self._build, {**self._given, **options}, self.check)
 
     def build(self) -> Reward:
         """Load what the reward needs; a second call changes nothing."""
@@ -104,9 +114,14 @@ class ConfigurableReward:
         return typed
 
 
-def configurable(name: str) -> Callable[[Callable[..., Reward]], ConfigurableReward]:
-    """Decorator: a function of options that returns a reward becomes a `ConfigurableReward`."""
-    return lambda build: ConfigurableReward(name, build)
+def configurable(
+    name: str, check: Check | None = None
+) -> Callable[[Callable[..., Reward]], ConfigurableReward]:
+    """Decorator: a function of options that returns a reward becomes a `ConfigurableReward`.
+
+    check: looks at the prompts of a run before its first image.
+    """
+    return lambda build: ConfigurableReward(name, build, check=check)
 
 
 def library(module: str, reward: str, install: str | None = None) -> Any:

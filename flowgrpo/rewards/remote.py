@@ -84,6 +84,17 @@ class Server:
             f"tries of at most {self.timeout:g} s; check that it runs and can be reached."
         )
 
+    def reach(self) -> None:
+        """Raise RewardError unless something answers at the address, whatever it answers."""
+        try:
+            self._client.get(self.url)
+        except self._failures as error:
+            raise RewardError(
+                f"the server {self.url} of reward {self.reward!r} cannot be reached "
+                f"({type(error).__name__}: {error}), but one that answers is expected; start it or "
+                "correct the address."
+            ) from error
+
     def each(self, call: Callable[[T], Any], values: Sequence[T]) -> list[Any]:
         """`call` of each value, at most `concurrency` at once; the first error is raised."""
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.reward) as pool:

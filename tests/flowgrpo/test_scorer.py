@@ -21,7 +21,7 @@ def reward(monkeypatch):
     """Install functions as rewards of a module of the user's own; returns their scorer."""
     calls = []
 
-    def install(retries=2, **functions):
+    def install(retries=2, normalize="none", **functions):
         module = type(sys)("users_rewards")
         for name, (function, _) in functions.items():
 
@@ -32,7 +32,7 @@ def reward(monkeypatch):
             setattr(module, name, counted)
         monkeypatch.setitem(sys.modules, "users_rewards", module)
         weights = {f"users_rewards:{name}": weight for name, (_, weight) in functions.items()}
-        return rewards.Scorer(weights, retries)
+        return rewards.Scorer(weights, retries, normalize=normalize)
 
     install.calls = calls
     return install
@@ -131,6 +131,49 @@ def test_a_wrong_count_raises_at_once(reward, wrong):
 def test_unknown_rewards(name, message):
     with pytest.raises(rewards.RewardError, match=message):
         rewards.load(name)
+
+
+def test_rewards_on_other_scales_are_brought_together(reward):
+    """Reference: numpy, group by group; a group that one reward failed for is left out of both."""
+    draw = np.random.default_rng(0)
+    level = np.repeat([0.0, 50.0, 7.0], 4)
+    fine = level + 0.01 * draw.standard_normal(12)
+    coarse = 30 * draw.standard_normal(12) * np.repeat([1, 3, 2], 4)
+    failing = coarse.copy()
+    failing[9] = np.nan
+
+    def total(how, second, kept):
+        def at(values):
+            return lambda images, p, m: values[images[:, 0, 0, 0].numpy()]
+
+        found = reward(0, how, a=(at(fine), 2.0), b=(at(second), -1.0))(IMAGES, PROMPTS, 4)
+        expected = np.zeros(12)
+        for weight, values in ((2.0, fine), (-1.0, second)):
+            groups = values.reshape(3, 4)
+            if how == "std":
+                groups = groups / np.sqrt(groups[kept].var(axis=1).mean())
+            else:
+                groups = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+            expected += weight * groups.ravel()
+        rows = np.repeat(kept, 4)
+        assert found.total.numpy()[rows] == pytest.approx(expected[rows], rel=1e-5, abs=1e-5)
+        assert found.dropped.tolist() == (~kept).tolist()
+        assert found.parts["users_rewards:a"].numpy() == pytest.approx(fine)
+
+    for how in ("std", "group"):
+        total(how, coarse, np.array([True, True, True]))
+        total(how, failing, np.array([True, True, False]))
+
+
+@pytest.mark.parametrize("how", ["std", "group"])
+def test_a_reward_that_never_differs_adds_nothing_to_compare(reward, how):
+    scores = reward(normalize=how, a=(first, 1.0), b=(lambda i, p, m: [0.1] * len(i), 1.0))(
+        IMAGES, PROMPTS, 4
+    )
+    groups = scores.total.view(3, 4)
+    alone = reward(normalize=how, a=(first, 1.0))(IMAGES, PROMPTS, 4).total.view(3, 4)
+    centred = groups - groups.mean(1, keepdim=True)
+    assert torch.allclose(centred, alone - alone.mean(1, keepdim=True), atol=1e-6)
 
 
 def test_nanos_rewards_by_name():

@@ -1,0 +1,130 @@
+"""reward.options, reward.timeout, reward.normalize: from the configuration to the rewards."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from servers import Answers, running
+
+from flowgrpo import cli
+from flowgrpo.config import ConfigError, RewardConfig
+from flowgrpo.records import Prompts
+from flowgrpo.rewards import RewardError, Scorer, load
+from flowgrpo.rewards.options import configurable
+
+
+@configurable("mine", check=lambda prompt, entry: refuse(prompt))
+def mine(*, factor: float = 1.0, timeout: float = 9.0, where: str = "here"):
+    """The first pixel times a factor."""
+    return lambda images, prompts, metadata: factor * images[:, 0, 0, 0].double()
+
+
+def refuse(prompt):
+    if "never" in prompt:
+        raise RewardError("no.")
+
+
+def plain(images, prompts, metadata):
+    return [0.0] * len(images)
+
+
+MINE = "test_reward_options:mine"
+PLAIN = "test_reward_options:plain"
+IMAGES = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+
+
+def scorer(options, **fields):
+    return Scorer.of(RewardConfig(weights={MINE: 1.0}, options=options, **fields))
+
+
+def test_options_reach_the_reward():
+    scores = scorer({f"{MINE}.factor": "2.5"})(IMAGES, Prompts.of(["a", "b"]), 2)
+    assert scores.total.tolist() == [0.0, 2.5, 5.0, 7.5]
+
+
+def test_an_option_may_stay_for_a_reward_that_is_only_reported():
+    config = RewardConfig(
+        weights={PLAIN: 1.0}, report=(PLAIN, MINE), options={f"{MINE}.factor": "3"}
+    )
+    assert list(Scorer.of(config).rewards) == [PLAIN]
+    shown = Scorer.of(config, config.report)
+    assert shown.parts(IMAGES, Prompts.of(["a"]), 4)[MINE].tolist() == [0.0, 3.0, 6.0, 9.0]
+
+
+def test_timeout_reaches_the_rewards_that_have_one():
+    def timeout(found):
+        return found.rewards[MINE].options["timeout"]
+
+    assert timeout(scorer({})) == 9.0
+    assert timeout(scorer({}, timeout=4)) == 4
+    assert timeout(scorer({f"{MINE}.timeout": "5"}, timeout=4.0)) == 5.0
+    assert (
+        "timeout"
+        not in Scorer.of(RewardConfig(weights={"ocr": 1.0}, timeout=4.0)).rewards["ocr"].options
+    )
+
+
+def test_equal_options_load_once():
+    assert load(MINE, {"factor": "2"}) is load(MINE, {"factor": "2"})
+    assert load(MINE, {"factor": "2"}) is not load(MINE, {"factor": "3"})
+    assert load(MINE) is mine
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_reward_options:min.factor": "2"}, "did you mean 'test_reward_options:mine'?"),
+        ({"factor": "2"}, "'factor', but NAME.OPTION is expected"),
+        ({f"{MINE}.facto": "2"}, r"no option 'facto', .*did you mean 'factor'\?"),
+        ({f"{MINE}.factor": "big"}, "option factor of reward 'mine' is 'big', but .* float"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, message):
+    with pytest.raises(ConfigError, match=message) as info:
+        scorer(options)
+    assert "\n" not in str(info.value)
+
+
+def test_a_reward_without_options_says_so():
+    with pytest.raises(ConfigError, match=r"plain' takes no options, but factor is given"):
+        Scorer.of(RewardConfig(weights={PLAIN: 1.0}, options={f"{PLAIN}.factor": "1"}))
+
+
+def test_prompts_are_checked_before_the_first_image():
+    scorer({}).check(Prompts.of(["a dog"]))
+    with pytest.raises(RewardError):
+        scorer({}).check(Prompts.of(["a dog", "never a cat"]))
+    with pytest.raises(RewardError, match=r"'a dog' has no text in double quotes"):
+        Scorer.of(RewardConfig(weights={"ocr": 1.0})).check(Prompts.of(["a dog"]))
+
+
+def test_an_address_takes_options_and_is_called_at_once():
+    app = Answers((200, b'{"scores": [1, 2, 3, 4]}'))
+    with running(app) as url:
+        config = RewardConfig(
+            weights={url: 1.0}, options={f"{url}.token": "s3cret"}, timeout=3.0, retries=0
+        )
+        found = Scorer.of(config)
+        assert found.rewards[url].options["timeout"] == 3.0
+        assert found(IMAGES, Prompts.of(["a"]), 4).total.tolist() == [1, 2, 3, 4]
+    assert len(app.requests) == 2
+    assert all(headers["authorization"] == "Bearer s3cret" for headers, _ in app.requests)
+
+
+def test_an_unreachable_server_stops_before_the_first_image():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RewardError, match=r"cannot be reached \(ConnectError.*start it") as info:
+        Scorer.of(RewardConfig(weights={url: 1.0}))
+    assert "\n" not in str(info.value)
+
+
+def test_the_command_line_takes_options():
+    line = "nano --reward.options a.b 1 http://h:1/x.token t --reward.normalize group"
+    found = cli.parse_train(line.split()).reward
+    assert found.options == {"a.b": "1", "http://h:1/x.token": "t"}
+    assert found.normalize == "group"
+    with pytest.raises(ConfigError, match=r"NAME\.OPTION VALUE, repeated"):
+        cli.parse_train(["nano", "--reward.options", "a.b"])
