@@ -29,8 +29,17 @@ from cases import Case
 
 
 def one(session: suites.Session, case: Case) -> None:
+    times, text = {}, {}
+    for names in session.together(case):
+        times |= _some(session, case, names, text)
+    session.speed_rows(case.training_name, times)
+    suites.line(case.training_name, text)
+
+
+def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+    """Measure providers that are in memory together; their seconds."""
     title, ready = case.training_name, {}
-    for name in session.providers(case):
+    for name in names:
         provider = session.attempt("set-up", name, title, lambda n=name: session.build(n, case))
         error = provider and session.attempt("iteration", name, title, provider.iteration)
         if error is not None:
@@ -39,17 +48,15 @@ def one(session: suites.Session, case: Case) -> None:
     if session.args.profile:
         for name, call in ready.items():
             session.profile(title, name, call, "iteration", 1)
-        return
+        return {}
     times = measure.interleaved(ready, session.rounds, session.device)
-    text = {}
     for name, values in times.items():
         seconds = statistics.median(values)
         session.row(title, name, "time", seconds, "s")
         session.row(title, name, "images", case.rows / seconds, "images/s")
         session.rate_rows(title, name, case.iteration_flops, seconds)
         text[name] = f"{seconds:.4g} s"
-    session.speed_rows(title, times)
-    suites.line(title, text)
+    return times
 
 
 def memory(session: suites.Session, case: Case) -> None:
@@ -83,7 +90,7 @@ def _alone(session: suites.Session, name: str, case: Case) -> tuple[int, measure
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = suites.parser(__doc__, "ours,eager,compile")
+    parser = suites.parser(__doc__, "ours,ours-compiled,eager,compile")
     parser.add_argument("--memory", action="store_true", help="suite memory")
     args = parser.parse_args(argv)
     chosen = suites.choose(cases.iteration(args.smoke), args, lambda case: case.training_name)

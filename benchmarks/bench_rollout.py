@@ -7,10 +7,11 @@
 
 Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidance; FLUX.1-dev 512 x
 512, T = 6 and 10; nano. Providers: `ours` (the trainer's rollout as configured by default),
-`ours-loop` (the same, not captured), `eager` and `compile` (family.py), `ceiling` (this device's
-matrix products, all of the time). Rows: `images` a second by denoising alone and
-`images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the
-ceiling), `peak_memory`, `launches`, `kernels` and `syncs` a step, `speedup_vs_eager`.
+`ours-loop` (the same, not captured), `ours-compiled` (with policy.compile), `eager` and `compile`
+(family.py), `ceiling` (this device's matrix products, all of the time). Rows: `images` a second by
+denoising alone and `images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s),
+`of_measured` (of the ceiling), `peak_memory`, `launches`, `kernels` and `syncs` a step,
+`speedup_vs_eager`.
 """
 
 from __future__ import annotations
@@ -25,27 +26,34 @@ from cases import Case
 
 
 def one(session: suites.Session, case: Case) -> None:
-    ready, made = {}, {}
     ideal = case.rows * session.ceiling.matmul / case.rollout_flops
     session.row(case.name, "ceiling", "images", ideal, "images/s")
-    for name in session.providers(case):
+    times, text = {}, {}
+    for names in session.together(case):
+        times |= _some(session, case, names, text)
+    session.speed_rows(case.name, times)
+    suites.line(case.name, text)
+
+
+def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+    """Measure providers that are in memory together; their seconds."""
+    ready, made = {}, {}
+    for name in names:
         provider = session.attempt("set-up", name, case.name, lambda n=name: session.build(n, case))
         if provider is None:
             continue
         peak = session.attempt(
             "rollout", name, case.name, lambda p=provider: measure.peak(p.rollout, session.device)
         )
-        out = peak and session.attempt("rollout", name, case.name, provider.rollout)
-        if out is not None:
-            ready[name], made[name] = provider, out
+        if peak is not None:
+            ready[name], made[name] = provider, peak.result
             session.memory_rows(case.name, name, peak)
     if session.args.profile:
         for name, provider in ready.items():
             session.profile(case.name, name, provider.rollout, "rollout", case.steps * case.chunks)
-        return
+        return {}
     calls = {name: provider.rollout for name, provider in ready.items()}
     times = measure.interleaved(calls, session.rounds, session.device)
-    text = {}
     for name, values in times.items():
         seconds = statistics.median(values)
         steps = case.steps * case.chunks
@@ -55,8 +63,7 @@ def one(session: suites.Session, case: Case) -> None:
         session.host_rows(case.name, name, calls[name], steps, "step")
         text[name] = f"{case.rows / seconds:.3g} images/s"
     _decoding(session, case, ready, made, times)
-    session.speed_rows(case.name, times)
-    suites.line(case.name, text)
+    return times
 
 
 def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, times: dict) -> None:
@@ -78,7 +85,7 @@ def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, time
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__, "ours,ours-loop,eager,compile").parse_args(argv)
+    args = suites.parser(__doc__, "ours,ours-loop,ours-compiled,eager,compile").parse_args(argv)
     chosen = suites.choose(cases.rollout(args.smoke), args, lambda case: case.name)
     session = suites.Session("rollout", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.name)

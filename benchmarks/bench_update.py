@@ -23,42 +23,49 @@ from cases import Case
 
 
 def one(session: suites.Session, case: Case) -> None:
+    times, text = {}, {}
+    for names in session.together(case):
+        times |= _some(session, case, names, text)
+    session.speed_rows(case.training_name, times)
+    suites.line(case.training_name, text)
+
+
+def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+    """Measure providers that are in memory together; their seconds."""
     title, ready = case.training_name, {}
     per = case.chunks * case.trained_steps
-    for name in session.providers(case):
+    for name in names:
         provider = session.attempt("set-up", name, title, lambda n=name: session.build(n, case))
         out = provider and session.attempt("rollout", name, title, provider.rollout)
         if out is None:
             continue
-        errors: list[float] = []
 
-        def first(provider=provider, out=out, errors=errors):
-            return measure.peak(lambda: errors.append(provider.update(out)), session.device)
+        def update(provider=provider, out=out):
+            return provider.update(out)
 
-        peak = session.attempt("update", name, title, first)
+        peak = session.attempt(
+            "update", name, title, lambda call=update: measure.peak(call, session.device)
+        )
         if peak is not None:
             session.memory_rows(title, name, peak)
-            session.row(title, name, "max_ratio_error", errors[0], "1")
-            ready[name] = lambda provider=provider, out=out: provider.update(out)
-            ready[name]()
+            session.row(title, name, "max_ratio_error", peak.result, "1")
+            ready[name] = update
     if session.args.profile:
         for name, call in ready.items():
             session.profile(title, name, call, "update", per)
-        return
+        return {}
     times = measure.interleaved(ready, session.rounds, session.device)
-    text = {}
     for name, values in times.items():
         seconds = statistics.median(values)
         session.row(title, name, "micro_step", 1e3 * seconds / per, "ms")
         session.rate_rows(title, name, per * case.micro_step_flops, seconds)
         session.host_rows(title, name, ready[name], per, "micro-step")
         text[name] = f"{1e3 * seconds / per:.4g} ms"
-    session.speed_rows(title, times)
-    suites.line(title, text)
+    return times
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__, "ours,ours-captured,eager,compile").parse_args(argv)
+    args = suites.parser(__doc__, "ours,ours-captured,ours-compiled,eager,compile").parse_args(argv)
     chosen = suites.choose(cases.update(args.smoke), args, lambda case: case.training_name)
     session = suites.Session("update", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.training_name)

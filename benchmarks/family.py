@@ -129,9 +129,6 @@ class Family:
 
     def prepare(self, case: Case) -> None:
         """Embeddings and schedule of a case, made before anything is timed."""
-        if self.setting.compiled:
-            # Blocks share code, and each geometry is one more entry against dynamo's limit.
-            torch._dynamo.reset()
         self.case = case
         self.sigmas = models.sigmas(self.model, case.steps).to(self.device)
         self.scheduler = eager.Scheduler(self.sigmas)

@@ -1,14 +1,15 @@
 """GPU tests and every suite, part by part, within a limit of time: one command on a GPU machine.
 
     python benchmarks/gpu.py --out DIR                              # all parts
-    python benchmarks/gpu.py --out DIR --parts build,tests,kernels  # some of them
+    python benchmarks/gpu.py --out DIR --parts build,kernels --scale 4  # some, with more time each
     python benchmarks/gpu.py --out DIR --wheels WHEELS --total 570  # no network, ten minutes
     python benchmarks/gpu.py --out DIR --smoke                      # tiny, on the CPU
 
 Needs a Python with PyTorch for CUDA, Triton, transformers, peft, accelerate and pytest; whatever
 else is missing may lie as wheels in a folder (--wheels). Each part is a process or two with a
-budget of seconds; one that fails or is stopped is reported and the next one runs. DIR gets the
-records, a log of each part and summary.json; --archive packs it. Exit code 1 if a part failed.
+budget of seconds (ten minutes in all; --scale stretches them); one that fails or is stopped is
+reported and the next one runs. DIR gets the records, a log of each part and summary.json; --archive
+packs it. Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     smoke = ["--smoke", "--device", "cpu"] if args.smoke else []
 
     def one(name: str, budget: float, script: str, *more: str) -> Part:
+        budget *= args.scale
         return Part(name, budget, [suite(script, out / f"{name}.json", budget, *more, *smoke)])
 
     nano = [python, "-m", "flowgrpo", "train", "--run.out", str(out / "nano")]
@@ -68,32 +70,38 @@ def parts(args: argparse.Namespace) -> list[Part]:
         nano += [str(word) for pair in tiny.items() for word in pair]
     large = ("--large", "--rounds", "20", "--compile-cases", "sd3-512 b16")
     at_16 = ("--compile-batch-sizes", "16")
+    profiled = ("--profile", *filtered(args))
+    sd3, flux = ("--cases", "sd3.5-m,nano"), ("--cases", "flux.1-dev")
+    if args.smoke:
+        large = at_16 = sd3 = flux = ()
     found = [
-        Part("build", 90, build(args)),
-        Part("tests", 150, [tests(args)]),
-        one("kernels", 180, "bench_kernels.py", *([] if args.smoke else large)),
-        one("kernels-memory", 60, "bench_kernels.py", "--memory"),
-        one("rollout", 240, "bench_rollout.py", *([] if args.smoke else at_16)),
-        one("update", 200, "bench_update.py", *([] if args.smoke else at_16)),
-        one("iteration", 200, "bench_iteration.py"),
-        one("memory", 120, "bench_iteration.py", "--memory"),
-        one("profile-rollout", 90, "bench_rollout.py", "--profile", *filtered(args, "16")),
-        one("profile-update", 90, "bench_update.py", "--profile", *filtered(args, "16")),
+        Part("build", 45 * args.scale, build(args)),
+        Part("tests", 75 * args.scale, [tests(args)]),
+        one("kernels", 65, "bench_kernels.py", *large),
+        one("rollout", 90, "bench_rollout.py", *at_16, *sd3),
+        one("update", 55, "bench_update.py", *at_16, *sd3),
+        one("iteration", 55, "bench_iteration.py", *sd3),
+        one("memory", 25, "bench_iteration.py", "--memory", *sd3),
+        Part("nano", 35 * args.scale, [nano]),
         sanitizer(args),
-        Part("nano", 150, [nano]),
+        one("rollout-flux", 45, "bench_rollout.py", "--compile-batch-sizes", "4", *flux),
+        one("update-flux", 25, "bench_update.py", "--compile-batch-sizes", "4", *flux),
+        one("profile-rollout", 15, "bench_rollout.py", *profiled),
+        one("profile-update", 15, "bench_update.py", *profiled),
+        one("kernels-memory", 10, "bench_kernels.py", "--memory"),
     ]
-    if not args.smoke:
-        single = suite("single_pass_loss.py", out / "single-pass.json", 60)
-        found.insert(4, Part("single-pass", 60, [single]))
-    return found
+    if args.smoke:
+        return [part for part in found if not part.name.endswith("-flux")]
+    single = suite("single_pass_loss.py", out / "single-pass.json", 10 * args.scale)
+    return [*found, Part("single-pass", 10 * args.scale, [single])]
 
 
-def filtered(args: argparse.Namespace, batch: str) -> list[str]:
+def filtered(args: argparse.Namespace) -> list[str]:
     """What a profile is taken of."""
     if args.smoke:
         return ["--cases", "tiny-sd3", "--batch-sizes", "2"]
-    return ["--cases", "sd3.5-m t10 b16 no-cfg", "--batch-sizes", batch, "--providers",
-            "ours,eager"]  # fmt: skip
+    case = ["--cases", "sd3.5-m t10 b16 no-cfg", "--compile-batch-sizes", "none"]
+    return [*case, "--providers", "ours,eager"]
 
 
 def build(args: argparse.Namespace) -> list[list[str]]:
@@ -115,13 +123,15 @@ def tests(args: argparse.Namespace) -> list[str]:
 def sanitizer(args: argparse.Namespace) -> Part:
     tool, script = shutil.which("compute-sanitizer"), str(HERE / "sanitize.py")
     if args.smoke:
-        return Part("sanitizer", 60, [[sys.executable, script, "cpu"]])
+        return Part("sanitizer", 30 * args.scale, [[sys.executable, script, "cpu"]])
     commands = [
         [str(tool), "--tool", name, "--error-exitcode", "1", sys.executable, script]
         for name in ("memcheck", "racecheck")
     ]
     absent = "" if tool else "compute-sanitizer is not on the PATH"
-    return Part("sanitizer", 120, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent)
+    return Part(
+        "sanitizer", 30 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
+    )
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -181,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default="", help="comma-separated; default: all")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that `build` installs")
     parser.add_argument("--total", type=float, default=float("inf"), help="seconds for everything")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply every part's budget")
     parser.add_argument("--lines", type=int, default=25, help="lines of each log to print")
     parser.add_argument("--archive", type=Path, help="pack the folder into this .tar.gz")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")

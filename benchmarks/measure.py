@@ -69,13 +69,14 @@ def held(device: str) -> int:
 
 
 class Peak(NamedTuple):
-    """Bytes above what was held before."""
+    """Bytes above what was held before, and what the call returned."""
 
     held: int
     """Taken from the device (the allocator's segments, graph pools included); on the CPU
     resident."""
     used: int
     """In tensors at the same time; on the CPU the same as held."""
+    result: Any
 
 
 def peak(call: Callable[[], Any], device: str) -> Peak:
@@ -84,16 +85,16 @@ def peak(call: Callable[[], Any], device: str) -> Peak:
     if device == "cuda":
         used = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        result = call()
         torch.cuda.synchronize()
         most = torch.cuda.max_memory_allocated() - used
-        return Peak(torch.cuda.max_memory_reserved() - before, most)
+        return Peak(torch.cuda.max_memory_reserved() - before, most, result)
     with contextlib.suppress(OSError):
         # 5 sets the peak of resident memory, VmHWM, back to the present.
         Path("/proc/self/clear_refs").write_text("5")
-    call()
+    result = call()
     most = max(_status("VmHWM") - before, 0)
-    return Peak(most, most)
+    return Peak(most, most, result)
 
 
 def _status(field: str) -> int:
@@ -121,19 +122,20 @@ def tensor_peak(call: Callable[[], Any], device: str) -> int:
     return most
 
 
-def synchronisations(call: Callable[[], Any], device: str) -> int | None:
-    """How often one call makes the host wait for the GPU, by torch's own warnings."""
-    if device != "cuda":
-        return None
+@contextlib.contextmanager
+def waits():
+    """A list that has, afterwards, one entry for each time the host waited for the GPU inside, by
+    torch's own warnings."""
+    found: list[str] = []
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            call()
+            yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught)
+            found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ def nano() -> Model:
     """The embedded model, its weights read from the package."""
     from flowgrpo.nano import recipe
     from flowgrpo.policies import Policy
+    from flowgrpo.runs import quiet_loading
 
+    quiet_loading()
     policy = Policy.load("nano", device="cpu", dtype="float32")
     config, lora = dict(policy.transformer.config), recipe().policy
     config.setdefault("dual_attention_layers", ())
@@ -52,7 +54,8 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
         from flowgrpo.nano.model import MODEL_DIR
 
-        made = SD3Transformer2DModel.from_pretrained(MODEL_DIR / "transformer").to(device, dtype)
+        folder = MODEL_DIR / "transformer"
+        made = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).to(device)
     else:
         from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 

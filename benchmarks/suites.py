@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-loop": {"sample.capture": "off"},
     "ours-captured": {"optim.capture": "on"},
+    "ours-compiled": {"policy.compile": True},
 }
 """Changes of the trainer's configuration that tell variants of ours apart."""
 PROVIDERS = (*CHANGES, "eager", "compile")
 GPU_ONLY = ("ours-loop", "ours-captured")
 """Without a GPU nothing is captured, and these are `ours`."""
+COMPILED = ("ours-compiled", "compile")
 
 
 def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
@@ -45,11 +47,16 @@ def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
     made.add_argument("--cases", default="", help="only cases whose name contains one of these")
     made.add_argument("--batch-sizes", default="", help="only these batch sizes")
     made.add_argument(
-        "--compile-batch-sizes", default="", help="batch sizes at which compile runs; default: all"
+        "--compile-batch-sizes",
+        default="",
+        help="where compile and ours-compiled run; default: all",
     )
     made.add_argument("--rounds", type=int, default=3, help="timed calls of each provider")
     made.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds; no case begins after them"
+    )
+    made.add_argument(
+        "--alone", action="store_true", help="one provider in memory at a time: no taking turns"
     )
     made.add_argument(
         "--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"),
@@ -120,8 +127,19 @@ class Session:
         sizes = listed(self.args.compile_batch_sizes)
         found = listed(self.args.providers)
         if self.args.smoke or (sizes and str(case.batch) not in sizes):
-            found = [name for name in found if name != "compile"]
+            found = [name for name in found if name not in COMPILED]
         return [name for name in found if self.device == "cuda" or name not in GPU_ONLY]
+
+    def together(self, case: Case) -> Iterator[list[str]]:
+        """The providers of a case that are in memory at the same time, and timed in turns: all, or
+        with --alone one after the other."""
+        names = self.providers(case)
+        for some in [[name] for name in names] if self.args.alone else [names]:
+            yield some
+            if self.args.alone:
+                for name in some:
+                    self.drop(name)
+                self.forget()
 
     def build(self, name: str, case: Case, whole: bool = False) -> Any:
         """The provider `name` ready for `case`; a baseline is kept from case to case of a model."""
@@ -211,9 +229,15 @@ class Session:
         """Launches and synchronisations of one call, each over `per` steps. GPU only."""
         if self.device != "cuda":
             return
-        syncs = measure.synchronisations(call, self.device)
-        profile = profiles.record(call, self.device)
-        self.row(case, name, "syncs", syncs / per, f"synchronisations/{unit}")
+        syncs: list[str] = []
+
+        def watched() -> None:
+            with measure.waits() as found:
+                call()
+            syncs.extend(found)
+
+        profile = profiles.record(watched, self.device)
+        self.row(case, name, "syncs", len(syncs) / per, f"synchronisations/{unit}")
         self.row(case, name, "launches", profile.launches / per, f"launches/{unit}")
         self.row(case, name, "kernels", profile.kernels / per, f"kernels/{unit}")
 

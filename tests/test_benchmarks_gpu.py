@@ -74,11 +74,13 @@ def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
 def test_commands_are_what_the_scripts_take(smoke, tmp_path):
     import argparse
 
-    args = argparse.Namespace(out=tmp_path, smoke=smoke, wheels=None)
+    args = argparse.Namespace(out=tmp_path, smoke=smoke, wheels=None, scale=2.0)
     found = gpu.parts(args)
     names = [part.name for part in found]
     wanted = {"build", "tests", "kernels", "rollout", "update", "iteration", "memory", "nano"}
     assert wanted | {"sanitizer"} <= set(names) and len(set(names)) == len(names)
+    # Ten minutes for everything, stretched by --scale.
+    assert smoke or sum(part.budget for part in found) <= 2 * 600
     for part in found:
         for command in part.commands:
             script = Path(command[1])
@@ -97,7 +99,7 @@ def test_wheels_are_installed_without_a_network(tmp_path):
     import argparse
 
     (tmp_path / "tyro-1.0-py3-none-any.whl").write_bytes(b"")
-    args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path)
+    args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path, scale=1.0)
     wheels, project, _ = gpu.build(args)
     assert "--no-index" in wheels and wheels[-1].endswith("tyro-1.0-py3-none-any.whl")
     assert {"--no-deps", "--no-build-isolation", str(gpu.ROOT)} <= set(project)
