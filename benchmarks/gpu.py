@@ -71,7 +71,9 @@ def parts(args: argparse.Namespace) -> list[Part]:
     large = ("--large", "--rounds", "20", "--compile-cases", "sd3-512 b16")
     at_16 = ("--compile-batch-sizes", "16")
     profiled = ("--profile", *filtered(args))
-    sd3, flux = ("--cases", "sd3.5-m,nano"), ("--cases", "flux.1-dev")
+    sd3 = ("--cases", "sd3.5-m,nano")
+    # 24 GB in bf16, 48 in float32: not all providers at once.
+    flux = ("--cases", "flux.1-dev", "--alone", "--compile-batch-sizes", "4")
     if args.smoke:
         large = at_16 = sd3 = flux = ()
     found = [
@@ -79,13 +81,13 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("tests", 75 * args.scale, [tests(args)]),
         one("kernels", 65, "bench_kernels.py", *large),
         one("rollout", 90, "bench_rollout.py", *at_16, *sd3),
-        one("update", 55, "bench_update.py", *at_16, *sd3),
+        one("update", 55, "bench_update.py", "--alone", *at_16, *sd3),
         one("iteration", 55, "bench_iteration.py", *sd3),
         one("memory", 25, "bench_iteration.py", "--memory", *sd3),
         Part("nano", 35 * args.scale, [nano]),
         sanitizer(args),
-        one("rollout-flux", 45, "bench_rollout.py", "--compile-batch-sizes", "4", *flux),
-        one("update-flux", 25, "bench_update.py", "--compile-batch-sizes", "4", *flux),
+        one("rollout-flux", 45, "bench_rollout.py", *flux),
+        one("update-flux", 25, "bench_update.py", *flux),
         one("profile-rollout", 15, "bench_rollout.py", *profiled),
         one("profile-update", 15, "bench_update.py", *profiled),
         one("kernels-memory", 10, "bench_kernels.py", "--memory"),
@@ -116,6 +118,8 @@ def build(args: argparse.Namespace) -> list[list[str]]:
 
 def tests(args: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # A library that a reward's tests want may be missing on that machine.
+    command.append("--continue-on-collection-errors")
     # On a CPU they are all skipped: one file shows that the part runs.
     return [*command, str(ROOT / "tests" / ("kernels/test_gpu.py" if args.smoke else ""))]
 

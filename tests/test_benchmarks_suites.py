@@ -92,7 +92,9 @@ def test_rollout_and_its_picture(run, tmp_path):
 
 
 def test_update(run):
-    code, record = run(bench_update, "--cases", "b1 cfg", "--set", "optim.steps_per_forward", "1")
+    code, record = run(
+        bench_update, "--alone", "--cases", "b1 cfg", "--set", "optim.steps_per_forward", "1"
+    )
     metrics = {"micro_step", "rate", "of_measured", "peak_memory", "max_ratio_error"}
     assert code == 0 and check(record, "update", metrics) == {"tiny-sd3 t4 b1 cfg w2 kl"}
     error = records.find(record["rows"], provider="ours", metric="max_ratio_error")
