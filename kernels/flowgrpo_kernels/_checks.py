@@ -106,7 +106,7 @@ def resolve_step(step: int | Tensor, transitions: Transitions, sample: Tensor) -
             step = int(step)
         else:
             check_device("step", step, sample.device)
-            if (on_host or (DEBUG and not torch.compiler.is_compiling())) and step.numel():
+            if step.numel() and (on_host or (DEBUG and not torch.compiler.is_compiling())):
                 low, high = int(step.min()), int(step.max())
                 if low < 0 or high >= rows:
                     raise ValueError(

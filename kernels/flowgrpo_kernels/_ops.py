@@ -10,11 +10,11 @@ float64 inputs always run on the reference: it is the oracle. The first call on 
 one line that says which backend runs and why; a fallback is a warning. The variable is read once.
 
 Backends are modules with the functions of reference.py, same names, arguments and results. Tensors
-reach them checked and contiguous (also `step` and `seeds`, int64 [B]); outputs of `sde_step` are
-given. The native one is `_native.py`, which further has `available() -> bool` and `reason() ->
-str` (why it is not available, or which library was loaded) and may lack an op, which then falls
-back, loudly. Triton launchers register themselves from the op's own file through
-`triton_launcher`.
+reach them checked and contiguous (also `seeds`, int64 [B]; `step`, int64 [B], has any stride);
+outputs of `sde_step` are given. The native one is `_native.py`, which further has `available() ->
+bool` and `reason() -> str` (why it is not available, or which library was loaded) and may lack an
+op, which then falls back, loudly. Triton launchers register themselves from the op's own file
+through `triton_launcher`.
 
 NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
 """
@@ -187,16 +187,27 @@ def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
     return found
 
 
-def _implementation(name: str, sample_index: int) -> Callable:
-    """The op's body for every device: contiguous tensors to the chosen backend."""
+def _implementation(name: str, arguments: list[str]) -> Callable:
+    """The op's body for every device: contiguous tensors to the chosen backend.
+
+    One step for all rows stays a view of stride 0: a copy would be a launch of its own.
+    """
     fallback = getattr(reference, name)
+    # The argument whose dtype and device choose the backend.
+    chooser = arguments.index("sample" if "sample" in arguments else "seeds")
+    step = arguments.index("step") if "step" in arguments else -1
 
     def run(*args):
-        sample = args[sample_index]
+        sample = args[chooser]
         function = fallback
         if sample.dtype != torch.float64:
             function = _resolve(name, sample.device.type)[1]
-        return function(*[a.contiguous() if isinstance(a, Tensor) else a for a in args])
+        return function(
+            *[
+                a.contiguous() if isinstance(a, Tensor) and i != step else a
+                for i, a in enumerate(args)
+            ]
+        )
 
     run.__name__ = name
     return run
@@ -205,9 +216,8 @@ def _implementation(name: str, sample_index: int) -> Callable:
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    # The argument whose dtype and device choose the backend: `sample`, or `seeds` for the noise.
-    _index = {"log_prob_backward": 4, "grpo_loss_backward": 5, "initial_noise": 0}.get(_name, 3)
-    _library.impl(_name, _implementation(_name, _index), "CompositeExplicitAutograd")
+    _arguments = [a.name for a in torch._C.parse_schema(_name + _schema).arguments]
+    _library.impl(_name, _implementation(_name, _arguments), "CompositeExplicitAutograd")
 
 
 def op(name: str):

@@ -8,6 +8,19 @@ of LANES = 1024: with 4 warps a thread owns 8 neighbouring elements of a chunk, 
 128-bit access in 16-bit dtypes and two in float32. The grid is one-dimensional (rows * blocks),
 since the other axes stop at 65535. Offsets inside a block are int32, the block's start is int64.
 
+Widths of the accesses, in bits. D is the number of elements of a row, whose first element is as
+aligned as D is round; a batch of one row is as aligned as its tensor.
+
+    D a multiple of        16        8         4         2        1
+    float32, full block    128       128       128       64       32
+    float32, last block    128       32        32        32       32
+    16-bit, full block     128       128       64        32       16
+    16-bit, last block     128       16        16        16       16
+
+Every latent in use (16 channels, or 64 a token) is in the first column. There is no path that
+reads odd rows in aligned pieces: which element a lane adds is fixed by the contract, so each piece
+would have to be shifted across threads, through shared memory, for shapes that no model has.
+
 Floating-point contraction is off in every launch (LAUNCH): the contract forbids fma, and the three
 ops must not differ in it. The kernels move bytes; the few extra instructions are hidden.
 """

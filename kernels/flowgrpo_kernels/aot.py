@@ -138,10 +138,12 @@ def compile_variant(
     signature = {name: (types or {}).get(name, _type(name, variant)) for name in names}
     constants = {**variant.constants, **dict.fromkeys(variant.absent)}
     aligned = [["tt.divisibility", 16]]
+    whole = variant.constants.get("ALIGN", 16) == 16
     attributes = {
         (i,): aligned
         for i, name in enumerate(names)
-        if (signature[name].startswith("*") and name in _triton.LATENTS) or name == "elements"
+        if (signature[name].startswith("*") and name in _triton.LATENTS)
+        or (name == "elements" and whole)
     }
     source = ASTSource(variant.kernel, signature, constants, attributes)
     options = dict(_triton.LAUNCH)

@@ -12,6 +12,7 @@ import torch
 
 from flowgrpo_kernels import (
     Transitions,
+    _checks,
     _ops,
     backend_info,
     cps,
@@ -138,6 +139,33 @@ def test_unknowable_step_gives_nan(backend):
     assert _ops.op("log_prob")(*plain, B.old, table, step).isnan().tolist() == [False, True, True]
     grad, _ = _ops.op("log_prob_backward")(torch.ones(3), *plain, B.old, table, step, False)
     assert grad.isnan().all(-1).all(-1).tolist() == [False, True, True]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+def test_debug_switch_looks_at_steps_on_the_device(monkeypatch):
+    sample = B.sample.as_subclass(Elsewhere)
+    step = torch.tensor([3, 9, -1]).as_subclass(Elsewhere)
+    monkeypatch.setattr(_checks, "DEBUG", False)
+    assert _checks.resolve_step(step, TRANSITIONS, sample).tolist() == [3, 9, -1]
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match=r"step must be in \[0, 8\], got values from -1 to 9"):
+        _checks.resolve_step(step, TRANSITIONS, sample)
+    assert _checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
+
+
+def test_debug_switch_is_read_from_the_environment():
+    code = "from flowgrpo_kernels import _checks; print(_checks.DEBUG)"
+    for value in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "FLOWGRPO_DEBUG": value},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(value == "1")
 
 
 def first_call(choice: str, caplog) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import _checks, _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
 
 pytestmark = pytest.mark.gpu
 SHAPES = ((3, 24, 24), (16, 64, 64), (3, 5, 7), (4097,), (4, 3, 6, 10), (1,))
@@ -22,7 +22,20 @@ def cuda(b: oracle.Batch) -> oracle.Batch:
     return oracle.Batch(*(value.cuda() for value in vars(b).values()))
 
 
-def micro_step(b, transitions, loss=True):
+def captured(function) -> torch.cuda.CUDAGraph:
+    """The graph of one call, after a first one that compiles the kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def micro_step(b, transitions):
     """Sample, replay and loss with gradients; every result."""
     guided = {"uncond_velocity": b.uncond, "guidance_scale": 3.0}
     out, lp = sde_step(b.velocity, b.sample, transitions, b.step, seeds=b.seeds, **guided)
@@ -67,6 +80,7 @@ def test_no_synchronisation():
         micro_step(b, transitions)
         sde_step(b.velocity, b.sample, transitions, 3, seeds=b.seeds)
         sde_step(b.velocity, b.sample, transitions, torch.tensor(3), seeds=b.seeds)
+        sde_step(b.velocity, b.sample, transitions, b.step[0], seeds=b.seeds)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -85,20 +99,79 @@ def test_captured_rollout():
                 out=latents[i + 1], log_prob_out=scores[i],
             )  # fmt: skip
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        rollout()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        rollout()
+    graph = captured(rollout)
     for shift in (0, 1):
         seeds.copy_(b.seeds + shift)
         graph.replay()
-        captured = latents.clone(), scores.clone()
+        replayed = latents.clone(), scores.clone()
         rollout()
-        assert torch.equal(captured[0], latents) and torch.equal(captured[1], scores)
-    assert not torch.equal(captured[0][0], initial_noise(b.seeds, b.sample.shape[1:]))
+        assert torch.equal(replayed[0], latents) and torch.equal(replayed[1], scores)
+    assert not torch.equal(replayed[0][0], initial_noise(b.seeds, b.sample.shape[1:]))
+
+
+def test_captured_micro_step():
+    """Loss and gradient as a graph: new velocities, steps and advantages, the uncaptured bits."""
+    transitions = flow_sde(oracle.SIGMAS).to("cuda")
+    b, other = cuda(oracle.batch(4)), cuda(oracle.batch(4, dtype=torch.float16).to(torch.float32))
+    v = b.velocity.clone().requires_grad_()
+    x_prev, old = torch.empty_like(b.sample), torch.empty(4, device="cuda")
+    results = {}
+
+    def step():
+        with torch.no_grad():
+            sde_step(v, b.sample, transitions, b.step, seeds=b.seeds, out=x_prev, log_prob_out=old)
+        out = grpo_loss(v, b.sample, x_prev, old, b.advantages, transitions, b.step)
+        (gradient,) = torch.autograd.grad(out.loss, v)
+        results.update(loss=out.loss.detach(), ratio=out.ratio, gradient=gradient)
+
+    graph = captured(step)
+    static = dict(results)
+    with torch.no_grad():
+        v.copy_(other.velocity)
+        b.step.copy_(b.step.flip(0))
+        b.advantages.mul_(-2)
+    graph.replay()
+    replayed = {name: value.clone() for name, value in static.items()}
+    step()
+    for name, value in results.items():
+        assert torch.equal(replayed[name], value), name
+    assert replayed["ratio"].eq(1.0).all() and replayed["gradient"].abs().sum() > 0
+
+
+def test_launches_of_a_micro_step(monkeypatch):
+    """Four kernels in all, forward and backward; one step for all rows costs no copy."""
+    monkeypatch.undo()  # the poisoned buffers are launches too
+    activity = torch.profiler.ProfilerActivity.CUDA
+    if activity not in torch.profiler.supported_activities():
+        pytest.skip("this PyTorch cannot trace kernels")
+    transitions, b = flow_sde(oracle.SIGMAS).to("cuda"), cuda(oracle.batch(4))
+    v, one = b.velocity.clone().requires_grad_(), torch.ones((), device="cuda")
+    old = torch.zeros(4, device="cuda")
+
+    def micro():
+        out = grpo_loss(v, b.sample, b.old, old, b.advantages, transitions, 3, ref_velocity=b.ref)
+        torch.autograd.grad(out.loss, v, one)
+
+    micro()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity]) as profile:
+        micro()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 4 and all("kernel" in name for name in kernels), kernels
+
+
+def test_debug_switch(monkeypatch):
+    """A step outside the table: NaN rows, or with FLOWGRPO_DEBUG=1 an error."""
+    transitions, b = flow_sde(oracle.SIGMAS).to("cuda"), cuda(oracle.batch(3))
+    step = torch.tensor([3, 9, -1], device="cuda")
+    monkeypatch.setattr(_checks, "DEBUG", False)
+    out, lp = sde_step(b.velocity, b.sample, transitions, step, seeds=b.seeds)
+    assert lp.isnan().tolist() == out.flatten(1).isnan().all(1).tolist() == [False, True, True]
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match=r"step must be in \[0, 8\]"):
+        sde_step(b.velocity, b.sample, transitions, step, seeds=b.seeds)
+    sde_step(b.velocity, b.sample, transitions, step[:1].expand(3), seeds=b.seeds)
 
 
 def test_nothing_recompiles():
