@@ -24,6 +24,7 @@ Suite `memory`: `peak`, the most bytes of tensors that one call has at a time be
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -37,7 +38,15 @@ import profiles
 import records
 import torch
 
-from flowgrpo_kernels import _ops, backend_info, flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels import (
+    Transitions,
+    _ops,
+    backend_info,
+    flow_sde,
+    grpo_loss,
+    log_prob,
+    sde_step,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
@@ -81,6 +90,12 @@ class Case(NamedTuple):
         return per_element * self.batch * torch.Size(self.shape).numel()
 
 
+@functools.cache
+def tables(device: str) -> tuple[Transitions, eager.Scheduler]:
+    """Our table of transitions and the family's scheduler."""
+    return flow_sde(SIGMAS, 0.7).to(device), eager.Scheduler(SIGMAS.to(device))
+
+
 class Buffers:
     """One set of everything a case reads and writes."""
 
@@ -99,8 +114,7 @@ class Buffers:
         self.seeds = torch.arange(case.batch, device=device) + seed
         self.step = torch.full((case.batch,), STEP, device=device)
         self.advantages = torch.linspace(-2, 2, case.batch, device=device)
-        self.transitions = flow_sde(SIGMAS, 0.7).to(device)
-        self.scheduler = eager.Scheduler(SIGMAS.to(device))
+        self.transitions, self.scheduler = tables(device)
         self.timestep = self.scheduler.timesteps[STEP].repeat(case.batch)
         self.prev, _ = sde_step(
             self.velocity, self.sample, self.transitions, self.step, seeds=self.seeds

@@ -82,7 +82,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("kernels", 65, "bench_kernels.py", *large),
         one("rollout", 90, "bench_rollout.py", *at_16, *sd3),
         one("update", 55, "bench_update.py", "--alone", *at_16, *sd3),
-        one("iteration", 55, "bench_iteration.py", *sd3),
+        one("iteration", 55, "bench_iteration.py", "--alone", *sd3),
         one("memory", 25, "bench_iteration.py", "--memory", *sd3),
         Part("nano", 35 * args.scale, [nano]),
         sanitizer(args),
@@ -196,10 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder of wheels that `build` installs")
     parser.add_argument("--total", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply every part's budget")
+    parser.add_argument("--commit", help="what is measured, where the tree is no repository")
     parser.add_argument("--lines", type=int, default=25, help="lines of each log to print")
     parser.add_argument("--archive", type=Path, help="pack the folder into this .tar.gz")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     args = parser.parse_args(argv)
+    if args.commit:
+        os.environ["FLOWGRPO_COMMIT"] = args.commit
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     every = parts(args)

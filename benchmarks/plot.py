@@ -91,9 +91,11 @@ def lines(record: dict, cases: list[str], out: Path) -> None:
             ]
             if not points:
                 continue
-            style = "--" if name == "ceiling" else "o-"
-            colour = "#555555" if name == "ceiling" else COLOURS[name]
-            axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4)
+            if name == "ceiling":
+                # Operations an image over the rate of a matrix product: the same at every batch.
+                axes.axhline(points[0][1], linestyle="--", color="#555555", label=name)
+                continue
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name, ms=4)
         axes.set_title(title, fontsize=8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(sizes), [str(b) for b in sorted(sizes)], fontsize=7)

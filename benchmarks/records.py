@@ -101,7 +101,7 @@ def versions() -> dict[str, str]:
 @functools.cache
 def commit() -> str:
     """The commit measured, with "+" when the tree differed from it when this was first asked, which
-    is before the process writes any record."""
+    is before the process writes any record. Outside a repository, $FLOWGRPO_COMMIT."""
     try:
         here = Path(__file__).parent
         head = subprocess.run(
@@ -110,7 +110,7 @@ def commit() -> str:
         )  # fmt: skip
         return head.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FLOWGRPO_COMMIT", "unknown")
 
 
 def record(rows: list[dict], device: str, **more: Any) -> dict[str, Any]:
