@@ -57,10 +57,13 @@ def parts(args: argparse.Namespace) -> list[Part]:
     """The parts in the order in which they run."""
     out, python = args.out, sys.executable
     smoke = ["--smoke", "--device", "cpu"] if args.smoke else []
+    device = "cpu" if args.smoke else "cuda"
 
     def one(name: str, budget: float, script: str, *more: str) -> Part:
         budget *= args.scale
-        return Part(name, budget, [suite(script, out / f"{name}.json", budget, *more, *smoke)])
+        return Part(
+            name, budget, [suite(script, out / f"{name}-{device}.json", budget, *more, *smoke)]
+        )
 
     nano = [python, "-m", "flowgrpo", "train", "--run.out", str(out / "nano")]
     if args.smoke:
@@ -94,7 +97,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     ]
     if args.smoke:
         return [part for part in found if not part.name.endswith("-flux")]
-    single = suite("single_pass_loss.py", out / "single-pass.json", 10 * args.scale)
+    single = suite("single_pass_loss.py", out / "single-pass-cuda.json", 10 * args.scale)
     return [*found, Part("single-pass", 10 * args.scale, [single])]
 
 
