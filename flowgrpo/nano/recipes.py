@@ -66,13 +66,15 @@ def recipe(**overrides: Any) -> Config:
             betas=(0.9, 0.99),
             weight_decay=0.0,
             warmup=10,
+            # To the end of the run: a rate that stays moves the colours, and gains little more.
+            decay=800,
             clip_range=1e-3,
             beta=0.04,
             step_weighting="std",
             ema_decay=0.98,
             ema_every=1,
         ),
-        run=RunConfig(steps=300, eval_every=75, checkpoint_every=60, eval_guidance=2.0),
+        run=RunConfig(steps=400, eval_every=100, checkpoint_every=100, eval_guidance=2.0),
     )
     return replace(
         config, **{name if "." in name else f"run.{name}": v for name, v in overrides.items()}
