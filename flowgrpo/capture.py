@@ -352,7 +352,8 @@ def _explain(error: BaseException, function: Callable, policy: Policy, option: s
         # Inside torch itself the line says nothing; the caller's does.
         if Path(torch.__file__).parent not in Path(frame.f_code.co_filename).parents:
             where = f"{Path(frame.f_code.co_filename).name}, line {line}"
-    kind = type(policy.transformer if owner is None else owner).__name__
+    # Outside of all modules, as in a backward pass, it is the function itself.
+    kind = function.__name__ if owner is None else type(owner).__name__
     name = f" {names[owner]}" if names.get(owner) else ""
     return (
         f"{kind}{name} does something that a CUDA graph of {function.__name__} cannot hold "

@@ -60,6 +60,18 @@ def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
     assert len(starts) > 1 or config.sample.window_size == 0
 
 
+@pytest.mark.parametrize(("model", "pixels"), [("latent_model", 0), ("flux_model", 16)])
+def test_models_of_the_real_classes_can_be_captured(request, tmp_path, model, pixels):
+    """Nothing in diffusers' forwards waits for the device or reads host memory."""
+    changes = {"policy.lora_targets": None, "policy.resolution": pixels}
+    parts, config = made(request.getfixturevalue(model), tmp_path, **changes)
+    policy = parts.policy
+    conditioning = policy.encode(trainers.TEXTS[:2])
+    found = train.collect(parts, conditioning, config)
+    assert_equal(found, eager(policy, partial(train.collect, parts, conditioning, config)))
+    assert torch.equal(evaluate(policy), eager(policy, partial(evaluate, policy)))
+
+
 def test_a_short_chunk_is_filled_up(parts, shared):
     """7 rows in chunks of 3: the last one has the bits of a whole chunk."""
     policy, config = parts.policy, shared[1]
