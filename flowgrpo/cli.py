@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,14 +34,17 @@ T = TypeVar("T")
 
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
 
-usage: flowgrpo train [RECIPE] [--section.field value ...]   train; RECIPE is one of: {{}}
+usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
 
+RECIPE is nano, or one of
+{textwrap.fill(", ".join(sorted(set(RECIPES) - {"nano"})), 96, break_on_hyphens=False)}
+
 flowgrpo COMMAND --help lists the options of a command.
-""".format(", ".join(RECIPES))
+"""
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,24 @@ def train(argv: list[str]) -> int:
     from flowgrpo import train as training
 
     runs.check_directory(config)
+    show_plan(config)
     try:
         summary = training.run(config)
     except (training.RatioError, reports.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 130 if summary.get("interrupted") else 0
+
+
+def show_plan(config: Config) -> None:
+    """Print the group arithmetic and expected memory before anything large is loaded; the embedded
+    model's are in the banner alone."""
+    from flowgrpo import budget
+
+    if config.run.progress == "none" or budget.architecture(config.policy.model) is None:
+        return
+    for name, text in budget.plan(config, budget.gpu_memory()).items():
+        print(f"{name}: {text}")
 
 
 def parse_train(argv: list[str]) -> Config:

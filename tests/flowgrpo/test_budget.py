@@ -1,0 +1,231 @@
+"""The plan of a run: sizes against the real classes, stored bytes against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from flowgrpo import budget, cli
+from flowgrpo.config import Config, PolicyConfig, replace
+from flowgrpo.recipes import recipe
+from flowgrpo.weights import add_adapter
+
+
+def count(make) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+def sd3(**changes):
+    from diffusers import SD3Transformer2DModel
+
+    values = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+        "caption_projection_dim": 64 * changes["num_attention_heads"],
+    }
+    return SD3Transformer2DModel(**{**values, **changes})
+
+
+def flux(**changes):
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        **{"pooled_projection_dim": 768, "guidance_embeds": True, **changes}
+    )
+
+
+def test_known_sizes_are_those_of_the_real_classes():
+    known = budget.KNOWN
+    medium = {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "dual_attention_layers": tuple(range(13)),
+        "sample_size": 128,
+        "pos_embed_max_size": 384,
+    }
+    large = {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "sample_size": 128,
+        "pos_embed_max_size": 192,
+    }
+    for name, make in (
+        ("stabilityai/stable-diffusion-3.5-medium", lambda: sd3(**medium)),
+        ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
+        ("black-forest-labs/FLUX.1-dev", flux),
+    ):
+        assert known[name].parameters == count(make), name
+
+
+def stored(transformer, inputs) -> int:
+    """Bytes that autograd keeps for one forward, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        transformer(**inputs, return_dict=False)
+    return sum(size for size, _ in seen.values())
+
+
+def trainable(model, rank=8):
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
+    return model
+
+
+def per_block(blocks, more, tokens):
+    """Bytes a token that one block more leaves: what grows with both blocks and tokens."""
+    few, many = tokens
+    grown = [run(many) - run(few) for run in (blocks, more)]
+    return (grown[1] - grown[0]) / (many - few)
+
+
+def sd3_run(layers, dual, text=20, rank=8):
+    small = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "sample_size": 24}
+    blocks = {"num_layers": layers, "dual_attention_layers": tuple(range(dual))}
+    model = trainable(sd3(num_attention_heads=2, pos_embed_max_size=24, **small, **blocks), rank)
+
+    def run(image):
+        side = 2 * math.isqrt(image)
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(1, 16, side, side, dtype=torch.bfloat16),
+                "timestep": torch.rand(1),
+                "encoder_hidden_states": torch.randn(1, text, 32, dtype=torch.bfloat16),
+                "pooled_projections": torch.randn(1, 16, dtype=torch.bfloat16),
+            },
+        )
+
+    return run
+
+
+def flux_run(double, single, rank=8):
+    small = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "num_attention_heads": 1}
+    model = trainable(flux(num_layers=double, num_single_layers=single, **small), rank)
+
+    def run(image):
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(1, image, 64, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.randn(1, 20, 32, dtype=torch.bfloat16),
+                "pooled_projections": torch.randn(1, 16, dtype=torch.bfloat16),
+                "timestep": torch.rand(1),
+                "guidance": torch.ones(1),
+                "img_ids": torch.zeros(image, 3),
+                "txt_ids": torch.zeros(20, 3),
+            },
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "fewer", "more"),
+    [
+        ("joint", lambda: sd3_run(2, 0), lambda: sd3_run(3, 0)),
+        # The first block has nothing to keep before its adapters, so the second is the one counted.
+        ("dual", lambda: sd3_run(3, 1), lambda: sd3_run(3, 2)),
+        ("double", lambda: flux_run(1, 1), lambda: flux_run(2, 1)),
+        ("single", lambda: flux_run(1, 1), lambda: flux_run(1, 2)),
+    ],
+)
+def test_stored_bytes_are_what_autograd_keeps(kind, fewer, more):
+    a, b = budget.STORED[kind]
+    assert per_block(fewer(), more(), (64, 144)) == pytest.approx(128 * a + 8 * b, rel=0.02)
+
+
+def test_a_folder_has_the_sizes_of_its_files(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = tiny.save_latent_pipeline(tmp_path / "model")
+    found = budget.architecture(str(folder))
+    parts = StableDiffusion3Pipeline.from_pretrained(folder).components
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items() if is_model(m)}
+    # A file has the table of positions too, which is no parameter.
+    assert found.parameters == sum(t.numel() for t in parts["transformer"].state_dict().values())
+    assert found.vae == sizes["vae"]
+    assert found.encoders == pytest.approx(
+        sum(size for name, size in sizes.items() if name.startswith("text")), rel=0.01
+    )
+    assert (found.joint, found.dual, found.width) == (2, 0, 16)
+    for other in ("nano", str(tmp_path), "someone/else"):
+        assert budget.architecture(other) is None
+
+
+def is_model(part) -> bool:
+    return isinstance(part, torch.nn.Module)
+
+
+def test_memory_moves_with_what_it_is_made_of():
+    base = recipe("sd35m_geneval", memory=80.0)
+    arch = budget.KNOWN[base.policy.model]
+
+    def parts(**changes):
+        names = {name.replace("__", "."): value for name, value in changes.items()}
+        return budget.memory(replace(base, **names), arch)
+
+    whole = parts(sample__batch_size=8)
+    # 2.24 + 5.58 + 0.08 billion parameters of 2 bytes.
+    assert whole["weights"] == pytest.approx(14.72, abs=0.01)
+    assert parts(sample__batch_size=4)["update"] < 0.6 * whole["update"]
+    assert parts(sample__batch_size=8, sample__guidance_scale=1.0)["update"] == pytest.approx(
+        whole["update"] / 2, rel=0.05
+    )
+    assert parts(sample__batch_size=8, policy__gradient_checkpointing=True)["update"] < 4
+    offloaded = parts(sample__batch_size=8, policy__offload_text_encoders=True)
+    assert offloaded["weights"] == pytest.approx(4.33, abs=0.01)
+    assert offloaded["encode"] == pytest.approx(10.39, abs=0.01)
+    assert whole["trajectory"] == pytest.approx(1152 * 11 * 65536 * 4 / 2**30)
+    # CLIP-L twice asked for is there once: 986 + 446 + 428 + 69 million float32.
+    assert whole["rewards"] == pytest.approx(4 * 1.929e9 / 2**30, rel=1e-3)
+    moving = {"update", "rollout", "encode"}
+    always = sum(v for name, v in whole.items() if name not in {*moving, "total"})
+    assert whole["total"] == pytest.approx(always + max(whole[name] for name in moving))
+
+
+@pytest.mark.parametrize("memory", [24.0, 40.0, 80.0, 141.0])
+def test_rows_of_a_forward_fit_and_divide(memory):
+    found = recipe("sd35m_geneval_1gpu", memory=memory)
+    rows = found.sample.batch_size
+    arch = budget.KNOWN[found.policy.model]
+    assert 96 % rows == 0 and rows <= budget.MOST_ROWS
+    assert budget.memory(found, arch)["total"] <= 0.8 * memory
+    larger = [r for r in range(rows + 1, budget.MOST_ROWS + 1) if 96 % r == 0]
+    for more in larger[:1]:
+        trial = replace(found, **{"sample.batch_size": more})
+        assert budget.memory(trial, arch)["total"] > 0.8 * memory
+
+
+def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(budget, "gpu_memory", lambda: 24.0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    line = ["train", "sd35m_geneval", "--sample.batch-size", "8", "--run.out", str(tmp_path / "r")]
+    line += ["--reward.weights", "geneval", "1", "--reward.report", "geneval"]
+    assert cli.main(line) == 2
+    shown = capsys.readouterr()
+    assert "images: 48 prompts x 24 = 1152 an iteration" in shown.out
+    assert "updates: 2 an iteration, each of 72 micro-batches of 8 images x 9 steps" in shown.out
+    assert "GiB of 24, which is more than there is: lower sample.batch_size" in shown.out
+    assert shown.err.count("\n") == 1 and "cannot be loaded" in shown.err
+
+
+def test_a_model_of_unknown_size_has_arithmetic_only():
+    assert set(budget.plan(Config())) == {"images", "updates"}
