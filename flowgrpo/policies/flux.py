@@ -21,12 +21,13 @@ Deliberate departures from flow_grpo's FLUX scripts:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import embeddings, loading, vae
@@ -37,6 +38,26 @@ MAX_SEQUENCE_LENGTH = 128
 """T5 tokens in flow_grpo's train_flux.py; the pipeline's own default is 512."""
 PATCH = 2
 """Latent pixels on each side of a token."""
+
+
+class Rotary(nn.Module):
+    """The rotary tables [N, head_dim] of fixed ids, in place of a transformer's `pos_embed`."""
+
+    def __init__(self, tables: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tables
+
+    @contextmanager
+    def inside(self, transformer: nn.Module) -> Iterator[None]:
+        """Inside, `transformer` has these tables; its own module comes back, for other images."""
+        own, transformer.pos_embed = transformer.pos_embed, self
+        try:
+            yield
+        finally:
+            transformer.pos_embed = own
 
 
 @final
@@ -93,6 +114,10 @@ class FluxPolicy(Policy):
             1, side, side, self.device, torch.float32
         )
         self._text_ids = torch.zeros(self._length, 3, device=self.device)
+        # The rotary tables depend on the ids alone. The transformer would make them anew, by some
+        # forty small kernels, in every forward.
+        ids = torch.cat([self._text_ids, self._image_ids])
+        self._rotary = Rotary(self.transformer.pos_embed(ids))
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         return self._texts(texts)
@@ -111,17 +136,18 @@ class FluxPolicy(Policy):
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
-        return self.transformer(
-            hidden_states=sample.to(self.dtype),
-            # The scheduler's timestep over 1000, which the transformer multiplies by 1000.
-            timestep=sigma * self.scheduler.config.num_train_timesteps / 1000,
-            guidance=None if guidance is None else guidance.expand(len(sample)),
-            encoder_hidden_states=conditioning.embeds,
-            pooled_projections=conditioning.pooled,
-            txt_ids=self._text_ids,
-            img_ids=self._image_ids,
-            return_dict=False,
-        )[0]
+        with self._rotary.inside(self.transformer):
+            return self.transformer(
+                hidden_states=sample.to(self.dtype),
+                # The scheduler's timestep over 1000, which the transformer multiplies by 1000.
+                timestep=sigma * self.scheduler.config.num_train_timesteps / 1000,
+                guidance=None if guidance is None else guidance.expand(len(sample)),
+                encoder_hidden_states=conditioning.embeds,
+                pooled_projections=conditioning.pooled,
+                txt_ids=self._text_ids,
+                img_ids=self._image_ids,
+                return_dict=False,
+            )[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Half a minute of compilation, of the first and the last block alone: beta is 0, so the form without
+# Half a minute of compilation, of the first and the last block alone: with beta 0 the form without
 # adapters is not needed.
 def test_first_ratios_are_exactly_one(pixel_model, tmp_path):
     """An iteration with adapters that are not zero; the velocity is the eager one within

@@ -153,3 +153,13 @@ def test_velocity_does_not_depend_on_gradients(flux_model, dtype):
     again = policy.velocity(*arguments)
     assert torch.equal(again, expected) and again.requires_grad
     assert expected.shape == sample.shape and expected.dtype == policy.dtype
+
+
+def test_rotary_tables_are_made_once_and_lent(flux_model, monkeypatch):
+    """No forward makes them anew; the pipeline keeps its own module, for images of other sizes."""
+    policy = Policy.load(str(flux_model), device="cpu", dtype="float32")
+    own = policy.transformer.pos_embed
+    monkeypatch.setattr(own, "forward", lambda ids: pytest.fail("made anew"))
+    x = torch.randn(1, *policy.latent_shape)
+    policy.velocity(x, torch.tensor([0.5]), policy.encode(["a circle"]))
+    assert policy.transformer.pos_embed is own
