@@ -3,7 +3,8 @@
 A set is "nano" (the embedded one), one of those in flowgrpo/data, a text file with one prompt a
 line, a JSONL file with an object {"prompt": ..., anything the reward needs} a line, or a folder
 with train and test files of either kind, as flow_grpo's data sets have: train.txt or
-train_metadata.jsonl, test.txt or test_metadata.jsonl.
+train_metadata.jsonl, test.txt or test_metadata.jsonl; or "hub:OWNER/NAME", a data set on the
+Hugging Face Hub (data/hub.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from flowgrpo import data, seeds
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.data import hub
 from flowgrpo.records import Prompts
 
 
@@ -26,14 +28,16 @@ def load(name: str, split: str = "train") -> Prompts:
         from flowgrpo.nano import prompts as nano_prompts
 
         return nano_prompts.split(split)
+    if name.startswith(hub.PREFIX):
+        return Prompts.of(*hub.load(name, split))
     path = data.folder(name) if name in data.NAMES else Path(name)
     if path.is_dir():
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
             f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(data.NAMES)} "
-            "nor an existing file or folder; name a text file with one prompt a line, a JSONL file "
-            "or a folder with both splits."
+            "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
+            "file, a folder with both splits, or hub:OWNER/NAME."
         )
     found = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
     if not found.texts:

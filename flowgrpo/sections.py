@@ -77,7 +77,7 @@ class SampleConfig:
     """Prompts, and how images are sampled from them."""
 
     prompts: str = "nano"
-    """Prompt set: "nano", a text file with one prompt a line, or a JSONL file."""
+    """Prompt set: nano, geneval, ocr, general, a text or JSONL file, folder, or hub:OWNER/NAME."""
     prompts_per_iteration: int = 8
     """K: prompts drawn for one iteration."""
     group_size: int = 12
