@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.rollout import Schedule, advance, buffers, chunks
+from flowgrpo.rollout import Schedule, advance, buffers, chunks, trajectory
 from flowgrpo_kernels import initial_noise
 
 
@@ -51,17 +51,13 @@ def rollout(
     Rows of a group follow each other, and share window (consecutive steps) and initial noise.
     """
     total, rows, device = len(steps), seeds.numel(), policy.device
-    # On the host: they say which rows a forward has.
-    starts, ends = positions[0].cpu(), positions[-1].cpu() + 1
-    leaders = _leaders(groups.cpu())
     groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
-    positions = positions.to(device)
-    latents, log_probs, velocities = buffers(
-        policy, total, rows, uncond is not None, True, keep_velocities
-    )
+    found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
+    latents, log_probs, velocities = found
 
     def forward(row: Tensor, place: Tensor) -> None:
-        """One step of the rows `row`, each at its own `place` in the schedule."""
+        """One step of the rows `row`, each at its own `place` in the schedule; both on the host,
+        which knows which rows a forward has."""
         for part in chunks(len(row), batch_size):
             b, i = row[part].to(device), place[part].to(device)
             velocity = None if velocities is None else torch.empty_like(velocities[0, : len(b)])
@@ -81,28 +77,45 @@ def rollout(
                 velocities[i, b] = velocity
 
     latents[0] = initial_noise(noise_seeds.to(device), policy.latent_shape)
-    shared = int(starts.max())
-    alone = leaders.unique()
+    host = positions.cpu()
     with policy.steady():
-        for i in range(shared):
-            row = alone[starts[alone] > i]
-            forward(row, torch.full_like(row, i))
-        # What lies behind a group's own start here is overwritten below.
-        for state in (latents, log_probs, velocities):
-            if state is not None:
-                state[: shared + 1] = state[: shared + 1, leaders.to(device)]
+        _shared_steps(forward, found, host[0], _leaders(groups.cpu()))
         for part in chunks(rows, batch_size):
-            row = torch.arange(part.start, part.stop)
-            for place in positions[:, part].cpu():
-                forward(row, place)
-            for i in range(int(ends[part].min()), total):
-                after = row[ends[part] <= i]
-                forward(after, torch.full_like(after, i))
+            _own_steps(forward, host, part, total)
             if done is not None:
                 done(latents[-1, part])
-    return Trajectory(
-        latents, log_probs, steps.gather(0, positions), positions, groups, seeds, velocities
-    )
+    return trajectory(found, steps, positions, groups, seeds)
+
+
+def _shared_steps(
+    forward: Callable[[Tensor, Tensor], None],
+    found: tuple[Tensor | None, ...],
+    starts: Tensor,
+    leaders: Tensor,
+) -> None:
+    """Part 1: the first row of each group goes to its window, and the group's rows with it."""
+    end = int(starts.max())
+    alone = leaders.unique()
+    for i in range(end):
+        row = alone[starts[alone] > i]
+        forward(row, torch.full_like(row, i))
+    # What lies behind a group's own start here is overwritten later.
+    for buffer in found:
+        if buffer is not None:
+            buffer[: end + 1] = buffer[: end + 1, leaders.to(buffer.device)]
+
+
+def _own_steps(
+    forward: Callable[[Tensor, Tensor], None], positions: Tensor, part: slice, total: int
+) -> None:
+    """Parts 2 and 3 for one chunk."""
+    row = torch.arange(part.start, part.stop)
+    for place in positions[:, part]:
+        forward(row, place)
+    ends = positions[-1, part] + 1
+    for i in range(int(ends.min()), total):
+        after = row[ends <= i]
+        forward(after, torch.full_like(after, i))
 
 
 def _leaders(groups: Tensor) -> Tensor:

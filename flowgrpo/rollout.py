@@ -224,9 +224,20 @@ def rollout(
                 into[:, part] = value[:, : part.stop - part.start]
         if done is not None:
             done(found[0][-1, part])
+    return trajectory(found, steps, positions, groups, seeds)
+
+
+def trajectory(
+    found: tuple[Tensor, Tensor, Tensor | None],
+    steps: Tensor,
+    positions: Tensor | None,
+    groups: Tensor,
+    seeds: Tensor,
+) -> Trajectory:
+    """The record of what is in the `buffers`, with the table rows of the trained steps."""
     if positions is None:
-        positions = torch.empty(0, rows, dtype=torch.int64)
-    positions = positions.to(device)
+        positions = torch.empty(0, steps.shape[1], dtype=torch.int64)
+    positions = positions.to(steps.device)
     latents, log_probs, velocities = found
     return Trajectory(
         latents, log_probs, steps.gather(0, positions), positions, groups, seeds, velocities
