@@ -58,7 +58,7 @@ FG_INLINE void store_full(char* p, int64_t dtype, const Group& g) {
 
 // How far ahead, in bytes, a pass asks for what it will read or write: the hardware's own prefetch
 // ends at every page of 4 KiB, and behind it waits the memory.
-constexpr int kAhead = 2048;
+constexpr int kAhead = 4096;
 
 template <int kWrite>
 FG_INLINE void fetch(const char* p, int64_t size) {
