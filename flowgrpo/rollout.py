@@ -329,7 +329,7 @@ def denoise(
 
 def _form(policy: Policy, keep: bool) -> tuple[Callable[..., tuple], bool]:
     """`denoise`, or the form of it that replays graphs, and whether chunks need a fixed size."""
-    graphs = getattr(policy, "graphs", None)
+    graphs = policy.graphs
     if graphs is None:
         return denoise, False
     if keep:

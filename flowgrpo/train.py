@@ -178,7 +178,7 @@ def collect(
     own, initial = prompts.row_seeds(count, config, iteration)
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     shared = sample.share_prefix and sample.shared_noise and sample.last_start > 0
-    shared = shared and getattr(policy, "graphs", None) is None
+    shared = shared and policy.graphs is None
     return (prefix.rollout if shared else rollout)(
         policy,
         conditioning,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ class Policy(ABC):
     """Of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
     """Whether the transformer's blocks go through torch.compile, see policies/compiled.py."""
+    graphs: Any = None
+    """capture.Graphs that rollouts and evaluations are replayed by; None: they are not captured."""
     _frozen: nn.Module | None = None
 
     @staticmethod
