@@ -13,7 +13,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -36,6 +36,7 @@ USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-
 
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
+       flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
@@ -60,22 +61,36 @@ class Sections:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run against its base model on held-out prompts, with the same seeds."""
+    """Evaluate a trained model against its base on held-out prompts, with the same seeds."""
 
     target: Annotated[str, tyro.conf.Positional]
-    """Run directory, checkpoint folder, or a recipe's name for its base model alone."""
+    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
+    adapter: str | None = None
+    """LoRA weights in diffusers' format to compare with a recipe's or a bare model."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
-    guidance: float = 1.0
-    """Also evaluate the base model with this guidance scale; 1: do not."""
+    rewards: tuple[str, ...] = ()
+    """Rewards to report, the first as the accuracy; default: as in training."""
+    reward_options: dict[str, str] = field(default_factory=dict)
+    """Options of rewards: NAME.OPTION VALUE."""
+    prompt_set: str | None = None
+    """Prompt set; default: as in training."""
+    split: str = "heldout"
+    """Part of the prompt set."""
     prompts: int | None = None
     """Number of prompts; 0: all; default: as in training."""
     samples: int | None = None
     """Images for each prompt; default: as in training."""
     steps: int | None = None
-    """Sampling steps; default: as in training."""
-    split: str = "heldout"
-    """Part of the prompt set."""
+    """Sampling steps; default: as in training, or 40."""
+    cfg: float | None = None
+    """Guidance scale of all images; default: as in training, or none."""
+    guidance: float = 1.0
+    """Also evaluate the base model with this guidance scale; 1: do not."""
+    resolution: int | None = None
+    """Pixels on each side; default: as in training, or the model's own."""
+    batch_size: int | None = None
+    """Rows of one forward; default: as in training, or 8."""
     out: str | None = None
     """Folder for report.json and grid.png; default: evaluation in the run directory."""
     device: str = "auto"
@@ -92,14 +107,18 @@ class Sample:
     """Run directory or checkpoint: shows the base model's images above the trained model's."""
     model: str = "nano"
     """Model to sample from without --run: "nano", a folder or a Hub id."""
+    adapter: str | None = None
+    """LoRA weights in diffusers' format for --model, shown below the base model's images."""
     out: str = "sample.png"
     """The picture to write."""
     count: int = 4
     """Images for each prompt."""
-    steps: int = 40
-    """Sampling steps."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale; 1: none."""
+    steps: int | None = None
+    """Sampling steps; default: the run's for evaluation, or 40."""
+    guidance: float | None = None
+    """Classifier-free guidance scale, 1: none; default: the run's, or 1."""
+    resolution: int | None = None
+    """Pixels on each side; default: the run's, or the model's own."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"

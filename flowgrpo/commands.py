@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from flowgrpo import checkpoints, pictures, rewards, runs, seeds, weights
+from flowgrpo import capture, checkpoints, pictures, rewards, runs, seeds, weights
 from flowgrpo import evaluate as evaluation
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.display import comparison
 from flowgrpo.evaluate import HeldOut, Report
-from flowgrpo.policies import Policy
+from flowgrpo.policies import Policy, lora
 from flowgrpo.recipes import RECIPES, recipe
 from flowgrpo.validation import require
 
@@ -29,13 +29,12 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     """
     console = console or Console(highlight=False)
     config, checkpoint = _target(options.target, options.checkpoint == "best")
-    given = {
-        "run.eval_prompts": options.prompts,
-        "run.eval_samples": options.samples,
-        "sample.eval_steps": options.steps,
-        "policy.device": options.device,
-    }
-    config = replace(config, **{name: v for name, v in given.items() if v is not None})
+    config = _asked(config, options)
+    require(
+        checkpoint is None or options.adapter is None,
+        f"{options.target!r} has a trained model of its own, but --adapter {options.adapter} was "
+        "given too; leave one out, or name the model itself.",
+    )
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
     held = evaluation.held_out(config, options.split)
     scorer = rewards.Scorer.of(config.reward, config.reported)
@@ -61,33 +60,77 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         add_trained(policy, config, checkpoint)
         iteration = checkpoints.read_state(checkpoint)["iteration"]
         reports[f"iteration {iteration}"] = measure(config.sample.guidance_scale)
+    if options.adapter is not None:
+        load_adapter(policy, options.adapter)
+        reports["adapter"] = measure(config.sample.guidance_scale)
+    trained = checkpoint is not None or options.adapter is not None
     console.print(comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
     found = {
         "target": options.target,
         "checkpoint": str(checkpoint) if checkpoint else None,
+        "adapter": options.adapter,
+        "prompt_set": config.sample.prompts,
         "split": options.split,
         "reports": {label: report.to_dict() for label, report in reports.items()},
-        "change": _change(list(reports.values()), held) if checkpoint else None,
+        "change": _changes(list(reports.values()), held) if trained else None,
         "versions": runs.versions(),
     }
-    if found["change"]:
-        scale, digits = (100, 1) if reports["base"].label == "accuracy" else (1, 3)
-        low, high = (scale * bound for bound in found["change"]["interval"])
-        change = f"{scale * found['change']['accuracy']:+.{digits}f}"
-        bounds = f"{low:+.{digits}f} to {high:+.{digits}f}"
-        console.print(f"change on the same prompts and seeds: {change} ({bounds})")
+    if trained:
+        _tell(found["change"], reports["base"].label == "accuracy", console)
     evaluation.picture(reports, held, out / "grid.png")
     checkpoints.write_json(out / "report.json", found)
     console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
     return found
 
 
-def _change(reports: list[Report], held: HeldOut) -> dict[str, Any]:
-    """Change of the accuracy from the first report to the last, with its paired 95 % interval."""
+def _asked(config: Config, options: Evaluate) -> Config:
+    """`config` with what the command line says otherwise."""
+    given = {
+        "run.eval_prompts": options.prompts,
+        "run.eval_samples": options.samples,
+        "sample.eval_steps": options.steps,
+        "sample.prompts": options.prompt_set,
+        "sample.guidance_scale": options.cfg,
+        "policy.device": options.device,
+        "policy.resolution": options.resolution,
+        "reward.report": options.rewards or None,
+        "reward.options": {**config.reward.options, **options.reward_options} or None,
+    }
+    if options.rewards:
+        # Only what is reported is loaded; training's own rewards may need what is not here.
+        given["reward.weights"] = dict.fromkeys(options.rewards, 1.0)
+    if options.batch_size is not None:
+        # Of one prompt, so that any number is allowed: training's group has no part in this.
+        given["sample.batch_size"] = options.batch_size
+        given["sample.group_size"] = max(2, options.batch_size)
+        given["sample.prompts_per_iteration"] = 2 * options.batch_size
+        given["optim.updates_per_iteration"] = 1
+    return replace(config, **{name: v for name, v in given.items() if v is not None})
+
+
+def _changes(reports: list[Report], held: HeldOut) -> dict[str, Any]:
+    """Change of the accuracy, and of every reward, from the first report to the last, with its
+    paired 95 % interval."""
     shape = (len(held.prompts), held.samples)
-    first, last = (r.per_image.view(shape).mean(dim=1).numpy() for r in (reports[0], reports[-1]))
-    change = evaluation.balanced_mean(last - first, held.tags)
-    return {"accuracy": change, "interval": list(evaluation.bootstrap(last - first, held))}
+    found = {}
+    for name in reports[0].parts:
+        first, last = (
+            r.parts[name].view(shape).mean(dim=1).numpy() for r in (reports[0], reports[-1])
+        )
+        change = evaluation.balanced_mean(last - first, held.tags)
+        found[name] = {"change": change, "interval": list(evaluation.bootstrap(last - first, held))}
+    first = next(iter(found.values()))
+    return {"accuracy": first["change"], "interval": first["interval"], "scores": found}
+
+
+def _tell(changes: dict[str, Any], share: bool, console: Console) -> None:
+    """Print the changes; of an accuracy in percentage points."""
+    console.print("change on the same prompts and seeds, with its 95 % interval:")
+    for place, (name, found) in enumerate(changes["scores"].items()):
+        scale, digits = (100, 1) if share and place == 0 else (1, 3)
+        low, high = (f"{scale * bound:+.{digits}f}" for bound in found["interval"])
+        text = f"  {name}: {scale * found['change']:+.{digits}f} ({low} to {high})"
+        console.print(text, soft_wrap=True, markup=False)
 
 
 def sample_pictures(options: Sample, console: Console | None = None) -> Path:
@@ -99,14 +142,24 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
         'flowgrpo sample "three red circles".',
     )
     require(
-        options.count > 0 and options.steps > 0,
-        f"--count is {options.count} and --steps {options.steps}, but both must be above 0.",
+        options.count > 0,
+        f"--count is {options.count}, but at least one image is expected; raise it.",
     )
-    config, checkpoint = Config(), None
+    require(
+        options.run is None or options.adapter is None,
+        f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
+        "given too; leave one out.",
+    )
+    config, checkpoint = _bare(options.model), None
     if options.run is not None:
         config, checkpoint = _target(options.run, best=False)
-    model = config.policy.model if options.run else options.model
-    config = replace(config, **{"policy.device": options.device, "policy.model": model})
+    given = {
+        "policy.device": options.device,
+        "policy.resolution": options.resolution,
+        "sample.eval_steps": options.steps,
+        "sample.guidance_scale": options.guidance,
+    }
+    config = replace(config, **{name: v for name, v in given.items() if v is not None})
     policy, out = load_policy(config), Path(options.out)
     texts = list(options.prompts)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
@@ -119,9 +172,9 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
             texts,
             torch.from_numpy(drawn),
             options.count,
-            steps=options.steps,
+            steps=config.sample.eval_steps,
             batch_size=config.sample.batch_size,
-            guidance_scale=options.guidance,
+            guidance_scale=config.sample.guidance_scale,
         ).cpu()
 
     # Unknown words raise here, before a folder is made.
@@ -129,6 +182,9 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     _writable(out.parent)
     if checkpoint is not None:
         add_trained(policy, config, checkpoint)
+        rows["trained"] = images()
+    if options.adapter is not None:
+        load_adapter(policy, options.adapter)
         rows["trained"] = images()
     captions = [text for text in texts for _ in range(options.count)]
     pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
@@ -140,9 +196,11 @@ def load_policy(config: Config) -> Policy:
     """The model of `config` without adapters."""
     runs.prepare_process(config)
     dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
-    return Policy.load(
+    policy = Policy.load(
         config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
     )
+    capture.prepare(policy, config)
+    return policy
 
 
 def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
@@ -151,16 +209,51 @@ def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
     weights.load_trained(policy.transformer, checkpoint)
 
 
+def load_adapter(policy: Policy, adapter: str) -> None:
+    """Put LoRA weights in diffusers' format, a folder, a file or a Hub id, into the policy.
+
+    Raises:
+        ConfigError: there are none, or they are those of another model.
+    """
+    try:
+        # No pickle is read, whatever lies in the folder.
+        policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
+    # diffusers and PEFT raise what the step that fails raises.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise ConfigError(
+            f"the adapter {adapter!r} cannot be loaded into {policy.name} ({type(error).__name__}: "
+            f"{reason}), but LoRA weights of this model in diffusers' format are expected; name "
+            "the folder that holds pytorch_lora_weights.safetensors."
+        ) from error
+    require(
+        bool(lora.layers(policy.transformer)),
+        f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "
+        "weights of this model are expected; name another.",
+    )
+
+
+def _bare(model: str) -> Config:
+    """The configuration for a model without a run."""
+    base = Config(recipe=Path(model).name)
+    # The embedded model is small, whatever else there is may be large.
+    rows = base.sample.batch_size if model == "nano" else 8
+    return replace(base, **{"policy.model": model, "sample.batch_size": rows})
+
+
 def _target(target: str, best: bool) -> tuple[Config, Path | None]:
-    """(configuration, checkpoint) of a run directory or checkpoint folder; (recipe, None) of a
-    recipe's name."""
+    """(configuration, checkpoint) of a run directory or checkpoint folder; (configuration, None) of
+    a recipe's name or a model."""
     folder = Path(target)
     if not folder.exists() and target in RECIPES:
         return recipe(target), None
+    hub = not folder.exists() and not target.startswith(("/", ".")) and target.count("/") == 1
+    if hub or (folder / "model_index.json").is_file():
+        return _bare(target), None
     require(
         folder.is_dir(),
-        f"{target!r} is neither a run directory nor a recipe ({', '.join(RECIPES)}), but one of "
-        "these is expected; name a directory that `flowgrpo train` wrote.",
+        f"{target!r} is neither a run directory nor a recipe ({', '.join(RECIPES)}) nor a model, "
+        "but one of these is expected; name a directory that `flowgrpo train` wrote.",
     )
     checkpoint = checkpoints.best(folder) if best else checkpoints.latest(folder)
     checkpoints.verify(checkpoint)

@@ -151,7 +151,7 @@ def clock(seconds: float) -> str:
 
 
 def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> Table:
-    """Reports side by side: accuracy with its interval, tasks, other rewards, quality.
+    """Reports side by side: accuracy, tasks, other rewards, quality, with their intervals.
 
     Args:
         reports: label -> report, the base first; the last one is compared with it.
@@ -185,6 +185,9 @@ def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -
         row(f"  {task.replace('_', ' ')}", values, scale, form)
     for name in list(first.scores)[1:]:
         row(name, [r.scores.get(name, float("nan")) for r in columns], 1, "{:.3f}")
+        bounds = [[f"{bound:.3f}" for bound in r.intervals.get(name, ())] for r in columns]
+        if all(bounds):
+            table.add_row("  95 % interval", *(" to ".join(pair) for pair in bounds), style="dim")
     for name in first.quality:
         beyond = both and not within(name, first.quality, last.quality, tolerances)
         values = [r.quality.get(name, float("nan")) for r in columns]

@@ -6,7 +6,8 @@ guidance, so that pictures and figures compare row by row.
 
 *accuracy* is the mean of the first reported reward: over images within a task, then over tasks with
 equal weight, as GenEval's overall score. Its 95 % interval is a percentile bootstrap over prompts,
-drawn within the tasks (2000 draws, fixed seed); images of one prompt stay together. *quality* holds
+drawn within the tasks (2000 draws, fixed seed); images of one prompt stay together. The other
+rewards have theirs; a task's reward that rises while they fall is being hacked. *quality* holds
 what no reward asks for and reward hacking would spoil: the prompt set's own figures, and diversity,
 the mean root-mean-square pixel distance between two images of one prompt entry, in [0, 1].
 """
@@ -69,6 +70,7 @@ class Report:
     scores: dict[str, float]
     """Mean of every reported reward, over tasks as the accuracy is."""
     quality: dict[str, float]
+    """What no reward asks for, diversity among it."""
     prompts: int
     images: int
     steps: int
@@ -78,13 +80,18 @@ class Report:
     """float64 [N * samples]: the first reward, NaN where it failed."""
     shown: Tensor = field(repr=False)
     """uint8 [S, 3, H, W]: the first image of the first S prompts."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of every score."""
+    parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """float64 [N * samples] for every reward; not saved."""
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json, metrics.jsonl and summary.json hold: all but images and seconds."""
         names = ("accuracy", "interval", "tasks", "scores", "quality")
         counts = ("prompts", "images", "steps", "guidance_scale")
         found = {name: getattr(self, name) for name in (*names, *counts)}
-        return {**found, "interval": list(self.interval)}
+        intervals = {name: list(bounds) for name, bounds in self.intervals.items()}
+        return {**found, "interval": list(self.interval), "intervals": intervals}
 
     @property
     def label(self) -> str:
@@ -113,7 +120,9 @@ class Report:
         """The report that `save` wrote."""
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tensors = checkpoints.read_tensors(folder / "images.safetensors")
-        return cls(**{**values, "interval": tuple(values["interval"])}, **tensors)
+        values["interval"] = tuple(values["interval"])
+        values["intervals"] = {n: tuple(b) for n, b in values.get("intervals", {}).items()}
+        return cls(**values, **tensors)
 
 
 def held_out(config: Config, split: str = "heldout") -> HeldOut:
@@ -203,13 +212,14 @@ def evaluate(
         for name, values in parts.items()
     }
     first = next(iter(per_prompt))
+    intervals = {name: bootstrap(values, held) for name, values in per_prompt.items()}
     metadata = [entry for entry in held.prompts.metadata for _ in range(held.samples)]
     figures = {"diversity": diversity(images, held.samples)} if held.samples > 1 else {}
     figures |= dict(quality(images.cpu(), metadata)) if quality else {}
     shown = images[:: held.samples][:SHOWN].cpu()
     return Report(
         accuracy=balanced_mean(per_prompt[first], held.tags),
-        interval=bootstrap(per_prompt[first], held),
+        interval=intervals[first],
         tasks=task_means(per_prompt[first], held.tags),
         scores={name: balanced_mean(values, held.tags) for name, values in per_prompt.items()},
         quality={name: float(value) for name, value in figures.items()},
@@ -220,6 +230,8 @@ def evaluate(
         seconds=time.perf_counter() - started,
         per_image=parts[first],
         shown=shown,
+        intervals=intervals,
+        parts=parts,
     )
 
 
