@@ -20,8 +20,18 @@ from flowgrpo import runs
 OPTIONAL = {
     "triton": "GPU kernels; on a CPU none is needed",
     "httpx": "remote rewards; pip install flowgrpo[rewards]",
+    "datasets": "prompts of Hub data sets; pip install flowgrpo[data]",
     "wandb": "logging to Weights & Biases; pip install flowgrpo[wandb]",
 }
+# Reward -> libraries beyond those that every install has.
+LIBRARIES = {
+    "deqa": ("httpx",),
+    "http": ("httpx",),
+    "ocr": ("rapidocr", "onnxruntime", "rapidfuzz"),
+    "unifiedreward": ("httpx",),
+}
+# Options of rewards that name a model.
+MODELS = ("model", "clip_model", "tokenizer", "head")
 
 
 def doctor(console: Console | None = None) -> dict[str, Any]:
@@ -38,6 +48,8 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
             for name, use in OPTIONAL.items()
         },
         "nano": nano(),
+        "rewards": reward_states(),
+        "recipes": recipe_states(),
     }
     for section, values in found.items():
         table = Table.grid(padding=(0, 2))
@@ -131,3 +143,69 @@ def nano() -> dict[str, str]:
         return {"model": f"absent: {error}"}
     size = sum(path.stat().st_size for path in Path(MODEL_DIR).rglob("*") if path.is_file())
     return {"model": f"{MODEL_DIR}, {size / 1e6:.1f} MB" if size else f"absent: no {MODEL_DIR}"}
+
+
+def reward_states() -> dict[str, str]:
+    """Reward -> whether it can run here, or what is missing."""
+    from flowgrpo.rewards import REWARDS
+
+    return {name: _reward_state(name) for name in REWARDS}
+
+
+def _reward_state(name: str) -> str:
+    from flowgrpo import rewards
+
+    missing = [lib for lib in LIBRARIES.get(name, ()) if importlib.util.find_spec(lib) is None]
+    if missing:
+        return f"off: no {', '.join(missing)}; pip install 'flowgrpo[rewards]'"
+    try:
+        options = getattr(rewards.load(name), "options", {})
+    except rewards.RewardError as error:
+        return f"off: {error}"
+    if "url" in options:
+        if not options["url"]:
+            return f"needs an address: FLOWGRPO_REWARD_{name.upper()}_URL or reward.options"
+        return _answer(name)
+    absent = [options[key] for key in MODELS if key in options and not at_hand(options[key])]
+    if absent:
+        return f"can run after a download of {', '.join(dict.fromkeys(absent))}"
+    return "can run"
+
+
+def _answer(name: str) -> str:
+    """Whether the server of a remote reward answers."""
+    from flowgrpo import rewards
+
+    try:
+        rewards.load(name).build().reach()
+    except rewards.RewardError as error:
+        return f"off: {error}"
+    return "can run: its server answers"
+
+
+def at_hand(model: str) -> bool:
+    """Whether `model` is a folder or file, or in the Hub's cache on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = Path(HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
+    return Path(model).exists() or (cached.is_dir() and any(cached.iterdir()))
+
+
+def recipe_states(memory: float | None = None) -> dict[str, str]:
+    """Recipe -> expected memory against that of the GPU here, `memory` GiB; and their models."""
+    from flowgrpo import budget, recipes
+
+    memory = memory or budget.gpu_memory()
+    found = {"GPU": f"{memory:.0f} GiB" if memory else "none here; recipes are made for 80 GiB"}
+    models = {}
+    for name in sorted(set(recipes.RECIPES) - {"nano"}):
+        config = recipes.recipe(name, memory=memory)
+        need = budget.memory(config, budget.KNOWN[config.policy.model])["total"]
+        little = ", more than there is" if memory and need > memory else ""
+        found[name] = f"about {need:.0f} GiB, {config.sample.batch_size} images a forward{little}"
+        models[config.policy.model] = at_hand(config.policy.model)
+    for model, here in models.items():
+        found[model] = (
+            "at hand" if here else "to be downloaded; accept its licence on the Hub first"
+        )
+    return found

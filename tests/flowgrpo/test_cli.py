@@ -54,7 +54,7 @@ MISTAKES = [
     ("evaluate /no/such", "neither a run directory nor a recipe"),
     ("evaluate .", "holds no checkpoint"),
     ("sample", "no prompt was given"),
-    ("sample x --count 0", "both must be above 0"),
+    ("sample x --count 0", "at least one image is expected"),
     ("sample x --run /no/such", "neither a run directory nor a recipe"),
     ("serve-reward nano_stric", "reward 'nano_stric' is unknown"),
     ("serve-reward nano_strict --host 0.0.0.0", "without a token"),

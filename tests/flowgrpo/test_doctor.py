@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 
 import pytest
 import torch
@@ -31,6 +32,37 @@ def test_doctor_names_an_absent_package(monkeypatch):
     console = Console(file=io.StringIO(), width=200)
     doctor.doctor(console)
     assert "absent: no test; pip install flowgrpo[x]" in console.file.getvalue()
+
+
+def test_doctor_says_which_rewards_can_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = doctor.reward_states()
+    assert found["nano_strict"] == found["jpeg_compressibility"] == "can run"
+    assert found["pickscore"].startswith("can run after a download of yuvalkirstain/PickScore_v1,")
+    assert "FLOWGRPO_REWARD_HTTP_URL" in found["http"]
+    (tmp_path / "models--RE-N-Y--ImageReward" / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "tokens").mkdir()
+    monkeypatch.setenv("FLOWGRPO_REWARD_IMAGEREWARD_TOKENIZER", str(tmp_path / "tokens"))
+    assert doctor.reward_states()["imagereward"] == "can run"
+    monkeypatch.setitem(doctor.LIBRARIES, "ocr", ("no_such_library",))
+    assert doctor.reward_states()["ocr"].startswith("off: no no_such_library; pip install")
+
+
+def test_doctor_asks_the_server_of_a_remote_reward(monkeypatch):
+    pytest.importorskip("httpx")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("FLOWGRPO_REWARD_HTTP_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("flowgrpo.rewards.http.score._reward", None)
+    assert "cannot be reached" in doctor.reward_states()["http"]
+
+
+def test_doctor_holds_recipes_against_the_gpu():
+    small, large = doctor.recipe_states(16.0), doctor.recipe_states(141.0)
+    more = "more than there is"
+    assert more in small["flux_pickscore"] and not any(more in text for text in large.values())
+    assert large["GPU"] == "141 GiB" and len(large) > 10
+    assert large["sd35m_geneval_1gpu"].endswith("12 images a forward")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
