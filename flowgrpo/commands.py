@@ -38,7 +38,7 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
     held = evaluation.held_out(config, options.split)
     scorer = rewards.Scorer.of(config.reward, config.reported)
-    scorer.check(held.prompts)
+    scorer.prepare(held.prompts)
     policy = load_policy(config)
     _writable(out)
 

@@ -51,7 +51,7 @@ class Reports:
         self.config, self.policy, self.state = config, policy, state
         self.held = evaluate.held_out(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported)
-        self.scorer.check(self.held.prompts)
+        self.scorer.prepare(self.held.prompts)
         self.quality = evaluate.quality_of(config.sample.prompts)
         self.tolerances = evaluate.tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.

@@ -86,7 +86,7 @@ def setup(config: Config) -> Parts:
     prompt_set = prompts.load(config.sample.prompts, "train")
     prompts.check(prompt_set, config.sample.prompts_per_iteration)
     scorer = rewards.Scorer.of(config.reward)
-    scorer.check(prompt_set)
+    scorer.prepare(prompt_set)
     policy = load_policy(config)
     capture.prepare(policy, config)
     for start in range(0, len(prompt_set), 256):

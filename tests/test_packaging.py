@@ -94,6 +94,7 @@ def test_metadata(pure_wheel):
         "triton",
         "test",
         "bench",
+        "data",
         "rewards",
         "serve",
         "wandb",

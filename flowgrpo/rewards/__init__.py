@@ -153,35 +153,35 @@ class Scorer:
 
     @classmethod
     def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
-        """The rewards that `config` trains with; or those `reported`, each by itself.
-
-        What they need is loaded and remote ones are called, so that a missing model, library or
-        server shows before the first image.
-        """
+        """The rewards that `config` trains with; or those `reported`, each by itself."""
         weights = dict.fromkeys(reported, 1.0) or config.weights
         names = dict.fromkeys((*config.weights, *config.report, *weights))
-        options = options_of(config.options, names)
-        scorer = cls(
+        return cls(
             weights,
             config.retries,
-            options=options,
+            options=options_of(config.options, names),
             timeout=config.timeout,
             normalize=config.normalize,
         )
-        for reward in scorer.rewards.values():
-            if hasattr(reward, "build"):
-                reach = getattr(reward.build(), "reach", None)
-                if reach is not None:
-                    reach()
-        return scorer
 
-    def check(self, prompts: Prompts) -> None:
-        """Raise RewardError for a prompt that a reward cannot judge images of."""
+    def prepare(self, prompts: Prompts) -> None:
+        """Find out before the first image what cannot work: look at the prompts, load what the
+        rewards need, call remote ones.
+
+        Raises:
+            RewardError: a reward cannot judge images of a prompt; or a model, a library or a
+                server is missing.
+        """
         for reward in self.rewards.values():
             check = getattr(reward, "check", None)
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
                     check(text, entry)
+        for reward in self.rewards.values():
+            if hasattr(reward, "build"):
+                reach = getattr(reward.build(), "reach", None)
+                if reach is not None:
+                    reach()
 
     def __call__(self, images: Tensor, prompts: Prompts, group_size: int) -> Scores:
         """Score K * G images, G for each of the K prompts in turn.

@@ -93,8 +93,10 @@ def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
     prompts = load(found.sample.prompts)
     assert len(prompts) >= found.sample.prompts_per_iteration
     scorer = Scorer(dict.fromkeys((*found.reward.weights, *found.reported), 1.0))
-    scorer.check(prompts)
-    scorer.check(load(found.sample.prompts, "heldout"))
+    for reward in scorer.rewards.values():
+        for part in (prompts, load(found.sample.prompts, "heldout")):
+            for text, entry in zip(part.texts, part.metadata, strict=True):
+                assert reward.check is None or reward.check(text, entry) != ""
     assert found.reported[0] == next(iter(found.reward.weights)) + "_strict" * ("geneval" in name)
     small = name.endswith("_1gpu")
     assert found.policy.offload_text_encoders == small

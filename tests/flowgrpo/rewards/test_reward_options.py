@@ -92,12 +92,14 @@ def test_a_reward_without_options_says_so():
         Scorer.of(RewardConfig(weights={PLAIN: 1.0}, options={f"{PLAIN}.factor": "1"}))
 
 
-def test_prompts_are_checked_before_the_first_image():
-    scorer({}).check(Prompts.of(["a dog"]))
+def test_prompts_are_checked_before_anything_is_loaded():
+    scorer({}).prepare(Prompts.of(["a dog"]))
+    found = scorer({f"{MINE}.where": "there"})
     with pytest.raises(RewardError):
-        scorer({}).check(Prompts.of(["a dog", "never a cat"]))
+        found.prepare(Prompts.of(["a dog", "never a cat"]))
+    assert found.rewards[MINE]._reward is None
     with pytest.raises(RewardError, match=r"'a dog' has no text in double quotes"):
-        Scorer.of(RewardConfig(weights={"ocr": 1.0})).check(Prompts.of(["a dog"]))
+        Scorer.of(RewardConfig(weights={"ocr": 1.0})).prepare(Prompts.of(["a dog"]))
 
 
 def test_an_address_takes_options_and_is_called_at_once():
@@ -107,6 +109,7 @@ def test_an_address_takes_options_and_is_called_at_once():
             weights={url: 1.0}, options={f"{url}.token": "s3cret"}, timeout=3.0, retries=0
         )
         found = Scorer.of(config)
+        found.prepare(Prompts.of(["a"]))
         assert found.rewards[url].options["timeout"] == 3.0
         assert found(IMAGES, Prompts.of(["a"]), 4).total.tolist() == [1, 2, 3, 4]
     assert len(app.requests) == 2
@@ -117,7 +120,7 @@ def test_an_unreachable_server_stops_before_the_first_image():
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(RewardError, match=r"cannot be reached \(ConnectError.*start it") as info:
-        Scorer.of(RewardConfig(weights={url: 1.0}))
+        Scorer.of(RewardConfig(weights={url: 1.0})).prepare(Prompts.of(["a"]))
     assert "\n" not in str(info.value)
 
 
