@@ -162,6 +162,9 @@ def main(argv: list[str] | None = None) -> int:
                 "flowgrpo --help."
             )
         _quiet()
+        # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

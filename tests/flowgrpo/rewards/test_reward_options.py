@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +126,36 @@ def test_an_unreachable_server_stops_before_the_first_image():
     with pytest.raises(RewardError, match=r"cannot be reached \(ConnectError.*start it") as info:
         Scorer.of(RewardConfig(weights={url: 1.0})).prepare(Prompts.of(["a"]))
     assert "\n" not in str(info.value)
+
+
+OWN = """
+from flowgrpo.rewards.options import configurable
+
+@configurable("mine")
+def score(*, channel: int = 0):
+    return lambda images, prompts, metadata: images[:, channel].float().mean((1, 2)) / 255
+"""
+
+
+def test_a_file_of_the_users_own_in_the_working_directory(tmp_path):
+    """By the installed command, whose sys.path does not begin where the user stands."""
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    evaluated = tmp_path / "e"
+    command = [Path(sys.executable).parent / "flowgrpo", "evaluate", "nano", "--prompts", "2"]
+    command += [
+        "--rewards",
+        "my_rewards:score",
+        "--reward-options",
+        "my_rewards:score.channel",
+        "2",
+    ]
+    command += ["--steps", "2", "--samples", "1", "--device", "cpu", "--out", evaluated]
+    if not command[0].exists():
+        pytest.skip("flowgrpo is not installed here")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((evaluated / "report.json").read_text())["reports"].values()
+    assert 0 < report["scores"]["my_rewards:score"] < 1
 
 
 def test_the_command_line_takes_options():
