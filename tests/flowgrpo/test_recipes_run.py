@@ -1,0 +1,50 @@
+"""Each form of the recipes trains: on tiny pipelines of the real classes, all else as it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from flowgrpo import train
+from flowgrpo.recipes import recipe
+
+# What does not fit a CPU in seconds: sizes, the reward's models, evaluation. Windows, transitions,
+# guidance, KL, Guard, learning rates and clip ranges are the recipe's.
+SMALL = {
+    "policy.device": "cpu",
+    "policy.dtype": "float32",
+    "sample.prompts_per_iteration": 2,
+    "sample.group_size": 2,
+    "sample.batch_size": 2,
+    "sample.eval_steps": 3,
+    "reward.weights": {"jpeg_compressibility": 1.0},
+    "reward.report": ("jpeg_compressibility",),
+    "run.steps": 2,
+    "run.eval_prompts": 2,
+    "run.progress": "none",
+    "run.threads": 1,
+}
+NAMES = (
+    "sd35m_geneval_1gpu",
+    "sd35m_ocr_window_1gpu",
+    "sd35m_pickscore_guard",
+    "flux_pickscore_1gpu",
+    "flux_pickscore_window",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_iterations(name, latent_model, flux_model, tmp_path):
+    flux = name.startswith("flux")
+    model, resolution = (flux_model, 64) if flux else (latent_model, 16)
+    own = {"policy.model": str(model), "policy.resolution": resolution}
+    config = recipe(name, out=str(tmp_path / "run"), **own, **SMALL)
+    summary = train.run(config)
+    assert summary["max_ratio_error"] == 0
+    assert summary["recipe"] == name
+    for report in (summary["before"], summary["after"]):
+        assert math.isfinite(report["scores"]["jpeg_compressibility"])
+        assert report["guidance_scale"] == config.sample.guidance_scale
+        assert "diversity" in report["quality"]
+    assert (tmp_path / "run" / "config.json").read_text().count(str(model)) == 1
