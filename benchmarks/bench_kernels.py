@@ -15,7 +15,8 @@ Bytes that must move, per element (v velocity, x sample and prev_sample, in byte
     step      v + x + x                 step-cfg  2 v + x + x
     loss      forward v + 2 x, backward v + 2 x + v;     loss-kl   2 v more
 (the row's ratio must be known before its gradient, so both passes read; the native backend reads
-once, a row of this size stays in the cache, and may exceed the copy). Every call works on another of several buffer sets, together larger than the caches, and providers are interleaved call
+once, since a row of this size stays in the cache, and may exceed the copy). Every call works on
+another of several buffer sets, together larger than the caches, and providers are interleaved call
 by call. `time` is the median and `best` the shortest call (on a busy machine the steadier of the
 two); `bandwidth` is of the median; `kernels` (GPU, batch 16) counts the launches of one call.
 Suite `memory`: `peak`, the most bytes of tensors that one call has at a time beyond its arguments.
