@@ -69,8 +69,8 @@ def recipe(**overrides: Any) -> Config:
             # To the end of the run: a rate that stays moves the colours, and gains little more.
             decay=800,
             clip_range=1e-3,
-            # Five times flow_grpo's: at 0.04 the pull to the base is nothing beside the noise of 96 images,
-            # and the colours drift.
+            # Five times flow_grpo's: at 0.04 the pull to the base is nothing beside the noise of 96
+            # images, and the colours drift.
             beta=0.2,
             step_weighting="std",
             ema_decay=0.98,
