@@ -1,8 +1,10 @@
-"""Folders of tiny pipelines, made once a session."""
+"""Folders of tiny pipelines, made once a session, and a Hub that gives nothing away."""
 
 from __future__ import annotations
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,41 @@ def latent_model(tmp_path_factory) -> Path:
 def flux_model(tmp_path_factory) -> Path:
     """A pipeline of FLUX.1-dev's parts; its default resolution is 256."""
     return tiny.save_flux_pipeline(tmp_path_factory.mktemp("flux"))
+
+
+class Gated(BaseHTTPRequestHandler):
+    """A Hub on which every file is gated."""
+
+    def do_GET(self):
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("X-Error-Message", "Access to this model is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def gated_hub(tmp_path, monkeypatch):
+    """Inside the test huggingface_hub asks such a Hub, with an empty cache."""
+    from huggingface_hub import constants, file_download
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    # Versions before 1.0 read it from the second place.
+    for module in (constants, file_download):
+        monkeypatch.setattr(
+            module, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]), raising=False
+        )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield
+    server.shutdown()
+    server.server_close()

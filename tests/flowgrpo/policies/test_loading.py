@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy
@@ -24,41 +22,8 @@ def load(folder, config=SMALL):
     return Policy.load(str(folder), device="cpu", dtype="float32", config=config)
 
 
-class Gated(BaseHTTPRequestHandler):
-    """A Hub on which every file is gated."""
-
-    def do_GET(self):
-        self.send_response(403)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to this model is restricted.")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_gated_repository(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", hub)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-    # Versions before 1.0 read it from the second place.
-    for module in (constants, file_download):
-        monkeypatch.setattr(
-            module, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]), raising=False
-        )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+@pytest.mark.usefixtures("gated_hub")
+def test_a_gated_repository():
     with pytest.raises(
         ConfigError,
         match=r"'acme/gated-model' is gated on the Hugging Face Hub, .* accept its terms at "

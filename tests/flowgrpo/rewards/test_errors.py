@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import shell
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 from servers import Answers, running
 
 from flowgrpo import cli
@@ -107,38 +105,10 @@ def test_mistakes_of_the_configuration(options, words, capsys):
     assert words in refused(capsys, *options.split())
 
 
-class Gated(BaseHTTPRequestHandler):
-    """A Hub on which every file is gated."""
-
-    def do_GET(self):
-        self.send_response(403)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to this model is restricted.")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_a_gated_reward_model(capsys, folder, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-    for module in (constants, file_download):
-        monkeypatch.setattr(
-            module, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "".join(template[1:]), raising=False
-        )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+@pytest.mark.usefixtures("gated_hub")
+def test_a_gated_reward_model(capsys):
     for name, model in (("clipscore", "acme/clip"), ("imagereward", "acme/reward")):
         told = refused(
             capsys, "--reward.weights", name, "1", "--reward.options", f"{name}.model", model
         )
         assert model in told and "cannot be loaded" in told and "your access" in told
-    server.shutdown()
-    server.server_close()
