@@ -44,11 +44,17 @@ from flowgrpo.weights import export
 from flowgrpo.weights import make_optimizer as make_optimizer
 
 log = logging.getLogger("flowgrpo")
-# Fields of RunConfig in which a continuation may differ: they do not change its numbers.
-MAY_CHANGE = ("steps", "out", "resume", "eval_every", "checkpoint_every", "threads", "wandb")
-MAY_CHANGE += ("progress",)
-# And of PolicyConfig: cached embeddings are the fresh ones to the bit.
-POLICY_MAY_CHANGE = ("text_cache", "offload_text_encoders")
+MAY_CHANGE = {
+    "run": (
+        *("steps", "out", "resume", "eval_every", "checkpoint_every", "threads", "wandb"),
+        "progress",
+    ),
+    # Cached embeddings are the fresh ones to the bit.
+    "policy": ("text_cache", "offload_text_encoders"),
+    # Scores are the same beside the rollout and after it.
+    "sample": ("overlap",),
+}
+"""Section -> fields in which a continuation may differ: they do not change its numbers."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
 
@@ -213,10 +219,9 @@ def resume_config(folder: str | Path) -> Config:
 
 def _same_config(given: Config, stored: Config) -> None:
     a, b = to_dict(given), to_dict(stored)
-    for name in MAY_CHANGE:
-        a["run"].pop(name), b["run"].pop(name)
-    for name in POLICY_MAY_CHANGE:
-        a["policy"].pop(name), b["policy"].pop(name)
+    for section, names in MAY_CHANGE.items():
+        for name in names:
+            a[section].pop(name), b[section].pop(name)
     for section, values in a.items():
         pairs = values if isinstance(values, dict) else {"": values}
         other = b[section] if isinstance(b[section], dict) else {"": b[section]}

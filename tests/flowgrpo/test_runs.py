@@ -103,7 +103,10 @@ def test_going_on_with_another_configuration_is_refused(tmp_path, changes, words
 def test_what_does_not_change_the_numbers_may_change(tmp_path):
     runs.Run.open(config_for(tmp_path / "run")).close()
     changes = {"run.steps": 7, "run.eval_every": 1, "run.threads": 1, "run.progress": "none"}
-    runs.Run.open(replace(runs.resume_config(tmp_path / "run"), **changes)).close()
+    changes |= {"policy.offload_text_encoders": True, "sample.overlap": 0}
+    again = runs.Run.open(replace(runs.resume_config(tmp_path / "run"), **changes))
+    again.close()
+    assert again.config.run.steps == 7 and again.config.sample.overlap == 0
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"optim": {"lrr": 1}}'])
