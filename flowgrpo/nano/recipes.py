@@ -1,6 +1,6 @@
 """The run of `flowgrpo train`: Flow-GRPO on the embedded model, with the reasons for its numbers.
 
-What they were chosen by is in benchmarks/LOG.md; separate ablations are still to be made.
+What they were chosen by is in benchmarks/LOG.md, with an ablation.
 """
 
 from __future__ import annotations
