@@ -46,6 +46,7 @@ PACKAGES = [
     "flowgrpo.policies",
     "flowgrpo.rewards",
     "flowgrpo_kernels",
+    "flowgrpo_kernels.blocks",
     "flowgrpo_kernels.compat",
 ]
 PACKAGE_DATA = {

@@ -14,7 +14,7 @@ reach them checked and contiguous (also `seeds`, int64 [B]; `step`, int64 [B], h
 outputs of `sde_step` are given. The native one is `_native.py`, which further has `available() ->
 bool` and `reason() -> str` (why it is not available, or which library was loaded) and may lack an
 op, which then falls back, loudly. Triton launchers register themselves from the op's own file
-through `triton_launcher`.
+through `triton_launcher`. A subpackage adds ops of its own through `define`.
 
 NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
 """
@@ -61,6 +61,9 @@ SCHEMAS = {
 _requested = os.environ.get("FLOWGRPO_KERNELS", "auto").strip().lower() or "auto"
 _triton: dict[str, Callable] = {}
 _triton_reason = "no Triton kernel is defined"
+# Of every op: the function of reference.py, and the backend that CPU tensors go to.
+_references: dict[str, Callable] = {}
+_on_cpu: dict[str, str] = {}
 _chosen: dict[tuple[str, str], tuple[str, Callable]] = {}
 _said: set[str] = set()
 
@@ -97,7 +100,7 @@ def _native():
 def _candidate(backend: str, name: str, device_type: str) -> tuple[Callable | None, str]:
     """(function, "") when the backend can run the op on this device type, else (None, why not)."""
     if backend == "reference":
-        return getattr(reference, name), ""
+        return _references[name], ""
     if backend == "triton":
         if name not in _triton:
             return None, _triton_reason or f"there is no Triton kernel for {name}"
@@ -134,13 +137,13 @@ def _choose(name: str, device_type: str) -> tuple[str, Callable]:
             )
         _say(logging.INFO, f"{device_type} tensors run on {_requested} (FLOWGRPO_KERNELS)")
         return _requested, function
-    preferred = "native" if device_type == "cpu" else "triton"
+    preferred = _on_cpu[name] if device_type == "cpu" else "triton"
     function, why = _candidate(preferred, name, device_type)
     if function is not None:
         _say(logging.INFO, f"{device_type} tensors run on {preferred}")
         return preferred, function
     _say(logging.WARNING, f"{device_type} tensors fall back to the PyTorch reference: {why}")
-    return "reference", getattr(reference, name)
+    return "reference", _references[name]
 
 
 @contextlib.contextmanager
@@ -192,7 +195,7 @@ def _implementation(name: str, arguments: list[str]) -> Callable:
 
     One step for all rows stays a view of stride 0: a copy would be a launch of its own.
     """
-    fallback = getattr(reference, name)
+    fallback = _references[name]
     # The argument whose dtype and device choose the backend.
     chooser = arguments.index("sample" if "sample" in arguments else "seeds")
     step = arguments.index("step") if "step" in arguments else -1
@@ -214,15 +217,44 @@ def _implementation(name: str, arguments: list[str]) -> Callable:
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(name: str, schema: str, function: Callable, body: Callable, cpu: str) -> None:
+    """function: of the reference. body(name, names of the arguments): what the op calls."""
+    _references[name], _on_cpu[name] = function, cpu
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    arguments = [a.name for a in torch._C.parse_schema(name + schema).arguments]
+    _library.impl(name, body(name, arguments), "CompositeExplicitAutograd")
+
+
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _arguments = [a.name for a in torch._C.parse_schema(_name + _schema).arguments]
-    _library.impl(_name, _implementation(_name, _arguments), "CompositeExplicitAutograd")
+    _register(_name, _schema, getattr(reference, _name), _implementation, "native")
 
 
 def op(name: str):
     """The op's overload, as called by the public functions."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define(name: str, schema: str, function: Callable, fake: Callable) -> None:
+    """Adds an op of a subpackage: `function` is its reference, which also runs CPU tensors.
+
+    Its backends get the tensors as they are, whatever their strides; the first argument chooses.
+    """
+
+    def body(name: str, arguments: list[str]) -> Callable:
+        def run(*args):
+            first = args[0]
+            if first.dtype == torch.float64:
+                return function(*args)
+            return _resolve(name, first.device.type)[1](*args)
+
+        run.__name__ = name
+        return run
+
+    SCHEMAS[name] = schema
+    _register(name, schema, function, body, "reference")
+    _fake(name)(fake)
 
 
 def _fake(name: str) -> Callable[[Callable], Callable]:

@@ -139,11 +139,12 @@ def grpo_loss(
         clip_range: one number, or (clip_low, clip_high).
         adv_clip: the bound on |advantage|; float("inf") for none.
         row_weight: [B], weight of each row's policy term; sums are divided by B, not by the
-        weights. kl_row_weight: [B], weight of each row's KL term; row_weight when None. To
-        reweight the
+            weights.
+        kl_row_weight: [B], weight of each row's KL term; row_weight when None. To reweight the
             policy term alone, pass ones, or the rows' keep mask.
         old_velocity: the rollout's (combined) velocity; switches Guard on. Only for SDE and ODE
-        rows. uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
+            rows.
+        uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
 
     A row of weight 0 adds 0 to the loss even where its advantage is NaN. An ODE row has ratio
     exp(-old_log_prob), KL 0 and no gradient.

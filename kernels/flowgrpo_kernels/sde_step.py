@@ -134,8 +134,8 @@ def sde_step(
         velocity, uncond_velocity, sample: [B, ...], one shape and device, any mix of float dtypes.
         transitions: table on the same device.
         step: row of the table: int, 0-dim or [B] int64. Tensors keep torch.compile from
-        recompiling. seeds: int64 [B], the key of each sample's noise. Or noise: [B, ...] standard
-        normals.
+            recompiling.
+        seeds: int64 [B], the key of each sample's noise. Or noise: [B, ...] standard normals.
             Neither is needed when every row of the table is an ODE step.
         out, log_prob_out: contiguous buffers to write into, for example rows of a trajectory.
 

@@ -1,0 +1,71 @@
+"""Checks of the blocks' arguments on the host: types, shapes, devices. None synchronises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_tensor
+from .._ops import FLOAT_DTYPES
+
+
+def check_float(name: str, value, like: Tensor | None = None, like_name: str = "x") -> None:
+    """A float tensor on the device of `like`; float64 exactly when `like` is."""
+    check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES and value.dtype != torch.float64:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+    if like is None:
+        return
+    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(
+            f"{name} is {value.dtype} but {like_name} is {like.dtype}: float64 is for checks and "
+            "needs every tensor in float64"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {value.device}")
+
+
+def check_tokens(name: str, value) -> None:
+    """A float tensor [B, N, D] with D > 0."""
+    check_float(name, value)
+    if value.ndim != 3 or value.shape[2] == 0:
+        raise ValueError(f"{name} must be [B, N, D] with D > 0, got {list(value.shape)}")
+
+
+def check_same(name: str, value, x: Tensor) -> None:
+    """A float tensor of the shape of x."""
+    check_float(name, value, x)
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{name} must have the shape of x {list(x.shape)}, got {list(value.shape)}"
+        )
+
+
+def check_row(name: str, value, x: Tensor) -> None:
+    """A float tensor [B, D], one row for all tokens of a sample."""
+    check_float(name, value, x)
+    if value.ndim != 2 or value.shape[0] != x.shape[0] or value.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"{name} must be [B, D] = {[x.shape[0], x.shape[2]]}, got {list(value.shape)}"
+        )
+
+
+def pair(name: str, value, meaning: str) -> tuple:
+    """The two values of an optional pair; (None, None) without one."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be None or {meaning}, got {type(value).__name__}")
+    return tuple(value)
+
+
+def check_eps(eps) -> None:
+    if isinstance(eps, (bool, Tensor)) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+
+
+def needs_grad(*values: Tensor | None) -> bool:
+    """Whether a backward will come through one of the tensors."""
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in values)
