@@ -27,6 +27,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class Pretraining:
     """Share of captions outside the six tasks ("three red circles"), so that sampling them works
     too."""
     evaluate_every: int = 500
+    eval_images: int = 240
+    """Held-out images at the end, for each guidance; half as many tuning images before."""
     seed: int = 0
 
 
@@ -169,60 +172,64 @@ def run(config: Pretraining) -> dict:
     base_lrs = [g["lr"] for o in opts for g in o.param_groups]
     rng = np.random.default_rng(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    log = (config.out / "pretrain.jsonl").open("w")
     started, losses = time.time(), []
-    for step in tqdm(range(config.steps), desc="pretrain", mininterval=10):
-        records = [caption(rng, config.extra_captions) for _ in range(config.batch_size)]
-        scenes = [with_more(m, rng) if rng.random() < config.incomplete else m for m in records]
-        x0 = torch.from_numpy(draw(scenes, rng)).float() / 127.5 - 1
-        texts = ["" if rng.random() < config.caption_dropout else m["prompt"] for m in records]
-        # Stratified uniforms, so that every batch covers the noise levels evenly; shifted towards
-        # high noise.
-        u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-        sigma = 1.5 * u / (1 + 0.5 * u)
-        noise = torch.randn(x0.shape, generator=generator)
-        s = sigma[:, None, None, None]
-        context, pooled = encode(pipeline, texts)
-        # PyTorch's fused attention is slow backwards on a CPU in bfloat16; plain matrix products
-        # are four times faster.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            v = pipeline.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * sigma).sample
-        loss = (v.float() - (noise - x0)).square().mean()
-        loss.backward()
-        factor = schedule(step, config)
-        for group, lr in zip((g for o in opts for g in o.param_groups), base_lrs, strict=True):
-            group["lr"] = lr * factor
-        for o in opts:
-            o.step()
-            o.zero_grad()
-        losses.append(loss.detach())
-        if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"loss is {mean} at step {step + 1}")
-            record = {
-                "step": step + 1,
-                "loss": round(mean, 5),
-                "seconds": round(time.time() - started, 1),
-            }
-            record |= evaluate(pipeline, "tune", 120)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            pipeline.save_pretrained(config.out / "float32")
-    save(pipeline, config.out / "model")
-    for module in modules:
-        module.float()
-    record = {
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
-        "heldout, 40 steps": {},
-    }
-    for guidance in (1.0, 2.0, 3.5):
-        record["heldout, 40 steps"][f"guidance {guidance}"] = evaluate(
-            pipeline, "heldout", 240, 40, guidance
-        )
+    with (config.out / "pretrain.jsonl").open("w") as log:
+        for step in tqdm(range(config.steps), desc="pretrain", mininterval=10):
+            loss = flow_matching(pipeline, config, rng, generator)
+            loss.backward()
+            factor = schedule(step, config)
+            for group, lr in zip((g for o in opts for g in o.param_groups), base_lrs, strict=True):
+                group["lr"] = lr * factor
+            for o in opts:
+                o.step()
+                o.zero_grad()
+            losses.append(loss.detach())
+            if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
+                mean = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss is {mean} at step {step + 1}")
+                seconds = round(time.time() - started, 1)
+                record = {"step": step + 1, "loss": round(mean, 5), "seconds": seconds}
+                write(log, record | evaluate(pipeline, "tune", config.eval_images // 2))
+                pipeline.save_pretrained(config.out / "float32")
+        save(pipeline, config.out / "model")
+        for module in modules:
+            module.float()
+        found = {
+            f"guidance {guidance}": evaluate(pipeline, "heldout", config.eval_images, 40, guidance)
+            for guidance in (1.0, 2.0, 3.5)
+        }
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        return write(log, {"config": settings, "heldout, 40 steps": found})
+
+
+def flow_matching(
+    pipeline: object, config: Pretraining, rng: np.random.Generator, generator: torch.Generator
+) -> torch.Tensor:
+    """The loss of one batch of new pictures: the velocity's squared error at random sigmas."""
+    records = [caption(rng, config.extra_captions) for _ in range(config.batch_size)]
+    scenes = [with_more(m, rng) if rng.random() < config.incomplete else m for m in records]
+    x0 = torch.from_numpy(draw(scenes, rng)).float() / 127.5 - 1
+    texts = ["" if rng.random() < config.caption_dropout else m["prompt"] for m in records]
+    # Stratified uniforms, so that every batch covers the noise levels evenly; shifted towards high
+    # noise.
+    u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    sigma = 1.5 * u / (1 + 0.5 * u)
+    noise = torch.randn(x0.shape, generator=generator)
+    s = sigma[:, None, None, None]
+    context, pooled = encode(pipeline, texts)
+    # PyTorch's fused attention is slow backwards on a CPU in bfloat16; plain matrix products are
+    # four times faster.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        v = pipeline.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * sigma).sample
+    return (v.float() - (noise - x0)).square().mean()
+
+
+def write(log: TextIO, record: dict) -> dict:
+    """Append a line to the log; returns the record."""
     log.write(json.dumps(record) + "\n")
-    log.close()
+    log.flush()
     return record
 
 
