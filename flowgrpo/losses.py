@@ -44,21 +44,31 @@ class Loss:
     """float32 [rows]."""
 
 
+def prepared(policy: Policy, plan: Schedule, experience: Experience) -> Experience:
+    """`experience` with the conditioning of its rollout: the same product, so the same bits."""
+    uncond = experience.uncond
+    return replace(
+        experience,
+        conditioning=policy.prepare(experience.conditioning, plan.sigmas),
+        uncond=None if uncond is None else policy.prepare(uncond, plan.sigmas),
+    )
+
+
 def gather(plan: Schedule, experience: Experience, rows: slice, turns: range) -> Batch:
     """The chunk `rows` at its trained steps number `turns`, one after another."""
     trajectory = experience.trajectory
     index = torch.arange(rows.start, rows.stop, device=trajectory.positions.device)
     index = index.repeat(len(turns))
     place = trajectory.positions[turns.start : turns.stop, rows].flatten()
-    velocities = trajectory.velocities
+    velocities, uncond = trajectory.velocities, experience.uncond
     return Batch(
         sample=trajectory.latents[place, index],
         prev_sample=trajectory.latents[place + 1, index],
         sigma=plan.sigmas[place],
         transitions=plan.transitions,
         step=trajectory.steps[turns.start : turns.stop, rows].flatten(),
-        conditioning=experience.conditioning.rows(trajectory.groups[index]),
-        uncond=experience.uncond,
+        conditioning=experience.conditioning.rows_at(trajectory.groups[index], place),
+        uncond=None if uncond is None else uncond.rows_at(torch.zeros_like(place), place),
         old_log_prob=trajectory.log_probs[place, index],
         old_velocity=None if velocities is None else velocities[place, index],
         advantages=experience.advantages[index],

@@ -54,6 +54,9 @@ def rollout(
     groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
     found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
     latents, log_probs, velocities = found
+    conditioning = policy.prepare(conditioning, plan.sigmas)
+    if uncond is not None:
+        uncond = policy.prepare(uncond, plan.sigmas)
 
     def forward(row: Tensor, place: Tensor) -> None:
         """One step of the rows `row`, each at its own `place` in the schedule; both on the host,
@@ -65,8 +68,8 @@ def rollout(
                 policy,
                 latents[i, b],
                 plan.sigmas[i],
-                conditioning.rows(groups[b]),
-                uncond,
+                conditioning.rows_at(groups[b], i),
+                None if uncond is None else uncond.rows_at(torch.zeros_like(i), i),
                 plan.transitions,
                 steps[i, b],
                 seeds[b],

@@ -111,7 +111,7 @@ class Batch:
     conditioning: Conditioning
     """M rows."""
     uncond: Conditioning | None
-    """One row; None without guidance."""
+    """M rows; None without guidance."""
     old_log_prob: Tensor
     """float32 [M]."""
     old_velocity: Tensor | None

@@ -281,6 +281,7 @@ def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> d
         f"{dtype} on {device_name(policy.device)}, {policy.resolution} pixels a side",
         "trained": f"{lora}{_count(trained)} parameters",
         "kernels": backend(policy.device),
+        "forward": policy.form,
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
         f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
         f"steps of {sample.transition}, trained: {window}",

@@ -205,12 +205,17 @@ def rollout(
     seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
     found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
+    uncond = None if uncond is None else policy.prepare(uncond, plan.sigmas)
+    if keep:
+        # Of all prompts at once, as in the update, which so has the same bits; an evaluation has
+        # too many prompts for that.
+        conditioning = policy.prepare(conditioning, plan.sigmas)
     for part in chunks(rows, batch_size):
         # A graph has one geometry: a last chunk that is short repeats its last row.
         stop = part.start + min(batch_size, rows) if fixed else part.stop
         place = torch.arange(part.start, stop, device=device).clamp(max=rows - 1)
         chunk = Chunk(
-            conditioning.rows(groups[place]),
+            policy.prepare(conditioning.rows(groups[place]), plan.sigmas),
             uncond,
             plan.sigmas,
             plan.transitions,
@@ -314,8 +319,8 @@ def denoise(
                 policy,
                 states[i],
                 chunk.sigmas[i].expand(rows),
-                chunk.conditioning,
-                chunk.uncond,
+                chunk.conditioning.at(i),
+                None if chunk.uncond is None else chunk.uncond.at(i),
                 chunk.transitions,
                 chunk.steps[i],
                 chunk.seeds,

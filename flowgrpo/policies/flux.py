@@ -136,11 +136,10 @@ class FluxPolicy(Policy):
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
-        with self._rotary.inside(self.transformer):
+        with self._rotary.inside(self.transformer), self._told(conditioning):
             return self.transformer(
                 hidden_states=sample.to(self.dtype),
-                # The scheduler's timestep over 1000, which the transformer multiplies by 1000.
-                timestep=sigma * self.scheduler.config.num_train_timesteps / 1000,
+                timestep=self._timestep(sigma),
                 guidance=None if guidance is None else guidance.expand(len(sample)),
                 encoder_hidden_states=conditioning.embeds,
                 pooled_projections=conditioning.pooled,
@@ -148,6 +147,17 @@ class FluxPolicy(Policy):
                 img_ids=self._image_ids,
                 return_dict=False,
             )[0]
+
+    def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
+        # The transformer's own first lines.
+        times = [self._timestep(sigma).to(self.dtype) * 1000]
+        if self._guidance is not None:
+            times.append(self._guidance.expand(len(sigma)).to(self.dtype) * 1000)
+        return self.transformer.time_text_embed(*times, pooled)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The scheduler's timestep over 1000, which the transformer multiplies by 1000."""
+        return sigma * self.scheduler.config.num_train_timesteps / 1000
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

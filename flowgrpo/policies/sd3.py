@@ -13,10 +13,11 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import embeddings, loading, vae
@@ -25,6 +26,23 @@ from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_PARTS += ("tokenizer", "tokenizer_2", "tokenizer_3")
 MAX_SEQUENCE_LENGTH = 128
+
+
+def keep_positions(patches: nn.Module, side: int) -> None:
+    """Cut the position embeddings of latents of `side` pixels out of their grid once, and not by a
+    copy in every forward. `patches` is the transformer's PatchEmbed."""
+    cropped = patches.cropped_pos_embed(side, side).clone()
+    # A buffer, so that a captured graph notices when it moves; not one that is saved.
+    patches.register_buffer("_cropped", cropped, persistent=False)
+    patches._side = side
+    patches.cropped_pos_embed = MethodType(_cropped_pos_embed, patches)
+
+
+def _cropped_pos_embed(self: nn.Module, height: int, width: int) -> Tensor:
+    if height == width == self._side:
+        return self._cropped
+    # The pipeline itself may be asked for images of another size.
+    return type(self).cropped_pos_embed(self, height, width)
 
 
 @final
@@ -73,8 +91,9 @@ class SD3Policy(Policy):
         )
         side = self.resolution // factor
         self.latent_shape = (config.in_channels, side, side)
+        keep_positions(self.transformer.pos_embed, side)
 
-    def _find_encoders(self) -> list[torch.nn.Module]:
+    def _find_encoders(self) -> list[nn.Module]:
         """The text encoders that the pipeline has."""
         found = {name: getattr(self.pipeline, name) for name in TEXT_PARTS[:3]}
         there = [name for name, part in found.items() if part is not None]
@@ -135,14 +154,21 @@ class SD3Policy(Policy):
         return ids
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.transformer(
-            hidden_states=sample.to(self.dtype),
-            # As diffusers: timesteps stay in float32 and are embedded before any cast.
-            timestep=sigma * self.scheduler.config.num_train_timesteps,
-            encoder_hidden_states=conditioning.embeds,
-            pooled_projections=conditioning.pooled,
-            return_dict=False,
-        )[0]
+        with self._told(conditioning):
+            return self.transformer(
+                hidden_states=sample.to(self.dtype),
+                timestep=self._timestep(sigma),
+                encoder_hidden_states=conditioning.embeds,
+                pooled_projections=conditioning.pooled,
+                return_dict=False,
+            )[0]
+
+    def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
+        return self.transformer.time_text_embed(self._timestep(sigma), pooled)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        # As diffusers: timesteps stay in float32 and are embedded before any cast.
+        return sigma * self.scheduler.config.num_train_timesteps
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def move(policy, how):
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter.detach() * 1.5))
     else:
         owner = policy.transformer.pos_embed
-        name, owner.pos_embed = "pos_embed.pos_embed", owner.pos_embed * 1.5
+        name, owner._cropped = "pos_embed._cropped", owner._cropped * 1.5
     return name
 
 

@@ -1,0 +1,122 @@
+"""What a transformer computes from time and prompt alone, made once for a rollout.
+
+With c = time_text_embed(sigma, pooled text [, guidance]), every block modulates its tokens by
+
+    shift, scale, gate, ... = linear(silu(c))          [rows, 2 to 9 D], one linear for each norm
+
+and the text enters through context_embedder(tokens). Where adapters sit on attention and
+feed-forward layers alone, nothing of this is trained: all of it is known before the first step.
+These are products with few rows and many weights: a third of SD3.5-medium's weights are read for
+them in every forward, and small products are those whose kernel, and so whose last bits, depend on
+the number of rows.
+
+`table` computes the modulations of all T steps of N prompts, one product of T N rows for each norm
+(not one for all norms: their weights would have to be copied side by side, 1.5 GB for
+SD3.5-medium, and T N rows fill the device as well). A row of it is M = 325 x 1536 numbers for
+SD3.5-medium, 1 MB in bfloat16, and 2 MB for FLUX.1-dev. Rollout and update look up the same
+numbers, whatever rows their forwards have.
+
+The blocks stay diffusers': in place of c they are handed a row of the table, and the layers that
+would compute from c take their place in it. It is an argument like c, so a block that is run again
+in the backward pass sees it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowgrpo.policies.compiled import blocks
+
+BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+"""Blocks that use c for their norms alone."""
+NORMS = (
+    *("AdaLayerNormZero", "SD35AdaLayerNormZeroX", "AdaLayerNormZeroSingle"),
+    "AdaLayerNormContinuous",
+)
+"""Norms that use c in linear(silu(c)) alone."""
+
+
+class Given(nn.Module):
+    """Stands in for a module whose result is known."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *inputs: object) -> object:
+        return self.value
+
+
+@contextmanager
+def given(model: nn.Module, **values: object) -> Iterator[None]:
+    """Inside, the children of `model` by these names return these values."""
+    own = {name: getattr(model, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(model, name, Given(value))
+        yield
+    finally:
+        for name, module in own.items():
+            setattr(model, name, module)
+
+
+def norms(transformer: nn.Module) -> list[nn.Module]:
+    """The norms with a modulation, in the order of their places in a row of the table."""
+    return [m for m in transformer.modules() if type(m).__name__ in NORMS]
+
+
+def accept(transformer: nn.Module) -> None:
+    """Let the norms take a row of the table in place of c. Before adapters are added."""
+    found = norms(transformer)
+    wide, start = sum(norm.linear.out_features for norm in found), 0
+    for norm in found:
+        end = start + norm.linear.out_features
+        # On the instances, as in lora.py, so that they stay of their classes for all else.
+        norm.silu._wide = norm.linear._wide = wide
+        norm.silu.forward = MethodType(_silu, norm.silu)
+        norm.linear._place = slice(start, end)
+        norm.linear.forward = MethodType(_linear, norm.linear)
+        start = end
+
+
+def _silu(self: nn.Module, c: Tensor) -> Tensor:
+    return c if c.shape[-1] == self._wide else F.silu(c)
+
+
+def _linear(self: nn.Module, c: Tensor) -> Tensor:
+    if c.shape[-1] == self._wide:
+        return c[..., self._place]
+    return F.linear(c, self.weight, self.bias)
+
+
+def hindrance(transformer: nn.Module) -> str | None:
+    """Why modulations and text projection are no constants of this transformer; None: they are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for block in blocks(transformer):
+        if type(block).__name__ not in BLOCKS:
+            return f"{type(block).__name__} may use the time in other ways"
+    roots = [(name, getattr(transformer, name)) for name in ("time_text_embed", "context_embedder")]
+    named = transformer.named_modules()
+    roots += [(f"{name}.linear", m.linear) for name, m in named if type(m).__name__ in NORMS]
+    for name, root in roots:
+        if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
+            return f"{name} has an adapter"
+        if any(p.requires_grad for p in root.parameters()):
+            return f"{name} is trained"
+    return None
+
+
+def table(transformer: nn.Module, c: Tensor) -> Tensor:
+    """[R, M]: the modulations of all norms for c [R, D]."""
+    found = norms(transformer)
+    out = c.new_empty(len(c), found[0].linear._wide)
+    active = F.silu(c)
+    for norm in found:
+        out[:, norm.linear._place] = norm.linear(active)
+    return out
