@@ -50,6 +50,8 @@ class PolicyConfig:
     """Attention kernel: auto, plain, or a name of diffusers' such as native_flash or xformers."""
     compile: bool = False
     """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
+    fused: bool = False
+    """Run norms, gates and heads of the blocks by fused kernels of ours; not with compile."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
     gradient_checkpointing: bool = False
@@ -64,6 +66,11 @@ class PolicyConfig:
             self.max_sequence_length <= 512,
             f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
             "tokens at most; lower it.",
+        )
+        require(
+            not (self.compile and self.fused),
+            "policy.compile and policy.fused are both on, but they replace the same operations; "
+            "choose one.",
         )
         require(
             self.adapter == "full" or self.lora_targets != (),

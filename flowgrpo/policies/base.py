@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import compiled, lora
+from flowgrpo.policies import compiled, constants, lora
 from flowgrpo.policies.conditioning import Conditioning as Conditioning
 from flowgrpo.policies.loading import pipeline_class
 
@@ -82,6 +82,8 @@ class Policy(ABC):
     """Of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
     """Whether the transformer's blocks go through torch.compile, see policies/compiled.py."""
+    fused: bool = False
+    """Whether the blocks run with the kernels of policies/fused.py."""
     graphs: Any = None
     """capture.Graphs that rollouts and evaluations are replayed by; None: they are not captured."""
     _frozen: nn.Module | None = None
@@ -122,6 +124,13 @@ class Policy(ABC):
         if config.compile:
             compiled.compile_blocks(policy.transformer)
             policy.compiled = True
+        else:
+            constants.accept(policy.transformer)
+        if config.fused:
+            from flowgrpo.policies import fused
+
+            fused.fuse(policy.transformer)
+            policy.fused = True
         return policy
 
     @abstractmethod
@@ -142,6 +151,55 @@ class Policy(ABC):
 
     @abstractmethod
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    def varying(self) -> str | None:
+        """Why each forward has to compute what `prepare` would; None: it does not."""
+        if self.compiled:
+            # Each block would have its own place in the table, and so its own compilation.
+            return "policy.compile is on"
+        return constants.hindrance(self.transformer)
+
+    @property
+    def form(self) -> str:
+        """How the forward is computed, for the reader of a run."""
+        blocks = "compiled" if self.compiled else "fused" if self.fused else "diffusers'"
+        why = self.varying()
+        times = "once a rollout" if why is None else f"in every forward ({why})"
+        return f"attention {self.attention}, blocks {blocks}, modulation {times}"
+
+    @torch.no_grad()
+    def prepare(self, conditioning: Conditioning, sigmas: Tensor) -> Conditioning:
+        """`conditioning` with all that the transformer makes of it and of the times `sigmas`
+        float32 [T+1] (the last of which no step starts from) alone: modulations and projected text.
+
+        As it was, if it has them already, or if trained weights or adapters have a part in them.
+        """
+        if conditioning.prepared or self.varying():
+            return conditioning
+        steps, rows = len(sigmas) - 1, len(conditioning)
+        sigma = sigmas[:-1].repeat_interleave(rows)
+        embedded = self._embed_time(sigma, conditioning.pooled.repeat(steps, 1))
+        return Conditioning(
+            self.transformer.context_embedder(conditioning.embeds),
+            conditioning.pooled,
+            constants.table(self.transformer, embedded).view(steps, rows, -1),
+        )
+
+    @abstractmethod
+    def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
+        """[R, D]: what the transformer makes of the time [R] and the pooled text [R, P]."""
+
+    def _told(self, conditioning: Conditioning) -> AbstractContextManager[None]:
+        """Inside, the transformer takes from `conditioning` what `prepare` has put there."""
+        if conditioning.table is not None:
+            raise ValueError("conditioning: of all steps; take one by its at or rows_at")
+        if conditioning.modulation is None:
+            return nullcontext()
+        return constants.given(
+            self.transformer,
+            time_text_embed=conditioning.modulation,
+            context_embedder=conditioning.embeds,
+        )
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
