@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowgrpo import runs
+from flowgrpo.nano import MODEL_DIR
 
 # Optional packages and what is off without them.
 OPTIONAL = {
@@ -137,11 +138,7 @@ def kernels() -> dict[str, str]:
 
 def nano() -> dict[str, str]:
     """Whether the embedded model's files are there."""
-    try:
-        from flowgrpo.nano.model import MODEL_DIR
-    except ImportError as error:
-        return {"model": f"absent: {error}"}
-    size = sum(path.stat().st_size for path in Path(MODEL_DIR).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file())
     return {"model": f"{MODEL_DIR}, {size / 1e6:.1f} MB" if size else f"absent: no {MODEL_DIR}"}
 
 

@@ -11,7 +11,11 @@ recipes.py   the run of `flowgrpo train`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""The embedded model, a pipeline in diffusers' layout."""
 
 
 def recipe(**overrides: Any):

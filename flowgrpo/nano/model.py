@@ -1,8 +1,10 @@
 """nano's networks, all of the classes that SD3.5 is made of, only smaller.
 
     transformer    diffusers.SD3Transformer2DModel, 2.3 M parameters: 24 x 24 RGB, patch 4, 4 joint
-    blocks of 4 heads text_encoder   transformers.CLIPTextModelWithProjection, 0.4 M parameters,
-    over a vocabulary of words scheduler      diffusers.FlowMatchEulerDiscreteScheduler
+                   blocks of 4 heads
+    text_encoder   transformers.CLIPTextModelWithProjection, 0.4 M parameters, over a vocabulary of
+                   words
+    scheduler      diffusers.FlowMatchEulerDiscreteScheduler
 
 There is no VAE: the latents are the pixels in [-1, 1]. `save` writes an ordinary diffusers folder.
 """
@@ -17,7 +19,6 @@ from torch import nn
 from flowgrpo.nano.prompts import MAX_WORDS, WORDS
 from flowgrpo.nano.scenes import IMAGE_SIZE
 
-MODEL_DIR = Path(__file__).parent / "model"
 WIDTH, HEADS, LAYERS, TEXT_LAYERS = 128, 4, 4, 2
 # More of the schedule's steps go to high noise, where the layout is decided; SD3.5 uses 3.0 at 512
 # x 512.

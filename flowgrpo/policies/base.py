@@ -106,7 +106,7 @@ class Policy(ABC):
         dtype = choose_dtype(dtype, device)
         source = model
         if model == "nano":
-            from flowgrpo.nano.model import MODEL_DIR
+            from flowgrpo.nano import MODEL_DIR
 
             source = str(MODEL_DIR)
         family = pipeline_class(source, model)

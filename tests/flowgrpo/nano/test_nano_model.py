@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo.nano import prompts, verify
-from flowgrpo.nano.model import MODEL_DIR
+from flowgrpo.nano import MODEL_DIR, prompts, verify
 from flowgrpo.policies import Policy
 from flowgrpo.rollout import sample
 
