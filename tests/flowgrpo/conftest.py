@@ -35,6 +35,20 @@ def flux_model(tmp_path_factory) -> Path:
     return tiny.save_flux_pipeline(tmp_path_factory.mktemp("flux"))
 
 
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
+    """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
+    blocks with norms of queries and keys; without them; double and single blocks."""
+    folder = tmp_path_factory.mktemp("kinds")
+    small = {"policy.resolution": 16, "policy.max_sequence_length": 8, "policy.text_cache": ""}
+    medium = tiny.save_pixel_pipeline(folder / "sd3.5-medium", layers=3, dual=(0,))
+    return {
+        "sd3.5-medium": (medium, {}),
+        "sd3": (tiny.save_pixel_pipeline(folder / "sd3", qk_norm=None), {}),
+        "flux": (flux_model, small),
+    }
+
+
 class Gated(BaseHTTPRequestHandler):
     """A Hub on which every file is gated."""
 

@@ -119,6 +119,8 @@ def transformer(
     heads: int,
     head_dim: int,
     patch: int,
+    dual: tuple[int, ...] = (),
+    qk_norm: str | None = "rms_norm",
 ):
     """An SD3Transformer2DModel whose output layer is small but not zero, as a trained one's."""
     from diffusers import SD3Transformer2DModel
@@ -135,7 +137,8 @@ def transformer(
         caption_projection_dim=heads * head_dim,
         pooled_projection_dim=pooled,
         pos_embed_max_size=size // patch,
-        qk_norm="rms_norm",
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
     )
     return model
 
@@ -150,9 +153,12 @@ def save_pixel_pipeline(
     patch: int = 2,
     text: int = 16,
     shift: float = 3.0,
+    dual: tuple[int, ...] = (),
+    qk_norm: str | None = "rms_norm",
     seed: int = 0,
 ) -> Path:
-    """A pipeline over RGB pixels: no VAE, one text encoder."""
+    """A pipeline over RGB pixels: no VAE, one text encoder. SD3.5-medium has `dual` blocks, SD3 no
+    `qk_norm`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     # Only the initial weights use the global generator; the caller's state is kept.
@@ -168,6 +174,8 @@ def save_pixel_pipeline(
                 heads=heads,
                 head_dim=head_dim,
                 patch=patch,
+                dual=dual,
+                qk_norm=qk_norm,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
             vae=None,
