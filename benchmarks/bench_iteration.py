@@ -90,7 +90,7 @@ def _alone(session: suites.Session, name: str, case: Case) -> tuple[int, measure
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = suites.parser(__doc__, "ours,ours-compiled,eager,compile")
+    parser = suites.parser(__doc__, "ours,ours-compiled,ours-fused,eager,compile")
     parser.add_argument("--memory", action="store_true", help="suite memory")
     args = parser.parse_args(argv)
     chosen = suites.choose(cases.iteration(args.smoke), args, lambda case: case.training_name)

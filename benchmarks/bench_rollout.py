@@ -7,9 +7,9 @@
 
 Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidance; FLUX.1-dev 512 x
 512, T = 6 and 10; nano. Providers: `ours` (the trainer's rollout as configured by default),
-`ours-loop` (the same, not captured), `ours-compiled` (with policy.compile), `eager` and `compile`
-(family.py), `ceiling` (this device's matrix products, all of the time). Rows: `images` a second by
-denoising alone and `images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s),
+`ours-loop` (the same, not captured), `ours-compiled` (with policy.compile), `ours-fused` (with
+policy.fused), `eager` and `compile` (family.py), `ceiling` (this device's matrix products, all of
+the time). Rows: `images` a second by denoising alone and `images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s),
 `of_measured` (of the ceiling), `peak_memory`, `launches`, `kernels` and `syncs` a step,
 `speedup_vs_eager`.
 """
@@ -85,7 +85,8 @@ def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, time
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__, "ours,ours-loop,ours-compiled,eager,compile").parse_args(argv)
+    providers = "ours,ours-loop,ours-compiled,ours-fused,eager,compile"
+    args = suites.parser(__doc__, providers).parse_args(argv)
     chosen = suites.choose(cases.rollout(args.smoke), args, lambda case: case.name)
     session = suites.Session("rollout", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.name)

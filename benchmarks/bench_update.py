@@ -65,7 +65,8 @@ def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = suites.parser(__doc__, "ours,ours-captured,ours-compiled,eager,compile").parse_args(argv)
+    providers = "ours,ours-captured,ours-compiled,ours-fused,eager,compile"
+    args = suites.parser(__doc__, providers).parse_args(argv)
     chosen = suites.choose(cases.update(args.smoke), args, lambda case: case.training_name)
     session = suites.Session("update", args)
     return session.each(chosen, lambda case: one(session, case), lambda case: case.training_name)

@@ -34,6 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ours-loop": {"sample.capture": "off"},
     "ours-captured": {"optim.capture": "on"},
     "ours-compiled": {"policy.compile": True},
+    "ours-fused": {"policy.fused": True},
 }
 """Changes of the trainer's configuration that tell variants of ours apart."""
 PROVIDERS = (*CHANGES, "eager", "compile")
