@@ -9,9 +9,9 @@ Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidanc
 512, T = 6 and 10; nano. Providers: `ours` (the trainer's rollout as configured by default),
 `ours-loop` (the same, not captured), `ours-compiled` (with policy.compile), `ours-fused` (with
 policy.fused), `eager` and `compile` (family.py), `ceiling` (this device's matrix products, all of
-the time). Rows: `images` a second by denoising alone and `images_with_decoding`, `step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s),
-`of_measured` (of the ceiling), `peak_memory`, `launches`, `kernels` and `syncs` a step,
-`speedup_vs_eager`.
+the time). Rows: `images` a second by denoising alone and `images_with_decoding`, `step`
+(milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the ceiling), `peak_memory`,
+`launches`, `kernels` and `syncs` a step, `speedup_vs_eager`.
 """
 
 from __future__ import annotations
