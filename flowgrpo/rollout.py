@@ -10,6 +10,10 @@ one forward.
 Rows are processed in chunks of a fixed number, in order. The update uses the same chunks: kernels
 of matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
 
+What the transformer makes of prompts and times alone, such as the modulation of its blocks, is made
+once for all prompts and steps (`Policy.prepare`) and looked up in every forward, here and in the
+update, unless it depends on what is trained.
+
 `denoise` is the whole algorithm for one chunk. With `policy.graphs` (capture.py) it is replayed as
 one CUDA graph where all states are kept, which is training, and step by step, with a graph that
 serves any number of steps, where only the result is, which is evaluation. Initial noise, windows

@@ -192,7 +192,8 @@ def _flux_single_block(
     seen = _attention(attn, to, norms, [own], image_rotary_emb)
     wide = torch.cat([seen, self.act_mlp(self.proj_mlp(own))], dim=2)
     tokens = _in_range(gated_residual(tokens, gate, self.proj_out(wide)))
-    return tokens[:, :count], tokens[:, count:]
+    # Not two slices, each of whose gradients would be a whole tensor of zeros and a part.
+    return tokens.split([count, tokens.shape[1] - count], dim=1)
 
 
 def _in_range(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ CASES = {
     "guard": {"optim.guard": True, "optim.beta": 0.0},
     "recomputed": {"policy.gradient_checkpointing": True},
     "full": {"policy.adapter": "full"},
+    "fused": {"policy.fused": True, "sample.guidance_scale": 3.0},
+    "fused, full": {"policy.fused": True, "policy.adapter": "full"},
 }
 
 
