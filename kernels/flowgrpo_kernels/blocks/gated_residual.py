@@ -16,10 +16,112 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._autograd import once_differentiable
-from . import _checks
+from . import _checks, _rows
 from ._ops import op
+from ._rows import jit, load_row, sample_at, store_chunk, token_at, token_of
 from .reference import compute_dtype, token_sum
+
+tl = _triton.tl
+
+
+@jit
+def _gated_residual_kernel(
+    x_ptr,  # [B, tokens, WIDTH]
+    gate_ptr,  # [B, WIDTH]
+    y_ptr,  # [B, tokens, WIDTH]
+    gate2_ptr,  # [B, WIDTH] or None
+    y2_ptr,  # [B, tokens, WIDTH] or None
+    out_ptr,  # [B, tokens, WIDTH], contiguous
+    tokens,
+    x_batch,
+    x_token,
+    gate_batch,
+    y_batch,
+    y_token,
+    gate2_batch,
+    y2_batch,
+    y2_token,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    batch, token = token_of(tokens)
+    x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
+    y = load_row(token_at(y_ptr, batch, y_batch, token, y_token, ALIGN), WIDTH, LANES)
+    gate = load_row(sample_at(gate_ptr, batch, gate_batch, ALIGN), WIDTH, LANES)
+    if y2_ptr is not None:
+        y2 = load_row(token_at(y2_ptr, batch, y2_batch, token, y2_token, ALIGN), WIDTH, LANES)
+        gate2 = load_row(sample_at(gate2_ptr, batch, gate2_batch, ALIGN), WIDTH, LANES)
+    p_out = out_ptr + tl.program_id(0).to(tl.int64) * WIDTH
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        b_out = x[i] + gate[i] * y[i]
+        if y2_ptr is not None:
+            b_out += gate2[i] * y2[i]
+        store_chunk(p_out, b_out, i, WIDTH, LANES)
+
+
+@jit
+def _gated_residual_backward_kernel(
+    grad_ptr,  # [B, tokens, WIDTH]
+    gate_ptr,  # [B, WIDTH]
+    gate2_ptr,  # [B, WIDTH] or None
+    dy_ptr,  # [B, tokens, WIDTH], contiguous
+    dy2_ptr,  # the same or None
+    tokens,
+    grad_batch,
+    grad_token,
+    gate_batch,
+    gate2_batch,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    batch, token = token_of(tokens)
+    grad = load_row(token_at(grad_ptr, batch, grad_batch, token, grad_token, ALIGN), WIDTH, LANES)
+    gate = load_row(sample_at(gate_ptr, batch, gate_batch, ALIGN), WIDTH, LANES)
+    if dy2_ptr is not None:
+        gate2 = load_row(sample_at(gate2_ptr, batch, gate2_batch, ALIGN), WIDTH, LANES)
+    out = tl.program_id(0).to(tl.int64) * WIDTH
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        store_chunk(dy_ptr + out, gate[i] * grad[i], i, WIDTH, LANES)
+        if dy2_ptr is not None:
+            store_chunk(dy2_ptr + out, gate2[i] * grad[i], i, WIDTH, LANES)
+
+
+@_triton.launcher("gated_residual")
+def _launch(x, gate, y, gate2, y2):
+    """One launch."""
+    x, gate, y, gate2, y2 = map(_rows.dense, (x, gate, y, gate2, y2))
+    batch, tokens, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    steps = _rows.strides(x, gate, y, (gate2, 1), (y2, 2))
+    sizes = _rows.options(width, *steps)
+    if batch * tokens:
+        with _triton.on(x.device):
+            _gated_residual_kernel[(batch * tokens,)](
+                x, gate, y, gate2, y2, out, tokens, *steps, **sizes
+            )
+    return out
+
+
+@_triton.launcher("gated_residual_backward")
+def _launch_backward(grad, gate, gate2, dtype):
+    """One launch."""
+    grad, gate, gate2 = map(_rows.dense, (grad, gate, gate2))
+    batch, tokens, width = grad.shape
+    dy = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    dy2 = dy.new_empty(0) if gate2 is None else torch.empty_like(dy)
+    steps = _rows.strides(grad, gate, (gate2, 1))
+    sizes = _rows.options(width, *steps)
+    if batch * tokens:
+        with _triton.on(grad.device):
+            _gated_residual_backward_kernel[(batch * tokens,)](
+                grad, gate, gate2, dy, None if gate2 is None else dy2, tokens, *steps, **sizes
+            )
+    return dy, dy2
+
 
 _gated_residual = op("gated_residual")
 _gated_residual_backward = op("gated_residual_backward")

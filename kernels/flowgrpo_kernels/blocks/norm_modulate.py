@@ -18,10 +18,160 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._autograd import once_differentiable
-from . import _checks
+from . import _checks, _rows
 from ._ops import op
+from ._rows import (
+    appended,
+    divided,
+    inside,
+    inverse_root,
+    jit,
+    load_chunk,
+    load_row,
+    row_sum,
+    sample_at,
+    store_chunk,
+    token_at,
+    token_of,
+)
 from .reference import normalised, token_sum
+
+tl = _triton.tl
+
+
+@jit
+def _norm_modulate_kernel(
+    x_ptr,  # [B, tokens, WIDTH]
+    scale_ptr,  # [B, WIDTH]
+    shift_ptr,  # [B, WIDTH]
+    scale2_ptr,  # [B, WIDTH] or None
+    shift2_ptr,  # [B, WIDTH] or None
+    y_ptr,  # [B, tokens, WIDTH], contiguous
+    y2_ptr,  # the same or None
+    mean_ptr,  # [B, tokens] or None
+    rstd_ptr,  # [B, tokens] or None
+    tokens,
+    eps,
+    x_batch,
+    x_token,
+    scale_batch,
+    shift_batch,
+    scale2_batch,
+    shift2_batch,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    batch, token = token_of(tokens)
+    out = tl.program_id(0).to(tl.int64)
+    x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
+    scale = load_row(sample_at(scale_ptr, batch, scale_batch, ALIGN), WIDTH, LANES)
+    shift = load_row(sample_at(shift_ptr, batch, shift_batch, ALIGN), WIDTH, LANES)
+    mean = divided(row_sum(x, WIDTH, LANES), WIDTH)
+    d, squares = (), ()
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        b_d = inside(x[i] - mean, i, WIDTH, LANES)
+        d, squares = appended(d, b_d), appended(squares, b_d * b_d)
+    rstd = inverse_root(divided(row_sum(squares, WIDTH, LANES), WIDTH) + eps)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + out, mean)
+        tl.store(rstd_ptr + out, rstd)
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        b_y = (d[i] * rstd) * (1.0 + scale[i]) + shift[i]
+        store_chunk(y_ptr + out * WIDTH, b_y, i, WIDTH, LANES)
+    if y2_ptr is not None:
+        # Not asked for before: the registers would halve the programs on a multiprocessor.
+        scale = load_row(sample_at(scale2_ptr, batch, scale2_batch, ALIGN), WIDTH, LANES)
+        shift = load_row(sample_at(shift2_ptr, batch, shift2_batch, ALIGN), WIDTH, LANES)
+        for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+            b_y = (d[i] * rstd) * (1.0 + scale[i]) + shift[i]
+            store_chunk(y2_ptr + out * WIDTH, b_y, i, WIDTH, LANES)
+
+
+@jit
+def _norm_modulate_backward_kernel(
+    dy_ptr,  # [B, tokens, WIDTH]
+    dy2_ptr,  # [B, tokens, WIDTH] or None
+    x_ptr,  # [B, tokens, WIDTH]
+    scale_ptr,  # [B, WIDTH]
+    scale2_ptr,  # [B, WIDTH] or None
+    mean_ptr,  # [B, tokens]
+    rstd_ptr,  # [B, tokens]
+    dx_ptr,  # [B, tokens, WIDTH], contiguous
+    tokens,
+    dy_batch,
+    dy_token,
+    dy2_batch,
+    dy2_token,
+    x_batch,
+    x_token,
+    scale_batch,
+    scale2_batch,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    batch, token = token_of(tokens)
+    out = tl.program_id(0).to(tl.int64)
+    p_dy = token_at(dy_ptr, batch, dy_batch, token, dy_token, ALIGN)
+    p_x = token_at(x_ptr, batch, x_batch, token, x_token, ALIGN)
+    p_scale = sample_at(scale_ptr, batch, scale_batch, ALIGN)
+    mean, rstd = tl.load(mean_ptr + out), tl.load(rstd_ptr + out)
+    g, h, gh = (), (), ()
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        b_g = load_chunk(p_dy, i, WIDTH, LANES) * (1.0 + load_chunk(p_scale, i, WIDTH, LANES))
+        if dy2_ptr is not None:
+            p_dy2 = token_at(dy2_ptr, batch, dy2_batch, token, dy2_token, ALIGN)
+            p_scale2 = sample_at(scale2_ptr, batch, scale2_batch, ALIGN)
+            b_scale = 1.0 + load_chunk(p_scale2, i, WIDTH, LANES)
+            b_g += load_chunk(p_dy2, i, WIDTH, LANES) * b_scale
+        # Beyond the row's end g is 0, so g h is too, and h of no consequence.
+        b_h = (load_chunk(p_x, i, WIDTH, LANES) - mean) * rstd
+        g, h, gh = appended(g, b_g), appended(h, b_h), appended(gh, b_g * b_h)
+    mean_g = divided(row_sum(g, WIDTH, LANES), WIDTH)
+    mean_gh = divided(row_sum(gh, WIDTH, LANES), WIDTH)
+    for i in tl.static_range((WIDTH + LANES - 1) // LANES):
+        b_dx = ((g[i] - mean_g) - h[i] * mean_gh) * rstd
+        store_chunk(dx_ptr + out * WIDTH, b_dx, i, WIDTH, LANES)
+
+
+@_triton.launcher("norm_modulate")
+def _launch(x, scale, shift, scale2, shift2, eps, stats):
+    """One launch."""
+    x, scale, shift, scale2, shift2 = map(_rows.dense, (x, scale, shift, scale2, shift2))
+    batch, tokens, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y2 = x.new_empty(0) if scale2 is None else torch.empty_like(y)
+    shape = (batch, tokens) if stats else (0,)
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    steps = _rows.strides(x, scale, shift, (scale2, 1), (shift2, 1))
+    sizes = _rows.options(width, *steps)
+    if batch * tokens:
+        with _triton.on(x.device):
+            _norm_modulate_kernel[(batch * tokens,)](
+                x, scale, shift, scale2, shift2, y, None if scale2 is None else y2,
+                mean if stats else None, rstd if stats else None, tokens, eps, *steps, **sizes,
+            )  # fmt: skip
+    return y, y2, mean, rstd
+
+
+@_triton.launcher("norm_modulate_backward")
+def _launch_backward(dy, dy2, x, scale, scale2, mean, rstd):
+    """One launch."""
+    dy, dy2, x, scale, scale2 = map(_rows.dense, (dy, dy2, x, scale, scale2))
+    batch, tokens, width = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    steps = _rows.strides(dy, (dy2, 2), x, scale, (scale2, 1))
+    sizes = _rows.options(width, *steps)
+    if batch * tokens:
+        with _triton.on(x.device):
+            _norm_modulate_backward_kernel[(batch * tokens,)](
+                dy, dy2, x, scale, scale2, mean, rstd, dx, tokens, *steps, **sizes
+            )
+    return dx
+
 
 _norm_modulate = op("norm_modulate")
 _norm_modulate_backward = op("norm_modulate_backward")

@@ -71,6 +71,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _inverse_root(x: Tensor) -> Tensor:
+    """1 / sqrt(x), both correctly rounded in the dtype of x."""
+    # torch.sqrt of float32 calls a vector library that misses by an ulp now and then.
+    return 1.0 / x.double().sqrt().to(x.dtype)
+
+
 def _token(row: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, D] -> [B, 1, D] in the compute dtype."""
     return row[:, None].to(dtype)
@@ -94,7 +100,7 @@ def norm_modulate(
     b_x = x.to(dtype)
     mean = row_sum(b_x) / width
     d = b_x - mean
-    rstd = 1.0 / torch.sqrt(row_sum(d * d) / width + eps)
+    rstd = _inverse_root(row_sum(d * d) / width + eps)
     h = d * rstd
 
     def modulated(scale: Tensor, shift: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ def joint_heads(
 
 def _rms(x: Tensor, eps: float) -> Tensor:
     """The reciprocal root of the mean square of each head."""
-    return 1.0 / torch.sqrt(row_sum(x * x) / x.shape[-1] + eps)
+    return _inverse_root(row_sum(x * x) / x.shape[-1] + eps)
 
 
 def _turn(x: Tensor) -> Tensor:
