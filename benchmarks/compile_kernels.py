@@ -2,6 +2,7 @@
 
     python benchmarks/compile_kernels.py                    # all targets, some minutes
     python benchmarks/compile_kernels.py --target sm_90     # replaces that target's rows only
+    python benchmarks/compile_kernels.py --kernels heads    # replaces those kernels' rows only
 
 Writes benchmarks/results/compile.json: registers a thread, bytes of shared memory, lines of PTX or
 AMD assembly, bytes of stack and local memory. Exits with 1 when a kernel has float64 arithmetic, a
@@ -11,6 +12,7 @@ fused multiply-add, local memory or no 128-bit accesses (see flowgrpo_kernels/ao
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 
@@ -19,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import records
 
 from flowgrpo_kernels import aot
+from flowgrpo_kernels.blocks import aot as blocks
 
 PATH = records.RESULTS / "compile.json"
 UNITS = {
@@ -29,10 +32,12 @@ UNITS = {
 }
 
 
-def compiled(target: str) -> tuple[list[dict], list[str]]:
-    """(rows, problems) of every variant on one target."""
+def compiled(target: str, kernels: str) -> tuple[list[dict], list[str]]:
+    """(rows, problems) of every variant on one target whose name contains `kernels`."""
     rows, problems = [], []
-    for variant in aot.variants():
+    for variant in itertools.chain(aot.variants(), blocks.variants()):
+        if kernels not in variant.name:
+            continue
         report = aot.compile_variant(variant, aot.TARGETS[target])
         case = f"{target} {variant.name} {variant.velocity}/{variant.sample}"
         problems += [f"{case}: {problem}" for problem in aot.problems(report)]
@@ -46,13 +51,19 @@ def compiled(target: str) -> tuple[list[dict], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=list(aot.TARGETS), action="append")
-    targets = parser.parse_args().target or list(aot.TARGETS)
+    parser.add_argument("--kernels", default="", help="only those whose name contains this")
+    args = parser.parse_args()
+    targets = args.target or list(aot.TARGETS)
     kept: list[dict] = []
-    if set(targets) != set(aot.TARGETS) and PATH.exists():
-        kept = [r for r in records.read(PATH)["rows"] if r["case"].split()[0] not in targets]
+    if (args.kernels or set(targets) != set(aot.TARGETS)) and PATH.exists():
+        kept = [
+            r
+            for r in records.read(PATH)["rows"]
+            if r["case"].split()[0] not in targets or args.kernels not in r["case"]
+        ]
     problems: list[str] = []
     for target in targets:
-        rows, found = compiled(target)
+        rows, found = compiled(target, args.kernels)
         kept += rows
         problems += found
         content = records.record(kept, "cpu")

@@ -47,7 +47,12 @@ _FLOATS = ("scale", "uncond_scale", "kl_weight", "low", "high", "adv_clip")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with its compile-time constants. vectorised: it streams latents."""
+    """One kernel with its compile-time constants. vectorised: it streams latents.
+
+    types, aligned and options stand in for the naming rules of this file where they are given: the
+    Triton types of all arguments that are no constants, the arguments that are multiples of 16, and
+    the options of the launch.
+    """
 
     name: str
     kernel: Any
@@ -56,6 +61,9 @@ class Variant:
     constants: dict[str, Any]
     absent: tuple[str, ...] = ()
     vectorised: bool = True
+    types: dict[str, str] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,18 +143,20 @@ def compile_variant(
     types: Triton types of arguments that the naming rule above does not know.
     """
     names = variant.kernel.arg_names
-    signature = {name: (types or {}).get(name, _type(name, variant)) for name in names}
+    given = {**variant.types, **(types or {})}
+    signature = {name: given.get(name) or _type(name, variant) for name in names}
     constants = {**variant.constants, **dict.fromkeys(variant.absent)}
     aligned = [["tt.divisibility", 16]]
     whole = variant.constants.get("ALIGN", 16) == 16
     attributes = {
         (i,): aligned
         for i, name in enumerate(names)
-        if (signature[name].startswith("*") and name in _triton.LATENTS)
+        if name in variant.aligned
+        or (signature[name].startswith("*") and name in _triton.LATENTS)
         or (name == "elements" and whole)
     }
     source = ASTSource(variant.kernel, signature, constants, attributes)
-    options = dict(_triton.LAUNCH)
+    options = variant.options or dict(_triton.LAUNCH)
     if not variant.vectorised:
         options["num_warps"] = _triton.second_pass(variant.constants["WIDTH"])["num_warps"]
     compiled = triton.compile(source, target=target, options=options)
