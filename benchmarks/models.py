@@ -52,7 +52,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
     if model.name == "nano":
         from diffusers import SD3Transformer2DModel
 
-        from flowgrpo.nano.model import MODEL_DIR
+        from flowgrpo.nano import MODEL_DIR
 
         folder = MODEL_DIR / "transformer"
         made = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).to(device)
@@ -161,7 +161,8 @@ def random_module(
         module = make()
     # Not the library's `to`, which warns about loading; there is nothing loaded here.
     module = nn.Module.to(module, dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    # On "meta" there is nothing to fill, and no generator.
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for child in module.modules():
             for name, parameter in child.named_parameters(recurse=False):

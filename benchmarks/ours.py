@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import models
+import on_meta
 import torch
 from cases import Case
 from torch import Tensor
@@ -62,6 +63,10 @@ def config(case: Case, device: str, **changes: Any) -> Config:
         values["policy.resolution"] = 8 * case.model.latent[1]
     if case.model.family == "flux":
         values["policy.max_sequence_length"] = case.model.text_tokens
+    if device == on_meta.DEVICE:
+        # What a GPU would be given by default; and what is watched is this thread.
+        values |= {"policy.dtype": "bfloat16", "policy.attention": "native_flash"}
+        values["sample.overlap"] = 0
     return replace(Config(), **{**values, **changes})
 
 
