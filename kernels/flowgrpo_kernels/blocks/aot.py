@@ -6,6 +6,7 @@ for variant in variants():
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,42 +16,32 @@ from .gated_residual import _gated_residual_backward_kernel, _gated_residual_ker
 from .norm_modulate import _norm_modulate_backward_kernel, _norm_modulate_kernel
 
 _FLOAT32 = ("mean_ptr", "rstd_ptr", "cos_ptr", "sin_ptr")
-# (width, heads of it, whether a second output or branch exists, rotary)
+# (width, heads of it, whether there is a second output or branch, rotary)
 _MODELS = {"sd3.5-m": (1536, 24, True, False), "flux.1-dev": (3072, 24, False, True)}
+# (kernel, what it lacks without a second output or branch)
+_ROWS = {
+    "norm_modulate": (_norm_modulate_kernel, ("scale2_ptr", "shift2_ptr", "y2_ptr")),
+    "norm_modulate backward": (_norm_modulate_backward_kernel, ("dy2_ptr", "scale2_ptr")),
+    "gated_residual": (_gated_residual_kernel, ("gate2_ptr", "y2_ptr")),
+    "gated_residual backward": (_gated_residual_backward_kernel, ("gate2_ptr", "dy2_ptr")),
+}
+_HEADS = {
+    "joint_heads": _heads.joint_heads_kernel,
+    "joint_heads backward": _heads.joint_heads_backward_kernel,
+}
 
 
 def variants(dtypes: tuple[str, ...] = DTYPES) -> Iterator[Variant]:
     """Every kernel for each dtype and model, with all that the model needs."""
-    for dtype in dtypes:
-        for model, (width, heads, second, rotary) in _MODELS.items():
-            row = _rows.options(width)
-            head = _heads.options(heads, width // heads, [])
-            tables = () if rotary else ("cos_ptr", "sin_ptr")
-            for name, kernel, options, absent in (
-                (
-                    "norm_modulate",
-                    _norm_modulate_kernel,
-                    row,
-                    ("scale2_ptr", "shift2_ptr", "y2_ptr"),
-                ),
-                (
-                    "norm_modulate backward",
-                    _norm_modulate_backward_kernel,
-                    row,
-                    ("dy2_ptr", "scale2_ptr"),
-                ),
-                ("gated_residual", _gated_residual_kernel, row, ("gate2_ptr", "y2_ptr")),
-                (
-                    "gated_residual backward",
-                    _gated_residual_backward_kernel,
-                    row,
-                    ("gate2_ptr", "dy2_ptr"),
-                ),
-                ("joint_heads", _heads.joint_heads_kernel, head, tables),
-                ("joint_heads backward", _heads.joint_heads_backward_kernel, head, tables),
-            ):
-                absent = () if second and options is row else absent
-                yield variant(f"{name} {model}", kernel, dtype, options, absent)
+    for dtype, (model, sizes) in itertools.product(dtypes, _MODELS.items()):
+        width, heads, second, rotary = sizes
+        for name, (kernel, optional) in _ROWS.items():
+            absent = () if second else optional
+            yield variant(f"{name} {model}", kernel, dtype, _rows.options(width), absent)
+        options = _heads.options(heads, width // heads, [])
+        for name, kernel in _HEADS.items():
+            absent = () if rotary else ("cos_ptr", "sin_ptr")
+            yield variant(f"{name} {model}", kernel, dtype, options, absent)
 
 
 def variant(
