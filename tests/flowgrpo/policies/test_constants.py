@@ -114,9 +114,16 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
     # Of the time's embedding, the pooled text's and every norm's modulation, and of nothing else.
     monkeypatch.setattr(torch.nn.functional, "silu", counted)
     policy.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(len(inside)))
+    tables, table = [], constants.table
+    monkeypatch.setattr(
+        constants, "table", lambda model, c: tables.append(len(c)) or table(model, c)
+    )
     for parts.state.iteration in range(2):
         metrics = train.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0
+    # All steps of the 2 prompts in one product, as many rows in the update as in the rollout.
+    one = sorted([6 * 2] + [6] * (config.sample.guidance_scale != 1))
+    assert [sorted(tables[i : i + len(one)]) for i in range(0, len(tables), len(one))] == [one] * 4
     assert len(calls) >= 2 * 2 * 4 and not any(calls)
 
 
