@@ -85,11 +85,11 @@ def theirs(op: str, v: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def leaves(v: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Leaves with gradients, all but the tables; rows stay views of a wide tensor."""
+    """Leaves with gradients, all but the tables; views of wider tensors without a dtype."""
     found = {}
     for name, x in v.items():
         x = x.detach() if dtype is None else x.detach().to(dtype)
-        if dtype is None and not x.is_contiguous():
+        if dtype is None and name not in TABLES:
             wide = x.new_zeros(*x.shape[:-1], 3 * x.shape[-1])
             wide[..., x.shape[-1] : 2 * x.shape[-1]] = x
             x = wide[..., x.shape[-1] : 2 * x.shape[-1]]
