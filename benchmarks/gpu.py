@@ -82,7 +82,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     found = [
         Part("build", 45 * args.scale, build(args)),
         Part("tests", 70 * args.scale, [tests(args)]),
-        one("kernels", 60, "bench_kernels.py", *large),
+        one("kernels", 45, "bench_kernels.py", *large),
+        one("blocks", 25, "bench_blocks.py", "--compile-cases", "b16"),
         one("rollout", 80, "bench_rollout.py", *at_16, *sd3),
         one("update", 50, "bench_update.py", "--alone", *at_16, *sd3),
         one("iteration", 50, "bench_iteration.py", "--alone", *sd3),
@@ -93,7 +94,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("update-flux", 25, "bench_update.py", *flux),
         one("profile-rollout", 25, "bench_rollout.py", *profiled),
         one("profile-update", 25, "bench_update.py", *profiled),
-        one("kernels-memory", 25, "bench_kernels.py", "--memory"),
+        one("kernels-memory", 20, "bench_kernels.py", "--memory"),
     ]
     if args.smoke:
         return [part for part in found if not part.name.endswith("-flux")]

@@ -16,8 +16,11 @@ import sys
 import torch
 
 from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
 SHAPES = ((1,), (3, 5, 7), (4097,), (16, 32, 32))
+# (batch, tokens, heads, elements of a head), one for each dtype: each is compiled on its own.
+BLOCKS = ((1, 1, 3, 2), (2, 5, 9, 64), (3, 2, 24, 128))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,11 +45,29 @@ def once(rows: int, shape: tuple[int, ...], velocity: torch.dtype, sample: torch
             raise AssertionError(f"{name} of {rows} x {shape}, {velocity}/{sample}: not finite")
 
 
+def block_once(batch: int, tokens: int, heads: int, size: int, dtype: torch.dtype, device) -> None:
+    """The element-wise ops of a block with gradients; raises when a result is not finite."""
+    width = heads * size
+    x, y, z = (torch.randn(batch, tokens, width, device=device, dtype=dtype) for _ in range(3))
+    a, b, c, d = torch.randn(4, batch, width, device=device, dtype=dtype)
+    tables = torch.randn(2, 2 * tokens, size, device=device)
+    x.requires_grad_()
+    h, h2 = norm_modulate(x, a, b, second=(c, d))
+    out = gated_residual(h, a, y, second=(b, h2))
+    joint = joint_heads((out, z), (a[0, :size], None), heads=heads, rotary=tuple(tables))
+    joint.square().sum().backward()
+    for name, tensor in (("heads", joint), ("gradient", x.grad)):
+        if not tensor.isfinite().all():
+            raise AssertionError(f"{name} of {batch, tokens, heads, size}, {dtype}: not finite")
+
+
 def main(device: str) -> None:
     backend = "triton" if device == "cuda" else "reference"
     with _ops.use_backend(backend):
         for rows, shape, v, x in itertools.product((1, 3), SHAPES, DTYPES, DTYPES):
             once(rows, shape, v, x, device)
+        for sizes, dtype in zip(BLOCKS, DTYPES, strict=True):
+            block_once(*sizes, dtype, device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"every kernel ran on {device}")

@@ -11,6 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import bench_blocks
     import bench_iteration
     import bench_kernels
     import bench_rollout
@@ -98,3 +99,9 @@ def test_kernels(run):
     found = {r["provider"] for r in rows}
     assert found == {"ours", "ours-loop", "reference", "eager", "ceiling"}
     assert all(r["value"] > 0 for r in rows)
+
+
+def test_blocks(run):
+    rows = run(bench_blocks)["rows"]
+    assert {r["provider"] for r in rows} == {"ours", "eager", "ceiling"}
+    assert len(rows) == 96 and all(r["value"] > 0 for r in rows)

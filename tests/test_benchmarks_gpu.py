@@ -15,6 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import bench_blocks
     import bench_kernels
     import gpu
     import suites
@@ -78,14 +79,15 @@ def test_commands_are_what_the_scripts_take(smoke, tmp_path):
     found = gpu.parts(args)
     names = [part.name for part in found]
     wanted = {"build", "tests", "kernels", "rollout", "update", "iteration", "memory", "nano"}
-    assert wanted | {"sanitizer"} <= set(names) and len(set(names)) == len(names)
+    assert wanted | {"blocks", "sanitizer"} <= set(names) and len(set(names)) == len(names)
     # Ten minutes for everything, stretched by --scale.
     assert smoke or sum(part.budget for part in found) <= 2 * 600
     for part in found:
         for command in part.commands:
             script = Path(command[1])
-            if script.name == "bench_kernels.py":
-                bench_kernels.parse(command[2:])
+            if script.name in ("bench_blocks.py", "bench_kernels.py"):
+                module = bench_blocks if "blocks" in script.name else bench_kernels
+                module.parse(command[2:])
             elif script.name.startswith("bench_"):
                 parser = suites.parser("", "ours")
                 parser.add_argument("--memory", action="store_true")
