@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from configurations import FLUX_DEV as FLUX_DEV
 from configurations import SD35_MEDIUM as SD35_MEDIUM
@@ -134,7 +135,7 @@ def sigmas(model: Model, steps: int) -> torch.Tensor:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         tokens = (model.latent[1] // 2) * (model.latent[2] // 2)
-        spaced = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).numpy()
+        spaced = np.linspace(1.0, 1 / steps, steps)
         made.set_timesteps(sigmas=spaced, mu=calculate_shift(tokens))
     else:
         made.set_timesteps(steps)
@@ -159,8 +160,7 @@ def random_module(
     """The module that `make` makes, filled with random weights on `device` in `dtype`."""
     with torch.device("meta"):
         module = make()
-    # Not the library's `to`, which warns about loading; there is nothing loaded here.
-    module = nn.Module.to(module, dtype).to_empty(device=device)
+    _move(module, device, dtype)
     # On "meta" there is nothing to fill, and no generator.
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -173,6 +173,21 @@ def random_module(
             for name, buffer in child.named_buffers(recurse=False):
                 buffer.copy_(_buffer(child, name, device))
     return module
+
+
+def _move(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Put uninitialised parameters and buffers in the places of those on the meta device. Tensors
+    without memory (on_meta.py) cannot be moved by nn.Module's own methods."""
+    made: dict[int, torch.Tensor] = {}
+    for child in module.modules():
+        for tensors in (child._parameters, child._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in made:
+                    kind = dtype if old.is_floating_point() else old.dtype
+                    new = torch.empty(old.shape, dtype=kind, device=device)
+                    made[id(old)] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
+                if old is not None:
+                    tensors[name] = made[id(old)]
 
 
 def _buffer(module: nn.Module, name: str, device: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ functions in seconds. `Watch` is told every operation below autograd and keeps
                 one kernel on a GPU, some are several, and a fused one may be a chain here
     waits       places where the host would wait for the device: a number read from a tensor, a
                 shape that depends on values, a copy from the device, or one to it from ordinary
-                memory. The program goes on with zeros
+                memory. The program goes on with ones for numbers, zeros for copies
     live, most  bytes of tensors now and at most, in blocks of 512 as CUDA's allocator rounds them;
                 no fragmentation, no workspaces of libraries, no pools of graphs
 
@@ -21,7 +21,7 @@ import sys
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils as foreach
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,7 +121,7 @@ class Watch(TorchDispatchMode):
         if packet is aten.equal:
             return True
         if packet is aten._local_scalar_dense:
-            return torch.zeros((), dtype=tensor.dtype).item()
+            return 1.0 if tensor.is_floating_point() else 1
         if packet is aten.nonzero:
             return tensor.new_zeros((1, tensor.ndim), dtype=torch.int64)
         raise NotImplementedError(f"{packet} on {self.device}, at {_place()}")
@@ -163,7 +163,11 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         made = function in (torch.tensor, torch.as_tensor, torch.asarray)
-        if made and str(kwargs.get("device")) == DEVICE and not isinstance(args[0], Tensor):
+        if (
+            made
+            and str(kwargs.get("device")) == self.watch.device
+            and not isinstance(args[0], Tensor)
+        ):
             self.watch._wait(function.__name__)
         indexed = function in (Tensor.__getitem__, Tensor.__setitem__) and self.watch._here(args[0])
         if indexed and any(isinstance(i, list) for i in tree_of(args[1])):
@@ -192,10 +196,14 @@ def tree_of(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 
-def _flash(own, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+def _flash(own, device, query, key, value, mask=None, dropout_p=0.0, is_causal=False, **more):
     """scaled_dot_product_attention; `own` is torch's."""
-    if query.device.type != DEVICE or attn_mask is not None:
-        return own(query, key, value, attn_mask, dropout_p, is_causal, **more)
+    mask = more.pop("attn_mask", mask)
+    if query.device.type != device or mask is not None:
+        return own(query, key, value, mask, dropout_p, is_causal, **more)
+    if device != DEVICE and torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(half) for x in (query, key, value))
     kernel = aten._scaled_dot_product_flash_attention
     return kernel(query, key, value, dropout_p, is_causal, scale=more.get("scale"))[0]
 
@@ -216,26 +224,52 @@ def _place() -> str:
 
 @contextmanager
 def watching(watch: Watch | None = None) -> Iterator[Watch]:
-    """Inside, everything on `meta` is watched, by `watch` or a new one."""
+    """Inside, everything on the watched device is counted, by `watch` or a new one."""
     watch = watch or Watch()
-    with watch, Functions(watch), _as_on_a_gpu():
+    with watch, Functions(watch), _as_on_a_gpu(watch.device):
         yield watch
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def pretending() -> Iterator[Watch]:
+    """Inside, tensors on "cpu" have no memory and are the ones that are counted: for code under
+    autocast, which `meta` does not have, and which reads no values. The CPU's autocast leaves
+    normalisations in 16 bits that CUDA's computes, and keeps for the backward, in float32: what is
+    counted is at most what a GPU would hold."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    moving = mock.patch.object(nn.Module, "_apply", _apply)
+    with FakeTensorMode(), watching(Watch("cpu")) as watch, moving:
+        yield watch
+
+
+def _apply(
+    self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """nn.Module._apply, which cannot exchange the contents of tensors without memory."""
+    for module in self.modules() if recurse else [self]:
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and (new := function(old)) is not old:
+                    kind = isinstance(old, nn.Parameter)
+                    tensors[name] = nn.Parameter(new, old.requires_grad) if kind else new
+    return self
+
+
+@contextmanager
+def _as_on_a_gpu(device: str) -> Iterator[None]:
     """Inside, torch takes the kernels that it would take on a GPU and, by its lists of device
-    types, not on `meta`: attention without a matrix of scores, and those for many tensors at once
-    in optimizer and gradient clipping."""
+    types, not here: attention without a matrix of scores, and those for many tensors at once in
+    optimizer and gradient clipping."""
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     found = [(optimizer, "_get_fused_kernels_supported_devices")]
     found += [(m, "_get_foreach_kernels_supported_devices") for m in (optimizer, foreach)]
-    attention = partial(_flash, torch.nn.functional.scaled_dot_product_attention)
+    attention = partial(_flash, torch.nn.functional.scaled_dot_product_attention, device)
     with ExitStack() as stack:
         stack.enter_context(
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention)
         )
         for module, name in found:
-            allowed = [*getattr(module, name)(), DEVICE]
+            allowed = [*getattr(module, name)(), device]
             stack.enter_context(mock.patch.object(module, name, lambda allowed=allowed: allowed))
         yield

@@ -1,0 +1,51 @@
+"""The plan's memory against the peak of iterations of the real models, counted on the meta device.
+
+One geometry a test: the peak of an update does not depend on how many micro-steps it has.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowgrpo import budget
+from flowgrpo.config import replace
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import bench_counted
+    import models
+    from cases import Case
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+IDS = {
+    "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+}
+CASES = {
+    "sd3 with guidance and KL": ("ours", Case(models.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
+    "sd3 recomputed": ("ours-recomputed", Case(models.SD35_MEDIUM, 16, 2, window=1)),
+    "flux": ("ours", Case(models.FLUX_DEV, 4, 2, window=1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_an_iteration_holds(name):
+    provider, case = CASES[name]
+    context, make = bench_counted.build(provider, case)
+    with context as watch:
+        counted = bench_counted.peak(make, watch)[2] / budget.GIB
+    config = bench_counted.ours.config(case, "meta", **bench_counted.CHANGES[provider])
+    clip = budget.KNOWN[IDS[case.model.name]].clip_tokens
+    lengths = {"policy.max_sequence_length": case.model.text_tokens - clip}
+    found = budget.memory(replace(config, **lengths), budget.KNOWN[IDS[case.model.name]])
+    # The text encoders and the CUDA context are not counted.
+    encoders = 2 * budget.KNOWN[IDS[case.model.name]].encoders / budget.GIB
+    planned = found["total"] - encoders - found["overhead"]
+    # The VAE's fourth map is inside the GPU's kernel, where nothing is counted.
+    maps = max(found["rollout"] - found["update"], 0) / 4 if "recomputed" in name else 0
+    assert planned - maps == pytest.approx(counted, rel=0.05)
