@@ -46,6 +46,7 @@ def test_the_plan_is_what_an_iteration_holds(name):
     # The text encoders and the CUDA context are not counted.
     encoders = 2 * budget.KNOWN[IDS[case.model.name]].encoders / budget.GIB
     planned = found["total"] - encoders - found["overhead"]
-    # The VAE's fourth map is inside the GPU's kernel, where nothing is counted.
-    maps = max(found["rollout"] - found["update"], 0) / 4 if "recomputed" in name else 0
-    assert planned - maps == pytest.approx(counted, rel=0.05)
+    if found["rollout"] > found["update"]:
+        # The decoder's fourth map is inside a kernel of the GPU, where nothing is counted.
+        planned -= found["rollout"] / 4
+    assert 0.97 < planned / counted < 1.07
