@@ -28,7 +28,7 @@ from torch import Tensor
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Batch, Experience
-from flowgrpo.rollout import Schedule, guided, velocity
+from flowgrpo.rollout import Schedule, guided, prepared, velocity
 from flowgrpo_kernels import grpo_loss, log_prob
 
 
@@ -44,14 +44,11 @@ class Loss:
     """float32 [rows]."""
 
 
-def prepared(policy: Policy, plan: Schedule, experience: Experience) -> Experience:
-    """`experience` with the conditioning of its rollout: the same product, so the same bits."""
-    uncond = experience.uncond
-    return replace(
-        experience,
-        conditioning=policy.prepare(experience.conditioning, plan.sigmas),
-        uncond=None if uncond is None else policy.prepare(uncond, plan.sigmas),
-    )
+def as_rolled_out(policy: Policy, plan: Schedule, experience: Experience) -> Experience:
+    """`experience` with the conditioning of its rollout: the same products, so the same bits."""
+    given = experience.conditioning, experience.uncond
+    conditioning, uncond = prepared(policy, plan, *given)
+    return replace(experience, conditioning=conditioning, uncond=uncond)
 
 
 def gather(plan: Schedule, experience: Experience, rows: slice, turns: range) -> Batch:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.rollout import Schedule, advance, buffers, chunks, trajectory
+from flowgrpo.rollout import Schedule, advance, buffers, chunks, prepared, trajectory
 from flowgrpo_kernels import initial_noise
 
 
@@ -54,9 +54,7 @@ def rollout(
     groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
     found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
     latents, log_probs, velocities = found
-    conditioning = policy.prepare(conditioning, plan.sigmas)
-    if uncond is not None:
-        uncond = policy.prepare(uncond, plan.sigmas)
+    conditioning, uncond = prepared(policy, plan, conditioning, uncond)
 
     def forward(row: Tensor, place: Tensor) -> None:
         """One step of the rows `row`, each at its own `place` in the schedule; both on the host,

@@ -151,6 +151,14 @@ def chunks(rows: int, batch_size: int) -> list[slice]:
     return [slice(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
 
 
+def prepared(
+    policy: Policy, plan: Schedule, conditioning: Conditioning, uncond: Conditioning | None
+) -> tuple[Conditioning, Conditioning | None]:
+    """Both by `Policy.prepare`, for the steps of `plan`; what is prepared already stays."""
+    without = None if uncond is None else policy.prepare(uncond, plan.sigmas)
+    return policy.prepare(conditioning, plan.sigmas), without
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What the sampling of b rows starts from; all of it is data to a captured rollout."""
@@ -194,13 +202,11 @@ def rollout(
         conditioning: of the prompts; `groups` [B] says which one a row has.
         plan: sigmas and transition table.
         steps: int64 [T, B], the table row of each step and row.
-        seeds: int64 [B], for the noise of the steps; `noise_seeds` for the initial noise (default:
-            the same).
+        seeds: int64 [B], of the steps' noise; `noise_seeds` of the initial one (default: the same).
         batch_size: rows of one forward.
         uncond: embeddings of the empty prompt, for guidance.
         positions: int64 [W, B], the trained steps, recorded in the result.
-        keep: keep all states; otherwise `latents` has the last two only, of which latents[-1] is
-            the result.
+        keep: keep all states; otherwise `latents` has two, of which latents[-1] is the result.
         keep_velocities: keep the (guided) velocities too.
         done: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
@@ -209,18 +215,15 @@ def rollout(
     seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
     found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
-    uncond = None if uncond is None else policy.prepare(uncond, plan.sigmas)
     if keep:
-        # Of all prompts at once, as in the update, which so has the same bits; an evaluation has
-        # too many prompts for that.
-        conditioning = policy.prepare(conditioning, plan.sigmas)
+        # Of all prompts at once, as the update does; an evaluation may have too many for that.
+        conditioning, uncond = prepared(policy, plan, conditioning, uncond)
     for part in chunks(rows, batch_size):
         # A graph has one geometry: a last chunk that is short repeats its last row.
         stop = part.start + min(batch_size, rows) if fixed else part.stop
         place = torch.arange(part.start, stop, device=device).clamp(max=rows - 1)
         chunk = Chunk(
-            policy.prepare(conditioning.rows(groups[place]), plan.sigmas),
-            uncond,
+            *prepared(policy, plan, conditioning.rows(groups[place]), uncond),
             plan.sigmas,
             plan.transitions,
             steps[:, place],

@@ -207,7 +207,7 @@ def update(parts: Parts, experience: Experience, config: Config) -> dict[str, An
     turns = range(sample.trained_steps)
     turns = [turns[i : i + optim.steps_per_forward] for i in turns[:: optim.steps_per_forward]]
     every = [(rows, some) for rows in chunks(sample.rows, sample.batch_size) for some in turns]
-    experience = losses.prepared(policy, parts.plan, experience)
+    experience = losses.as_rolled_out(policy, parts.plan, experience)
     if optim.anchor == "replay":
         with policy.steady():
             experience = losses.replay(policy, parts.plan, experience, every, config)

@@ -88,7 +88,7 @@ def test_nothing_waits_for_the_gpu(pixel_model, tmp_path):
     train.collect(parts, conditioning, config)
     policy.graphs = graphs
     experience = trainers.experience(parts, config).to(policy.device)
-    experience = train.losses.prepared(policy, parts.plan, experience)
+    experience = train.losses.as_rolled_out(policy, parts.plan, experience)
     for micro in (parts.micro_step, train.MicroStep(policy, None)):
         batch = train.losses.gather(parts.plan, experience, slice(0, 3), range(1))
         for watch in (contextlib.nullcontext, no_waiting):

@@ -31,7 +31,8 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
     are not zero; and the gradient is not 0."""
     config = trainers.config(pixel_model, tmp_path, **{"policy.dtype": dtype, **CASES[case]})
     parts = trainers.parts(config)
-    experience = losses.prepared(parts.policy, parts.plan, trainers.experience(parts, config))
+    experience = trainers.experience(parts, config)
+    experience = losses.as_rolled_out(parts.policy, parts.plan, experience)
     every = chunks(config.sample.rows, config.sample.batch_size)
     for rows, turn in itertools.product(every, range(config.sample.trained_steps)):
         batch = losses.gather(parts.plan, experience, rows, range(turn, turn + 1))
