@@ -107,7 +107,7 @@ def filtered(args: argparse.Namespace) -> list[str]:
     if args.smoke:
         return ["--cases", "tiny-sd3", "--batch-sizes", "2"]
     case = ["--cases", "sd3.5-m t10 b16 no-cfg", "--compile-batch-sizes", "none"]
-    return [*case, "--providers", "ours,eager"]
+    return [*case, "--providers", "ours,ours-fused,eager"]
 
 
 def build(args: argparse.Namespace) -> list[list[str]]:

@@ -15,13 +15,18 @@ import records
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ORDER = ("eager", "compile", "reference", "ours-loop", "ours-captured", "ours", "ceiling")
+ORDER = (
+    *("eager", "compile", "reference"),
+    *("ours-loop", "ours-captured", "ours-compiled", "ours-fused", "ours", "ceiling"),
+)
 COLOURS = {
     "eager": "#8c8c8c",
     "compile": "#c9a227",
     "reference": "#b0c4de",
     "ours-loop": "#7fb3d5",
     "ours-captured": "#4a90c4",
+    "ours-compiled": "#3a9a8f",
+    "ours-fused": "#2f5fa8",
     "ours": "#1f6fb2",
     "ceiling": "#d9d9d9",
 }
