@@ -9,7 +9,8 @@ a step do not depend on their number. Providers: `ours` by default, `ours-fused`
 `compile` runs code that Inductor makes for a device, and cannot be counted). Text encoders are not
 in it. Rows: `counted_memory` (at most alive in an iteration, weights included), `counted_weights`
 (before it), `launches` (operations) and `waits` of a step of the rollout and of a micro-step
-without the optimizer's step, which is in neither.
+without the optimizer's step, which is in neither. What a rollout does once is shared out over its
+two steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ def count(provider: str, case: Case) -> dict[str, tuple[float, str]]:
         found = made.rollout()
         rollout = watch.launches / case.steps, len(watch.waits)
         watch.restart()
-        one = micro_step(made, found)
-        watch.restart()
-        one()
-        update = watch.launches, len(watch.waits)
+        inside, one = micro_step(made, found)
+        with inside:
+            watch.restart()
+            one()
+            update = watch.launches, len(watch.waits)
     gib = 1 << 30
     return {
         "counted_memory": (memory / gib, "GiB"),
@@ -98,18 +100,20 @@ def count(provider: str, case: Case) -> dict[str, tuple[float, str]]:
     }
 
 
-def micro_step(made: Any, rollout: Any) -> Any:
-    """A call of one forward and backward."""
+def micro_step(made: Any, rollout: Any) -> tuple[AbstractContextManager, Callable[[], Any]]:
+    """(where an update does it, one forward and backward)."""
     if isinstance(made, family.Family):
-        return lambda: made.micro_step(rollout[0], 0)[0].backward()
+        return nullcontext(), lambda: made.micro_step(rollout[0], 0)[0].backward()
     from flowgrpo import losses
     from flowgrpo.records import Experience
 
     parts, rows = made.parts, made.case.rows
     values = [torch.ones(rows, device=on_meta.DEVICE) for _ in range(2)]
     experience = Experience(rollout, made.conditioning, parts.uncond, *values)
+    experience = losses.as_rolled_out(parts.policy, parts.plan, experience)
     batch = losses.gather(parts.plan, experience, slice(0, made.case.batch), range(1))
-    return lambda: parts.micro_step(parts.policy, losses.grpo, batch, made.config, 1)
+    inputs = (parts.policy, losses.grpo, batch, made.config, 1)
+    return parts.micro_step.accumulating(), lambda: parts.micro_step(*inputs)
 
 
 def main(argv: list[str] | None = None) -> int:
