@@ -66,6 +66,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         )
 
     nano = [python, "-m", "flowgrpo", "train", "--run.out", str(out / "nano")]
+    # What fits; the whole run is `flowgrpo train`.
+    nano += [] if args.smoke else ["--run.steps", "60"]
     if args.smoke:
         tiny = {"--run.steps": 1, "--run.eval-prompts": 2, "--run.eval-samples": 1}
         tiny |= {"--run.eval-guidance": 1, "--sample.eval-steps": 2, "--sample.batch-size": 2}
@@ -84,11 +86,11 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("tests", 70 * args.scale, [tests(args)]),
         one("kernels", 45, "bench_kernels.py", *large),
         one("blocks", 25, "bench_blocks.py", "--compile-cases", "b16"),
-        one("rollout", 80, "bench_rollout.py", *at_16, *sd3),
+        one("rollout", 65, "bench_rollout.py", *at_16, *sd3),
         one("update", 50, "bench_update.py", "--alone", *at_16, *sd3),
         one("iteration", 50, "bench_iteration.py", "--alone", *sd3),
         one("memory", 25, "bench_iteration.py", "--memory", *sd3),
-        Part("nano", 30 * args.scale, [nano]),
+        Part("nano", 45 * args.scale, [nano]),
         sanitizer(args),
         one("rollout-flux", 40, "bench_rollout.py", *flux),
         one("update-flux", 25, "bench_update.py", *flux),
