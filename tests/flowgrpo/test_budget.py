@@ -188,7 +188,8 @@ def test_memory_moves_with_what_it_is_made_of():
     assert parts(sample__batch_size=8, sample__guidance_scale=1.0)["update"] == pytest.approx(
         whole["update"] / 2, rel=0.05
     )
-    assert parts(sample__batch_size=8, policy__gradient_checkpointing=True)["update"] < 4
+    recomputed = parts(sample__batch_size=8, policy__gradient_checkpointing=True)["update"]
+    assert recomputed < whole["update"] / 5
     offloaded = parts(sample__batch_size=8, policy__offload_text_encoders=True)
     assert offloaded["weights"] == pytest.approx(4.33, abs=0.01)
     assert offloaded["encode"] == pytest.approx(10.39, abs=0.01)
