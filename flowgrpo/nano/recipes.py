@@ -67,14 +67,14 @@ def recipe(**overrides: Any) -> Config:
             weight_decay=0.0,
             warmup=10,
             # To the end of the run: a rate that stays moves the colours, and gains little more.
-            decay=420,
+            decay=340,
             clip_range=1e-3,
             beta=0.04,
             step_weighting="std",
             ema_decay=0.98,
             ema_every=1,
         ),
-        run=RunConfig(steps=210, eval_every=70, checkpoint_every=70, eval_guidance=2.0),
+        run=RunConfig(steps=170, eval_every=85, checkpoint_every=85, eval_guidance=2.0),
     )
     return replace(
         config, **{name if "." in name else f"run.{name}": v for name, v in overrides.items()}
