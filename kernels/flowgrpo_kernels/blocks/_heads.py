@@ -63,13 +63,13 @@ def _load_heads(
     ptr, head_step, ALIGN: tl.constexpr,
     HEADS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of [TILE, SIZE] float32 of a token's heads; +0 beyond the last head."""
+    """A tuple of [TILE, SIZE] of a token's heads in their dtype; +0 beyond the last head."""
     heads = ()
     for i in tl.static_range((HEADS + TILE - 1) // TILE):
         o_head = i * TILE + tl.arange(0, TILE)[:, None]
         o = tl.multiple_of(o_head.to(tl.int64) * head_step, [ALIGN, ALIGN])
         o += tl.arange(0, SIZE)[None, :]
-        heads = appended(heads, tl.load(ptr + o, mask=o_head < HEADS, other=0.0).to(tl.float32))
+        heads = appended(heads, tl.load(ptr + o, mask=o_head < HEADS, other=0.0))
     return heads
 
 
@@ -93,7 +93,7 @@ def _forward_token(
     if w_ptr is not None:
         b_w = _load_for_heads(w_ptr, SIZE, TILE)
     for i in tl.static_range((HEADS + TILE - 1) // TILE):
-        b_z = x[i]
+        b_z = x[i].to(tl.float32)
         if w_ptr is not None:
             b_z = (b_z * _inverse_rms(b_z, eps, TILE, SIZE)) * b_w
         if ROTARY:
@@ -112,18 +112,21 @@ def _backward_token(
     """All heads of a token. p_grad [HEADS, SIZE] of any stride; p_x, p_dx contiguous."""
     grad = _load_heads(p_grad, grad_head, ALIGN, HEADS, SIZE, TILE)
     if w_ptr is not None:
-        x = _load_heads(p_x, SIZE, SIZE, HEADS, SIZE, TILE)
+        # Weight first: after x, Triton 3.6 gives h * sum the layout of the sum, with all of a head
+        # in each thread, which takes three times the registers.
         b_w = _load_for_heads(w_ptr, SIZE, TILE)
+        x = _load_heads(p_x, SIZE, SIZE, HEADS, SIZE, TILE)
     for i in tl.static_range((HEADS + TILE - 1) // TILE):
-        b_g = grad[i]
+        b_g = grad[i].to(tl.float32)
         if ROTARY:
             cos_a, cos_b, sin_a, sin_b = tables
             b_a, b_b = _pairs(b_g, TILE, SIZE)
             b_g = tl.join(b_a * cos_a + b_b * sin_b, b_b * cos_b - b_a * sin_a)
             b_g = tl.reshape(b_g, [TILE, SIZE])
         if w_ptr is not None:
-            b_r = _inverse_rms(x[i], eps, TILE, SIZE)
-            b_h = x[i] * b_r
+            b_x = x[i].to(tl.float32)
+            b_r = _inverse_rms(b_x, eps, TILE, SIZE)
+            b_h = b_x * b_r
             b_g = b_g * b_w
             b_g = (b_g - b_h * divided(_pair_sum(b_g * b_h, TILE, SIZE), SIZE)) * b_r
         _store_heads(p_dx, b_g, i, HEADS)
