@@ -28,11 +28,7 @@ from cases import Case
 def one(session: suites.Session, case: Case) -> None:
     ideal = case.rows * session.ceiling.matmul / case.rollout_flops
     session.row(case.name, "ceiling", "images", ideal, "images/s")
-    times, text = {}, {}
-    for names in session.together(case):
-        times |= _some(session, case, names, text)
-    session.speed_rows(case.name, times)
-    suites.line(case.name, text)
+    session.compare(case, case.name, _some)
 
 
 def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:

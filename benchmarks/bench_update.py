@@ -23,11 +23,7 @@ from cases import Case
 
 
 def one(session: suites.Session, case: Case) -> None:
-    times, text = {}, {}
-    for names in session.together(case):
-        times |= _some(session, case, names, text)
-    session.speed_rows(case.training_name, times)
-    suites.line(case.training_name, text)
+    session.compare(case, case.training_name, _some)
 
 
 def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:

@@ -146,6 +146,19 @@ class Session:
                     self.drop(name)
                 self.forget()
 
+    def compare(self, case: Case, title: str, measure: Callable[..., dict]) -> None:
+        """Measure a case's providers beside each other; a line and the rows of their speed.
+
+        measure(session, case, names, text) returns the seconds of the providers `names`, which are
+        in memory together, and adds to `text` what the line says of each.
+        """
+        times: dict[str, list[float]] = {}
+        text: dict[str, str] = {}
+        for names in self.together(case):
+            times |= measure(self, case, names, text)
+        self.speed_rows(title, times)
+        line(title, text)
+
     def build(self, name: str, case: Case, whole: bool = False) -> Any:
         """The provider `name` ready for `case`; a baseline is kept from case to case of a model."""
         if name in CHANGES:
