@@ -88,7 +88,8 @@ def test_where_nothing_is_shared_it_is_not_used(pixel_model, tmp_path, changes, 
     config = trainers.config(pixel_model, tmp_path, **{**SHARED, **changes})
     parts = trainers.parts(config)
     monkeypatch.setattr(prefix, "rollout", None)
-    train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
+    found = train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
+    assert found.latents.isfinite().all() and len(found.latents) == config.sample.steps + 1
 
 
 def test_results_come_chunk_by_chunk(pixel_model, tmp_path):
