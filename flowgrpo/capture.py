@@ -43,8 +43,10 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import Policy
 
 WARM_UPS = 2
-LIMIT = 8
-"""Graphs that are kept; training and evaluation with guidance, reference and update need five."""
+LIMIT = 12
+"""Graphs that are kept. A run needs at most nine: the rollout's steps at four numbers of rows (or
+the rollout as one), evaluation of the trained model, of the base model and of that with guidance,
+the update, and one of another shape, such as a short last chunk."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -303,11 +305,14 @@ def _switches(policy: Policy) -> tuple[Any, ...]:
         # Every PEFT layer has it in its own dict; hasattr on a module raises and catches an error.
         if "scaling" in vars(module):
             names = (tuple(module.active_adapters), tuple(module.merged_adapters))
-            found.append((module.disable_adapters, *names, *module.scaling.items()))
-            if vars(module).get("_matrices") is not None:
+            matrices = vars(module).get("_matrices")
+            # Ready matrices are read, and are no part of the graph; see policies/lora.py.
+            ready = matrices is not None
+            found.append((module.disable_adapters, ready, *names, *module.scaling.items()))
+            if ready and matrices is not module._fixed:
                 raise RuntimeError(
-                    "a graph was asked for inside Policy.steady, whose matrices are not its own; "
-                    "enter steady in the function that is captured"
+                    "a graph was asked for inside Policy.steady, whose matrices will be let go; "
+                    "set policy.graphs first, or enter steady with fixed=True"
                 )
     return tuple(found)
 

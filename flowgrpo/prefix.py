@@ -13,20 +13,44 @@ rest of the batch. Steps 1 and 3 are deterministic and not trained: the number o
 forwards is free. It decides the last bits of the images, so this is another rollout than
 `rollout.rollout`, bit for bit, of the same distribution.
 
-The number of forwards and of rows in them changes with the windows, so there is no captured form.
+The number of forwards changes with the windows, and so would the number of rows in those of parts 1
+and 3. They are filled up to one of a few sizes by repetitions of their last row, whether there are
+graphs or not: each size is one CUDA graph of one step (`rollout.stepping`), and other windows need
+no new ones. Which rows a forward has is known on the host, and is sent to the device once, before
+the first step; nothing waits for the device.
+
+`train.collect` takes this rollout, captured or not, where sample.share_prefix and
+sample.shared_noise are on and a window may begin after the first step; else `rollout.rollout`. Per
+step it launches one graph and, outside of it, some twenty kernels that fetch and store rows, where
+the whole rollout as one graph launches nothing; for a model whose forward takes as long for few
+rows as for many, such as a small one on a GPU, sample.share_prefix false is the faster choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.rollout import Schedule, advance, buffers, chunks, prepared, trajectory
+from flowgrpo.rollout import Schedule, buffers, chunks, prepared, stepping, trajectory
 from flowgrpo_kernels import initial_noise
+
+SIZES = 4
+"""Numbers of rows that a forward may have: sample.batch_size, its half, quarter and eighth."""
+
+
+class Forward(NamedTuple):
+    """One step of some rows, each at its own place in the schedule."""
+
+    rows: Tensor
+    """int64 [n]; all behind the first `kept` repeat the last of those."""
+    places: Tensor
+    """int64 [n]: step numbers."""
+    kept: int
 
 
 @torch.no_grad()
@@ -51,76 +75,104 @@ def rollout(
     Rows of a group follow each other, and share window (consecutive steps) and initial noise.
     """
     total, rows, device = len(steps), seeds.numel(), policy.device
+    # Each size costs a compilation of every kind of block; then one has to do.
+    allowed = sizes(min(batch_size, rows), 1 if policy.compiled else SIZES)
+    host, leaders, parts = positions.cpu(), _leaders(groups.cpu()), chunks(rows, batch_size)
+    end = int(host[0].max())
+    stages = [_shared_steps(host[0], leaders, allowed)]
+    stages += [_own_steps(host, part, total, allowed) for part in parts]
+    shared, *own = _sent(stages, device)
     groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
     found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
-    latents, log_probs, velocities = found
     conditioning, uncond = prepared(policy, plan, conditioning, uncond)
+    latents, step = found[0], stepping(policy)
 
-    def forward(row: Tensor, place: Tensor) -> None:
-        """One step of the rows `row`, each at its own `place` in the schedule; both on the host,
-        which knows which rows a forward has."""
-        for part in chunks(len(row), batch_size):
-            b, i = row[part].to(device), place[part].to(device)
-            velocity = None if velocities is None else torch.empty_like(velocities[0, : len(b)])
-            latents[i + 1, b], log_probs[i, b] = advance(
-                policy,
-                latents[i, b],
-                plan.sigmas[i],
-                conditioning.rows_at(groups[b], i),
-                None if uncond is None else uncond.rows_at(torch.zeros_like(i), i),
-                plan.transitions,
-                steps[i, b],
-                seeds[b],
-                guidance_scale,
-                velocity_out=velocity,
-            )
-            if velocities is not None:
-                velocities[i, b] = velocity
+    def forward(one: Forward) -> None:
+        b, i, kept = one.rows, one.places, slice(one.kept)
+        made = step(
+            policy,
+            latents[i, b],
+            plan.sigmas[i],
+            conditioning.rows_at(groups[b], i),
+            None if uncond is None else uncond.rows_at(torch.zeros_like(i), i),
+            plan.transitions,
+            steps[i, b],
+            seeds[b],
+            guidance_scale,
+            keep_velocities,
+        )
+        for into, value, place in zip(found, made, (i + 1, i, i), strict=True):
+            if into is not None:
+                into[place[kept], b[kept]] = value[kept]
 
     latents[0] = initial_noise(noise_seeds.to(device), policy.latent_shape)
-    host = positions.cpu()
     with policy.steady():
-        _shared_steps(forward, found, host[0], _leaders(groups.cpu()))
-        for part in chunks(rows, batch_size):
-            _own_steps(forward, host, part, total)
+        for one in shared:
+            forward(one)
+        _spread(found, end, leaders.to(device))
+        for part, these in zip(parts, own, strict=True):
+            for one in these:
+                forward(one)
             if done is not None:
                 done(latents[-1, part])
     return trajectory(found, steps, positions, groups, seeds)
 
 
-def _shared_steps(
-    forward: Callable[[Tensor, Tensor], None],
-    found: tuple[Tensor | None, ...],
-    starts: Tensor,
-    leaders: Tensor,
-) -> None:
-    """Part 1: the first row of each group goes to its window, and the group's rows with it."""
-    end = int(starts.max())
+def sizes(batch_size: int, count: int) -> list[int]:
+    """The numbers of rows that forwards of parts 1 and 3 have, ascending."""
+    return sorted({-(-batch_size // 2**k) for k in range(count)})
+
+
+def _shared_steps(starts: Tensor, leaders: Tensor, allowed: list[int]) -> list[Forward]:
+    """Part 1: the first row of each group goes to its window."""
     alone = leaders.unique()
-    for i in range(end):
+    found = []
+    for i in range(int(starts.max())):
         row = alone[starts[alone] > i]
-        forward(row, torch.full_like(row, i))
+        found += _filled(row, torch.full_like(row, i), allowed)
+    return found
+
+
+def _spread(found: tuple[Tensor | None, ...], end: int, leaders: Tensor) -> None:
+    """The rows of a group get what its first row has. `end`: the latest start of a window."""
     # What lies behind a group's own start here is overwritten later.
-    for buffer in found:
-        if buffer is not None:
-            buffer[: end + 1] = buffer[: end + 1, leaders.to(buffer.device)]
+    for state in (state for buffer in found if buffer is not None for state in buffer[: end + 1]):
+        state.copy_(state[leaders])
 
 
-def _own_steps(
-    forward: Callable[[Tensor, Tensor], None], positions: Tensor, part: slice, total: int
-) -> None:
-    """Parts 2 and 3 for one chunk."""
+def _own_steps(positions: Tensor, part: slice, total: int, allowed: list[int]) -> list[Forward]:
+    """Parts 2 and 3 of one chunk."""
     row = torch.arange(part.start, part.stop)
-    for place in positions[:, part]:
-        forward(row, place)
+    # Exactly the rows of the update's forward, also in a last chunk that is short.
+    found = [Forward(row, place, len(row)) for place in positions[:, part]]
     ends = positions[-1, part] + 1
     for i in range(int(ends.min()), total):
         after = row[ends <= i]
-        forward(after, torch.full_like(after, i))
+        found += _filled(after, torch.full_like(after, i), allowed)
+    return found
+
+
+def _filled(row: Tensor, place: Tensor, allowed: list[int]) -> list[Forward]:
+    """Forwards of the largest allowed size, and of the smallest that holds what remains."""
+    found = []
+    for part in chunks(len(row), allowed[-1]):
+        kept = part.stop - part.start
+        size = next(size for size in allowed if size >= kept)
+        index = torch.arange(part.start, part.start + size).clamp(max=part.stop - 1)
+        found.append(Forward(row[index], place[index], kept))
+    return found
+
+
+def _sent(stages: list[list[Forward]], device: torch.device) -> list[list[Forward]]:
+    """The same on the device, by one copy."""
+    every = [one for stage in stages for one in stage]
+    flat = torch.stack([torch.cat([one[i] for one in every]) for i in range(2)]).to(device)
+    pieces = zip(*(half.split([len(one.rows) for one in every]) for half in flat), strict=True)
+    return [[Forward(*next(pieces), one.kept) for one in stage] for stage in stages]
 
 
 def _leaders(groups: Tensor) -> Tensor:
     """int64 [B]: the first row of each row's group."""
-    _, sizes = torch.unique_consecutive(groups, return_counts=True)
-    first = sizes.cumsum(0) - sizes
-    return first.repeat_interleave(sizes)
+    _, counts = torch.unique_consecutive(groups, return_counts=True)
+    first = counts.cumsum(0) - counts
+    return first.repeat_interleave(counts)

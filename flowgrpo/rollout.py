@@ -15,15 +15,15 @@ once for all prompts and steps (`Policy.prepare`) and looked up in every forward
 update, unless it depends on what is trained.
 
 `denoise` is the whole algorithm for one chunk. With `policy.graphs` (capture.py) it is replayed as
-one CUDA graph where all states are kept, which is training, and step by step, with a graph that
-serves any number of steps, where only the result is, which is evaluation. Initial noise, windows
-and noise levels are data in it: seeds, rows of the table, and the table.
+one CUDA graph where all states are kept, which is training, and step by step (`stepping`), with a
+graph that serves any number of steps, where only the result is, which is evaluation. Initial noise,
+windows and noise levels are data in it: seeds, rows of the table, and the table. prefix.py has
+another rollout, of fewer rows, for groups that have the steps before their window in common.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,10 +95,8 @@ def windows(groups: int, config: Config, iteration: int) -> Tensor:
     """int64 [W, B]: the trained steps of each row, the same for all rows of a group."""
     low, high = config.sample.window_bounds
     length = config.sample.trained_steps
-    number = np.arange(groups)
-    start = low + random.below(
-        high - low - length + 1, config.run.seed, random.WINDOW, iteration, number
-    )
+    count, number = high - low - length + 1, np.arange(groups)
+    start = low + random.below(count, config.run.seed, random.WINDOW, iteration, number)
     start = torch.from_numpy(start).repeat_interleave(config.sample.group_size)
     return start[None, :] + torch.arange(length)[:, None]
 
@@ -211,7 +209,7 @@ def rollout(
         done: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
     device, rows = policy.device, seeds.numel()
-    sample_chunk, fixed = _form(policy, keep)
+    sample_chunk, fixed = _form(policy, keep), policy.graphs is not None
     seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
     found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
@@ -250,10 +248,8 @@ def trajectory(
     if positions is None:
         positions = torch.empty(0, steps.shape[1], dtype=torch.int64)
     positions = positions.to(steps.device)
-    latents, log_probs, velocities = found
-    return Trajectory(
-        latents, log_probs, steps.gather(0, positions), positions, groups, seeds, velocities
-    )
+    trained = steps.gather(0, positions)
+    return Trajectory(*found[:2], trained, positions, groups, seeds, found[2])
 
 
 def buffers(
@@ -279,19 +275,19 @@ def advance(
     steps: Tensor,
     seeds: Tensor,
     guidance_scale: float,
+    keep_velocity: bool = False,
     *,
     out: Tensor | None = None,
     log_prob_out: Tensor | None = None,
-    velocity_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The next states of rows that may be at different steps, and their log-probabilities.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The next states of rows that may be at different steps, their log-probabilities and, with
+    `keep_velocity`, the (guided) velocities.
 
     sigma [b] and steps [b], rows of the table, belong to the rows of `sample`.
     """
     conditional, unconditional = velocity(policy, sample, sigma, conditioning, uncond)
-    if velocity_out is not None:
-        velocity_out.copy_(guided(conditional, unconditional, guidance_scale))
-    return sde_step(
+    used = guided(conditional, unconditional, guidance_scale) if keep_velocity else None
+    made = sde_step(
         conditional,
         sample,
         transitions,
@@ -302,6 +298,29 @@ def advance(
         out=out,
         log_prob_out=log_prob_out,
     )
+    return *made, used
+
+
+def stepping(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """`advance`, or with `policy.graphs` its replayed form: a graph for each number of rows, to be
+    used inside `Policy.steady`, whose result the next call overwrites."""
+    if policy.graphs is None:
+        return advance
+
+    def step(policy, sample, sigma, conditioning, uncond, transitions, steps, *rest, **buffers):
+        # Row b of the table is what row b of the batch does: one shape for any number of steps.
+        # Not by `from_table`, which reads the table on the host.
+        index = torch.arange(len(steps), device=steps.device)
+        kinds = tuple(dict.fromkeys(transitions.kinds))
+        rows = Transitions(transitions.table[steps], None, kinds, index)
+        inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
+        found = policy.graphs(advance, policy, *inputs)
+        for name, value in zip(("out", "log_prob_out"), found, strict=False):
+            if name in buffers:
+                buffers[name].copy_(value)
+        return found
+
+    return step
 
 
 def denoise(
@@ -319,10 +338,9 @@ def denoise(
     # Places counted so that the result is the last one, in a full buffer and in one of two.
     states = [latents[(i - total - 1) % len(latents)] for i in range(total + 1)]
     states[0].copy_(initial_noise(chunk.noise_seeds, states[0].shape[1:]))
-    # A graph of one step must make what it needs of the parameters by itself.
-    with policy.steady() if step is advance else nullcontext():
+    with policy.steady():
         for i in range(total):
-            step(
+            used = step(
                 policy,
                 states[i],
                 chunk.sigmas[i].expand(rows),
@@ -332,33 +350,20 @@ def denoise(
                 chunk.steps[i],
                 chunk.seeds,
                 guidance_scale,
+                keep_velocities,
                 out=states[i + 1],
                 log_prob_out=log_probs[i],
-                velocity_out=None if velocities is None else velocities[i],
-            )
+            )[2]
+            if velocities is not None:
+                velocities[i].copy_(used)
     return latents, log_probs, velocities
 
 
-def _form(policy: Policy, keep: bool) -> tuple[Callable[..., tuple], bool]:
-    """`denoise`, or the form of it that replays graphs, and whether chunks need a fixed size."""
-    graphs = policy.graphs
-    if graphs is None:
-        return denoise, False
-    if keep:
-        return partial(graphs, denoise), True
-
-    def step(policy, sample, sigma, conditioning, uncond, transitions, steps, *rest, **buffers):
-        # Row b of the table is what row b of the batch does: one shape for any number of steps.
-        # Not by `from_table`, which reads the table on the host.
-        index = torch.arange(len(steps), device=steps.device)
-        kinds = tuple(dict.fromkeys(transitions.kinds))
-        rows = Transitions(transitions.table[steps], None, kinds, index)
-        inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
-        found = graphs(advance, policy, *inputs)
-        for name, value in zip(("out", "log_prob_out"), found, strict=True):
-            buffers[name].copy_(value)
-
-    return partial(denoise, step=step), True
+def _form(policy: Policy, keep: bool) -> Callable[..., tuple]:
+    """`denoise`, or the form of it that replays graphs."""
+    if policy.graphs is None:
+        return denoise
+    return partial(policy.graphs, denoise) if keep else partial(denoise, step=stepping(policy))
 
 
 def sample(

@@ -109,7 +109,7 @@ class SampleConfig:
     """Start the images of one group from the same initial noise."""
     # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
     share_prefix: bool = True
-    """With shared_noise, sample the steps before a window once a group; not when captured."""
+    """With shared_noise, sample the steps before a window once a group, captured or not."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
     overlap: int = 2

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -178,7 +178,6 @@ def collect(
     own, initial = prompts.row_seeds(count, config, iteration)
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     shared = sample.share_prefix and sample.shared_noise and sample.last_start > 0
-    shared = shared and policy.graphs is None
     return (prefix.rollout if shared else rollout)(
         policy,
         conditioning,
@@ -258,7 +257,7 @@ class MicroStep:
         """Inside, gradients add up from 0, and no parameter changes."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient.zero_()
-        with nullcontext() if self.graphs else self.policy.steady():
+        with self.policy.steady(fixed=self.graphs is not None):
             yield
 
     def __call__(self, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:

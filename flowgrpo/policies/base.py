@@ -232,9 +232,13 @@ class Policy(ABC):
         with lora.switched_off(layers):
             yield
 
-    def steady(self) -> AbstractContextManager[None]:
-        """Inside, no parameter changes, so what `velocity` makes of them alone is made once."""
-        return lora.held(lora.layers(self.transformer))
+    def steady(self, fixed: bool = False) -> AbstractContextManager[None]:
+        """Inside, no parameter changes, so what `velocity` makes of them alone is made once.
+
+        With `graphs`, or if `fixed`, it lies in the same memory every time, and graphs recorded
+        inside read it there. Graphs that enter `steady` themselves make it anew in each replay.
+        """
+        return lora.held(lora.layers(self.transformer), fixed or self.graphs is not None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""

@@ -47,11 +47,17 @@ def switched_off(these: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def held(these: list[nn.Module]) -> Iterator[None]:
-    """Inside, A and [W, s B] are made once and not in every call: no parameter may change."""
+def held(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
+    """Inside, A and [W, s B] are made once and not in every call: no parameter may change.
+
+    fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
+    inside holds for every later time.
+    """
     short = [layer for layer in these if _is_short(layer)]
     for layer in short:
-        layer._matrices = _matrices(layer)
+        if fixed:
+            layer._fixed = _matrices(layer, layer._fixed)
+        layer._matrices = layer._fixed if fixed else _matrices(layer)
     try:
         yield
     finally:
@@ -65,7 +71,7 @@ def shorten(model: nn.Module) -> None:
         if _is_plain(layer):
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
-            layer._matrices = None
+            layer._matrices = layer._fixed = None
 
 
 def _is_short(layer: nn.Module) -> bool:
@@ -102,12 +108,15 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _matrices(self: nn.Module) -> tuple[Tensor, Tensor]:
-    """A [r, in] and [W, s B] [out, in + r] in the dtype of W."""
+def _matrices(self: nn.Module, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """A [r, in] and [W, s B] [out, in + r] in the dtype of W, written over `into` if that fits."""
     (name,) = self.lora_A
-    weight = self.base_layer.weight
+    a, weight = self.lora_A[name].weight, self.base_layer.weight
     scaled_b = (self.lora_B[name].weight * self.scaling[name]).to(weight.dtype)
-    return self.lora_A[name].weight.to(weight.dtype), torch.cat((weight, scaled_b), dim=1)
+    if into is None or (into[0].dtype, into[0].device) != (weight.dtype, weight.device):
+        return a.to(weight.dtype, copy=True), torch.cat((weight, scaled_b), dim=1)
+    low_a, wide = into
+    return low_a.copy_(a), torch.cat((weight, scaled_b), dim=1, out=wide)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -11,6 +11,7 @@ from recorded import Recorder, assert_equal, eager, evaluate, made
 
 from flowgrpo import capture, train
 from flowgrpo.config import ConfigError
+from flowgrpo.policies import lora
 from flowgrpo.rollout import table_rows
 
 
@@ -121,9 +122,15 @@ def test_another_shape_is_another_graph_and_the_oldest_goes(parts, caplog):
     assert oldest not in policy.graphs.recordings and "the oldest is dropped" in caplog.text
 
 
-def test_steady_outside_of_a_graph_is_refused(parts):
-    with parts.policy.steady(), pytest.raises(RuntimeError, match="inside Policy"):
-        evaluate(parts.policy)
+def test_matrices_that_will_be_let_go_are_refused(parts):
+    policy = parts.policy
+    layers = lora.layers(policy.transformer)
+    with lora.held(layers), pytest.raises(RuntimeError, match=r"inside Policy\.steady, whose"):
+        policy.graphs(lambda policy: None, policy)
+    assert policy.graphs.recordings == {}
+    # Those of a policy with graphs stay where they are.
+    with policy.steady():
+        assert torch.equal(evaluate(policy), eager(policy, lambda: evaluate(policy)))
 
 
 @pytest.mark.parametrize("option", ["sample.capture", "optim.capture"])

@@ -23,6 +23,7 @@ CASES = {
     "guard": {"optim.guard": True, "optim.beta": 0.0},
     "recomputed": {"policy.gradient_checkpointing": True},
     "full": {"policy.adapter": "full"},
+    "shared prefix": {"sample.shared_noise": True, "sample.guidance_scale": 3.0},
     "fused": {"policy.fused": True, "sample.guidance_scale": 3.0},
     "fused, full": {"policy.fused": True, "policy.adapter": "full"},
 }
@@ -49,7 +50,7 @@ def test_rollout_and_update_have_the_eager_bits(pixel_model, tmp_path, case):
     found = []
     for mode in ("on", "off"):
         changes = {**CASES[case], "sample.capture": mode, "optim.capture": mode}
-        parts, config = made(pixel_model, tmp_path, **{**changes, "sample.share_prefix": False})
+        parts, config = made(pixel_model, tmp_path, **changes)
         metrics, paths = [], []
         for parts.state.iteration in range(3):
             experience = trainers.experience(parts, config).to(parts.policy.device)

@@ -57,7 +57,8 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case):
 
 
 def test_fewer_rows_go_through_the_model(pixel_model, tmp_path):
-    """Before its window a group is one row; a window's forwards have whole chunks."""
+    """Before its window a group is one row; a window's forwards have whole chunks. Forwards of 3, 2
+    and 1 rows hold what there is, so that no number of rows is new."""
     config = trainers.config(pixel_model, tmp_path, **SHARED)
     parts, rows = trainers.parts(config), []
     parts.policy.transformer.register_forward_pre_hook(
@@ -74,6 +75,24 @@ def test_fewer_rows_go_through_the_model(pixel_model, tmp_path):
         alike = group[: start + 1, k, :1].expand(-1, 6, -1)
         assert torch.equal(group[: start + 1, k], alike)
         assert not torch.equal(group[start + 1, k, 0], group[start + 1, k, 1])
+
+
+def test_forwards_have_few_sizes(pixel_model, tmp_path):
+    """24 rows at once: 4 to 1 groups are filled up to 6 or 3, rows behind a window to 12 or 24."""
+    changes = {**SHARED, "sample.batch_size": 24, "optim.updates_per_iteration": 1}
+    config = trainers.config(pixel_model, tmp_path, **changes)
+    parts, rows = trainers.parts(config), []
+    parts.policy.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
+    assert prefix.sizes(24, 4) == [3, 6, 12, 24] and set(rows) <= {3, 6, 12, 24}
+    assert {24} < set(rows) and min(rows) <= 6
+    # A compiled model has one: each number of rows is compiled by itself.
+    rows.clear()
+    parts.policy.compiled = True
+    train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
+    assert set(rows) == {24}
 
 
 @pytest.mark.parametrize(
