@@ -27,6 +27,7 @@ from ._triton import (
     residual,
     score,
     store_gradient,
+    sum_over_rows,
     tl,
 )
 
@@ -213,14 +214,13 @@ def _totals_kernel(
     fraction_ptr,
     kl_weight,
     rows,
-    WIDTH: tl.constexpr,
     REF: tl.constexpr,
 ):
     """The sums over rows in their fixed order; one program."""
     b = tl.cast(rows, tl.float32)
-    policy = tl.div_rn(ordered_sum(terms_ptr, rows, WIDTH), b)
-    kl = tl.div_rn(ordered_sum(terms_ptr + rows, rows, WIDTH), b)
-    fraction = tl.div_rn(ordered_sum(terms_ptr + 2 * rows, rows, WIDTH), b)
+    policy = tl.div_rn(sum_over_rows(terms_ptr, rows), b)
+    kl = tl.div_rn(sum_over_rows(terms_ptr + rows, rows), b)
+    fraction = tl.div_rn(sum_over_rows(terms_ptr + 2 * rows, rows), b)
     loss = policy
     if REF:
         loss = policy + kl_weight * kl
@@ -322,7 +322,7 @@ def _launch_forward(
         )  # fmt: skip
         _totals_kernel[(1,)](
             terms, loss, policy, kl, fraction, kl_weight, rows,
-            REF=ref is not None, **_triton.second_pass(rows),
+            REF=ref is not None, **_triton.ONE_WARP,
         )  # fmt: skip
     return results
 

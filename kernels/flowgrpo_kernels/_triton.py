@@ -49,6 +49,7 @@ else:
 
 # Options of every launch. 4 warps: see the module docstring.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+ONE_WARP = {**LAUNCH, "num_warps": 1}
 
 
 # Integers that reach neither an address nor a mask: no new compilation for their values.
@@ -106,12 +107,13 @@ def gradients(velocity: Tensor, uncond: Tensor | None, uncond_grad: bool) -> tup
 
 
 def second_pass(count: int) -> dict[str, int | bool]:
-    """Options of a launch that sums `count` values a program: LANES wide, or less if that suffices.
+    """Options of a launch that sums the `count` blocks of a row: LANES wide, or less if enough.
 
-    One warp where that is enough: it needs no barrier, and the order of the sum is written out.
+    One warp where that is enough: it needs no barrier. Three widths serve every size of a row, so
+    that a new resolution is seldom a new compilation.
     """
-    width = min(LANES, 1 << max(count - 1, 0).bit_length())
-    return {**LAUNCH, "WIDTH": width, "num_warps": 1 if width <= 128 else 4}
+    width = 32 if count <= 32 else 128 if count <= 128 else LANES
+    return {**LAUNCH, "WIDTH": width, "num_warps": 4 if width == LANES else 1}
 
 
 def _constant(value: int):
@@ -208,6 +210,28 @@ def ordered_sum(ptr, count, WIDTH: tl.constexpr):
         b_sum += tl.load(ptr + o, mask=o < count, other=0.0)
         start += WIDTH
     return pair_tree(b_sum, WIDTH)
+
+
+@jit
+def sum_over_rows(ptr, rows):
+    """ordered_sum of a batch, whose size must not choose the compilation: one warp, any `rows`.
+
+    The tree over LANES is one over groups of 128 neighbours and one over their sums; groups beyond
+    the batch are 0.
+    """
+    o_lane, o_group = tl.arange(0, 128), tl.arange(0, LANES_C // 128)
+    b_groups = tl.zeros([LANES_C // 128], dtype=tl.float32)
+    first = tl.full([], 0, tl.int32)
+    while (first < LANES_C) & (first < rows):
+        b_sum = tl.zeros([128], dtype=tl.float32)
+        start = first
+        while start < rows:
+            o = start + o_lane
+            b_sum += tl.load(ptr + o, mask=o < rows, other=0.0)
+            start += LANES_C
+        b_groups = tl.where(o_group == first // 128, pair_tree(b_sum, 128), b_groups)
+        first += 128
+    return pair_tree(b_groups, LANES_C // 128)
 
 
 @jit

@@ -110,15 +110,16 @@ def variants(dtypes: tuple[str, ...] = DTYPES) -> Iterator[Variant]:
             )  # fmt: skip
     for s in dtypes:
         yield Variant("initial_noise", _noise_kernel, s, s, {"ALIGN": 16})
-    yield Variant("finish", _triton.finish_kernel, "fp32", "fp32", {"WIDTH": 16}, vectorised=False)
-    flags = {"WIDTH": 16, "REF": True, "OLD": True, "WEIGHT": True, "KL_WEIGHT": True}
-    yield Variant(
-        "grpo_loss rows", _grpo_kernels._rows_kernel, "fp32", "fp32", flags, vectorised=False
-    )
-    yield Variant(
-        "grpo_loss totals", _grpo_kernels._totals_kernel, "fp32", "fp32",
-        {"WIDTH": 16, "REF": True}, vectorised=False,
-    )  # fmt: skip
+    # Rows of up to 32 blocks: every latent of SD3.5 and FLUX at 512 pixels.
+    flags = {"REF": True, "OLD": True, "WEIGHT": True, "KL_WEIGHT": True}
+    for name, kernel, constants in (
+        ("finish", _triton.finish_kernel, {"WIDTH": 32}),
+        ("grpo_loss rows", _grpo_kernels._rows_kernel, {"WIDTH": 32, **flags}),
+        ("grpo_loss totals", _grpo_kernels._totals_kernel, {"REF": True}),
+    ):
+        yield Variant(
+            name, kernel, "fp32", "fp32", constants, vectorised=False, options=_triton.ONE_WARP
+        )
 
 
 def _type(name: str, variant: Variant) -> str:
@@ -156,10 +157,7 @@ def compile_variant(
         or (name == "elements" and whole)
     }
     source = ASTSource(variant.kernel, signature, constants, attributes)
-    options = variant.options or dict(_triton.LAUNCH)
-    if not variant.vectorised:
-        options["num_warps"] = _triton.second_pass(variant.constants["WIDTH"])["num_warps"]
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=variant.options or _triton.LAUNCH)
     nvidia = target.backend == "cuda"
     assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
     report = Report(

@@ -13,7 +13,17 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops, grpo_loss, initial_noise, log_prob, ode, sde_step
+from flowgrpo_kernels import (
+    _grpo_kernels,
+    _ops,
+    _triton,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    ode,
+    reference,
+    sde_step,
+)
 
 pytestmark = pytest.mark.skipif(
     not (_ops._interpreting() and _ops.backends()["triton"]["available"]),
@@ -115,6 +125,27 @@ def test_loss(guided, guard, shape, dtype):
         torch.testing.assert_close(
             got, exact, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 32, 33, 128, 129, 1000, 1024, 1025, 2100])
+def test_second_passes(count):
+    """Sums over the blocks of a row and over the rows of a batch, in the order of the contract."""
+    terms = torch.randn(3, count) * 10.0 ** torch.randint(-3, 4, (3, count))
+    expected = reference.ordered_sum(terms)
+    one, table = torch.zeros(1, dtype=torch.int64), oracle.make("flow_sde").table
+    lp = torch.empty(1)
+    sizes = (4096 * count, table.shape[0], 1, count)
+    launch = _triton.finish_kernel[(1,)]
+    launch(terms, lp, table, one, *sizes, **_triton.second_pass(count))
+    c, k, c0 = table[0, 2:5]
+    assert c > 0 and torch.equal(lp[0], -(k * (expected[0] / (4096 * count))) - c0)
+
+    loss, policy, kl, fraction = (torch.empty(()) for _ in range(4))
+    launch = _grpo_kernels._totals_kernel[(1,)]
+    launch(terms, loss, policy, kl, fraction, 0.25, count, REF=True, **_triton.ONE_WARP)
+    means = expected / count
+    assert torch.equal(torch.stack((policy, kl, fraction)), means)
+    assert torch.equal(loss, means[0] + 0.25 * means[1])
 
 
 def test_on_policy_ratio():

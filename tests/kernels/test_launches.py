@@ -1,0 +1,141 @@
+"""What a call launches and what makes it compile again, by Triton's own path without a GPU.
+
+launch_cases.py runs in a process without the interpreter, under the driver of launch_recorder.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+STREAM, FINISH = "_sde_step_kernel", "finish_kernel"
+FORWARD, BACKWARD = ("_sums_kernel", "_rows_kernel", "_totals_kernel"), "_backward_kernel"
+NORM, GATE = "_norm_modulate_kernel", "_gated_residual_kernel"
+# Of every kind of call: what it launches, and what its first call compiles. Further calls of a kind
+# differ in the step, the batch, coefficients, strides or addresses, and compile nothing.
+KINDS = {
+    "sde_step": ([STREAM, FINISH], {STREAM, FINISH}),
+    "sde_step guided": ([STREAM, FINISH], {STREAM}),
+    "sde_step float32": ([STREAM, FINISH], {STREAM}),
+    # Rows that begin anywhere need narrow accesses; a row of one block needs no second launch.
+    "sde_step odd": ([STREAM], {STREAM}),
+    # The second pass has three widths: for up to 32 blocks, up to 128, and more.
+    "sde_step 64 blocks": ([STREAM, FINISH], {FINISH}),
+    "sde_step 70000 blocks": ([STREAM, FINISH], {FINISH}),
+    # The number of elements no longer fits 32 bits.
+    "sde_step past 2^31": ([STREAM, FINISH], {STREAM, FINISH}),
+    "log_prob": (["_log_prob_kernel", FINISH], {"_log_prob_kernel"}),
+    "log_prob with backward": (
+        ["_log_prob_kernel", FINISH, "_log_prob_backward_kernel"],
+        {"_log_prob_backward_kernel"},
+    ),
+    "initial_noise": (["_noise_kernel"], {"_noise_kernel"}),
+    "loss": ([*FORWARD, BACKWARD], {*FORWARD, BACKWARD}),
+    "loss KL": ([*FORWARD, BACKWARD], {*FORWARD, BACKWARD}),
+    "loss guided KL": ([*FORWARD, BACKWARD], {FORWARD[0], BACKWARD}),
+    "loss Guard": ([*FORWARD, BACKWARD], {*FORWARD[:2], BACKWARD}),
+    "norm second": ([NORM, "_norm_modulate_backward_kernel"], None),
+    "gate second": ([GATE, "_gated_residual_backward_kernel"], None),
+    "heads rotary": (["joint_heads_kernel", "joint_heads_backward_kernel"], None),
+}
+ONE_WARP = ("finish_kernel", "_rows_kernel", "_totals_kernel")
+
+
+@pytest.fixture(scope="session")
+def calls() -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("launch_cases.py")],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def kind(case: str) -> str:
+    return case.split(",")[0]
+
+
+def test_every_kind_is_called(calls):
+    assert {kind(case) for case in calls} == set(KINDS)
+    assert len(calls) > 70
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_launches(calls, name):
+    """The number that docstrings state: a rollout's step 1 or 2, a micro-step 4, a block's op 1."""
+    chosen = [call for case, call in calls.items() if kind(case) == name]
+    for call in chosen:
+        assert [launch["kernel"] for launch in call["kernels"]] == KINDS[name][0], call["case"]
+    assert not name.startswith("loss") or len(KINDS[name][0]) == 4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_compiles(calls, name):
+    """The first call of a kind what it needs, the others nothing."""
+    launched, first = KINDS[name]
+    for case, call in calls.items():
+        if kind(case) == name:
+            expected = set(launched if first is None else first) if case == name else set()
+            assert call["compiled"] == dict.fromkeys(expected, 1), case
+
+
+def test_pytorch_launches_nothing(calls):
+    """No copy, fill or reduction beside the kernels."""
+    # CPU tensors: the range of a step is checked there. And rows with gaps are made contiguous.
+    for case, call in calls.items():
+        if not case.endswith(("step 0-dim", "step [B]", "step strided", "step odd", "ows strided")):
+            assert call["torch"] == [] or case == "loss KL, advantages strided", case
+
+
+def test_options(calls):
+    """No fused multiply-add; four warps where latents are streamed, one where sums are added up."""
+    for case, call in calls.items():
+        for launch in call["kernels"]:
+            assert launch["fusion"] is False
+            one = launch["kernel"] in ONE_WARP and "70000" not in case and "2^31" not in case
+            if kind(case).split()[0] in ("sde_step", "log_prob", "loss"):
+                assert launch["warps"] == (1 if one else 4), (case, launch)
+            # A chunk of x' changes its layout on its way to the store, when the dtypes differ.
+            assert launch["shared"] <= (4096 if launch["kernel"] == STREAM else 128), (case, launch)
+
+
+def test_grids(calls):
+    """A program a block of 4096 elements, or a row, on the one axis that has room for 2^31."""
+    blocks = {"odd": 1, "64": 64, "70000": 70_000, "past": (1 << 19) + 1}
+    seen = set()
+    for case, call in calls.items():
+        for launch in call["kernels"]:
+            assert launch["grid"][1:] == [1, 1] and 0 < launch["grid"][0] < 1 << 31
+        name, _, change = case.partition(", ")
+        rows = int(change.split()[0]) if change.endswith("rows") else None
+        if rows is None or name not in ("sde_step", "sde_step 70000 blocks", "loss KL"):
+            continue
+        count = rows * blocks.get(name.split()[-2] if " " in name else "", 4)
+        grids = [launch["grid"][0] for launch in call["kernels"]]
+        assert grids == ([count, rows, 1, count] if "KL" in name else [count, rows]), case
+        seen.add(count)
+    assert {4, 68, 520, 140_000} <= seen
+    sizes = {case: calls[case]["kernels"][0]["grid"][0] for case in calls}
+    assert sizes["sde_step, 16 blocks"] == 3 * 16 and sizes["sde_step odd, 16 rows"] == 16
+    assert sizes["sde_step past 2^31"] == 2 * ((1 << 19) + 1)
+    # A token each; of both parts for the heads.
+    assert sizes["norm second, 17 x 3"] == 51 and sizes["heads rotary, 17 x 3"] == 17 * 5
+
+
+def test_numbers_travel_as_they_are(calls):
+    """Coefficients and sizes reach the kernel as arguments of the launch."""
+    guided = calls["loss guided KL, 7.5"]["kernels"]
+    assert guided[0]["scalars"]["scale"] == 7.5 and guided[3]["scalars"]["uncond_scale"] == -6.5
+    assert calls["loss KL, kl_weight 0.01"]["kernels"][1]["scalars"]["kl_weight"] == 0.01
+    rows = calls["loss KL, clip_range"]["kernels"][1]["scalars"]
+    assert (rows["low"], rows["high"]) == (0.8, 2.0)
+    strided = calls["sde_step, step strided"]["kernels"][0]["scalars"]
+    assert strided["step_stride"] == 2 and strided["elements"] == 16384
+    assert calls["sde_step, step 1"]["kernels"][0]["scalars"]["step_stride"] == 0
