@@ -100,10 +100,10 @@ def alignment(rows: int, elements: int) -> int:
 
 def gradients(velocity: Tensor, uncond: Tensor | None, uncond_grad: bool) -> tuple[Tensor, Tensor]:
     """New tensors for the gradients of both halves; the second is empty unless asked for."""
-    dv = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
+    dv = velocity.new_empty(velocity.shape)
     if not uncond_grad:
         return dv, (velocity if uncond is None else uncond).new_empty(0)
-    return dv, torch.empty(uncond.shape, dtype=uncond.dtype, device=uncond.device)
+    return dv, uncond.new_empty(uncond.shape)
 
 
 def second_pass(count: int) -> dict[str, int | bool]:

@@ -115,7 +115,7 @@ def _log_prob_backward_kernel(
 def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
-    log_prob = torch.empty(rows, dtype=torch.float32, device=sample.device)
+    log_prob = table.new_empty(rows)
     if rows == 0:
         return log_prob
     blocks = _triton.num_blocks(elements)
