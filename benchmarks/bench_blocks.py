@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -228,18 +227,15 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
     out = args.out or records.RESULTS / f"blocks-{args.device}.json"
-    rows, skipped, start = [], [], time.perf_counter()
-    for case in chosen:
-        if time.perf_counter() - start > args.budget:
-            skipped.append(case.name)
-        else:
-            compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
-            rows += timed(case, args.device, 2 if args.smoke else args.rounds, compiled)
+
+    def rows_of(case: Case) -> list[dict]:
+        compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
+        try:
+            return timed(case, args.device, 2 if args.smoke else args.rounds, compiled)
+        finally:
             measure.release(args.device)
-        # After every case: a run that is cut off leaves what it has.
-        records.write(records.record(rows, args.device, skipped=skipped), out)
-    print(f"wrote {out}" + (f"; not begun: {', '.join(skipped)}" if skipped else ""))
-    return 0
+
+    return records.each(chosen, rows_of, out, args.device, args.budget)
 
 
 if __name__ == "__main__":

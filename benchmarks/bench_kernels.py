@@ -51,8 +51,8 @@ from flowgrpo_kernels import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
-    "sd3-512": ((16, 64, 64), (1, 4, 9, 16, 64)),
-    "flux-512": ((1024, 64), (1, 4, 16)),
+    "sd3-512": ((16, 64, 64), (16, 1, 64, 4, 9)),
+    "flux-512": ((1024, 64), (16, 1, 4)),
     "video": ((16, 9, 60, 104), (1,)),
 }
 SMOKE_SHAPES = {"sd3-512": ((16, 64, 64), (1,)), "odd": ((3, 7, 11), (2,))}
@@ -337,21 +337,18 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
     name = "kernels-memory" if args.memory else "kernels"
     out = args.out or records.RESULTS / f"{name}-{args.device}.json"
-    rows, skipped, start = [], [], time.perf_counter()
-    for case in chosen:
-        if time.perf_counter() - start > args.budget:
-            skipped.append(case.name)
-        elif args.memory:
-            rows += memory(case, args.device)
-        else:
-            compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
-            rows += timed(case, args.device, rounds, compiled, not args.no_reference)
-        measure.release(args.device)
-        facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
-        # After every case: a run that is cut off leaves what it has.
-        records.write(records.record(rows, args.device, **facts, skipped=skipped), out)
-    print(f"wrote {out}" + (f"; not begun: {', '.join(skipped)}" if skipped else ""))
-    return 0
+
+    def rows_of(case: Case) -> list[dict]:
+        compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
+        try:
+            if args.memory:
+                return memory(case, args.device)
+            return timed(case, args.device, rounds, compiled, not args.no_reference)
+        finally:
+            measure.release(args.device)
+
+    facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
+    return records.each(chosen, rows_of, out, args.device, args.budget, **facts)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@
     python benchmarks/gpu.py --out DIR --smoke                      # tiny, on the CPU
 
 Needs a Python with PyTorch for CUDA, Triton, transformers, peft, accelerate and pytest; whatever
-else is missing may lie as wheels in a folder (--wheels). Each part is a process or two with a
-budget of seconds (ten minutes in all; --scale stretches them); one that fails or is stopped is
-reported and the next one runs. DIR gets the records, a log of each part and summary.json; --archive
-packs it. Exit code 1 if a part failed.
+else is missing may lie as wheels in a folder (--wheels; README.md collects them). Nothing is
+downloaded. Each part is a process or two with a budget of seconds (ten minutes in all; --scale
+stretches them); one that fails or is stopped is reported and the next one runs. The suites run
+twice: first without torch.compile, whose minutes would be the first case's, then one geometry with
+it. DIR gets the records, a log of each part and summary.json; --archive packs it, anew after each
+part. Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -31,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 GRACE = 20.0
 """Seconds for a stopped process to save and leave."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Nothing waits for a network that is not there."""
 
 
 @dataclass
@@ -73,43 +78,51 @@ def parts(args: argparse.Namespace) -> list[Part]:
         tiny |= {"--run.eval-guidance": 1, "--sample.eval-steps": 2, "--sample.batch-size": 2}
         tiny |= {"--sample.prompts-per-iteration": 2, "--sample.group-size": 2}
         nano += [str(word) for pair in tiny.items() for word in pair]
-    large = ("--large", "--rounds", "20", "--compile-cases", "sd3-512 b16")
-    at_16 = ("--compile-batch-sizes", "16")
-    profiled = ("--profile", *filtered(args))
+    plain = ("--providers", "ours,ours-loop,ours-fused,eager")
+    trained = ("--providers", "ours,ours-captured,ours-fused,eager")
+    compiled = ("--providers", "ours,ours-compiled,eager,compile")
+    large = ("--large", "--rounds", "20", "--no-compile")
     sd3 = ("--cases", "sd3.5-m,nano")
     # 24 GB in bf16, 48 in float32: not all providers at once.
-    flux = ("--cases", "flux.1-dev", "--alone", "--compile-batch-sizes", "4")
+    flux = ("--cases", "flux.1-dev", "--alone")
     if args.smoke:
-        large = at_16 = sd3 = flux = ()
+        large = sd3 = flux = ()
     found = [
-        Part("build", 45 * args.scale, build(args)),
-        Part("tests", 70 * args.scale, [tests(args)]),
-        one("kernels", 45, "bench_kernels.py", *large),
-        one("blocks", 25, "bench_blocks.py", "--compile-cases", "b16"),
-        one("rollout", 65, "bench_rollout.py", *at_16, *sd3),
-        one("update", 50, "bench_update.py", "--alone", *at_16, *sd3),
-        one("iteration", 50, "bench_iteration.py", "--alone", *sd3),
-        one("memory", 25, "bench_iteration.py", "--memory", *sd3),
-        Part("nano", 45 * args.scale, [nano]),
+        Part("build", 40 * args.scale, build(args)),
+        Part("tests", 75 * args.scale, [tests(args)]),
+        one("kernels", 35, "bench_kernels.py", *large),
+        one("blocks", 20, "bench_blocks.py", "--no-compile"),
+        one("rollout", 50, "bench_rollout.py", *plain, *sd3),
+        one("update", 35, "bench_update.py", "--alone", *trained, *sd3),
+        one("iteration", 30, "bench_iteration.py", "--alone", *trained, *sd3),
+        one("memory", 20, "bench_iteration.py", "--memory", *sd3),
+        Part("nano", 40 * args.scale, [nano]),
         sanitizer(args),
-        one("rollout-flux", 40, "bench_rollout.py", *flux),
-        one("update-flux", 25, "bench_update.py", *flux),
-        one("profile-rollout", 25, "bench_rollout.py", *profiled),
-        one("profile-update", 25, "bench_update.py", *profiled),
-        one("kernels-memory", 20, "bench_kernels.py", "--memory"),
+        one("profile-rollout", 15, "bench_rollout.py", "--profile", *filtered(args)),
+        one("profile-update", 15, "bench_update.py", "--profile", *filtered(args)),
+        one("kernels-memory", 10, "bench_kernels.py", "--memory"),
     ]
     if args.smoke:
-        return [part for part in found if not part.name.endswith("-flux")]
-    single = suite("single_pass_loss.py", out / "single-pass-cuda.json", 20 * args.scale)
-    return [*found, Part("single-pass", 20 * args.scale, [single])]
+        return found
+    geometry = "sd3.5-m t10 b16 no-cfg"
+    single = suite("single_pass_loss.py", out / "single-pass-cuda.json", 10 * args.scale)
+    return [
+        *found,
+        one("compiled-rollout", 45, "bench_rollout.py", *compiled, "--cases", geometry),
+        one("compiled-update", 35, "bench_update.py", *compiled, "--cases", f"{geometry} w2 kl"),
+        one("rollout-flux", 30, "bench_rollout.py", *plain, *flux),
+        one("update-flux", 20, "bench_update.py", *trained, *flux),
+        one("compiled-blocks", 15, "bench_blocks.py", "--cases", "sd3.5-m b16 both"),
+        one("compiled-kernels", 15, "bench_kernels.py", "--cases", "sd3-512 b16 bfloat16"),
+        Part("single-pass", 10 * args.scale, [single]),
+    ]
 
 
 def filtered(args: argparse.Namespace) -> list[str]:
     """What a profile is taken of."""
     if args.smoke:
         return ["--cases", "tiny-sd3", "--batch-sizes", "2"]
-    case = ["--cases", "sd3.5-m t10 b16 no-cfg", "--compile-batch-sizes", "none"]
-    return [*case, "--providers", "ours,ours-fused,eager"]
+    return ["--cases", "sd3.5-m t10 b16 no-cfg", "--providers", "ours,ours-fused,eager"]
 
 
 def build(args: argparse.Namespace) -> list[list[str]]:
@@ -124,23 +137,30 @@ def build(args: argparse.Namespace) -> list[list[str]]:
 
 def tests(args: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    # A library that a reward's tests want may be missing on that machine.
-    command.append("--continue-on-collection-errors")
-    # On a CPU they are all skipped: one file shows that the part runs.
-    return [*command, str(ROOT / "tests" / ("kernels/test_gpu.py" if args.smoke else ""))]
+    command += ["--tb=short", "--durations=10"]
+    folder = ROOT / "tests"
+    if args.smoke:
+        # On a CPU they are all skipped: one file shows that the part runs.
+        return [*command, str(folder / "kernels" / "test_gpu.py")]
+    if importlib.util.find_spec("xdist"):
+        # Most of their time is Triton's compiler, one core a process.
+        command += ["-n", "8", "--dist", "worksteal"]
+    # The other files would be imported for nothing, and may want libraries that are not there.
+    found = sorted(folder.rglob("test_*.py"))
+    return [*command, *(str(p) for p in found if "mark.gpu" in p.read_text(encoding="utf-8"))]
 
 
 def sanitizer(args: argparse.Namespace) -> Part:
     tool, script = shutil.which("compute-sanitizer"), str(HERE / "sanitize.py")
     if args.smoke:
-        return Part("sanitizer", 25 * args.scale, [[sys.executable, script, "cpu"]])
+        return Part("sanitizer", 40 * args.scale, [[sys.executable, script, "cpu"]])
     commands = [
         [str(tool), "--tool", name, "--error-exitcode", "1", sys.executable, script]
         for name in ("memcheck", "racecheck")
     ]
     absent = "" if tool else "compute-sanitizer is not on the PATH"
     return Part(
-        "sanitizer", 25 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
+        "sanitizer", 40 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
     )
 
 
@@ -164,7 +184,7 @@ def execute(part: Part, out: Path, seconds: float) -> dict:
         return {"part": part.name, "result": f"absent: {part.absent}", "seconds": 0.0}
     start, result = time.monotonic(), "passed"
     path = out / f"{part.name}.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **OFFLINE, **part.environment}
     with open(path, "w", encoding="utf-8") as log:
         for command in part.commands:
             log.write(f"$ {shlex.join(command)}\n")
@@ -184,6 +204,14 @@ def execute(part: Part, out: Path, seconds: float) -> dict:
                 break
     spent = round(time.monotonic() - start, 1)
     return {"part": part.name, "result": result, "seconds": spent}
+
+
+def pack(folder: Path, path: Path) -> None:
+    """Replace the archive by one of the folder as it is now."""
+    beside = path.with_name(path.name + ".part")
+    with tarfile.open(beside, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    beside.replace(path)
 
 
 def show(done: dict, out: Path, lines: int) -> None:
@@ -212,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         args.scale *= 4
     if args.commit:
         os.environ["FLOWGRPO_COMMIT"] = args.commit
-    args.out = args.out.resolve()
+    # The parts run in the repository's root.
+    args.out, args.wheels = args.out.resolve(), args.wheels and args.wheels.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     every = parts(args)
     wanted = [name for name in args.parts.split(",") if name] or [part.name for part in every]
@@ -230,9 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         show(done, args.out, args.lines)
         summary.append(done)
         (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if args.archive:
-        with tarfile.open(args.archive, "w:gz") as archive:
-            archive.add(args.out, arcname=args.out.name)
+        if args.archive:
+            # Each time: whoever ends this process has what the parts before have found.
+            pack(args.out, args.archive)
     print(*(f"{d['part']:16s} {d['seconds']:7.1f} s  {d['result']}" for d in summary), sep="\n")
     return 0 if all(d["result"] == "passed" for d in summary if "absent" not in d["result"]) else 1
 

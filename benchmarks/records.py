@@ -19,6 +19,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,41 @@ def write(content: dict[str, Any], path: Path) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=1) + "\n")
     beside.replace(path)
+
+
+def each(
+    cases: Iterable[Any],
+    rows_of: Callable[[Any], list[dict]],
+    out: Path,
+    device: str,
+    budget: float,
+    **facts: Any,
+) -> int:
+    """Record the rows of case after case; the exit code.
+
+    None begins after `budget` seconds; one that fails is listed, and the next one begins. The
+    record is written after every case: a run that is cut off leaves what it has.
+    """
+    rows: list[dict] = []
+    failures: list[str] = []
+    skipped: list[str] = []
+    start = time.perf_counter()
+    for case in cases:
+        if time.perf_counter() - start > budget:
+            skipped.append(case.name)
+            continue
+        try:
+            rows += rows_of(case)
+        # A provider may fail in any way; the other cases are wanted all the same.
+        except Exception as error:
+            failures.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
+            traceback.print_exc()
+        write(record(rows, device, **facts, failures=failures, skipped=skipped), out)
+    write(record(rows, device, **facts, failures=failures, skipped=skipped), out)
+    print(f"wrote {out}" + (f"; not begun: {', '.join(skipped)}" if skipped else ""))
+    for line in failures:
+        print(f"failed: {line}")
+    return 1 if failures else 0
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A suite measures case after case. Each provider of a case is built, called once to warm up (its
 memory is taken then) and once more, and all of them are timed in turns. The record is written after
-every case, so that a run that is cut off leaves a valid one; a case that does not fit in memory has
-a row that says so, one that fails another way is listed under "failures", and the suite goes on.
+every case, also one that is interrupted, so that a run that is cut off leaves what it has; a case
+that does not fit in memory has a row that says so, one that fails another way is listed under
+"failures", and the suite goes on.
 """
 
 from __future__ import annotations
@@ -193,8 +194,9 @@ class Session:
         measure.release(self.device)
 
     def drop(self, name: str) -> None:
-        """Build the baseline `name` anew next time."""
-        self._families = {k: f for k, f in self._families.items() if not k.startswith(f"{name} ")}
+        """Build the baseline `name`, or "all", anew next time."""
+        kept = {} if name == "all" else self._families
+        self._families = {k: f for k, f in kept.items() if not k.startswith(f"{name} ")}
 
     def attempt(self, what: str, name: str, case: str, action: Callable[[], Any]) -> Any:
         """The action's result; None after it ran out of memory or failed, which is recorded."""
@@ -220,8 +222,10 @@ class Session:
                 self.skipped.append(name(case))
                 continue
             self.forget()
-            one(case)
-            self.write()
+            try:
+                self.attempt("case", "all", name(case), lambda case=case: one(case))
+            finally:
+                self.write()
         self.write()
         print(f"wrote {self.out}")
         for line in self.failures:

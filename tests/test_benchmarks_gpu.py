@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 try:
     import bench_blocks
     import bench_kernels
+    import cases
     import gpu
     import suites
     import tables
@@ -61,6 +63,22 @@ def test_every_part_runs_and_is_reported(parts, tmp_path, capsys):
         assert "out/summary.json" in packed.getnames()
 
 
+def test_the_archive_has_what_there_is_when_the_rest_is_killed(parts, tmp_path, monkeypatch):
+    archive = tmp_path / "out.tar.gz"
+
+    def killed(part, *arguments):
+        if part.name == "bad":
+            raise SystemExit(9)
+        return execute(part, *arguments)
+
+    execute = gpu.execute
+    monkeypatch.setattr(gpu, "execute", killed)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out"), "--archive", str(archive)])
+    with tarfile.open(archive) as packed:
+        assert {"out/summary.json", "out/good.log"} <= set(packed.getnames())
+
+
 def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path), "--parts", "good"]) == 0
     assert not (tmp_path / "bad.log").exists()
@@ -71,10 +89,19 @@ def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
     assert "not goood" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("smoke", [False, True])
-def test_commands_are_what_the_scripts_take(smoke, tmp_path):
-    import argparse
+@pytest.fixture(scope="module")
+def every_case():
+    """Script -> the real cases, and how they are named."""
+    training = lambda case: case.training_name  # noqa: E731
+    return {
+        "bench_rollout.py": (cases.rollout(), lambda case: case.name),
+        "bench_update.py": (cases.update(), training),
+        "bench_iteration.py": (cases.iteration(), training),
+    }
 
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_commands_are_what_the_scripts_take(smoke, tmp_path, every_case):
     args = argparse.Namespace(out=tmp_path, smoke=smoke, wheels=None, scale=2.0)
     found = gpu.parts(args)
     names = [part.name for part in found]
@@ -85,21 +112,35 @@ def test_commands_are_what_the_scripts_take(smoke, tmp_path):
     for part in found:
         for command in part.commands:
             script = Path(command[1])
-            if script.name in ("bench_blocks.py", "bench_kernels.py"):
-                module = bench_blocks if "blocks" in script.name else bench_kernels
-                module.parse(command[2:])
+            if script.name == "bench_blocks.py":
+                assert bench_blocks.cases(False, bench_blocks.parse(command[2:]).cases)
+            elif script.name == "bench_kernels.py":
+                parsed = bench_kernels.parse(command[2:])
+                assert bench_kernels.cases(bench_kernels.SHAPES, parsed.cases)
             elif script.name.startswith("bench_"):
                 parser = suites.parser("", "ours")
                 parser.add_argument("--memory", action="store_true")
                 parsed = parser.parse_args(command[2:])
                 assert parsed.budget < part.budget and parsed.out.parent == tmp_path
+                assert set(suites.listed(parsed.providers)) <= set(suites.PROVIDERS)
+                # Only where there are minutes for it is anything compiled.
+                later = {"compile", "ours-compiled"} & set(suites.listed(parsed.providers))
+                assert not later or part.name.startswith("compiled-")
+                real, name = every_case[script.name]
+                assert smoke or suites.choose(real, parsed, name)
             elif script.suffix == ".py":
                 assert script.exists()
 
 
-def test_wheels_are_installed_without_a_network(tmp_path):
-    import argparse
+def test_the_files_with_gpu_tests(tmp_path):
+    """Those alone: of the others some want libraries that a GPU machine may not have."""
+    args = argparse.Namespace(out=tmp_path, smoke=False, wheels=None, scale=1.0)
+    files = {Path(word).name for word in gpu.tests(args) if word.endswith(".py")}
+    assert {"test_gpu.py", "test_capture_gpu.py", Path(__file__).name} <= files  # mark.gpu is here
+    assert not {"test_cli.py", "test_packaging.py"} & files
 
+
+def test_wheels_are_installed_without_a_network(tmp_path):
     (tmp_path / "tyro-1.0-py3-none-any.whl").write_bytes(b"")
     args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path, scale=1.0)
     wheels, project, _ = gpu.build(args)
