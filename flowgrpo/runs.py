@@ -319,6 +319,21 @@ def prepare_process(config: Config) -> None:
         pass
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """For a backward pass: inside, attention's gradients have the same bits every time, where
+    `prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
+    adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 @dataclass
 class Stop:
     """Whether the run was asked to stop."""

@@ -240,7 +240,9 @@ def micro_step(
     Returns the objective's metrics and the largest |ratio - 1|, all on the device.
     """
     out = objective(policy, batch, config)
-    (out.loss / share).backward()
+    # Not the forward too: torch.compile would compile it again for another setting.
+    with runs.repeatable():
+        (out.loss / share).backward()
     return out.metrics, (out.ratio - 1).abs().amax()
 
 

@@ -41,6 +41,31 @@ def test_brightness_is_learned(pixel_model, tmp_path, changes):
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 10
 
 
+def test_the_backward_alone_is_strict(pixel_model, tmp_path):
+    """PyTorch's attention kernels sum gradients in a fixed order only where it may raise; rewards
+    and rollout, and processes that asked for nothing, are left alone."""
+    config = trainers.config(pixel_model, tmp_path)
+    made = trainers.parts(config)
+    experience = trainers.experience(made, config)
+    batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
+    seen, level = [], torch.get_deterministic_debug_mode
+
+    def objective(policy, batch, config):
+        out = train.losses.grpo(policy, batch, config)
+        out.loss.register_hook(lambda gradient: seen.append(level()))
+        seen.append(level())
+        return out
+
+    try:
+        for mode in ("default", "warn"):
+            torch.set_deterministic_debug_mode(mode)
+            train.micro_step(made.policy, objective, batch, config, 1)
+            seen.append(level())
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert seen == [0, 0, 0, 1, 2, 1]
+
+
 def metrics(folder: Path) -> list[dict]:
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
