@@ -12,11 +12,12 @@ the largest of what comes and goes.
                rewards      float32 weights of the reward models that run in this process
                overhead     CUDA context and workspaces of the libraries, 1.5 GiB
     update     activations  what autograd keeps: c_d width + c_r rank bytes a token and block, as
-                            counted on blocks of diffusers' classes in bfloat16; twice as many rows
-                            under guidance
+                            counted on blocks of diffusers' classes in bfloat16, plain and with
+                            policy.fused; twice as many rows under guidance
                passing      what one block has alive beside that
                copies       [W, s B] and A of the adapted layers in 16 bits, see policies/lora.py;
-                            with recomputed activations too, since they are held for an update
+                            with recomputed activations too, since they are held for an update;
+                            with captured rollouts they are one piece that stays
     rollout    copies and what one block has alive, or the VAE's feature maps
     encode     text encoders that are offloaded
 
@@ -42,15 +43,25 @@ MOST_ROWS = 12
 OVERHEAD = 1.5 * GIB
 BYTES_A_TRAINED = 20
 
-# Bytes that one token leaves behind in one block: (times the width, times the rank).
+# Bytes that one token leaves behind in one block: (times the width, times the rank). Of two rows or
+# more: with one, image and text are split without a copy.
 STORED = {
     "joint": (36.25, 8.0),
     "dual": (20.2, 0.0),
-    "double": (40.15, 12.0),
+    "double": (42.1, 12.0),
     "single": (28.1, 6.0),
 }
 """Kind of block -> bytes a token. "dual" is the second attention of SD3.5-M's first blocks, on the
 image's tokens only, on top of "joint"."""
+
+STORED_FUSED = {
+    "joint": (30.1, 8.0),
+    "dual": (12.1, 0.0),
+    "double": (40.05, 12.0),
+    "single": (24.05, 6.0),
+}
+"""The same with policy.fused: norms keep their input and two numbers a token, not what lies between
+LayerNorm, scale and shift; a gate keeps neither its product nor its residual."""
 
 PASSING = {"joint": 25.0, "double": 40.0}
 """Kind of a model's first blocks -> bytes a token, times the width, that a forward has alive beside
@@ -194,7 +205,8 @@ def memory(config: Config, arch: Architecture) -> dict[str, float]:
     if optim.guard:
         always["trajectory"] += sample.rows * latent * size * sample.steps
     copies = size * sum((i + rank) * o + rank * i for i, o in adapted)
-    one = {kind: a * arch.width + b * rank for kind, (a, b) in STORED.items()}
+    stored_by = STORED_FUSED if policy.fused else STORED
+    one = {kind: a * arch.width + b * rank for kind, (a, b) in stored_by.items()}
     blocks = arch.joint * one["joint"] + arch.double * one["double"] + arch.single * one["single"]
     stored = (image + text) * blocks + image * arch.dual * one["dual"]
     count = max(arch.joint + arch.double + arch.single, 1)

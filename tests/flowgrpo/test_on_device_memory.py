@@ -29,7 +29,9 @@ IDS = {
 CASES = {
     "sd3 with guidance and KL": ("ours", Case(models.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
     "sd3 recomputed": ("ours-recomputed", Case(models.SD35_MEDIUM, 16, 2, window=1)),
+    "sd3 fused": ("ours-fused", Case(models.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
     "flux": ("ours", Case(models.FLUX_DEV, 4, 2, window=1)),
+    "flux fused": ("ours-fused", Case(models.FLUX_DEV, 4, 2, window=1)),
 }
 
 
