@@ -30,7 +30,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ class CudaRecorder:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, body: Callable[[], Any]) -> None:
         """Run `body` as often as it takes until nothing is done for the first time."""
@@ -88,13 +89,27 @@ class CudaRecorder:
             with self._aside(), recording(graph):
                 result = body()
         except BaseException:
-            # The broken graph's memory stays in its pool; later graphs get a new one.
-            self.pool = torch.cuda.graph_pool_handle()
+            self._abandon(graph)
             raise
         finally:
             if enabled:
                 gc.enable()
         return graph.replay, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture broke. torch (2.11) leaves its allocator and its generator in the state
+        of capturing then, in which giving memory back and drawing numbers raise."""
+        index = self.device.index
+        index = torch.cuda.current_device() if index is None else index
+        # RuntimeError: the capture itself has ended well, and so has the allocator's.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        # Its address stays with the allocator of pinned memory, and its memory in the pool.
+        self._broken.append(graph)
+        self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def _aside(self):
