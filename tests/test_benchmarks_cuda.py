@@ -64,10 +64,16 @@ def test_kernels_launches_and_peaks_are_counted():
     assert 0.002 < elapsed < 0.2
 
 
+def test_the_record_names_the_gpu_and_its_clocks():
+    record = records.record([], "cuda")
+    assert record["device"].startswith(torch.cuda.get_device_name()) and " MHz" in record["device"]
+    assert record["driver"][0].isdigit() and record["state"]["watts"] > 0
+
+
 @pytest.mark.parametrize("case", ["tiny-sd3", "tiny-flux"])
 def test_rollout(run, case):
     record = run(bench_rollout, "--cases", case)
-    assert record["failures"] == [] and record["skipped"] == [] and record["state"]["watts"] > 0
+    assert record["failures"] == [] and record["skipped"] == []
     rows = record["rows"]
     assert not [r for r in rows if r["metric"] == "out_of_memory"]
     cases = {r["case"] for r in rows} - {"device"}
