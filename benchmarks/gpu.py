@@ -34,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 GRACE = 20.0
 """Seconds for a stopped process to save and leave."""
+MARK = "pytest.mark.gpu"
+"""In the files that have tests for a GPU."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Nothing waits for a network that is not there."""
 
@@ -147,7 +149,7 @@ def tests(args: argparse.Namespace) -> list[str]:
         command += ["-n", "8", "--dist", "worksteal"]
     # The other files would be imported for nothing, and may want libraries that are not there.
     found = sorted(folder.rglob("test_*.py"))
-    return [*command, *(str(p) for p in found if "mark.gpu" in p.read_text(encoding="utf-8"))]
+    return [*command, *(str(p) for p in found if MARK in p.read_text(encoding="utf-8"))]
 
 
 def sanitizer(args: argparse.Namespace) -> Part:

@@ -136,8 +136,8 @@ def test_the_files_with_gpu_tests(tmp_path):
     """Those alone: of the others some want libraries that a GPU machine may not have."""
     args = argparse.Namespace(out=tmp_path, smoke=False, wheels=None, scale=1.0)
     files = {Path(word).name for word in gpu.tests(args) if word.endswith(".py")}
-    assert {"test_gpu.py", "test_capture_gpu.py", Path(__file__).name} <= files  # mark.gpu is here
-    assert not {"test_cli.py", "test_packaging.py"} & files
+    assert {"test_gpu.py", "test_capture_gpu.py", "test_benchmarks_cuda.py"} <= files
+    assert not {"test_cli.py", "test_packaging.py", Path(__file__).name} & files
 
 
 def test_wheels_are_installed_without_a_network(tmp_path):
