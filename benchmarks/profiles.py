@@ -9,6 +9,7 @@ between the first kernel and the last. On the CPU they are operators by their ow
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import defaultdict
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+# A suite profiles often in one process; CUDA graphs do not outlive CUPTI's end and new beginning.
+os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 GROUPS = ("matrix products", "attention", "convolution", "ours", "copies", "elementwise")
 # In this order: a fused attention kernel may have gemm in its name, a convolution too.
