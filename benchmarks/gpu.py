@@ -82,7 +82,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         nano += [str(word) for pair in tiny.items() for word in pair]
     plain = ("--providers", "ours,ours-loop,ours-fused,eager")
     trained = ("--providers", "ours,ours-captured,ours-fused,eager")
-    compiled = ("--providers", "ours,ours-compiled,eager,compile")
+    # Alone, since making a baseline drops what was compiled before it.
+    compiled = ("--alone", "--providers", "ours,ours-compiled,eager,compile")
     large = ("--large", "--rounds", "20", "--no-compile")
     sd3 = ("--cases", "sd3.5-m,nano")
     # 24 GB in bf16, 48 in float32: not all providers at once.
