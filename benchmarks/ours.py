@@ -6,11 +6,8 @@ The pipeline is handed over in memory with random embeddings for texts; all else
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import models
 import on_meta
@@ -21,12 +18,11 @@ from torch import Tensor
 from flowgrpo import train
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
-from flowgrpo.policies import Conditioning, base, embeddings, loading
+from flowgrpo.policies import Conditioning, base
 from flowgrpo.records import Experience, Trajectory
 from flowgrpo.rollout import decode
 from flowgrpo.scoring import Scoring
 
-PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
 # A deviation of the ratio is recorded here; the trainer would stop.
 ANY = 1e9
 
@@ -70,33 +66,21 @@ def config(case: Case, device: str, **changes: Any) -> Config:
     return replace(Config(), **{**values, **changes})
 
 
-@contextmanager
-def in_memory(model: models.Model, device: str, whole: bool) -> Iterator[None]:
-    """Inside, the trainer's `policy.model` is a random pipeline made in memory.
+def given(model: models.Model, device: str, dtype: str, whole: bool) -> dict[str, Any]:
+    """What the trainer is handed in place of files: a random pipeline, and embeddings for texts.
 
     whole: with the real text encoders on the device.
     """
     if model.name == "nano":
-        yield
-        return
-    device = str(base.choose_device(device))
-    dtypes: list[torch.dtype] = []
-
-    def load(cls: type, source: str, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
-        dtypes.append(dtype)
-        return models.pipeline(model, device, dtype, whole), Path()
+        return {}
+    on = base.choose_device(device)
+    kind = base.choose_dtype(dtype, on)
 
     def encode(texts: Sequence[str]) -> Conditioning:
         seed = models.EMPTY_PROMPT if list(texts) == [""] else models.PROMPTS
-        made = models.conditioning(model, len(texts), device, dtypes[-1], seed)
-        return Conditioning(*made)
+        return Conditioning(*models.conditioning(model, len(texts), str(on), kind, seed))
 
-    with (
-        mock.patch.object(loading, "load_pipeline", load),
-        mock.patch.object(base, "pipeline_class", lambda *_: PIPELINES[model.family]),
-        mock.patch.object(embeddings, "Texts", lambda *_, **__: encode),
-    ):
-        yield
+    return {"pipeline": models.pipeline(model, str(on), kind, whole), "encode": encode}
 
 
 class Ours:
@@ -104,10 +88,10 @@ class Ours:
 
     def __init__(self, case: Case, device: str, whole: bool = False, **changes: Any) -> None:
         self.case, self.config = case, config(case, device, **changes)
-        with in_memory(case.model, device, whole):
-            self.parts = train.setup(self.config)
-            self.prompts = train.prompts.batch(self.parts.prompts, self.config, 0)
-            self.conditioning = self.parts.policy.encode(self.prompts.texts)
+        made = given(case.model, device, self.config.policy.dtype, whole)
+        self.parts = train.setup(self.config, **made)
+        self.prompts = train.prompts.batch(self.parts.prompts, self.config, 0)
+        self.conditioning = self.parts.policy.encode(self.prompts.texts)
 
     def rollout(self) -> Trajectory:
         return train.collect(self.parts, self.conditioning, self.config)

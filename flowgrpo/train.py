@@ -33,7 +33,7 @@ own):
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,14 +80,15 @@ class Parts:
     micro_step: MicroStep
 
 
-def setup(config: Config) -> Parts:
-    """Load the model, make it trainable, and check what can be checked before the first image."""
+def setup(config: Config, **given: Any) -> Parts:
+    """Load the model, make it trainable, and check what can be checked before the first image.
+    `given`: as for `load_policy`."""
     runs.prepare_process(config)
     prompt_set = prompts.load(config.sample.prompts, "train")
     prompts.check(prompt_set, config.sample.prompts_per_iteration)
     scorer = rewards.Scorer.of(config.reward)
     scorer.prepare(prompt_set)
-    policy = load_policy(config)
+    policy = load_policy(config, **given)
     capture.prepare(policy, config)
     for start in range(0, len(prompt_set), 256):
         # Words that the model does not know raise here, not in the middle of the run.
@@ -103,8 +104,16 @@ def setup(config: Config) -> Parts:
     return Parts(policy, plan, state, prompt_set, scorer, uncond, worker, micro)
 
 
-def load_policy(config: Config) -> Policy:
-    """The model of a run with its adapters, or with all of its weights made trainable."""
+def load_policy(
+    config: Config,
+    pipeline: object | None = None,
+    encode: Callable[[Sequence[str]], Conditioning] | None = None,
+) -> Policy:
+    """The model of a run with its adapters, or with all of its weights made trainable.
+
+    pipeline: one that is loaded already, in place of policy.model; encode: in place of its text
+    encoders. See `Policy.load`.
+    """
     whole = config.policy.adapter == "full"
     if whole and config.policy.dtype not in ("auto", "float32"):
         raise ConfigError(
@@ -113,7 +122,11 @@ def load_policy(config: Config) -> Policy:
         )
     dtype = "float32" if whole else config.policy.dtype
     policy = Policy.load(
-        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
+        config.policy.model if pipeline is None else pipeline,
+        device=config.policy.device,
+        dtype=dtype,
+        config=config.policy,
+        encode=encode,
     )
     if whole and config.optim.beta > 0:
         policy.keep_reference()
@@ -137,9 +150,10 @@ def recompute(transformer: nn.Module) -> None:
         ) from error
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train as `config` says; returns what summary.json of the run directory holds."""
-    parts = setup(config)
+def run(config: Config, **given: Any) -> dict[str, Any]:
+    """Train as `config` says; returns what summary.json of the run directory holds. `given`: as for
+    `load_policy`."""
+    parts = setup(config, **given)
     policy, state, group_size = parts.policy, parts.state, config.sample.group_size
     with runs.stoppable() as stop, Reports.open(config, policy, state) as reports:
         while state.iteration < config.run.steps and not stop.requested:

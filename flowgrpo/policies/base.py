@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import compiled, constants, lora
+from flowgrpo.policies import compiled, constants, loading, lora
 from flowgrpo.policies.conditioning import Conditioning as Conditioning
-from flowgrpo.policies.loading import pipeline_class
 
 
 @dataclass(frozen=True)
@@ -90,34 +90,37 @@ class Policy(ABC):
 
     @staticmethod
     def load(
-        model: str,
+        model: str | object,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         config: PolicyConfig | None = None,
+        encode: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> Policy:
         """The policy for the diffusers pipeline in the folder or Hub repository `model`.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
         bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
         adapter is used.
-        """
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        source = model
-        if model == "nano":
-            from flowgrpo.nano import MODEL_DIR
 
-            source = str(MODEL_DIR)
-        family = pipeline_class(source, model)
-        if family not in FAMILIES:
-            raise ConfigError(
-                f"policy.model {model!r} is a {family}, but one of {', '.join(FAMILIES)} is "
-                "expected; name such a pipeline."
-            )
+        `model` may also be a pipeline that is loaded already. It is taken over: its models are
+        frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in
+        place. Its text embeddings are not cached on disk, since their files are not known.
+
+        `encode` takes the place of the text encoders, which the pipeline then need not have: texts
+        -> Conditioning of as many rows, on the device and in the dtype of the policy.
+        """
+        device, config = choose_device(device), config or PolicyConfig()
+        if isinstance(model, str):
+            dtype, name = choose_dtype(dtype, device), model
+            family, pipeline, folder = _loaded(model, dtype)
+        else:
+            family, folder = _family(model), None
+            dtype = model.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
+            pipeline, name = loading.cast(model, dtype), str(model.name_or_path or family)
         module, _, cls = FAMILIES[family].policy.partition(":")
-        config = config or PolicyConfig()
-        policy = getattr(import_module(module), cls)(source, model, device, dtype, config)
+        make = getattr(import_module(module), cls)
+        policy = make(pipeline, folder, name, device, dtype, config, encode)
         from flowgrpo.policies import attention
 
         policy.attention = attention.pin(policy.transformer, config.attention, device, dtype)
@@ -243,6 +246,35 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def _loaded(model: str, dtype: torch.dtype) -> tuple[str, object, Path]:
+    """(name of its class, pipeline, folder that it is from) of what `policy.model` names."""
+    import diffusers
+
+    source = model
+    if model == "nano":
+        from flowgrpo.nano import MODEL_DIR
+
+        source = str(MODEL_DIR)
+    family = loading.pipeline_class(source, model)
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"policy.model {model!r} is a {family}, but one of {', '.join(FAMILIES)} is "
+            "expected; name such a pipeline."
+        )
+    return family, *loading.load_pipeline(getattr(diffusers, family), source, model, dtype)
+
+
+def _family(pipeline: object) -> str:
+    """The name in FAMILIES of a pipeline's class or of one that it inherits from."""
+    for cls in type(pipeline).__mro__:
+        if cls.__name__ in FAMILIES:
+            return cls.__name__
+    raise ConfigError(
+        f"the model is a {type(pipeline).__name__}, but a name or one of {', '.join(FAMILIES)} is "
+        "expected; give such a pipeline."
+    )
 
 
 def choose_device(device: str | torch.device) -> torch.device:

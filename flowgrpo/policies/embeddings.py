@@ -142,7 +142,7 @@ class Cache:
 
 def open_cache(
     setting: str,
-    folder: Path,
+    folder: Path | None,
     parts: Iterable[str],
     dtype: torch.dtype,
     max_length: int,
@@ -152,10 +152,11 @@ def open_cache(
 
     Args:
         setting: a folder; "auto" for flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "" for none.
+        folder: None for a pipeline that came without its files, which gets no cache.
         parts: the pipeline's folders with text encoders and tokenizers.
         max_length: tokens of the T5 encoder.
     """
-    if not setting:
+    if not setting or folder is None:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

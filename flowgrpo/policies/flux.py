@@ -21,8 +21,9 @@ Deliberate departures from flow_grpo's FLUX scripts:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -66,17 +67,16 @@ class FluxPolicy(Policy):
 
     def __init__(
         self,
-        source: str,
+        pipeline: object,
+        folder: Path | None,
         name: str,
         device: torch.device,
         dtype: torch.dtype,
         config: PolicyConfig,
+        encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        from diffusers import FluxPipeline
-
-        self.name, self.device, self.dtype = name, device, dtype
-        self.pipeline, folder = loading.load_pipeline(FluxPipeline, source, name, dtype)
-        self._check_parts()
+        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
+        self._check_parts(*(TEXT_PARTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
         loading.place(self.pipeline, device, encoders if offload else ())
@@ -93,13 +93,16 @@ class FluxPolicy(Policy):
         self._guidance = None
         if self.transformer.config.guidance_embeds:
             self._guidance = torch.full([1], config.embedded_guidance, device=device)
+        if encode is not None:
+            self._texts = encode
+            return
         cached = embeddings.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
         self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
 
-    def _check_parts(self) -> None:
-        lacking = [part for part in (*TEXT_PARTS, "vae") if getattr(self.pipeline, part) is None]
+    def _check_parts(self, *needed: str) -> None:
+        lacking = [part for part in needed if getattr(self.pipeline, part) is None]
         if lacking:
             raise ConfigError(
                 f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "

@@ -1,4 +1,4 @@
-"""Diffusers pipelines from a folder or the Hugging Face Hub, and where their parts lie."""
+"""Diffusers pipelines from a folder, the Hugging Face Hub or memory, and where their parts lie."""
 
 from __future__ import annotations
 
@@ -75,6 +75,15 @@ def load_pipeline(cls: type, source: str, name: str, dtype: torch.dtype) -> tupl
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             "restore its files."
         ) from error
+
+
+def cast(pipeline: object, dtype: torch.dtype) -> object:
+    """`pipeline`, which somebody else has loaded, in the dtypes that `load_pipeline` gives one."""
+    for name, part in pipeline.components.items():
+        wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+        if isinstance(part, nn.Module) and part.dtype != wanted:
+            part.to(wanted)
+    return pipeline
 
 
 def place(pipeline: object, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:

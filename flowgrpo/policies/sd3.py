@@ -12,7 +12,8 @@ length is another function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import final
 
@@ -51,17 +52,16 @@ class SD3Policy(Policy):
 
     def __init__(
         self,
-        source: str,
+        pipeline: object,
+        folder: Path | None,
         name: str,
         device: torch.device,
         dtype: torch.dtype,
         config: PolicyConfig,
+        encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        from diffusers import StableDiffusion3Pipeline
-
-        self.name, self.device, self.dtype = name, device, dtype
-        self.pipeline, folder = loading.load_pipeline(StableDiffusion3Pipeline, source, name, dtype)
-        encoders = self._find_encoders()
+        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
+        encoders = self._find_encoders(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
         loading.place(self.pipeline, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
@@ -72,6 +72,9 @@ class SD3Policy(Policy):
             # The small encoder of a small model: computed sooner than read, and in one batch.
             return
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
+        if encode is not None:
+            self._texts = encode
+            return
         cached = embeddings.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
@@ -93,12 +96,12 @@ class SD3Policy(Policy):
         self.latent_shape = (config.in_channels, side, side)
         keep_positions(self.transformer.pos_embed, side)
 
-    def _find_encoders(self) -> list[nn.Module]:
-        """The text encoders that the pipeline has."""
+    def _find_encoders(self, needed: bool) -> list[nn.Module]:
+        """The text encoders that the pipeline has; `needed`: those that texts are encoded by."""
         found = {name: getattr(self.pipeline, name) for name in TEXT_PARTS[:3]}
         there = [name for name, part in found.items() if part is not None]
-        self._one_encoder = there == ["text_encoder"]
-        if not self._one_encoder and there[:2] != ["text_encoder", "text_encoder_2"]:
+        self._one_encoder = needed and there == ["text_encoder"]
+        if needed and not self._one_encoder and there[:2] != ["text_encoder", "text_encoder_2"]:
             raise ConfigError(
                 f"policy.model {self.name!r} has the text encoders {', '.join(there) or 'none'}, "
                 "but text_encoder and text_encoder_2, with text_encoder_3 or without, are expected "
