@@ -30,7 +30,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.policies import Policy
+from flowgrpo.policies import Policy, compiled
 
 WARM_UPS = 2
 LIMIT = 12
@@ -198,7 +198,8 @@ class Graphs:
         try:
             self.recorder.warm_up(body)
             warm = True
-            replay, result = self.recorder.capture(body)
+            with compiled.settled() if self.policy.compiled else nullcontext():
+                replay, result = self.recorder.capture(body)
         except Exception as error:
             first = problems[0] if problems else error
             full = isinstance(first, torch.OutOfMemoryError)

@@ -2,7 +2,10 @@
 
 Each block is compiled by itself: all blocks of a kind share their code, so a model of 24 blocks
 takes the compilation of three. Inductor's own CUDA graphs stay off; the rollout captures all of its
-steps in one.
+steps in one. What is captured runs twice before that (capture.py), on the stream of the capture:
+there forward and backward are compiled, and the first launches load modules and choose among
+variants of a kernel. In the capture itself nothing may be compiled (`settled`). Compiled code holds
+no addresses: blocks get their weights, and lora.py's ready matrices, as inputs.
 
 Inductor fuses a forward that has a backward otherwise than one that has none, and the two differ in
 the last bits, so a rollout without gradients would give first ratios other than 1. Hence
@@ -13,7 +16,7 @@ would have kept. The price is the writing of those tensors, block by block; no m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +33,8 @@ def compile_blocks(transformer: nn.Module) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for block in blocks(transformer):
-        block.compile(fullgraph=True, dynamic=False)
+        # Off by default, but TORCHINDUCTOR_CUDAGRAPHS in the environment would turn them on.
+        block.compile(fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
 
 
 def blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -39,6 +43,11 @@ def blocks(transformer: nn.Module) -> list[nn.Module]:
         *transformer.transformer_blocks,
         *getattr(transformer, "single_transformer_blocks", ()),
     ]
+
+
+def settled() -> AbstractContextManager[None]:
+    """Inside, a block that was not compiled for what it is given raises RuntimeError."""
+    return torch.compiler.set_stance("fail_on_recompile")
 
 
 @contextmanager

@@ -9,11 +9,13 @@ and what lies in host memory or needs an answer from the device cannot be captur
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import trainers
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowgrpo import capture
@@ -40,7 +42,7 @@ class Recorder:
 
     def capture(self, body):
         operations = Operations()
-        with operations:
+        with operations, _compiled(operations):
             result = body()
         self.captures += 1
         # As on a GPU: before the first replay there is nothing in the result.
@@ -78,6 +80,9 @@ class Operations(TorchDispatchMode):
     @torch.no_grad()
     def run(self) -> None:
         for operation, args, kwargs, result in self.list:
+            if isinstance(operation, partial):
+                _write(result, operation(list(args)))
+                continue
             returns = operation._schema.returns
             if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
                 # A view: its memory is that of its operand.
@@ -86,10 +91,36 @@ class Operations(TorchDispatchMode):
                 if result.is_floating_point():
                     result.fill_(torch.nan)
                 continue
-            found = operation(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(found), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.copy_(new)
+            _write(result, operation(*args, **kwargs))
+
+
+def _write(result, found) -> None:
+    """What was found anew, into the memory of the first result."""
+    for old, new in zip(tree_leaves(result), tree_leaves(found), strict=True):
+        if isinstance(old, torch.Tensor) and old is not new:
+            old.copy_(new)
+
+
+@contextmanager
+def _compiled(operations: Operations):
+    """Inside, what Inductor has compiled is one operation, whose kernels no mode could see."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    own = CompiledFxGraph.__call__
+
+    def call(self, inputs):
+        given = tree_map_only(torch.Tensor, torch.Tensor.detach, list(inputs))
+        with _disable_current_modes():
+            result = own(self, inputs)
+        kept = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+        operations.list.append((partial(own, self), given, {}, kept))
+        return result
+
+    CompiledFxGraph.__call__ = call
+    try:
+        yield
+    finally:
+        CompiledFxGraph.__call__ = own
 
 
 def _called_from(folder: str) -> bool:
@@ -99,6 +130,17 @@ def _called_from(folder: str) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def as_without_modes(transformer) -> None:
+    """Let compiled blocks be compiled and called as where there is no mode: their guards look."""
+    for block in transformer.transformer_blocks:
+
+        def call(*args, own=block._compiled_call_impl, **kwargs):
+            with _disable_current_modes():
+                return own(*args, **kwargs)
+
+        block._compiled_call_impl = call
 
 
 def made(model, folder, **changes) -> tuple[Parts, Config]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 
 import block_cases
 import launch_recorder as recorder
 import oracle
 import torch
 
-from flowgrpo_kernels import _ops, _triton, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import _ops, aot, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.blocks import _heads, _rows
+from flowgrpo_kernels.blocks import aot as blocks_aot
+from flowgrpo_kernels.blocks.norm_modulate import _norm_modulate_kernel
 
 # Four blocks a row, in the dtypes of a trainer.
 SHAPE = (16, 32, 32)
@@ -158,12 +160,12 @@ def loss_cases():
         "advantages strided": dict(kl=0.04, advantages=every_other(torch.ones(2))),
     }.items():
         yield f"loss KL, {name}", micro(row_weight=odd(batch().weight), **change)
-    b = batch(3)
+    b, b17 = batch(3), batch(17)
     yield "loss guided KL", micro(kl=0.04, scale=4.5, row_weight=batch().weight)
     for scale in (1, 1.0, 7.5):
         yield f"loss guided KL, {scale!r}", micro(b, kl=1, scale=scale, row_weight=b.weight)
-    yield "loss Guard", micro(guard=True)
-    yield "loss Guard, 17 rows", micro(batch(17), 0, guard=True)
+    yield "loss Guard KL", micro(kl=0.04, guard=True, row_weight=batch().weight)
+    yield "loss Guard KL, 17 rows", micro(b17, 0, kl=1, guard=True, row_weight=b17.weight)
 
 
 def block_ops():
@@ -175,6 +177,30 @@ def block_ops():
     yield "heads rotary, after attention", block("heads rotary", 3, 5, attention=True)
 
 
+def compiled_ahead():
+    """(name, whether one that was launched is the same to the letter) of variants of aot.py."""
+    names = (
+        "sde_step guided",
+        "log_prob plain",
+        "grpo_loss sums plain",
+        "grpo_loss backward guided",
+    )
+    chosen = [
+        v for v in aot.variants(("bf16", "fp32"))
+        if (v.velocity, v.sample, v.name in names) == ("bf16", "fp32", True)
+        or (v.velocity == "fp32" and (v.name == "initial_noise" or not v.vectorised))
+    ]  # fmt: skip
+    row, heads = _rows.options(96), _heads.options(block_cases.HEADS, 32, [])
+    for name, kernel, options in (
+        ("norm_modulate", _norm_modulate_kernel, row),
+        ("joint_heads backward", _heads.joint_heads_backward_kernel, heads),
+    ):
+        chosen.append(blocks_aot.variant(name, kernel, "bf16", options))
+    for variant in chosen:
+        ahead = aot.compile_variant(variant, aot.TARGETS["sm_90"]).assembly
+        yield variant.name, ahead in recorder.launched(variant.kernel)
+
+
 def main():
     recorder.install()
     torch.set_num_threads(1)
@@ -182,10 +208,9 @@ def main():
         for name, call in cases():
             with recorder.recorded() as log:
                 call()
-            json.dump({"case": name, **dataclasses.asdict(log)}, sys.stdout)
-            print(flush=True)
+            print(json.dumps({"case": name, **dataclasses.asdict(log)}), flush=True)
+    print(json.dumps({"case": "ahead", "same": dict(compiled_ahead())}))
 
 
 if __name__ == "__main__":
-    assert not _triton.ROUND_BY_HAND.value
     main()

@@ -135,6 +135,11 @@ def variants() -> Counter:
     return Counter({name: len(f.device_caches[0][0]) for name, f in _functions.items()})
 
 
+def launched(kernel) -> list[str]:
+    """The PTX of every compilation of a kernel that was launched."""
+    return [compiled.asm["ptx"] for compiled in kernel.device_caches[0][0].values()]
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[Log]:
     """The launches, PyTorch's own operations and the compilations within the block."""

@@ -176,19 +176,27 @@ def test_debug_switch(monkeypatch):
 
 def test_nothing_recompiles():
     """Step, batch and coefficients are data: one compilation of each kernel serves them."""
+    from flowgrpo_kernels import _grpo_kernels as loss
     from flowgrpo_kernels.sde_step import _sde_step_kernel
 
-    def variants() -> int:
-        return sum(len(entry[0]) for entry in _sde_step_kernel.device_caches.values())
+    kernels = (_sde_step_kernel, loss._rows_kernel, loss._totals_kernel, loss._backward_kernel)
 
-    b = cuda(oracle.batch(8))
-    sde_step(b.velocity, b.sample, flow_sde(oracle.SIGMAS).to("cuda"), b.step, seeds=b.seeds)
+    def run(rows, step, transitions):
+        v, x, old = (z[:rows] for z in (b.velocity, b.sample, b.advantages))
+        _, lp = sde_step(v, x, transitions, step, seeds=b.seeds[:rows])
+        v = v.clone().requires_grad_()
+        grpo_loss(v, x, x, lp, old, transitions, step, clip_range=0.01 * rows).loss.backward()
+
+    def variants() -> list[int]:
+        return [sum(len(entry[0]) for entry in k.device_caches.values()) for k in kernels]
+
+    b = cuda(oracle.batch(40))
+    run(40, b.step, flow_sde(oracle.SIGMAS).to("cuda"))
     before = variants()
-    for rows in (1, 2, 7):
+    for rows in (1, 2, 7, 16):
         for step in (0, 1, 5):
-            transitions = flow_sde(oracle.SIGMAS[: step + 3], 0.1 * rows).to("cuda")
-            sde_step(b.velocity[:rows], b.sample[:rows], transitions, step, seeds=b.seeds[:rows])
-    assert variants() == before
+            run(rows, step, flow_sde(oracle.SIGMAS[: step + 3], 0.02 * rows).to("cuda"))
+    assert variants() == before and min(before) > 0
 
 
 def test_past_two_to_the_31():

@@ -12,14 +12,15 @@ from .._ops import FLOAT_DTYPES
 def check_float(name: str, value, like: Tensor | None = None, like_name: str = "x") -> None:
     """A float tensor on the device of `like`; float64 exactly when `like` is."""
     check_tensor(name, value)
-    if value.dtype not in FLOAT_DTYPES and value.dtype != torch.float64:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+    dtype = value.dtype
+    if dtype not in FLOAT_DTYPES and dtype != torch.float64:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
     if like is None:
         return
-    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+    if dtype != like.dtype and torch.float64 in (dtype, like.dtype):
         raise TypeError(
-            f"{name} is {value.dtype} but {like_name} is {like.dtype}: float64 is for checks and "
-            "needs every tensor in float64"
+            f"{name} is {dtype} but {like_name} is {like.dtype}: float64 is for checks and needs "
+            "every tensor in float64"
         )
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {value.device}")
@@ -44,7 +45,7 @@ def check_same(name: str, value, x: Tensor) -> None:
 def check_row(name: str, value, x: Tensor) -> None:
     """A float tensor [B, D], one row for all tokens of a sample."""
     check_float(name, value, x)
-    if value.ndim != 2 or value.shape[0] != x.shape[0] or value.shape[1] != x.shape[2]:
+    if value.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
             f"{name} must be [B, D] = {[x.shape[0], x.shape[2]]}, got {list(value.shape)}"
         )

@@ -8,8 +8,6 @@ uniform in its program.
 
 from __future__ import annotations
 
-import torch
-
 from .. import _triton
 from . import _rows
 from ._rows import appended, divided, inverse_root, jit, token_at, token_of
@@ -241,7 +239,7 @@ def _launch(first, second, weight, weight2, cos, sin, heads, eps):
     batch, count, width = first.shape
     tokens = count + (0 if second is None else second.shape[1])
     shape = (batch, tokens, heads, width // heads)
-    out = torch.empty(shape, dtype=first.dtype, device=first.device)
+    out = first.new_empty(shape)
     steps = _rows.strides(first, (second, 2))
     sizes = options(heads, width // heads, steps)
     if batch * tokens:
@@ -259,7 +257,7 @@ def _launch_backward(grad, first, second, weight, weight2, cos, sin, eps):
     constants = [v if v is None else v.contiguous() for v in (weight, weight2, cos, sin)]
     batch, tokens, heads, size = grad.shape
     shapes = [first.shape, (0,) if second is None else second.shape]
-    d_first, d_second = (torch.empty(s, dtype=first.dtype, device=first.device) for s in shapes)
+    d_first, d_second = map(first.new_empty, shapes)
     steps = _rows.strides(grad, first, (second, 2))
     sizes = options(heads, size, steps)
     if batch * tokens:

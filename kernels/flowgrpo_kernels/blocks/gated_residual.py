@@ -95,7 +95,7 @@ def _launch(x, gate, y, gate2, y2):
     """One launch."""
     x, gate, y, gate2, y2 = map(_rows.dense, (x, gate, y, gate2, y2))
     batch, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     steps = _rows.strides(x, gate, y, (gate2, 1), (y2, 2))
     sizes = _rows.options(width, *steps)
     if batch * tokens:
@@ -111,7 +111,7 @@ def _launch_backward(grad, gate, gate2, dtype):
     """One launch."""
     grad, gate, gate2 = map(_rows.dense, (grad, gate, gate2))
     batch, tokens, width = grad.shape
-    dy = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    dy = grad.new_empty(grad.shape, dtype=dtype)
     dy2 = dy.new_empty(0) if gate2 is None else torch.empty_like(dy)
     steps = _rows.strides(grad, gate, (gate2, 1))
     sizes = _rows.options(width, *steps)

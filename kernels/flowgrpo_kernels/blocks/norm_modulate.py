@@ -143,10 +143,10 @@ def _launch(x, scale, shift, scale2, shift2, eps, stats):
     """One launch."""
     x, scale, shift, scale2, shift2 = map(_rows.dense, (x, scale, shift, scale2, shift2))
     batch, tokens, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     y2 = x.new_empty(0) if scale2 is None else torch.empty_like(y)
     shape = (batch, tokens) if stats else (0,)
-    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     steps = _rows.strides(x, scale, shift, (scale2, 1), (shift2, 1))
     sizes = _rows.options(width, *steps)
     if batch * tokens:
@@ -163,7 +163,7 @@ def _launch_backward(dy, dy2, x, scale, scale2, mean, rstd):
     """One launch."""
     dy, dy2, x, scale, scale2 = map(_rows.dense, (dy, dy2, x, scale, scale2))
     batch, tokens, width = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     steps = _rows.strides(dy, (dy2, 2), x, scale, (scale2, 1))
     sizes = _rows.options(width, *steps)
     if batch * tokens:
