@@ -24,7 +24,10 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
+from flowgrpo.policies import lora
 
+# Names of the layers that get the tokens of the image, and of the text.
+OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 PLAIN = "plain"
 
 
@@ -43,6 +46,7 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         )
     for layer in joint:
         layer.set_processor(JointAttention())
+        lora.one_input(layer, OWN, ADDED)
     backend = None if name == PLAIN else _backend(name)
     head = transformer.config.attention_head_dim
     try:
@@ -96,15 +100,17 @@ class JointAttention:
             raise ValueError("attention_mask: SD3's layers attend everywhere; pass None")
         split = lambda x: x.unflatten(-1, (attn.heads, -1))  # noqa: E731  [B, S, H, D]
         norm = lambda layer, x: x if layer is None else layer(x)  # noqa: E731
-        query = norm(attn.norm_q, split(attn.to_q(hidden_states)))
-        key = norm(attn.norm_k, split(attn.to_k(hidden_states)))
-        value = split(attn.to_v(hidden_states))
+        query, key, value = map(split, projections(attn, OWN, hidden_states))
+        query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
         if encoder_hidden_states is None:
             out = attend(query, key, value, self._attention_backend).flatten(2)
             return attn.to_out[1](attn.to_out[0](out))
-        text_query = norm(attn.norm_added_q, split(attn.add_q_proj(encoder_hidden_states)))
-        text_key = norm(attn.norm_added_k, split(attn.add_k_proj(encoder_hidden_states)))
-        text_value = split(attn.add_v_proj(encoder_hidden_states))
+        text = map(split, projections(attn, ADDED, encoder_hidden_states))
+        text_query, text_key, text_value = text
+        text_query, text_key = (
+            norm(attn.norm_added_q, text_query),
+            norm(attn.norm_added_k, text_key),
+        )
         out = attend(
             torch.cat([query, text_query], dim=1),
             torch.cat([key, text_key], dim=1),
@@ -115,6 +121,11 @@ class JointAttention:
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         return attn.to_out[1](attn.to_out[0](image)), text
+
+
+def projections(attn: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    """Query, key and value of the tokens x [B, N, C], by the layers of these names: [B, N, H D]."""
+    return lora.together([getattr(attn, name) for name in names], x)
 
 
 def _sd3_layers(transformer: nn.Module) -> list[Attention]:

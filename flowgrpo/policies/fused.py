@@ -27,7 +27,8 @@ from diffusers.models.transformers import transformer_flux as flux
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
-from flowgrpo.policies.attention import JointAttention, attend
+from flowgrpo.policies import lora
+from flowgrpo.policies.attention import ADDED, OWN, JointAttention, attend, projections
 from flowgrpo.policies.compiled import blocks
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
@@ -53,6 +54,8 @@ def fuse(transformer: nn.Module) -> None:
     forwards[transformer.norm_out] = _norm_out
     for module, forward in forwards.items():
         module.forward = MethodType(forward, module)
+        if isinstance(getattr(module, "attn", None), flux.FluxAttention):
+            lora.one_input(module.attn, OWN, ADDED)
 
 
 def _norm_out(self: nn.Module, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
@@ -106,15 +109,12 @@ def _feed_forward(
 
 def _sd3_attention(attn: nn.Module, image: Tensor, text: Tensor | None = None) -> Any:
     """What JointAttention computes: image [B, N, C], or (image, text)."""
-    to = [[attn.to_q], [attn.to_k], [attn.to_v]]
     norms = [[attn.norm_q], [attn.norm_k], [None]]
-    inputs = [image]
+    made = [projections(attn, OWN, image)]
     if text is not None:
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        to = [[a, b] for (a,), b in zip(to, added, strict=True)]
         norms = [[attn.norm_q, attn.norm_added_q], [attn.norm_k, attn.norm_added_k], [None, None]]
-        inputs.append(text)
-    out = _attention(attn, to, norms, inputs)
+        made.append(projections(attn, ADDED, text))
+    out = _attention(attn, made, norms)
     if text is None:
         return attn.to_out[1](attn.to_out[0](out))
     seen, text_seen = out.split([image.shape[1], text.shape[1]], dim=1)
@@ -125,18 +125,17 @@ def _sd3_attention(attn: nn.Module, image: Tensor, text: Tensor | None = None) -
 
 def _attention(
     attn: nn.Module,
-    to: list[list[nn.Module]],
+    made: list[list[Tensor]],
     norms: list[list[nn.Module | None]],
-    inputs: list[Tensor],
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """[B, S, heads * d]: attention over the tokens of all inputs, before the output layers.
 
-    to, norms: of query, key and value, one for each of the inputs.
+    made: query, key and value [B, N_i, heads * d] of each input; norms: of each of the three, one
+    for each input.
     """
     heads = []
-    for layers, own, turn in zip(to, norms, (rotary, rotary, None), strict=True):
-        parts = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    for *parts, own, turn in zip(*made, norms, (rotary, rotary, None), strict=True):
         if len(parts) == 1 and own == [None] and turn is None:
             # Nothing to do but to look at it as heads.
             heads.append(parts[0].unflatten(-1, (attn.heads, -1)))
@@ -162,9 +161,9 @@ def _flux_block(
     text_shift, text_scale, text_gate, *text_rows = _modulation(self.norm1_context, temb, 6)
     own = norm_modulate(image, scale, shift, eps=self.norm1.norm.eps)
     text_own = norm_modulate(text, text_scale, text_shift, eps=self.norm1_context.norm.eps)
-    to = [[attn.add_q_proj, attn.to_q], [attn.add_k_proj, attn.to_k], [attn.add_v_proj, attn.to_v]]
+    made = [projections(attn, ADDED, text_own), projections(attn, OWN, own)]
     norms = [[attn.norm_added_q, attn.norm_q], [attn.norm_added_k, attn.norm_k], [None, None]]
-    out = _attention(attn, to, norms, [text_own, own], image_rotary_emb)
+    out = _attention(attn, made, norms, image_rotary_emb)
     text_seen, seen = out.split([text.shape[1], image.shape[1]], dim=1)
     image = gated_residual(image, gate, attn.to_out[1](attn.to_out[0](seen.contiguous())))
     image = _feed_forward(self.norm2, self.ff, image, *rows)
@@ -188,8 +187,7 @@ def _flux_single_block(
     shift, scale, gate = _modulation(self.norm, temb, 3)
     own = norm_modulate(tokens, scale, shift, eps=self.norm.norm.eps)
     norms = [[attn.norm_q], [attn.norm_k], [None]]
-    to = [[attn.to_q], [attn.to_k], [attn.to_v]]
-    seen = _attention(attn, to, norms, [own], image_rotary_emb)
+    seen = _attention(attn, [projections(attn, OWN, own)], norms, image_rotary_emb)
     wide = torch.cat([seen, self.act_mlp(self.proj_mlp(own))], dim=2)
     tokens = _in_range(gated_residual(tokens, gate, self.proj_out(wide)))
     # Not two slices, each of whose gradients would be a whole tensor of zeros and a part.

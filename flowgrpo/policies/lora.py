@@ -1,4 +1,4 @@
-"""LoRA layers in one matrix product, over PEFT's modules.
+"""LoRA layers, one or several of one input, in one matrix product, over PEFT's modules.
 
     y = x W^T + b + s (x A^T) B^T  =  [x, x A^T] [W, s B]^T + b        s = alpha / r
 
@@ -11,11 +11,15 @@ accumulator.
 The gradient of W is never formed: dB = s dy^T (x A^T), dA = (s dy B)^T x, and dy [W, s B] gives
 what both of them and dx need. PEFT's parameters, their names, saving, merging and switching off
 stay.
+
+Query, key and value of an attention layer have one input, and one product (`together`): their A
+stand below each other, and so do their [W, s B], with s B of each layer in columns of its own and
+zeros beside it. x is then read and extended once, and its gradient is one sum inside a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 
@@ -23,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+Matrices = tuple[Tensor, Tensor, Tensor | None]
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -53,16 +59,21 @@ def held(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
     inside holds for every later time.
     """
-    short = [layer for layer in these if _is_short(layer)]
+    short = [layer for layer in these if _is_short(layer) and layer._leads]
     for layer in short:
         if fixed:
-            layer._fixed = _matrices(layer, layer._fixed)
-        layer._matrices = layer._fixed if fixed else _matrices(layer)
+            layer._fixed = _matrices(layer._leads, layer._fixed)
+        layer._matrices = layer._fixed if fixed else _matrices(layer._leads)
     try:
         yield
     finally:
         for layer in short:
             layer._matrices = None
+
+
+def one_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
+    """Say that `module` calls each of these groups of its layers by `together`."""
+    module._one_input = groups
 
 
 def shorten(model: nn.Module) -> None:
@@ -72,6 +83,26 @@ def shorten(model: nn.Module) -> None:
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
             layer._matrices = layer._fixed = None
+            # The layers whose product it holds the matrices of: itself, several, or none.
+            layer._leads = (layer,)
+    for module in model.modules():
+        for names in vars(module).get("_one_input", ()):
+            group = tuple(getattr(module, name, None) for name in names)
+            if not all(layer is not None and _is_short(layer) for layer in group):
+                continue
+            if len({layer.base_layer.bias is None for layer in group}) == 1:
+                for layer in group:
+                    layer._leads = ()
+                group[0]._leads = group
+
+
+def together(these: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in these], from one product if their module has said so (`one_input`)
+    and all of them have their adapters; the results are slices of it."""
+    leader, group = these[0], tuple(these)
+    if getattr(leader, "_leads", ()) != group or any(t.disable_adapters or t.merged for t in group):
+        return [layer(x) for layer in group]
+    return _product(group, leader._matrices or _matrices(group), x)
 
 
 def _is_short(layer: nn.Module) -> bool:
@@ -95,51 +126,85 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    base = self.base_layer
     if self.disable_adapters or self.merged:
-        return base(x)
-    (name,) = self.lora_A
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    low_a, wide = self._matrices or _matrices(self)
-    y = _LoraLinear.apply(
-        x.reshape(-1, x.shape[-1]), low_a, wide, base.bias, a, b, self.scaling[name]
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return self.base_layer(x)
+    group = (self,)
+    held = self._matrices if self._leads == group else None
+    return _product(group, held or _matrices(group), x)[0]
+
+
+def _product(
+    group: tuple[nn.Module, ...], matrices: tuple[Tensor, Tensor, Tensor | None], x: Tensor
+) -> list[Tensor]:
+    parameters = [w for layer in group for w in _parameters(layer)]
+    scales = [_scale(layer) for layer in group]
+    found = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), *matrices, scales, *parameters)
+    return [y.unflatten(0, x.shape[:-1]) for y in found]
+
+
+def _parameters(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [r, in] and B [out, r]."""
+    (name,) = layer.lora_A
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _scale(layer: nn.Module) -> float:
+    """alpha / r."""
+    (name,) = layer.lora_A
+    return layer.scaling[name]
 
 
 @torch.no_grad()
-def _matrices(self: nn.Module, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """A [r, in] and [W, s B] [out, in + r] in the dtype of W, written over `into` if that fits."""
-    (name,) = self.lora_A
-    a, weight = self.lora_A[name].weight, self.base_layer.weight
-    scaled_b = (self.lora_B[name].weight * self.scaling[name]).to(weight.dtype)
+def _matrices(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrices:
+    """A [R, in], [W, s B] [out, in + R] and the bias [out] or None in the dtype of W, with R and
+    out summed over the group; written over `into` if that fits."""
+    bases = [layer.base_layer for layer in group]
+    parameters = [_parameters(layer) for layer in group]
+    weight, bias = bases[0].weight, bases[0].bias
+    low_a = torch.cat([a for a, _ in parameters]).to(weight.dtype)
+    scaled = [b * _scale(layer) for layer, (_, b) in zip(group, parameters, strict=True)]
+    scaled_b = torch.block_diag(*scaled).to(weight.dtype)
+    if len(group) > 1:
+        weight = torch.cat([base.weight for base in bases])
+        bias = None if bias is None else torch.cat([base.bias for base in bases])
     if into is None or (into[0].dtype, into[0].device) != (weight.dtype, weight.device):
-        return a.to(weight.dtype, copy=True), torch.cat((weight, scaled_b), dim=1)
-    low_a, wide = into
-    return low_a.copy_(a), torch.cat((weight, scaled_b), dim=1, out=wide)
+        return low_a, torch.cat((weight, scaled_b), dim=1), bias
+    low, wide, copied = into
+    if len(group) > 1 and bias is not None:
+        bias = copied.copy_(bias)
+    return low.copy_(low_a), torch.cat((weight, scaled_b), dim=1, out=wide), bias
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x [N, in], A [r, in] and [W, s B] [out, in + r] in x's dtype, bias [out] or None; A and B,
-    the parameters that get the gradients; s -> y [N, out]."""
+    """Of n layers: x [N, in], A [R, in] and [W, s B] [out, in + R] in x's dtype, bias [out] or
+    None, the n values of s, and A_1, B_1, A_2, ..., the parameters that get the gradients
+    -> n tensors [N, out_i]."""
 
     @staticmethod
-    def forward(ctx, x, low_a, wide, bias, a, b, scale):
+    def forward(ctx, x, low_a, wide, bias, scales, *parameters):
         low = torch.mm(x, low_a.t())
         ctx.save_for_backward(x, low, low_a, wide)
-        ctx.scale = scale
-        return F.linear(torch.cat((x, low), dim=1), wide, bias)
+        ctx.scales, ctx.ranks = scales, [a.shape[0] for a in parameters[::2]]
+        y = F.linear(torch.cat((x, low), dim=1), wide, bias)
+        return y.split([b.shape[0] for b in parameters[1::2]], dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *grads):
         x, low, low_a, wide = ctx.saved_tensors
-        dim = x.shape[1]
+        dim, outs = x.shape[1], [grad.shape[1] for grad in grads]
+        dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
         if ctx.needs_input_grad[0]:
             dx, d_low = torch.mm(dy, wide).split((dim, low.shape[1]), dim=1)
             dx = torch.addmm(dx, d_low, low_a)
         else:
             dx, d_low = None, torch.mm(dy, wide[:, dim:])
-        da = torch.mm(d_low.t(), x).float()
-        db = torch.mm(dy.t(), low).float() * ctx.scale
-        return dx, None, None, None, da, db, None
+        da = torch.mm(d_low.t(), x).float().split(ctx.ranks)
+        # The blocks beside the diagonal, which belong to no parameter, cost less than n products.
+        db = torch.mm(dy.t(), low).float().split(outs)
+        db = [
+            b.split(ctx.ranks, dim=1)[i] * s
+            for i, (b, s) in enumerate(zip(db, ctx.scales, strict=True))
+        ]
+        pairs = [part for pair in zip(da, db, strict=True) for part in pair]
+        return dx, None, None, None, None, *pairs
