@@ -144,18 +144,40 @@ def test_matrices_are_made_once_and_in_place(pixel_model, tmp_path, monkeypatch)
     assert places[0] == places[1]
 
 
-def test_a_rollout_waits_for_nothing_but_its_inputs(tmp_path):
-    """On the device: prompts, seeds, steps and the plan of all forwards go there once, whatever
-    their number."""
+class Silent:
+    """The methods of `capture.CudaRecorder`, for functions that run and are watched."""
+
+    def __init__(self, watch) -> None:
+        self.watch, self.captures = watch, 0
+
+    def warm_up(self, body) -> None:
+        body()
+
+    def capture(self, body):
+        before = len(self.watch.waits)
+        result = body()
+        assert self.watch.waits[before:] == []
+        self.captures += 1
+        return lambda: None, result
+
+
+def test_a_rollout_waits_for_nothing_but_its_inputs():
+    """On the device, captured and not: prompts, seeds, steps and the plan of all forwards go there
+    once, whatever their number."""
     changes = {"sample.shared_noise": True, "sample.share_prefix": True}
-    found = {}
     with on_meta.watching() as watch:
         provider = ours.Ours(Case(models.TINY_SD3, 2, 8, 2.0, 2, 0.0, 4), "meta")
-        for end in (3, 7):
-            config = replace(provider.config, **changes, **{"sample.window_range": (0, end)})
-            watch.restart()
-            train.collect(provider.parts, provider.conditioning, config)
-            found[end] = list(watch.waits)
-    assert len(found[3]) == len(found[7]) <= 8, found[7]
-    for line in found[7]:
-        assert "rollout.py" in line or "prefix.py" in line or "conditioning.py" in line
+        policy = provider.parts.policy
+        for graphs in (None, capture.Graphs(policy, Silent(watch))):
+            found, policy.graphs = {}, graphs
+            for end in (3, 7):
+                config = replace(provider.config, **changes, **{"sample.window_range": (0, end)})
+                watch.restart()
+                train.collect(provider.parts, provider.conditioning, config)
+                found[end] = list(watch.waits)
+            assert len(found[3]) == len(found[7]) <= 8, found[7]
+            for line in found[7]:
+                assert any(f"{name}.py" in line for name in ("rollout", "prefix", "conditioning"))
+    assert graphs.recorder.captures == 2, "chunks of two rows, and one alone"
+    inputs = [t for recording in graphs.recordings.values() for t in recording.inputs]
+    assert inputs and all(t.device.type == "meta" for t in inputs)
