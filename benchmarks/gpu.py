@@ -154,14 +154,16 @@ def tests(args: argparse.Namespace) -> list[str]:
 
 
 def sanitizer(args: argparse.Namespace) -> Part:
-    tool, script = shutil.which("compute-sanitizer"), str(HERE / "sanitize.py")
+    # CUDA's own folder too, which need not be on the PATH.
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    tool, script = shutil.which("compute-sanitizer", path=path), str(HERE / "sanitize.py")
     if args.smoke:
         return Part("sanitizer", 40 * args.scale, [[sys.executable, script, "cpu"]])
     commands = [
         [str(tool), "--tool", name, "--error-exitcode", "1", sys.executable, script]
         for name in ("memcheck", "racecheck")
     ]
-    absent = "" if tool else "compute-sanitizer is not on the PATH"
+    absent = "" if tool else "there is no compute-sanitizer"
     return Part(
         "sanitizer", 40 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
     )
