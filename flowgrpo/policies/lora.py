@@ -158,17 +158,17 @@ def _scale(layer: nn.Module) -> float:
 def _matrices(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrices:
     """A [R, in], [W, s B] [out, in + R] and the bias [out] or None in the dtype of W, with R and
     out summed over the group; written over `into` if that fits."""
-    bases = [layer.base_layer for layer in group]
-    parameters = [_parameters(layer) for layer in group]
-    weight, bias = bases[0].weight, bases[0].bias
-    low_a = torch.cat([a for a, _ in parameters]).to(weight.dtype)
-    scaled = [b * _scale(layer) for layer, (_, b) in zip(group, parameters, strict=True)]
-    scaled_b = torch.block_diag(*scaled).to(weight.dtype)
+    parts = [(layer.base_layer, *_parameters(layer), _scale(layer)) for layer in group]
+    base, low_a, b, scale = parts[0]
+    weight, bias, scaled_b = base.weight, base.bias, b * scale
     if len(group) > 1:
-        weight = torch.cat([base.weight for base in bases])
-        bias = None if bias is None else torch.cat([base.bias for base in bases])
+        weight = torch.cat([base.weight for base, _, _, _ in parts])
+        bias = None if bias is None else torch.cat([base.bias for base, _, _, _ in parts])
+        low_a = torch.cat([a for _, a, _, _ in parts])
+        scaled_b = torch.block_diag(*(b * scale for _, _, b, scale in parts))
+    scaled_b = scaled_b.to(weight.dtype)
     if into is None or (into[0].dtype, into[0].device) != (weight.dtype, weight.device):
-        return low_a, torch.cat((weight, scaled_b), dim=1), bias
+        return low_a.to(weight.dtype, copy=True), torch.cat((weight, scaled_b), dim=1), bias
     low, wide, copied = into
     if len(group) > 1 and bias is not None:
         bias = copied.copy_(bias)

@@ -89,8 +89,8 @@ ROWS = 2
 
 def trainable(model, rank=8, fuse=False):
     model = model.to(torch.bfloat16).requires_grad_(False)
+    attention.pin(model, "native_flash", torch.device("cpu"), torch.bfloat16)
     if fuse:
-        attention.pin(model, "native_flash", torch.device("cpu"), torch.bfloat16)
         fused.fuse(model)
     add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
     return model
