@@ -202,7 +202,7 @@ def test_memory_moves_with_what_it_is_made_of():
     )
     recomputed = parts(sample__batch_size=8, policy__gradient_checkpointing=True)["update"]
     # 0.9 of it are the joined matrices, which stay; test_on_device_memory.py counts them.
-    assert recomputed == pytest.approx(4.21, abs=0.01)
+    assert recomputed == pytest.approx(4.26, abs=0.01)
     offloaded = parts(sample__batch_size=8, policy__offload_text_encoders=True)
     assert offloaded["weights"] == pytest.approx(4.33, abs=0.01)
     assert offloaded["encode"] == pytest.approx(10.39, abs=0.01)
