@@ -143,7 +143,7 @@ def test_the_files_with_gpu_tests(tmp_path):
 def test_wheels_are_installed_without_a_network(tmp_path):
     (tmp_path / "tyro-1.0-py3-none-any.whl").write_bytes(b"")
     args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path, scale=1.0)
-    wheels, project, _ = gpu.build(args)
+    wheels, project, *_ = gpu.build(args)
     assert "--no-index" in wheels and wheels[-1].endswith("tyro-1.0-py3-none-any.whl")
     assert {"--no-deps", "--no-build-isolation", str(gpu.ROOT)} <= set(project)
 
