@@ -62,7 +62,7 @@ def suite(script: str, out: Path, budget: float, *more: str) -> list[str]:
 
 def parts(args: argparse.Namespace) -> list[Part]:
     """The parts in the order in which they run."""
-    out, python = args.out, sys.executable
+    out = args.out
     device = "cpu" if args.smoke else "cuda"
     # Named, so that a GPU that PyTorch does not see is no run on the CPU.
     where = ["--device", device, *(["--smoke"] if args.smoke else [])]
@@ -73,17 +73,6 @@ def parts(args: argparse.Namespace) -> list[Part]:
             name, budget, [suite(script, out / f"{name}-{device}.json", budget, *more, *where)]
         )
 
-    begun = (out / "nano" / "config.json").exists()
-    nano = [python, "-m", "flowgrpo", "train"]
-    nano += ["--run.resume" if begun else "--run.out", str(out / "nano")]
-    # What fits; the whole run is `flowgrpo train`.
-    nano += [] if args.smoke else ["--run.steps", "60"]
-    nano += [] if begun else ["--policy.device", device]
-    if args.smoke and not begun:
-        tiny = {"--run.steps": 1, "--run.eval-prompts": 2, "--run.eval-samples": 1}
-        tiny |= {"--run.eval-guidance": 1, "--sample.eval-steps": 2, "--sample.batch-size": 2}
-        tiny |= {"--sample.prompts-per-iteration": 2, "--sample.group-size": 2}
-        nano += [str(word) for pair in tiny.items() for word in pair]
     plain = ("--providers", "ours,ours-loop,ours-fused,eager")
     trained = ("--providers", "ours,ours-captured,ours-fused,eager")
     # Alone, since making a baseline drops what was compiled before it.
@@ -103,7 +92,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("update", 35, "bench_update.py", "--alone", *trained, *sd3),
         one("iteration", 30, "bench_iteration.py", "--alone", *trained, *sd3),
         one("memory", 20, "bench_iteration.py", "--memory", *sd3),
-        Part("nano", 40 * args.scale, [nano]),
+        Part("nano", 40 * args.scale, [nano(args, device)]),
         sanitizer(args),
         one("profile-rollout", 15, "bench_rollout.py", "--profile", *filtered(args)),
         one("profile-update", 15, "bench_update.py", "--profile", *filtered(args)),
@@ -123,6 +112,21 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("compiled-kernels", 15, "bench_kernels.py", "--cases", "sd3-512 b16 bfloat16"),
         Part("single-pass", 10 * args.scale, [single]),
     ]
+
+
+def nano(args: argparse.Namespace, device: str) -> list[str]:
+    """The first run, as far as it gets; one that was stopped goes on."""
+    folder = args.out / "nano"
+    command = [sys.executable, "-m", "flowgrpo", "train"]
+    if (folder / "config.json").exists():
+        return [*command, "--run.resume", str(folder)]
+    command += ["--run.out", str(folder), "--policy.device", device]
+    if not args.smoke:
+        return [*command, "--run.steps", "60"]
+    tiny = {"--run.steps": 1, "--run.eval-prompts": 2, "--run.eval-samples": 1}
+    tiny |= {"--run.eval-guidance": 1, "--sample.eval-steps": 2, "--sample.batch-size": 2}
+    tiny |= {"--sample.prompts-per-iteration": 2, "--sample.group-size": 2}
+    return [*command, *(str(word) for pair in tiny.items() for word in pair)]
 
 
 def filtered(args: argparse.Namespace) -> list[str]:
