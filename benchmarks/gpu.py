@@ -271,6 +271,10 @@ def main(argv: list[str] | None = None) -> int:
             done = {"part": part.name, "result": "not begun: no time left", "seconds": 0.0}
         else:
             done = execute(part, args.out, min(part.budget, left))
+        if part.name == "build" and done["result"] != "passed":
+            # The packages need no installation; their CPU library, which does, is not needed here.
+            found = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
         show(done, args.out, args.lines)
         summary.append(done)
         (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

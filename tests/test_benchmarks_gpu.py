@@ -79,6 +79,16 @@ def test_the_archive_has_what_there_is_when_the_rest_is_killed(parts, tmp_path, 
         assert {"out/summary.json", "out/good.log"} <= set(packed.getnames())
 
 
+def test_without_an_installation_the_tree_itself_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "there")
+    show = say("import os; print(os.environ['PYTHONPATH'])")
+    made = [gpu.Part("build", 30, [say("raise SystemExit(1)")]), gpu.Part("next", 30, [show])]
+    monkeypatch.setattr(gpu, "parts", lambda args: made)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    found = (tmp_path / "next.log").read_text().splitlines()[-1].split(os.pathsep)
+    assert found == [str(gpu.ROOT), str(gpu.ROOT / "kernels"), "there"]
+
+
 def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path), "--parts", "good"]) == 0
     assert not (tmp_path / "bad.log").exists()
