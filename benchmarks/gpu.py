@@ -155,7 +155,9 @@ def tests(args: argparse.Namespace) -> list[str]:
     if args.smoke:
         # On a CPU they are all skipped: one file shows that the part runs.
         return [*command, str(folder / "kernels" / "test_gpu.py")]
-    if importlib.util.find_spec("xdist"):
+    # There, or among the wheels that the part before this one installs.
+    brought = args.wheels is not None and any(args.wheels.glob("pytest_xdist-*.whl"))
+    if brought or importlib.util.find_spec("xdist"):
         # Most of their time is Triton's compiler, one core a process.
         command += ["-n", "8", "--dist", "worksteal"]
     # The other files would be imported for nothing, and may want libraries that are not there.

@@ -158,6 +158,15 @@ def test_wheels_are_installed_without_a_network(tmp_path):
     assert {"--no-deps", "--no-build-isolation", str(gpu.ROOT)} <= set(project)
 
 
+def test_processes_side_by_side_if_pytest_has_them_or_will(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    args = argparse.Namespace(out=tmp_path, smoke=False, wheels=tmp_path, scale=1.0)
+    assert "-n" not in gpu.tests(args)
+    (tmp_path / "pytest_xdist-3.8.0-py3-none-any.whl").write_bytes(b"")
+    command = gpu.tests(args)
+    assert command[command.index("-n") + 1] == "8"
+
+
 def test_every_kernel_runs_in_the_sanitizers_script(tmp_path):
     done = subprocess.run(
         [PYTHON, BENCHMARKS / "sanitize.py", "cpu"], capture_output=True, text=True,
