@@ -101,8 +101,8 @@ class CudaRecorder:
         of capturing then, in which giving memory back and drawing numbers raise."""
         index = self.device.index
         index = torch.cuda.current_device() if index is None else index
-        # RuntimeError: the capture itself has ended well, and so has the allocator's. AttributeError:
-        # the names are torch's own, and another version may have others.
+        # RuntimeError: the capture itself has ended well, and so has the allocator's. The names are
+        # torch's own, and another version may have others.
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self.pool)
             torch._C._cuda_releasePool(index, self.pool)
