@@ -179,3 +179,20 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
     for name, value in vars(one).items():
         if value is not None:
             assert torch.equal(value, getattr(other, name)), name
+
+
+class Silent:
+    """The methods of `capture.CudaRecorder`, for functions that are run and watched."""
+
+    def __init__(self, watch) -> None:
+        self.watch, self.captures = watch, 0
+
+    def warm_up(self, body) -> None:
+        body()
+
+    def capture(self, body):
+        before = len(self.watch.waits)
+        result = body()
+        assert self.watch.waits[before:] == []
+        self.captures += 1
+        return lambda: None, result

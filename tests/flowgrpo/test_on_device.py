@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import Silent
 
 from flowgrpo import capture, losses, rollout, train
 from flowgrpo.config import replace
@@ -162,23 +163,6 @@ def test_images_of_an_evaluation_are_made_without_waiting(made, quiet):
         )
     assert images.shape == (3, 3, 64, 64) and images.device == META
     assert quiet["waits"] == []
-
-
-class Silent:
-    """The methods of `capture.CudaRecorder`, for functions that are run and watched."""
-
-    def __init__(self, watch) -> None:
-        self.watch, self.captures = watch, 0
-
-    def warm_up(self, body) -> None:
-        body()
-
-    def capture(self, body):
-        before = len(self.watch.waits)
-        result = body()
-        assert self.watch.waits[before:] == []
-        self.captures += 1
-        return lambda: None, result
 
 
 @tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers
-from recorded import assert_equal, eager, evaluate, made
+from recorded import Silent, assert_equal, eager, evaluate, made
 from test_prefix import CASES, SHARED
 
 from flowgrpo import capture, prefix, train
@@ -142,23 +142,6 @@ def test_matrices_are_made_once_and_in_place(pixel_model, tmp_path, monkeypatch)
             for parameter in policy.parameters():
                 parameter.mul_(1.1)
     assert places[0] == places[1]
-
-
-class Silent:
-    """The methods of `capture.CudaRecorder`, for functions that run and are watched."""
-
-    def __init__(self, watch) -> None:
-        self.watch, self.captures = watch, 0
-
-    def warm_up(self, body) -> None:
-        body()
-
-    def capture(self, body):
-        before = len(self.watch.waits)
-        result = body()
-        assert self.watch.waits[before:] == []
-        self.captures += 1
-        return lambda: None, result
 
 
 def test_a_rollout_waits_for_nothing_but_its_inputs():
