@@ -105,12 +105,10 @@ class JointAttention:
         if encoder_hidden_states is None:
             out = attend(query, key, value, self._attention_backend).flatten(2)
             return attn.to_out[1](attn.to_out[0](out))
-        text = map(split, projections(attn, ADDED, encoder_hidden_states))
-        text_query, text_key, text_value = text
-        text_query, text_key = (
-            norm(attn.norm_added_q, text_query),
-            norm(attn.norm_added_k, text_key),
-        )
+        made = projections(attn, ADDED, encoder_hidden_states)
+        text_query, text_key, text_value = map(split, made)
+        text_query = norm(attn.norm_added_q, text_query)
+        text_key = norm(attn.norm_added_k, text_key)
         out = attend(
             torch.cat([query, text_query], dim=1),
             torch.cat([key, text_key], dim=1),
