@@ -205,12 +205,10 @@ def _implementation(name: str, arguments: list[str]) -> Callable:
         function = fallback
         if sample.dtype != torch.float64:
             function = _resolve(name, sample.device.type)[1]
-        return function(
-            *[
-                a.contiguous() if isinstance(a, Tensor) and i != step else a
-                for i, a in enumerate(args)
-            ]
-        )
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor) and i != step and not a.is_contiguous():
+                args = (*args[:i], a.contiguous(), *args[i + 1 :])
+        return function(*args)
 
     run.__name__ = name
     return run

@@ -21,6 +21,7 @@ When grad_loss turns out to be another value, backward reads everything again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,26 +49,12 @@ class GrpoLoss(NamedTuple):
 
 
 class _GrpoLoss(torch.autograd.Function):
-    # grad_loss of the last backward: a guess at the next one, which changes no result.
-    expected = 1.0
+    """Backward reads the latents once more."""
 
     @staticmethod
     def forward(ctx, uncond_grad, *args):
-        ctx.ready = None
-        if _in_one_pass(args[0], args[3]):
-            expected = _GrpoLoss.expected
-            *outputs, dv, du = _gradient(*args, expected, uncond_grad)
-            ctx.ready = expected, dv, du
-        else:
-            outputs = _forward(*args)
-        velocity, uncond, scale, sample, prev_sample, _, _, table, step, ref, ref_u, old = args[:12]
-        ctx.save_for_backward(
-            outputs[6], velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old
-        )
-        ctx.scale, ctx.uncond_grad = scale, uncond_grad
-        ctx.mark_non_differentiable(*outputs[1:6])
-        # The gradients of the other outputs are never used: no zeros are made for them.
-        ctx.set_materialize_grads(False)
+        outputs = _forward(*args)
+        _keep(ctx, uncond_grad, args, outputs)
         return tuple(outputs[:6])
 
     @staticmethod
@@ -75,21 +62,63 @@ class _GrpoLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *unused):
         if grad_loss is None:
             return (None,) * 19
-        coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = (
-            ctx.saved_tensors
-        )
+        return None, *_gradients(ctx, ctx.saved_tensors, grad_loss), *[None] * 16
+
+
+class _GrpoLossInOnePass(torch.autograd.Function):
+    """Forward writes the gradient too. What needs none comes in one tuple: autograd spends time on
+    each argument of its own."""
+
+    # grad_loss of the last backward: a guess at the next one, which changes no result.
+    expected = 1.0
+
+    @staticmethod
+    def forward(ctx, velocity, uncond, uncond_grad, constants):
+        args = velocity, uncond, *constants
+        expected = _GrpoLossInOnePass.expected
+        *outputs, dv, du = _gradient(*args, expected, uncond_grad)
+        ctx.ready = expected, dv, du
+        _keep(ctx, uncond_grad, args, outputs)
+        return tuple(outputs[:6])
+
+    @staticmethod
+    @once_differentiable("grpo_loss")
+    def backward(ctx, grad_loss, *unused):
+        if grad_loss is None:
+            return (None,) * 4
+        # Read even if not needed: autograd then refuses what was changed in place meanwhile.
+        saved = ctx.saved_tensors
         # Handed out once: whoever gets the gradient may change it in place.
         ready, ctx.ready = ctx.ready, None
         if ready is not None:
-            _GrpoLoss.expected = grad_loss.item()
-        if ready is not None and ready[0] == _GrpoLoss.expected:
-            _, dv, du = ready
+            _GrpoLossInOnePass.expected = grad_loss.item()
+        if ready is not None and ready[0] == _GrpoLossInOnePass.expected:
+            dv, du = ready[1], (ready[2] if ctx.uncond_grad else None)
         else:
-            dv, du = _backward(
-                grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,
-                ref, ref_u, old, ctx.uncond_grad,
-            )  # fmt: skip
-        return None, dv, (du if ctx.uncond_grad else None), *[None] * 16
+            dv, du = _gradients(ctx, saved, grad_loss)
+        return dv, du, None, None
+
+
+def _keep(ctx, uncond_grad: bool, args: tuple, outputs: Sequence[Tensor]) -> None:
+    """What `_gradients` needs. args and outputs are those of the op grpo_loss_forward."""
+    velocity, uncond, scale, sample, prev_sample, _, _, table, step, ref, ref_u, old = args[:12]
+    ctx.save_for_backward(
+        outputs[6], velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old
+    )
+    ctx.scale, ctx.uncond_grad = scale, uncond_grad
+    ctx.mark_non_differentiable(*outputs[1:6])
+    # The gradients of the other outputs are never used: no zeros are made for them.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of velocity and uncond_velocity, from what `_keep` saved."""
+    coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = saved
+    dv, du = _backward(
+        grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,
+        ref, ref_u, old, ctx.uncond_grad,
+    )  # fmt: skip
+    return dv, (du if ctx.uncond_grad else None)
 
 
 def _in_one_pass(velocity: Tensor, sample: Tensor) -> bool:
@@ -173,10 +202,13 @@ def grpo_loss(
         row_weight, row_weight if kl_row_weight is None else kl_row_weight,
         float(kl_weight), low, high, float(adv_clip),
     )  # fmt: skip
-    if torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad):
-        loss, policy, kl, fraction, lp, ratio = _GrpoLoss.apply(uncond_grad, *args)
+    if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
+        outputs = _forward(velocity.detach(), *args[1:])
+    elif _in_one_pass(velocity, sample):
+        outputs = _GrpoLossInOnePass.apply(velocity, uncond, uncond_grad, args[2:])
     else:
-        loss, policy, kl, fraction, lp, ratio, _ = _forward(velocity.detach(), *args[1:])
+        outputs = _GrpoLoss.apply(uncond_grad, *args)
+    loss, policy, kl, fraction, lp, ratio = outputs[:6]
     return GrpoLoss(loss, policy, kl, lp, ratio, fraction)
 
 

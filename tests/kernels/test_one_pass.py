@@ -85,7 +85,7 @@ def second_passes(monkeypatch):
         return backward(grad_loss, *args)
 
     monkeypatch.setattr(MODULE, "_backward", counting)
-    monkeypatch.setattr(MODULE._GrpoLoss, "expected", 1.0)
+    monkeypatch.setattr(MODULE._GrpoLossInOnePass, "expected", 1.0)
     return seen
 
 
