@@ -5,14 +5,12 @@
 or `with patch(train_grpo_flux): ...`. Same arguments, same return tuple. What differs:
 
 1. x' is rounded to the dtype of `latents` before it is scored (no difference for float32 latents,
-   which
-   is what DanceGRPO feeds).
+   which is what DanceGRPO feeds).
 2. Arithmetic is float32 throughout. theirs multiplies a bfloat16 model_output in bfloat16.
 3. eta = 0 gives log_prob 0 and no gradient; theirs fails in the logarithm of 0.
 4. No host synchronisation: the table for `sigmas` is made once and kept with the tensor.
 5. `latents` and `prev_sample` are constants for the gradient of log_prob; one that requires a
-   gradient
-   raises.
+   gradient raises.
 
 seeds= draws the noise from the samples' own seeds instead of torch's global generator. There is no
 switch to their 16-bit arithmetic: pass model_output.float() to theirs to compare.

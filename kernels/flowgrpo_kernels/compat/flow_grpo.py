@@ -13,14 +13,12 @@ Same arguments, same return tuple, noise from the same torch generator. What dif
    bfloat16 or float16 is the one that a replay computes. theirs scores the unrounded float32 x'.
    With float32 samples there is no difference. The returned tensor is float32, as theirs.
 2. A step without noise (noise_level 0, the last step of "cps") has log_prob 0 and no gradient.
-   theirs
-   returns NaN for "sde" and minus the squared error for "cps".
+   theirs returns NaN for "sde" and minus the squared error for "cps".
 3. No host synchronisation per row: timesteps are compared with the scheduler's on the device. A
    timestep that the scheduler does not have raises on the CPU and gives a row of NaN on a GPU.
 4. The coefficients are computed in float64 and rounded once; results agree to float32 rounding.
 5. `sample` and `prev_sample` are constants for the gradient of log_prob; one that requires a
-   gradient
-   raises. prev_sample_mean is differentiable in everything, as theirs.
+   gradient raises. prev_sample_mean is differentiable in everything, as theirs.
 
 peer_log_prob=True computes log_prob by their expression instead (differences 1, 2 and 5 are gone,
 and with them the bitwise ratio of 1 for 16-bit storage).
