@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 
 from flowgrpo import budget, cli
 from flowgrpo.config import Config, PolicyConfig, replace
@@ -229,8 +230,9 @@ def test_rows_of_a_forward_fit_and_divide(memory):
 
 def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "gpu_memory", lambda: 24.0)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    # The environment was read when huggingface_hub was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     line = ["train", "sd35m_geneval", "--sample.batch-size", "8", "--run.out", str(tmp_path / "r")]
     line += ["--reward.weights", "geneval", "1", "--reward.report", "geneval"]
     assert cli.main(line) == 2
