@@ -48,6 +48,10 @@ def poisoned_empty(monkeypatch):
 
         return wrapped
 
+    # torch.device as a context goes by a list of these functions, made when it is first entered:
+    # of the poisoned ones it would know no others for the rest of the process.
+    with torch.device("cpu"):
+        torch.empty(0)
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

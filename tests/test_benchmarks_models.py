@@ -51,6 +51,7 @@ def test_parameters_and_operations(name):
     model = MODELS[name]
     with torch.device("meta"):
         made = network(model)
+        assert all(p.is_meta for p in made.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             made(**inputs(model, 3))
     assert sum(p.numel() for p in made.parameters()) == model.parameters
