@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import flowgrpo_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"]
 LIBRARY = "flowgrpo_kernels/libflowgrpo_native"
@@ -54,10 +56,17 @@ def build_info(wheel: zipfile.ZipFile) -> dict:
     return json.loads(wheel.read("flowgrpo_kernels/_native_build.json"))
 
 
-# Compiles three instruction sets, ten seconds of CPU: it tests the path from CMake to the wheel.
+# The path from CMake to the wheel, which the optimizer's twenty seconds add nothing to: the library
+# that the other tests load was compiled with all of it.
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build_wheel(copy_tree(tmp_path_factory.mktemp("full") / "tree"))
+    folder = tmp_path_factory.mktemp("full")
+    if shutil.which("c++") is None:
+        return build_wheel(copy_tree(folder / "tree"))
+    quick = folder / "quick-c++"
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O1\n')
+    quick.chmod(0o755)
+    return build_wheel(copy_tree(folder / "tree"), CXX=str(quick))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +113,22 @@ def test_metadata(pure_wheel):
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
+def assert_plain(library: bytes) -> None:
+    """It needs neither torch nor Python nor the C++ library."""
+    assert library.startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe"))
+    for foreign in (b"libtorch", b"libc10", b"libpython", b"PyInit_", b"libstdc++"):
+        assert foreign not in library
+
+
+def test_the_installed_library_is_plain():
+    """As it was compiled for this machine, with full optimization."""
+    found = list(Path(flowgrpo_kernels.__file__).parent.glob("libflowgrpo_native.*"))
+    if not found:
+        pytest.skip("installed without the native library")
+    for library in found:
+        assert_plain(library.read_bytes())
+
+
 def test_wheel_with_native_library(wheel):
     info = build_info(wheel)
     if shutil.which("c++") is None or shutil.which("cmake") is None:
@@ -111,9 +136,7 @@ def test_wheel_with_native_library(wheel):
     assert info["built"], info["reason"]
     assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.filename)
     (library,) = [n for n in wheel.namelist() if n.startswith(LIBRARY)]
-    content = wheel.read(library)
-    for foreign in (b"libtorch", b"libc10", b"libpython", b"PyInit_", b"libstdc++"):
-        assert foreign not in content
+    assert_plain(wheel.read(library))
     assert not any(n.endswith((".cpp", ".h")) for n in wheel.namelist())
 
 
