@@ -114,7 +114,7 @@ def test_one_sentence_for_each_failure(answer, error, message):
 
 def test_a_slow_server_times_out():
     app = Answers(scores(*range(5)))
-    app.delay = 2.0
+    app.delay = 0.6
     with running(app) as url, pytest.raises(RemoteError, match=r"gave no answer .ReadTimeout"):
         ask(url, timeout=0.2, retries=1)
 
