@@ -1,4 +1,5 @@
-"""Shared by every test: one torch thread, the Triton interpreter without a GPU, NaN buffers."""
+"""Shared by every test: one torch thread, the Triton interpreter without a GPU, NaN buffers; the
+whole suite in a process a core."""
 
 from __future__ import annotations
 
@@ -11,6 +12,31 @@ import torch
 # imports triton. Tests that need the compiler run in a subprocess without it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+PROCESSES = 4
+"""At most."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in a process a core, file by file, where pytest-xdist is installed; -n
+    says otherwise. Chosen tests run in this process, where they begin at once; so does everything
+    on a GPU, of which there may be one."""
+    options = config.option
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not (
+        options.keyword or options.markexpr or getattr(options, "lf", False)
+    )
+    shown = options.usepdb or options.trace or options.capture == "no"
+    # Which only pytest-xdist has, and its own processes are given.
+    undecided = getattr(options, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if whole and undecided and not shown and not torch.cuda.is_available():
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # A process takes up to 2 GB.
+        count = min(PROCESSES, len(os.sched_getaffinity(0)), memory >> 32)
+        if count > 1:
+            options.numprocesses, options.dist = count, "loadfile"
+            options.loadscopereorder = False
 
 
 def pytest_configure(config):
