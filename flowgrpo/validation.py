@@ -49,7 +49,9 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return f"a value of type {getattr(hint, '__name__', hint) if isinstance(hint, type) else hint}"
+    # In Python 3.10 dict[str, float] counts as a type, whose name is dict.
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return f"a value of type {hint.__name__ if plain else hint}"
 
 
 def check_types(section: str, values: Any) -> None:
