@@ -285,6 +285,8 @@ def versions() -> dict[str, str | None]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    # The package's version does not always name the build, such as +cu130; the module's does.
+    found["torch"] = str(torch.__version__)
     return found
 
 
