@@ -4,8 +4,8 @@ benchmarks/on_meta.py raises where a tensor of the host meets one of the device,
 place where the host would wait for the device or copy to it. Inside `denoise` and a micro-step,
 which a CUDA graph is to hold, there must be none; elsewhere their number is fixed.
 
-One iteration is that of the models at their real widths, resolutions and lengths of text, with few
-blocks; what the options change is tried on the tiny ones of the same classes.
+One iteration is that of the models at their real sizes; what the options change is tried on the
+tiny ones of the same classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import replace as changed
 from pathlib import Path
 
 import pytest
-import shallow
 import torch
 from recorded import Silent
 
@@ -36,8 +35,8 @@ finally:
 META = torch.device("meta")
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
-    "sd3": Case(shallow.SD3, 2, 2, 4.5, 1, 0.04, 2),
-    "flux": Case(shallow.FLUX, 2, 2, 1.0, 1, 0.0, 2),
+    "sd3": Case(models.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
+    "flux": Case(models.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
 }
 TINY = {
     "tiny-sd3": Case(models.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),
