@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from poison import poisoned_empty as poisoned_empty
 
 # Triton reads this when its own library functions are decorated, so it comes before any test
 # imports triton. Tests that need the compiler run in a subprocess without it.
@@ -59,25 +60,3 @@ def pytest_terminal_summary(terminalreporter):
 
     ran, skipped = gpu("passed") + gpu("failed"), gpu("skipped")
     terminalreporter.write_line(f"GPU tests: {ran} ran, {skipped} skipped")
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """torch.empty and its relatives return NaN, so that an output left unwritten is seen."""
-
-    def poison(function):
-        def wrapped(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            if torch.compiler.is_compiling() or not tensor.is_floating_point():
-                return tensor
-            return tensor.fill_(float("nan"))
-
-        return wrapped
-
-    # torch.device as a context goes by a list of these functions, made when it is first entered:
-    # of the poisoned ones it would know no others for the rest of the process.
-    with torch.device("cpu"):
-        torch.empty(0)
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
