@@ -1,16 +1,21 @@
 """Serves a reward to other machines, by the protocol of flowgrpo.rewards.http.
 
-    POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]} -> {"scores":
-    [...]} GET  /health    {"reward": name} GET  /docs      the OpenAPI page
+    POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]}
+                    -> {"scores": [...]}
+    GET  /health    {"reward": name}
+    GET  /docs      the OpenAPI page
 
 With a token every request to /score must carry it; without one the server listens on the loopback
-interface only. Requests that are too long are refused unread, those without a length too; images
-and pixels are limited before anything is decompressed. One batch is scored at a time. A score that
-is not finite leaves as null. Nothing that arrives is ever executed or unpickled.
+interface only. Requests that are too long, or do not tell their length, are refused before they are
+read, and what still comes of them is dropped; images and pixels are limited before anything is
+decompressed. One batch is scored at a time. A score that is not finite leaves as null. Nothing that
+arrives is ever executed or unpickled.
 """
 
 # No `from __future__ import annotations`: FastAPI reads the annotations of functions inside `app`.
 
+import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -34,6 +39,10 @@ MAX_IMAGES = 256
 MAX_PIXELS = 4096 * 4096
 INSTALL = "'flowgrpo[serve]'"
 
+LINGER = 5.0
+"""Seconds for which a refused request is still read and dropped: a connection that is closed over
+unread bytes is reset, and its client sees that in place of the answer."""
+
 
 def serve(
     name: str,
@@ -49,8 +58,7 @@ def serve(
 
     Raises:
         RewardError: the reward is unknown or cannot be built, `host` is not the loopback interface
-        and
-            there is no token, or the port is taken.
+            and there is no token, or the port is taken.
     """
     uvicorn = library("uvicorn", name, INSTALL)
     token = token or os.environ.get("FLOWGRPO_SERVE_TOKEN")
@@ -161,10 +169,14 @@ class Gate:
         status, detail = refusal
         body = json.dumps({"detail": detail}).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers.append((b"content-length", str(len(body)).encode()))
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drop(receive), LINGER)
+        await send({"type": "http.response.body", "body": b""})
 
     def _refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         given = headers.get(b"authorization", b"")
@@ -176,6 +188,12 @@ class Gate:
         if int(headers[b"content-length"]) > self.max_bytes:
             return 413, f"the request is longer than {self.max_bytes} bytes"
         return None
+
+
+async def _drop(receive: Any) -> None:
+    """Read what is left of a request, and keep none of it."""
+    while (await receive()).get("more_body", False):
+        pass
 
 
 def _images(fastapi: Any, request: Any, max_pixels: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from PIL import Image
 from servers import running
 
 from flowgrpo.rewards import RewardError, load
+from flowgrpo.rewards import serve as rewards_server
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.serve import app, bind, is_loopback, serve
 
@@ -75,6 +77,8 @@ def test_the_token_is_required():
 def test_limits():
     with running(app(means, "means", max_bytes=20_000, max_images=2)) as url:
         assert post(url, b"x" * 20_001)[0] == 413
+        # Longer than what lies in buffers: the client is still sending when it is refused.
+        assert post(url, b"x" * 5_000_000)[0] == 413
         status, reply = post(url, body())
         assert status == 422
         assert "at most 2" in str(reply)
@@ -89,6 +93,17 @@ def test_limits():
             422,
             "image 0: 24 x 16 pixels, but at most 383 are allowed",
         )
+
+
+def test_a_refused_request_that_does_not_end_is_cut_off(monkeypatch):
+    monkeypatch.setattr(rewards_server, "LINGER", 0.2)
+    head = b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 20001\r\n\r\n"
+    with running(app(means, "means", max_bytes=20_000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(head + b"x")
+            got = b"".join(iter(lambda: client.recv(4096), b""))
+    assert got.startswith(b"HTTP/1.1 413 ") and got.endswith(b'longer than 20000 bytes"}')
 
 
 def bomb():
