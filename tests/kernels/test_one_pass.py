@@ -135,6 +135,11 @@ def test_a_second_backward_is_not_handed_the_first_ones_tensor(second_passes):
             value = loss(b, middle)
             middle.add_(1)
             value.backward()
+        # So it does for what autograd gets inside a tuple.
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value = loss(b, v)
+            b.sample.add_(1)
+            value.backward()
 
 
 @needs_native
