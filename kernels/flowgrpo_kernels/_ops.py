@@ -190,7 +190,7 @@ def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
     return found
 
 
-def _implementation(name: str, arguments: list[str]) -> Callable:
+def _implementation(name: str, arguments: list[str], written: list[int]) -> Callable:
     """The op's body for every device: contiguous tensors to the chosen backend.
 
     One step for all rows stays a view of stride 0: a copy would be a launch of its own.
@@ -201,14 +201,19 @@ def _implementation(name: str, arguments: list[str]) -> Callable:
     step = arguments.index("step") if "step" in arguments else -1
 
     def run(*args):
-        sample = args[chooser]
+        given, sample = args, args[chooser]
         function = fallback
         if sample.dtype != torch.float64:
             function = _resolve(name, sample.device.type)[1]
         for i, a in enumerate(args):
             if isinstance(a, Tensor) and i != step and not a.is_contiguous():
                 args = (*args[:i], a.contiguous(), *args[i + 1 :])
-        return function(*args)
+        results = function(*args)
+        # Backends write through pointers: without this, autograd would take what a backward has
+        # saved of a buffer for unchanged.
+        if written:
+            torch.autograd.graph.increment_version([given[i] for i in written])
+        return results
 
     run.__name__ = name
     return run
@@ -218,11 +223,14 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _register(name: str, schema: str, function: Callable, body: Callable, cpu: str) -> None:
-    """function: of the reference. body(name, names of the arguments): what the op calls."""
+    """function: of the reference. body(name, names of the arguments, which of them are written):
+    what the op calls."""
     _references[name], _on_cpu[name] = function, cpu
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    arguments = [a.name for a in torch._C.parse_schema(name + schema).arguments]
-    _library.impl(name, body(name, arguments), "CompositeExplicitAutograd")
+    arguments = torch._C.parse_schema(name + schema).arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    function = body(name, [a.name for a in arguments], written)
+    _library.impl(name, function, "CompositeExplicitAutograd")
 
 
 for _name, _schema in SCHEMAS.items():
@@ -240,7 +248,7 @@ def define(name: str, schema: str, function: Callable, fake: Callable) -> None:
     Its backends get the tensors as they are, whatever their strides; the first argument chooses.
     """
 
-    def body(name: str, arguments: list[str]) -> Callable:
+    def body(name: str, arguments: list[str], written: list[int]) -> Callable:
         def run(*args):
             first = args[0]
             if first.dtype == torch.float64:

@@ -153,15 +153,11 @@ def sde_step(
         _checks.check_seeds(seeds, sample)
     elif noise is None and not transitions.deterministic:
         raise ValueError("seeds or noise must be given: the transitions are stochastic")
-    if torch.is_grad_enabled():
-        latents = (("velocity", velocity), ("uncond_velocity", uncond_velocity), ("sample", sample))
-        for name, value in latents:
-            if value is not None and value.requires_grad:
-                raise RuntimeError(
-                    f"sde_step has no gradient but {name} requires one: call it under "
-                    "torch.no_grad() and use log_prob or grpo_loss for the differentiable score"
-                )
     out, log_prob_out = _outputs(sample, out, log_prob_out)
+    _no_gradient(
+        velocity=velocity, uncond_velocity=uncond_velocity, sample=sample, noise=noise,
+        out=out, log_prob_out=log_prob_out,
+    )  # fmt: skip
     _sde_step(
         velocity,
         uncond_velocity,
@@ -184,8 +180,8 @@ def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tup
         out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     elif out.dtype != sample.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {sample.dtype} like sample, got {out.dtype}")
-    elif not torch.compiler.is_compiling() and out.data_ptr() == sample.data_ptr() != 0:
-        raise ValueError("out must not be the memory of sample")
+    elif not torch.compiler.is_compiling() and _overlap(out, sample):
+        raise ValueError("out must not be the memory of sample, nor overlap it")
     if log_prob is None:
         log_prob = torch.empty(sample.shape[0], dtype=dtype, device=sample.device)
     else:
@@ -193,3 +189,22 @@ def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tup
         if log_prob.dtype != dtype or not log_prob.is_contiguous():
             raise ValueError(f"log_prob_out must be contiguous and {dtype}, got {log_prob.dtype}")
     return out, log_prob
+
+
+def _overlap(out: Tensor, sample: Tensor) -> bool:
+    """Whether out, which is contiguous, holds elements of sample; both of one shape and dtype."""
+    start, size = out.data_ptr(), out.numel() * out.element_size()
+    distance = abs(start - sample.data_ptr())
+    # A sample that is not contiguous is copied before anything is written.
+    return start != 0 and (distance < size if sample.is_contiguous() else distance == 0)
+
+
+def _no_gradient(**tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise RuntimeError(
+                f"sde_step has no gradient but {name} requires one: call it under "
+                "torch.no_grad() and use log_prob or grpo_loss for the differentiable score"
+            )

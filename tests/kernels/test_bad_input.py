@@ -35,6 +35,9 @@ CALLS = {
     "grpo_loss": (grpo_loss, LOSS),
 }
 meta = B.velocity.to("meta")
+# Batches whose rows lie one row apart in the same memory.
+ROWS = torch.zeros(4, 4, 5)
+ROWS_ABOVE = ROWS[1:]
 
 EVERY = [
     ("velocity", B.velocity.tolist(), TypeError),
@@ -70,6 +73,7 @@ OWN = [
     ("sde_step", "out", torch.zeros(3, 4, 5, dtype=torch.bfloat16), ValueError),
     ("sde_step", "out", torch.zeros(3, 5, 4).mT, ValueError),
     ("sde_step", "out", B.sample, ValueError),
+    ("sde_step", "out", ROWS_ABOVE, ValueError),
     ("sde_step", "log_prob_out", torch.zeros(2), ValueError),
     ("sde_step", "log_prob_out", torch.zeros(3, dtype=torch.float16), ValueError),
     ("log_prob", "prev_sample", B.old[:2], ValueError),
@@ -96,6 +100,8 @@ CASES = [(op, *case) for op in CALLS for case in EVERY] + OWN
 @pytest.mark.parametrize(("op", "name", "value", "error"), CASES)
 def test_names_the_argument(op, name, value, error):
     function, kwargs = CALLS[op]
+    if value is ROWS_ABOVE:
+        kwargs = {**kwargs, "sample": ROWS[:3]}
     function(**kwargs)
     with pytest.raises(error, match=name):
         function(**{**kwargs, name: value})
@@ -112,11 +118,14 @@ def test_gradients_are_not_lost_in_silence():
         for name in ("sample", "prev_sample"):
             with pytest.raises(ValueError, match=f"{name} is a constant"):
                 function(**{**kwargs, name: kwargs[name].clone().requires_grad_()})
-    v = B.velocity.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"velocity.*log_prob"):
-        sde_step(**{**STEP, "velocity": v}, seeds=B.seeds)
-    with torch.no_grad():
-        sde_step(**{**STEP, "velocity": v}, seeds=B.seeds)
+    call = {**STEP, "noise": B.old}
+    new = {"out": torch.zeros_like(B.sample), "log_prob_out": torch.zeros(3)}
+    for name in ("velocity", "sample", "noise", "out", "log_prob_out"):
+        value = (call | new)[name].clone().requires_grad_()
+        with pytest.raises(RuntimeError, match=f"{name} requires one.*log_prob"):
+            sde_step(**{**call, name: value})
+        with torch.no_grad():
+            sde_step(**{**call, name: value})
 
 
 def test_no_noise_for_an_ode():

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import Transitions, cps, flow_sde, ode, philox, sde_step
+from flowgrpo_kernels import Transitions, cps, flow_sde, log_prob, ode, philox, sde_step
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ode"])
@@ -38,9 +38,6 @@ def test_accuracy_of_log_prob(backend, kind, shape):
     transitions = oracle.make(kind)
     out, lp = sde_step(b.velocity, b.sample, transitions, b.step, seeds=b.seeds)
     d = b.to(torch.float64)
-    exact = torch.empty(4, dtype=torch.float64)
-    from flowgrpo_kernels import log_prob
-
     exact = log_prob(d.velocity, d.sample, out.double(), transitions, b.step)
     assert oracle.error(lp, exact) < oracle.LOG_PROB_TOLERANCE
 
@@ -141,3 +138,18 @@ def test_quiet_rows_keep_bad_values_visible(backend):
     x = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
     out, lp = sde_step(torch.ones(2, 2), x, ode(oracle.SIGMAS), 0)
     assert lp.tolist() == [0, 0] and out.isnan().tolist() == [[False, True], [False, False]]
+
+
+def test_a_buffer_written_again_is_refused_by_the_backward_that_saved_it(backend):
+    """Backends write through pointers; autograd has to know, or the gradient is of other data."""
+    b, transitions = oracle.batch(3), flow_sde(oracle.SIGMAS)
+    out, lp = torch.zeros_like(b.sample), torch.zeros(3)
+    call = dict(seeds=b.seeds, out=out, log_prob_out=lp)
+    sde_step(b.velocity, b.sample, transitions, 2, **call)
+    v = b.velocity.clone().requires_grad_()
+    score = log_prob(v, b.sample, out, transitions, 2).sum()
+    weighted = (v.flatten(1).sum(1) * lp).sum()
+    sde_step(b.velocity, b.sample, transitions, 3, **call)
+    for value in (score, weighted):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
