@@ -95,32 +95,34 @@ def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> Non
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
 
 
-def resolve_step(step: int | Tensor, transitions: Transitions, sample: Tensor) -> Tensor:
+def resolve_step(
+    step: int | Tensor, transitions: Transitions, sample: Tensor, name: str = "step"
+) -> Tensor:
     """int, 0-dim or [B] int64 -> int64 [B] on the sample's device, a view where possible."""
     rows, batch = transitions.num_steps, sample.shape[0]
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:
-            raise TypeError(f"step must be int64, got {step.dtype}")
+            raise TypeError(f"{name} must be int64, got {step.dtype}")
         if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != batch):
-            raise ValueError(f"step must be an int, 0-dim or [{batch}], got {list(step.shape)}")
+            raise ValueError(f"{name} must be an int, 0-dim or [{batch}], got {list(step.shape)}")
         on_host = step.device.type == "cpu" and not torch.compiler.is_compiling()
         if step.ndim == 0 and on_host and sample.device.type != "cpu":
             step = int(step)
         else:
-            check_device("step", step, sample.device)
+            check_device(name, step, sample.device)
             if step.numel() and (on_host or (DEBUG and not torch.compiler.is_compiling())):
                 # One transfer and Python's own minimum: a reduction for each costs more.
                 values = step.reshape(-1).tolist()
                 low, high = min(values), max(values)
                 if low < 0 or high >= rows:
                     raise ValueError(
-                        f"step must be in [0, {rows - 1}], got values from {low} to {high}"
+                        f"{name} must be in [0, {rows - 1}], got values from {low} to {high}"
                     )
             return step.expand(batch)
     if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-        raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(step).__name__}")
     if step < 0 or step >= rows:
-        raise ValueError(f"step must be in [0, {rows - 1}], got {step}")
+        raise ValueError(f"{name} must be in [0, {rows - 1}], got {step}")
     return transitions._index[step].expand(batch)
 
 

@@ -14,7 +14,8 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def cached(sigmas: Tensor, key: Hashable, make: Callable):
     """make() for this sigma tensor and key. A tensor written in place since then is made anew.
 
-    Reads sigmas on the host the first time (one synchronisation when they live on a GPU).
+    Reads sigmas on the host the first time (one synchronisation when they live on a GPU); at every
+    call where they are inference tensors, whose changes nothing counts.
     """
     if sigmas.is_inference():
         return make()
@@ -23,6 +24,14 @@ def cached(sigmas: Tensor, key: Hashable, make: Callable):
         entries = {}
         _tables[sigmas] = (sigmas._version, entries)
     if key not in entries:
-        with torch.no_grad():
+        # A rollout under inference_mode may be what makes it, and a backward what uses it next.
+        with torch.inference_mode(False), torch.no_grad():
             entries[key] = make()
     return entries[key]
+
+
+def rows(table: Tensor, step: Tensor) -> Tensor:
+    """table[step] for int64 [N], NaN where the step is outside the table. Reads nothing back."""
+    inside = (step >= 0) & (step < table.shape[0])
+    found = table.index_select(0, step.clamp(0, table.shape[0] - 1))
+    return torch.where(inside[:, None], found, float("nan"))

@@ -23,11 +23,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._checks import resolve_step
 from ..log_prob import log_prob as _score
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, dance_sde
 from ._patch import Patch
-from ._tables import cached
+from ._tables import cached, rows
 
 
 def flux_step(
@@ -44,17 +45,15 @@ def flux_step(
 ) -> tuple[Tensor, ...]:
     """(prev_sample, pred_original, log_prob [B]) with grpo, else (mean, pred_original).
 
-    sigmas: [T + 1] tensor, 1 -> 0. index: the step, an int or a 0-dim int64 tensor.
+    sigmas: [T + 1] tensor, 1 -> 0. index: the step, an int, or a 0-dim or [B] int64 tensor.
     sde_solver=False keeps the ODE mean and adds noise of eta sqrt(dt).
     """
     key = (float(eta), bool(sde_solver), str(latents.device))
     transitions = cached(sigmas, key, lambda: _transitions(sigmas, eta, sde_solver, latents.device))
-    step = index if isinstance(index, Tensor) else transitions._index[index]
-    row = transitions.table[step]
-    sigma = row[COLUMNS.index("sigma")]
+    a, b, sigma = _coefficients(index, transitions, latents)
     pred_original = latents.float() - sigma * model_output.float()
     if not grpo:
-        return row[0] * latents.float() + row[1] * model_output.float(), pred_original
+        return a * latents.float() + b * model_output.float(), pred_original
     if prev_sample is None:
         noise = None if seeds is not None else torch.randn_like(latents, dtype=torch.float32)
         with torch.no_grad():
@@ -70,6 +69,18 @@ def flux_step(
 def patch(*modules: ModuleType, **options) -> Patch:
     """Replaces flux_step in modules; a context manager with revert()."""
     return Patch("flux_step", flux_step, modules, options)
+
+
+def _coefficients(index: int | Tensor, transitions: Transitions, latents: Tensor) -> list[Tensor]:
+    """A, B and sigma, each [N, 1, ...], N = 1 for one step."""
+    step = resolve_step(index, transitions, latents, "index")
+    if isinstance(index, Tensor):
+        # Not table[index], which reads a 0-dim index on the host.
+        table = rows(transitions.table, step[:1] if index.ndim == 0 else step)
+    else:
+        table = transitions.table[index : index + 1]
+    table = table.view(-1, len(COLUMNS), *[1] * (latents.ndim - 1))
+    return [table[:, COLUMNS.index(name)] for name in ("A", "B", "sigma")]
 
 
 def _transitions(sigmas: Tensor, eta: float, sde_solver: bool, device) -> Transitions:

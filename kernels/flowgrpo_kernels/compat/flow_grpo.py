@@ -36,7 +36,7 @@ from ..log_prob import log_prob as _score
 from ..sde_step import sde_step
 from ..transitions import Transitions, cps, flow_sde
 from ._patch import Patch
-from ._tables import cached
+from ._tables import cached, rows
 
 _KINDS = {"sde": flow_sde, "cps": cps}
 
@@ -68,10 +68,9 @@ def sde_step_with_logprob(
     storage = sample.dtype
     model_output = model_output.float()
 
-    table = transitions.table[step.clamp_min(0)]
-    table = torch.where(step[:, None] >= 0, table, float("nan"))
     a, b, c, _, _, _, abs_dt, _, std_dev_t, _ = (
-        column.view(-1, *[1] * (sample.ndim - 1)) for column in table.unbind(1)
+        column.view(-1, *[1] * (sample.ndim - 1))
+        for column in rows(transitions.table, step).unbind(1)
     )
     mean = a * sample.float() + b * model_output
 
