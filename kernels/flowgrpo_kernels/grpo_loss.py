@@ -90,9 +90,11 @@ class _GrpoLossInOnePass(torch.autograd.Function):
         saved = ctx.saved_tensors
         # Handed out once: whoever gets the gradient may change it in place.
         ready, ctx.ready = ctx.ready, None
+        asked = None
         if ready is not None:
-            _GrpoLossInOnePass.expected = grad_loss.item()
-        if ready is not None and ready[0] == _GrpoLossInOnePass.expected:
+            # Not compared through the class, where another thread may write, too.
+            asked = _GrpoLossInOnePass.expected = grad_loss.item()
+        if ready is not None and ready[0] == asked:
             dv, du = ready[1], (ready[2] if ctx.uncond_grad else None)
         else:
             dv, du = _gradients(ctx, saved, grad_loss)

@@ -217,25 +217,27 @@ def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
 
 def _row(a, b, c, k, c0, big_k, s, i, std) -> list[float]:
     """One row; a C that is 0 in float32 silences the row's log_prob and KL."""
-    if float(torch.tensor(c, dtype=torch.float32)) == 0.0:
+    if float(torch.tensor(c, dtype=torch.float32, device="cpu")) == 0.0:
         c = k = c0 = big_k = 0.0
     return [a, b, c, k, c0, big_k, s[i] - s[i + 1], float(i), std, s[i]]
 
 
 def _build(rows: list[list[float]], s: list[float], kind: str) -> Transitions:
-    table = torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+    # On the host whatever torch's default device is.
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu").to(torch.float32)
     if not bool(torch.isfinite(table).all()):
         raise ValueError(
             f"{kind} has coefficients beyond float32 for these sigmas and noise_level; "
             "use larger steps between sigmas or another noise_level"
         )
-    return Transitions.from_table(table, torch.tensor(s, dtype=torch.float64), [kind] * len(rows))
+    sigmas = torch.tensor(s, dtype=torch.float64, device="cpu")
+    return Transitions.from_table(table, sigmas, [kind] * len(rows))
 
 
 def _sigmas(sigmas) -> list[float]:
     if isinstance(sigmas, Tensor):
-        sigmas = sigmas.detach().to("cpu", torch.float64)
-    values = torch.as_tensor(sigmas, dtype=torch.float64)
+        sigmas = sigmas.detach()
+    values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     if values.ndim != 1 or values.numel() < 2:
         raise ValueError(f"sigmas must be [T + 1] with T >= 1, got shape {list(values.shape)}")
     if values.numel() - 1 > MAX_STEPS:

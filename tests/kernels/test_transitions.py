@@ -146,3 +146,15 @@ def test_bad_windows_and_tables():
         Transitions.from_table(bad, None, a.kinds)
     with pytest.raises(ValueError, match="columns"):
         Transitions.from_table(a.table[:, :6], None, a.kinds)
+
+
+@pytest.mark.parametrize("make", [flow_sde, dance_sde, cps, ode])
+def test_made_on_the_host_whatever_the_default_device(make):
+    """Also where a model is being set up without memory."""
+    expected = window(make(oracle.SIGMAS), ode(oracle.SIGMAS), [1, 4])
+    with torch.device("meta"):
+        for sigmas in (oracle.SIGMAS, torch.tensor(oracle.SIGMAS, device="cpu").double()):
+            made = make(sigmas)
+            assert {made.table.device.type, made.sigmas.device.type} == {"cpu"}
+        made = window(make(oracle.SIGMAS), ode(oracle.SIGMAS), [1, 4])
+    assert torch.equal(made.table, expected.table) and torch.equal(made.sigmas, expected.sigmas)
