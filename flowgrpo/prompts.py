@@ -20,6 +20,13 @@ from flowgrpo import data, seeds
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.data import hub
 from flowgrpo.records import Prompts
+from flowgrpo.validation import require
+
+HELD_OUT = ("heldout", "test")
+"""Names of the split that training does not see."""
+
+TABLES = (".json", ".csv", ".tsv")
+"""Files of text whose lines would be taken for prompts."""
 
 
 def load(name: str, split: str = "train") -> Prompts:
@@ -28,6 +35,10 @@ def load(name: str, split: str = "train") -> Prompts:
         from flowgrpo.nano import prompts as nano_prompts
 
         return nano_prompts.split(split)
+    require(
+        split in ("train", *HELD_OUT),
+        f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
+    )
     if name.startswith(hub.PREFIX):
         return Prompts.of(*hub.load(name, split))
     path = data.folder(name) if name in data.NAMES else Path(name)
@@ -39,7 +50,13 @@ def load(name: str, split: str = "train") -> Prompts:
             "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
             "file, a folder with both splits, or hub:OWNER/NAME."
         )
-    found = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+    kind = path.suffix.lower()
+    require(
+        kind not in TABLES,
+        f"sample.prompts is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
+        "with one prompt a line, or a JSONL file.",
+    )
+    found = _read_jsonl(path) if kind == ".jsonl" else _read_text(path)
     if not found.texts:
         raise ConfigError(f"the prompt file {path} has no prompts; write one a line.")
     return found
@@ -59,8 +76,9 @@ def _file_of_split(folder: Path, split: str) -> Path:
 
 def _lines(path: Path) -> list[str]:
     try:
-        # Not splitlines: it also splits at separators that may stand inside a JSON string.
-        return path.read_text(encoding="utf-8").split("\n")
+        # utf-8-sig: a byte order mark is no part of the first prompt. Not splitlines: it also
+        # splits at separators that may stand inside a JSON string.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the prompt file {path} cannot be read as UTF-8 text ({error}); convert it."
@@ -80,10 +98,11 @@ def _read_jsonl(path: Path) -> Prompts:
             entry = json.loads(line)
         except json.JSONDecodeError:
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        text = entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(text, str) or not text.strip():
             raise ConfigError(
                 f"line {number} of {path} is {line[:60]!r}, but a JSON object with a string "
-                "'prompt' is expected; correct the line."
+                "'prompt' that is not empty is expected; correct the line."
             )
         texts.append(entry["prompt"])
         metadata.append(entry)

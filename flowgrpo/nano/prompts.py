@@ -24,6 +24,7 @@ from itertools import permutations, product
 
 from flowgrpo.nano.scenes import COLORS, MAX_OBJECTS, RELATIONS, SHAPES
 from flowgrpo.records import Prompts
+from flowgrpo.validation import ConfigError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "tune", "heldout")
@@ -191,7 +192,9 @@ def _hash(key: str) -> bytes:
 def records(name: str) -> tuple[dict, ...]:
     """Metadata of all prompts of one split: "train", "tune" or "heldout"."""
     if name not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
+        raise ConfigError(
+            f"the split is {name!r}, but one of {', '.join(SPLITS)} is expected; name one."
+        )
     return _splits()[name]
 
 

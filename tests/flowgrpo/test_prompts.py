@@ -30,6 +30,16 @@ def test_text_file(tmp_path):
     assert found.metadata == ({}, {}) and found.indices.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.JSONL"])
+def test_a_file_as_windows_writes_it(tmp_path, name):
+    """Byte order mark and CRLF are no part of a prompt."""
+    lines = ["a red circle", "zwei Äpfel"]
+    if name != "p.txt":
+        lines = [json.dumps({"prompt": line}) for line in lines]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert prompts.load(str(tmp_path / name)).texts == ("a red circle", "zwei Äpfel")
+
+
 def test_jsonl_file_and_folder(tmp_path):
     lines = [{"prompt": "one\u2028line", "tag": "x"}, {"prompt": "b", "include": [1]}]
     for split in ("train", "test"):
@@ -51,6 +61,9 @@ def test_jsonl_file_and_folder(tmp_path):
         ("p.jsonl", '{"prompt": "a"}\nno json', "line 2 of .* is 'no json'"),
         ("p.jsonl", '["prompt"]', "object with a string 'prompt'"),
         ("p.jsonl", '{"prompt": 3}', "object with a string 'prompt'"),
+        ("p.jsonl", '{"prompt": " "}', "line 1 of .* 'prompt' that is not empty"),
+        ("p.json", '[{"prompt": "a"}]', "a .json file, whose lines are no prompts"),
+        ("p.CSV", "prompt\na", "a .csv file, whose lines are no prompts"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -65,6 +78,9 @@ def test_missing_files(tmp_path):
         prompts.load(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
         prompts.load(str(tmp_path), "heldout")
+    for name in ("nano", "geneval", "hub:a/b"):
+        with pytest.raises(ConfigError, match="the split is 'trian', but one of train"):
+            prompts.load(name, "trian")
 
 
 @pytest.mark.parametrize("name", ["geneval", "ocr", "general"])

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from flowgrpo.nano import prompts
+from flowgrpo.validation import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_balanced_takes_tasks_in_turn():
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="split: expected one of train, tune, heldout, got 'test'"):
+    with pytest.raises(ConfigError, match="'test', but one of train, tune, heldout is expected"):
         prompts.split("test")
 
 
