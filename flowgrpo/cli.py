@@ -1,7 +1,7 @@
 """The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a run that was stopped by Ctrl-C
-and saved exits with 130.
+and saved exits with 130, one whose output nobody reads any more with 141.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Evaluate:
     prompt_set: str | None = None
     """Prompt set; default: as in training."""
     split: str = "heldout"
-    """Part of the prompt set."""
+    """Part of the prompt set: heldout or train; of nano also tune."""
     prompts: int | None = None
     """Number of prompts; 0: all; default: as in training."""
     samples: int | None = None
@@ -169,6 +169,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who read the output, such as `| head`, has enough. What is left of it is written when
+        # Python ends, and would fail once more.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("aborted", file=sys.stderr)
         return 130

@@ -6,6 +6,8 @@ file, a CI log) it is about forty plain lines a run.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,11 +34,23 @@ FIGURES = {
 }
 
 
+class Terminal(Console):
+    """A console whose reader may go: `flowgrpo train | tee log` loses tee to the same Ctrl-C that
+    the run is to be saved by. What is printed from then on is dropped."""
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent; rich would exit."""
+        self.quiet = True
+        # What is left in the buffers is written when Python ends, and would fail once more.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Display:
     """The terminal of one run."""
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Terminal(highlight=False)
         self.config = config
         mode = config.run.progress
         terminal = self.console.is_terminal

@@ -136,6 +136,15 @@ def run(config: Config) -> None:
     train.run(config)
 
 
+def run_unread(config: Config) -> None:
+    """The same with a pipe for its output whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    run(config)
+
+
 def resume(folder: Path, *options: str) -> None:
     """`flowgrpo train --run.resume FOLDER OPTIONS`."""
     from flowgrpo import cli

@@ -65,6 +65,17 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, iteration):
     same(whole / "run", tmp_path / "run")
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
+    """In `flowgrpo train | tee log` Ctrl-C ends tee before the run has saved."""
+    run = shell.Fork(tmp_path / "log", shell.run_unread, shell.make(tmp_path))
+    wait_for_line(tmp_path / "run" / "metrics.jsonl", 1, run)
+    run.kill(signal.SIGINT)
+    run.wait()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["interrupted"] and 1 <= summary["iterations"] < 6
+    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['iterations']:06d}").is_dir()
+
+
 def test_ctrl_c_saves_and_resumes(whole, tmp_path):
     run = shell.Fork(tmp_path / "log", shell.run, shell.make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", 3, run)
