@@ -11,7 +11,7 @@ from rich.console import Console
 from flowgrpo import capture, checkpoints, pictures, rewards, runs, seeds, weights
 from flowgrpo import evaluate as evaluation
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.display import comparison
+from flowgrpo.display import Terminal, comparison
 from flowgrpo.evaluate import HeldOut, Report
 from flowgrpo.policies import Policy, lora
 from flowgrpo.recipes import RECIPES, recipe
@@ -27,7 +27,9 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     Returns:
         What report.json holds.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal(highlight=False)
+    _check(options, "samples", "steps", "cfg", "guidance", "batch_size")
+    _check(options, "prompts", "resolution", zero=True)
     config, checkpoint = _target(options.target, options.checkpoint == "best")
     config = _asked(config, options)
     require(
@@ -40,6 +42,8 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(held.prompts)
     policy = load_policy(config)
+    if options.adapter is not None:
+        check_adapter(policy, options.adapter)
     _writable(out)
 
     def measure(guidance: float) -> Report:
@@ -64,7 +68,6 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         load_adapter(policy, options.adapter)
         reports["adapter"] = measure(config.sample.guidance_scale)
     trained = checkpoint is not None or options.adapter is not None
-    console.print(comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
     found = {
         "target": options.target,
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -75,10 +78,11 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         "change": _changes(list(reports.values()), held) if trained else None,
         "versions": runs.versions(),
     }
-    if trained:
-        _tell(found["change"], reports["base"].label == "accuracy", console)
     evaluation.picture(reports, held, out / "grid.png")
     checkpoints.write_json(out / "report.json", found)
+    console.print(comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
+    if trained:
+        _tell(found["change"], reports["base"].label == "accuracy", console)
     console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
     return found
 
@@ -135,7 +139,7 @@ def _tell(changes: dict[str, Any], share: bool, console: Console) -> None:
 
 def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     """Write one picture with `count` images of each prompt; with a run, base above trained."""
-    console = console or Console(highlight=False)
+    console = console or Terminal(highlight=False)
     require(
         bool(options.prompts),
         "no prompt was given, but at least one in quotation marks is expected; write, for example, "
@@ -144,6 +148,12 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     require(
         options.count > 0,
         f"--count is {options.count}, but at least one image is expected; raise it.",
+    )
+    _check(options, "steps", "guidance")
+    _check(options, "seed", "resolution", zero=True)
+    require(
+        options.seed < 2**63,
+        f"--seed is {options.seed}, but it must be below 2^63; lower it.",
     )
     require(
         options.run is None or options.adapter is None,
@@ -162,6 +172,16 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     config = replace(config, **{name: v for name, v in given.items() if v is not None})
     policy, out = load_policy(config), Path(options.out)
     texts = list(options.prompts)
+    # All of these before the base model's images, which may take minutes.
+    policy.check_texts(texts)
+    if options.adapter is not None:
+        check_adapter(policy, options.adapter)
+    require(
+        not out.is_dir(),
+        f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
+        f"one, for example {out / 'sample.png'}.",
+    )
+    _writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     each = torch.arange(options.count).repeat(len(texts))
     drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), each.numpy())
@@ -177,9 +197,7 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
             guidance_scale=config.sample.guidance_scale,
         ).cpu()
 
-    # Unknown words raise here, before a folder is made.
     rows = {"base": images()}
-    _writable(out.parent)
     if checkpoint is not None:
         add_trained(policy, config, checkpoint)
         rows["trained"] = images()
@@ -231,6 +249,22 @@ def load_adapter(policy: Policy, adapter: str) -> None:
         f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "
         "weights of this model are expected; name another.",
     )
+
+
+def check_adapter(policy: Policy, adapter: str) -> None:
+    """Raise as `load_adapter` does, and leave the policy as it was: an adapter that does not fit is
+    found before the base model's images cost anything."""
+    load_adapter(policy, adapter)
+    policy.pipeline.unload_lora_weights()
+
+
+def _check(options: Evaluate | Sample, *names: str, zero: bool = False) -> None:
+    """Raise unless the named options, where given, are finite and > 0 (>= 0 with `zero`)."""
+    for name in names:
+        value, rule = getattr(options, name), "at least 0" if zero else "greater than 0"
+        # Written so that NaN fails it as well.
+        good = value is None or (0 <= value < float("inf") and (zero or value != 0))
+        require(good, f"--{name.replace('_', '-')} is {value}, but it must be {rule}; change it.")
 
 
 def _bare(model: str) -> Config:

@@ -10,7 +10,7 @@ import tiny
 import torch
 from PIL import Image
 
-from flowgrpo import cli
+from flowgrpo import cli, commands
 from flowgrpo.policies import Policy
 
 
@@ -59,6 +59,20 @@ def test_evaluate_a_model_against_an_adapter(folders, tmp_path, capsys):
         assert low <= base["scores"][name] <= high
     assert report["adapter"] == str(adapter) and report["prompt_set"] == str(prompts)
     assert Image.open(tmp_path / "e" / "grid.png").size[1] > 200
+
+
+def test_the_base_is_the_same_with_and_without_an_adapter(folders, tmp_path, monkeypatch):
+    """The adapter is loaded before the base is evaluated, to see that it fits; nothing stays."""
+    model, adapter, prompts = folders
+    line = ["evaluate", str(model), "--prompt-set", str(prompts), "--rewards", "shell:red"]
+    line += ["--steps", "3", "--device", "cpu", "--out", str(tmp_path)]
+    found = []
+    for more in ([], ["--adapter", str(adapter)]):
+        assert cli.main([*line, *more]) == 0
+        found.append(json.loads((tmp_path / "report.json").read_text())["reports"]["base"])
+    assert found[0] == found[1]
+    monkeypatch.setattr(commands.evaluation, "sample_images", None)
+    assert cli.main([*line, "--adapter", str(model)]) == 2
 
 
 def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 import shell
 from PIL import Image
 
-from flowgrpo import __version__, cli, nano
+from flowgrpo import __version__, cli, commands, nano
 from flowgrpo.config import ConfigError, to_json
 
 
@@ -55,9 +57,17 @@ MISTAKES = [
     ("evaluate .", "holds no checkpoint"),
     ("sample", "no prompt was given"),
     ("sample x --count 0", "at least one image is expected"),
+    ("sample x --seed -1", "--seed is -1, but it must be at least 0"),
+    ("sample x --seed 9223372036854775808", "--seed is 9223372036854775808, but it must be below"),
+    ("sample x --steps 0", "--steps is 0, but it must be greater than 0"),
+    ("evaluate nano --guidance 0", "--guidance is 0.0, but it must be greater than 0"),
+    ("evaluate nano --cfg nan", "--cfg is nan, but it must be greater than 0"),
+    ("evaluate nano --prompts -1", "--prompts is -1, but it must be at least 0"),
+    ("evaluate nano --split trian", "the split is 'trian', but one of train"),
     ("sample x --run /no/such", "neither a run directory nor a recipe"),
     ("serve-reward nano_stric", "reward 'nano_stric' is unknown"),
     ("serve-reward nano_strict --host 0.0.0.0", "without a token"),
+    ("serve-reward nano_strict --port 65536", "cannot listen on 127.0.0.1 port 65536"),
     ("doctor now", "takes no options"),
 ]
 
@@ -167,6 +177,30 @@ def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, ca
     assert cli.main(["sample", "a purple dog", "--model", model, "--out", str(out)]) == 2
     assert "purple dog" in capsys.readouterr().err
     assert not out.parent.exists()
+
+
+def test_sample_finds_what_is_wrong_with_out_before_it_samples(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(commands.evaluation, "sample_images", None)
+    line = ["sample", "a red circle", "--model", str(trained.parent / "model"), "--out"]
+    for out, words in (
+        (tmp_path, "which is a folder, but the file of a picture"),
+        ("/proc/x/y", "cannot be written"),
+    ):
+        assert cli.main([*line, str(out)]) == 2
+        assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_gone_gets_no_traceback():
+    """As `flowgrpo train --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    pipes = {"capture_output": False, "stdout": write, "stderr": subprocess.PIPE}
+    done = shell.command("train", "--help", **pipes)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
