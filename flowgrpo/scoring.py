@@ -7,14 +7,18 @@ network computes other bits for another number of images.
 
 One thread computes the rewards. At most `waiting` portions of images are with it; then `add` waits,
 which bounds the memory. On CUDA the thread has a stream of its own, which starts on a portion when
-the images are decoded and does not hold up the sampling.
+the images are decoded and does not hold up the sampling. A process that ends, because a run was
+aborted or failed, does not wait for the rewards that are still under way.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,8 +32,15 @@ class Worker:
 
     def __init__(self, device: torch.device, waiting: int) -> None:
         self._free = threading.BoundedSemaphore(waiting)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flowgrpo-rewards")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # No ThreadPoolExecutor: its threads are waited for at the end of the process, and a reward
+        # may take minutes.
+        self.thread = threading.Thread(
+            target=_serve, args=(self._work,), name="flowgrpo-rewards", daemon=True
+        )
+        self.thread.start()
+        weakref.finalize(self, self._work.put, None)
 
     def submit(self, work: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> Future:
         """Start work(images) when the images are there; waits while too much is under way."""
@@ -38,23 +49,42 @@ class Worker:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(images.device))
         self._free.acquire()
-        future = self._pool.submit(self._run, work, images, ready)
-        future.add_done_callback(lambda _: self._free.release())
+        future: Future = Future()
+        future.add_done_callback(lambda _, free=self._free: free.release())
+        self._work.put(partial(_answer, future, work, images, self._stream, ready))
         return future
 
-    def _run(
-        self,
-        work: Callable[[Tensor], dict[str, Tensor]],
-        images: Tensor,
-        ready: torch.cuda.Event | None,
-    ) -> dict[str, Tensor]:
+
+def _serve(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Do one after the other, until None comes."""
+    while (call := work.get()) is not None:
+        call()
+        # Its images would stay in memory until the next one comes.
+        del call
+
+
+def _answer(
+    future: Future,
+    work: Callable[[Tensor], dict[str, Tensor]],
+    images: Tensor,
+    stream: torch.cuda.Stream | None,
+    ready: torch.cuda.Event | None,
+) -> None:
+    """Put what work(images) returns or raises into `future`."""
+    try:
         if ready is None:
-            return work(images)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            # The allocator must not reuse the images before this stream has read them.
-            images.record_stream(self._stream)
-            return work(images)
+            found = work(images)
+        else:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                # The allocator must not reuse the images before this stream has read them.
+                images.record_stream(stream)
+                found = work(images)
+    # Whatever it is, also SystemExit of a user's reward: whoever asks for the result gets it.
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(found)
 
 
 class Scoring:

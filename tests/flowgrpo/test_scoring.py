@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+import weakref
 
 import pytest
+import shell
 import torch
 import trainers
 
@@ -104,6 +107,30 @@ def test_the_queue_is_bounded_and_a_slow_reward_does_not_hold_up(scorer):
     go.set()
     thread.join(10)
     assert added == [0, 1, 2, 3] and scoring.finish().total.tolist() == [2.0] * 24
+
+
+def aborted(seconds):
+    """A run that is given up while one reward is being computed and another waits."""
+    worker, started = Worker(CPU, 2), threading.Event()
+    for _ in range(2):
+        worker.submit(lambda images: (started.set(), time.sleep(seconds)), IMAGES)
+    assert started.wait(10)
+    raise KeyboardInterrupt
+
+
+def test_a_process_does_not_wait_for_rewards_that_nobody_wants(tmp_path):
+    start = time.perf_counter()
+    shell.Fork(tmp_path / "log", aborted, 60).wait(code=1)
+    assert time.perf_counter() - start < 30
+
+
+def test_the_thread_ends_with_its_worker():
+    worker = Worker(CPU, 1)
+    thread, gone = worker.thread, weakref.ref(worker)
+    assert worker.submit(lambda images: len(images), IMAGES).result(10) == 24
+    del worker
+    thread.join(10)
+    assert gone() is None and not thread.is_alive()
 
 
 def test_missing_images_are_noticed(scorer):
