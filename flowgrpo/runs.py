@@ -26,7 +26,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -329,11 +329,25 @@ def repeatable() -> Iterator[None]:
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         yield
         return
-    torch.use_deterministic_algorithms(True)
+    with _debug_mode("error"):
+        yield
+
+
+def as_in_the_forward() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For a forward that a `repeatable` backward pass runs again (`context_fn` of torch's
+    checkpoint): nothing for the first time, and the settings of now for the second. Under others
+    PyTorch refuses some attention kernels (cuDNN's), and torch.compile would compile once more."""
+    return nullcontext(), _debug_mode(torch.get_deterministic_debug_mode())
+
+
+@contextmanager
+def _debug_mode(mode: int | str) -> Iterator[None]:
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(mode)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode(before)
 
 
 @dataclass

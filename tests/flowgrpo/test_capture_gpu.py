@@ -22,6 +22,7 @@ CUDA = {"policy.device": "cuda", "policy.dtype": "auto", "optim.capture": "on"}
 CASES = {
     "plain": {},
     "float32, all steps": {"policy.dtype": "float32", "sample.window_size": 0},
+    "float16": {"policy.dtype": "float16"},
     "guidance": {"sample.guidance_scale": 3.0},
     "guard": {"optim.guard": True, "optim.beta": 0.0},
     "recomputed": {"policy.gradient_checkpointing": True},

@@ -14,6 +14,7 @@ CASES = {
     "guidance": {"sample.guidance_scale": 2.5},
     "guard, beta 0": {"optim.guard": True, "optim.beta": 0.0},
     "bfloat16, weighted": {"policy.dtype": "bfloat16", "optim.step_weighting": "std"},
+    "float16": {"policy.dtype": "float16"},
     "full": {"policy.adapter": "full", "policy.dtype": "auto"},
     "recomputed": {"policy.gradient_checkpointing": True},
 }

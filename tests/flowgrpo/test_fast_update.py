@@ -1,4 +1,5 @@
-"""Options of the update: anchor by replay, several steps in a forward, recomputed activations."""
+"""Options of the update: anchor by replay, several steps in a forward, recomputed activations,
+float16."""
 
 from __future__ import annotations
 
@@ -111,6 +112,42 @@ def test_recomputed_activations_change_no_bit(pixel_model, tmp_path, no_step):
     assert (few, many) == (16, 24)
     assert one == two and one["max_ratio_error"] == 0.0
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_a_forward_that_is_run_again_has_its_own_settings(pixel_model, tmp_path):
+    """Not those of the backward pass it is run in, under which PyTorch has no cuDNN attention."""
+    config = trainers.config(pixel_model, tmp_path, **{"policy.gradient_checkpointing": True})
+    made, seen, level = trainers.parts(config), [], torch.get_deterministic_debug_mode
+    experience = trainers.experience(made, config)
+    batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
+    block = made.policy.transformer.transformer_blocks[0]
+    block.attn.register_forward_pre_hook(lambda *_: seen.append(level()))
+    try:
+        torch.set_deterministic_debug_mode("warn")
+        train.micro_step(made.policy, train.losses.grpo, batch, config, 1)
+        assert level() == 1
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    # Reference, forward, and once more in the backward pass.
+    assert seen == [1, 1, 1]
+
+
+def test_small_gradients_survive_float16(pixel_model, tmp_path):
+    """A loss that is one of very many: unscaled, half of its gradients would be 0 in float16."""
+    share, found = 1 << 16, {}
+    for dtype in ("float32", "float16"):
+        config = trainers.config(pixel_model, tmp_path, **{"policy.dtype": dtype})
+        made = trainers.parts(config)
+        experience = trainers.experience(made, config)
+        batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
+        micro, scale = made.micro_step, train.loss_scale(made.policy, 3, share)
+        assert scale == (1.0 if dtype == "float32" else 2.0**25)
+        with micro.accumulating(scale):
+            micro(made.policy, train.losses.grpo, batch, config, share)
+        parameters = made.state.parameters.values()
+        found[dtype] = torch.cat([p.grad.flatten() for p in parameters])
+    exact, half = found.values()
+    assert exact.norm() > 0 and (half - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_model_that_cannot_recompute(pixel_model, tmp_path, monkeypatch):
