@@ -190,7 +190,7 @@ def train(argv: list[str]) -> int:
     show_plan(config)
     try:
         summary = training.run(config)
-    except (training.RatioError, reports.DivergedError) as error:
+    except (training.RatioError, training.DivergenceError, reports.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 130 if summary.get("interrupted") else 0
@@ -225,6 +225,11 @@ def parse_train(argv: list[str]) -> Config:
         base = recipe(name)
     sections = Sections(base.policy, base.sample, base.reward, base.optim, base.run)
     given = parse(Sections, options, f"flowgrpo train {base.recipe}", sections)
+    if folder is not None and given.run.out != base.run.out:
+        raise ConfigError(
+            f"run.out is {given.run.out!r} with run.resume {folder!r}, but a run goes on in its "
+            "own directory; leave --run.out out."
+        )
     return Config(base.recipe, given.policy, given.sample, given.reward, given.optim, given.run)
 
 

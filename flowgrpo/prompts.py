@@ -62,6 +62,11 @@ def load(name: str, split: str = "train") -> Prompts:
     return found
 
 
+def has_splits(name: str) -> bool:
+    """Whether the set holds prompts out; a single file is the same in every split."""
+    return name in ("nano", *data.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+
+
 def _file_of_split(folder: Path, split: str) -> Path:
     stem = "train" if split == "train" else "test"
     names = (f"{stem}_metadata.jsonl", f"{stem}.jsonl", f"{stem}.txt")

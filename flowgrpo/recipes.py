@@ -11,11 +11,11 @@ Where numbers come from: P the paper, C config/grpo.py of flow_grpo in November 
 pickscore_flux, pickscore_flux_fast), G its config/grpo_guard.py. None of these recipes has been run
 to its end here; only the embedded model's has.
 
-Ours, in all of them: the frozen weights are bfloat16 (C: float16 for SD3.5, with a loss scale, of
-which there is none here). Rows of a forward follow from the memory of the GPU (C: 9 of SD3.5-M, 3
-of FLUX), which changes no number but the time. The prompts are this package's; name a folder of
-flow_grpo's data sets by sample.prompts for the paper's own. Length and evaluation are ours too: C
-trains until it is stopped.
+Ours, in all of them: the frozen weights are bfloat16 (C: float16 for SD3.5, under a GradScaler;
+here policy.dtype float16 has a fixed loss scale). Rows of a forward follow from the memory of the
+GPU (C: 9 of SD3.5-M, 3 of FLUX), which changes no number but the time. The prompts are this
+package's; name a folder of flow_grpo's data sets by sample.prompts for the paper's own. Length and
+evaluation are ours too: C trains until it is stopped.
 """
 
 from __future__ import annotations
@@ -311,10 +311,12 @@ def recipe(name: str, **overrides: Any) -> Config:
     )
     try:
         made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    # A module of the user's own may raise anything while it is imported.
+    except Exception as error:
         raise ConfigError(
-            f"recipe {name!r} cannot be loaded from {target} ({error}), but a function that "
-            "returns a flowgrpo.config.Config is expected there; check the name and the install."
+            f"recipe {name!r} cannot be loaded from {target} ({type(error).__name__}: {error}), "
+            "but a function that returns a flowgrpo.config.Config is expected there; check the "
+            "name and the install."
         ) from error
     made = made(**arguments, **overrides)
     require(

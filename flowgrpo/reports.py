@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flowgrpo import evaluate, pictures, rewards, runs
+from flowgrpo import evaluate, pictures, prompts, rewards, runs
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.display import Display, within
 from flowgrpo.evaluate import Report
@@ -79,7 +79,8 @@ class Reports:
         reports.run = runs.Run.open(config)
         try:
             restored = reports.run.restore(state)
-            reports.display.banner(banner(config, policy, state, reports.run.dir))
+            lines = banner(config, policy, state, reports.run.dir)
+            reports.display.banner({**lines, "evaluation": _evaluated(config, reports.held)})
             reports._begin(restored)
         except BaseException:
             reports.close()
@@ -94,8 +95,19 @@ class Reports:
     def __enter__(self) -> Reports:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            # A reward fails before the state changes, so the iterations before it are kept, and
+            # the run goes on from there once the reward is mended.
+            if isinstance(error, rewards.RewardError):
+                done = self.state.iteration
+                if not (self.run.checkpoints / _step(done)).exists():
+                    self._save(None)
+                self.display.note(
+                    f"Saved after {done} iterations; go on with --run.resume {self.run.dir}."
+                )
+        finally:
+            self.close()
 
     def _begin(self, restored: bool) -> None:
         scales = {"base": self.config.sample.guidance_scale}
@@ -129,7 +141,9 @@ class Reports:
         self.run.log(done, metrics, seconds)
         check_finite(metrics, done)
         accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
-        shown = {**metrics, "accuracy": accuracy}
+        # As the evaluations call it: what leaves [0, 1] is the reward, which is shown already.
+        named = self.before["base"].label == "accuracy"
+        shown = {**metrics, "accuracy": accuracy if named else None}
         self.display.iteration(done, shown, sum(seconds.values()))
         score = None
         if run.eval_every and done % run.eval_every == 0:
@@ -270,8 +284,9 @@ class Reports:
 def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> dict[str, str]:
     """Model, backend, group arithmetic and length of a run, one line each."""
     sample, optim, run = config.sample, config.optim, config.run
-    every = sum(p.numel() for p in policy.transformer.parameters())
     trained = sum(p.numel() for p in state.parameters.values())
+    every = sum(p.numel() for p in policy.transformer.parameters())
+    every -= trained if config.policy.adapter == "lora" else 0
     low, high = sample.window_bounds
     window = f"{sample.trained_steps} of the steps {low} to {high - 1}"
     dtype = str(policy.dtype).removeprefix("torch.")
@@ -288,9 +303,20 @@ def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> d
         "update": f"{optim.updates_per_iteration} updates, each on "
         f"{config.chunks_per_update * sample.batch_size} rows x {sample.trained_steps} steps",
         "length": f"{run.steps} iterations = {config.updates} updates"
-        + (f", resumed at {state.iteration}" if state.iteration else ""),
+        + (f", resumed at {state.iteration}" if state.iteration else "")
+        + ("; nothing is left to train, see --run.steps" * (state.iteration >= run.steps)),
         "directory": str(folder),
     }
+
+
+def _evaluated(config: Config, held: evaluate.HeldOut) -> str:
+    """What is evaluated, and whether training sees it."""
+    text = (
+        f"{len(held.prompts)} prompts x {held.samples} images in {config.sample.eval_steps} steps"
+    )
+    if prompts.has_splits(config.sample.prompts):
+        return f"{text}, prompts held out"
+    return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"
 
 
 def backend(device: torch.device) -> str:

@@ -24,8 +24,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,10 +89,12 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         )
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    # A module of the user's own may raise anything while it is imported.
+    except Exception as error:
+        missing = isinstance(error, ImportError | AttributeError)
         raise RewardError(
-            f"reward {name!r} cannot be loaded from {target} ({error}); check the name, or install "
-            "what it needs."
+            f"reward {name!r} cannot be loaded from {target} "
+            f"({error if missing else _told(error)}); check the name, or install what it needs."
         ) from error
     if not callable(found):
         raise RewardError(f"reward {name!r} is {type(found).__name__}, but a function is expected.")
@@ -234,7 +239,7 @@ class Scorer:
                 raise
             # A reward is the user's code or a remote service: anything may come out of it.
             except Exception as error:
-                problems.append(f"{type(error).__name__}: {error}")
+                problems.append(_told(error))
 
         attempt(slice(None), prompts)
         for _ in range(self.retries):
@@ -269,6 +274,21 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     """The groups with a score that is not finite."""
     bad = ~scores.isfinite().view(-1, group_size).all(dim=1)
     return bad.nonzero()[:, 0].tolist()
+
+
+def _told(error: Exception) -> str:
+    """An error on one line, with the place in the user's own code that it came through."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame)]
+    return f"{text}, {places[-1].filename} line {places[-1].lineno}" if places else text
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is neither of an installed library, nor of Python, nor of this package."""
+    path, known = Path(frame.filename), sysconfig.get_paths()
+    theirs = {Path(known[name]) for name in ("stdlib", "purelib", "platlib")}
+    return path.is_file() and not {*theirs, Path(__file__).parents[1]} & {*path.parents}
 
 
 def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:

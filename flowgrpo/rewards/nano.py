@@ -6,9 +6,12 @@ is reported. `partial` gives credit for what is right in an image that is not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from flowgrpo.rewards import RewardError
 
 
 def strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
@@ -19,6 +22,19 @@ def strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
 def partial(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
     """[B] scores in [0, 1]."""
     return _score(images, metadata)["partial"]
+
+
+def check(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Raise RewardError unless the metadata says what is to be seen, as those of nano's prompts."""
+    if not isinstance(metadata.get("include"), list):
+        raise RewardError(
+            f"the prompt {prompt!r} comes without a list 'include' of what is to be seen, which "
+            "the rewards nano_strict and nano_partial compare images with; give the prompt set "
+            "nano, or rewards of your own by --reward.weights and --reward.report."
+        )
+
+
+strict.check = partial.check = check
 
 
 def _score(images: Tensor, metadata: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import shell
 from PIL import Image
 
-from flowgrpo import __version__, cli, commands, nano
+from flowgrpo import __version__, cli, commands, nano, reports, train
 from flowgrpo.config import ConfigError, to_json
 
 
@@ -41,6 +41,8 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
         assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
     with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
         cli.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
+    with pytest.raises(ConfigError, match="run.out is 'x' with run.resume .*leave --run.out out"):
+        cli.parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
 
 
 MISTAKES = [
@@ -81,6 +83,25 @@ def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, mon
     assert words in shown.err and shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("def (\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for words in ("broken_module:f", "--reward.weights broken_module:f 1"):
+        assert cli.main(["train", *words.split()]) == 2
+        shown = capsys.readouterr().err
+        assert "broken_module:f (SyntaxError: invalid syntax (broken_module.py, line 1))" in shown
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [train.RatioError, train.DivergenceError, reports.DivergedError])
+def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "error: the reason\n"
 
 
 @pytest.mark.parametrize(

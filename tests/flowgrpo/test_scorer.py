@@ -98,9 +98,11 @@ def test_a_group_that_always_fails_is_dropped(reward, failure, caplog):
 
 def test_a_reward_that_always_fails_raises(reward):
     def broken(images, prompts, metadata):
-        raise RuntimeError("out of ink")
+        raise RuntimeError("out\nof ink")
 
-    message = r"failed for all 3 groups after 1 retries \(RuntimeError: out of ink\)"
+    line = broken.__code__.co_firstlineno + 1
+    message = rf"failed for all 3 groups after 1 retries \(RuntimeError: out of ink, {__file__} "
+    message += rf"line {line}\)"
     with pytest.raises(rewards.RewardError, match=message):
         reward(retries=1, broken=(broken, 1.0))(IMAGES, PROMPTS, 4)
     assert len(reward.calls) == 1 + 3

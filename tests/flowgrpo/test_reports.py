@@ -1,0 +1,66 @@
+"""What a run tells about itself, and what it keeps when a reward ends it."""
+
+from __future__ import annotations
+
+import pytest
+import shell
+from rich.console import Console
+
+from flowgrpo import display, prompts, rewards, train
+from flowgrpo.config import replace
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The console of the runs of a test, wide and recording."""
+    console = Console(width=300, record=True, quiet=False, highlight=False)
+    monkeypatch.setattr(display, "Terminal", lambda **options: console)
+    return console
+
+
+def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
+    """Iterations since the last checkpoint are saved; the resumed run is the uninterrupted one."""
+    changes = {"run.eval_every": 0, "run.steps": 4, "run.eval_guidance": 1.0}
+    config, red = shell.make(tmp_path, **changes), shell.red
+    lines = config.out_dir / "metrics.jsonl"
+
+    def dies(images, prompts, metadata):
+        if lines.exists() and '"iteration": 3, "kind": "train"' in lines.read_text():
+            raise ConnectionError("the machine is gone")
+        return red(images, prompts, metadata)
+
+    monkeypatch.setattr(shell, "red", dies)
+    with pytest.raises(rewards.RewardError, match="the machine is gone"):
+        train.run(config)
+    assert (config.out_dir / "checkpoints" / "step-000003").is_dir()
+    text = shown.export_text()
+    assert f"Saved after 3 iterations; go on with --run.resume {config.out_dir}" in text
+    monkeypatch.setattr(shell, "red", red)
+    train.run(replace(config, **{"run.resume": str(config.out_dir)}))
+    whole = replace(config, **{"run.out": str(tmp_path / "whole")})
+    train.run(whole)
+    assert shell.untimed(lines) == shell.untimed(whole.out_dir / "metrics.jsonl")
+    for folder in ("adapter", "checkpoints/step-000004"):
+        assert shell.bits_of(config.out_dir / folder) == shell.bits_of(whole.out_dir / folder) != {}
+
+
+def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown):
+    config = shell.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0})
+    train.run(config)
+    text = shown.export_text()
+    policy = train.load_policy(config)
+    frozen = sum(p.numel() for p in policy.transformer.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in policy.parameters())
+    assert f"{frozen / 1e3:.2f} k parameters" in text and f"{trained / 1e3:.2f} k param" in text
+    told = f"of the prompts of training: {config.sample.prompts} is one file"
+    assert f"6 prompts x 2 images in 3 steps, {told}" in text
+    # Its reward is between -1 and 1.
+    assert "held-out shell:red" in text and "accuracy" not in text
+    train.run(replace(config, **{"run.resume": str(config.out_dir)}))
+    assert "resumed at 1; nothing is left to train, see --run.steps" in shown.export_text()
+
+
+def test_which_sets_hold_prompts_out(tmp_path):
+    for name in ("nano", "geneval", "hub:a/b", str(tmp_path)):
+        assert prompts.has_splits(name)
+    assert not prompts.has_splits(str(tmp_path / "p.txt"))
