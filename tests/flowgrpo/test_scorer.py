@@ -121,6 +121,13 @@ def test_a_wrong_count_raises_at_once(reward, wrong):
     assert len(reward.calls) == 1
 
 
+def test_nanos_rewards_look_at_the_prompts_before_the_first_image():
+    for name in ("nano_strict", "nano_partial"):
+        rewards.Scorer({name: 1.0}).prepare(Prompts.of(["a"], [{"include": []}]))
+        with pytest.raises(rewards.RewardError, match="'a circle' comes without a list 'include'"):
+            rewards.Scorer({name: 1.0}).prepare(Prompts.of(["a circle"]))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
