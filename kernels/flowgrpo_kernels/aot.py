@@ -207,7 +207,11 @@ def problems(report: Report) -> list[str]:
     else:
         checks = {
             "float64 arithmetic": r"\.f64\b",
-            "fused multiply-add": r"\bfma\.rn\.f32\b",
+            "fused multiply-add": r"\bfma\.",
+            # Without .rn ptxas may fuse them; with .ftz, or approx, the bits are not the CPU's.
+            "product or sum that ptxas may fuse": r"\b(?:mul|add|sub)(?:\.ftz)?\.f32(?:x2)?\b",
+            "flush to zero": r"\.ftz\b",
+            "approximate division or root": r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\b",
             "local memory in the PTX": r"\b(?:ld|st)\.local\b",
         }
         if variant.vectorised:
