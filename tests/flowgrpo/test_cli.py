@@ -41,7 +41,7 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
         assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
     with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
         cli.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
-    with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*leave --run\.out out"):
+    with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
         cli.parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
 
 
