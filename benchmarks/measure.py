@@ -13,7 +13,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,63 +62,59 @@ def release(device: str) -> None:
 
 
 def held(device: str) -> int:
-    """Bytes that this process holds: of the caching allocator, or resident memory."""
+    """Bytes that this process holds: of the caching allocator, or on the CPU in tensors."""
     release(device)
-    return torch.cuda.memory_reserved() if device == "cuda" else _status("VmRSS")
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
+    # Not the resident memory, of which the C library gives back what and when it likes.
+    gc.collect()
+    # By its type alone: isinstance asks the object, and lazy modules import themselves then.
+    tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    storages = (t.untyped_storage() for t in tensors if t.layout == torch.strided)
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values())
 
 
 class Peak(NamedTuple):
     """Bytes above what was held before, and what the call returned."""
 
     held: int
-    """Taken from the device (the allocator's segments, graph pools included); on the CPU
-    resident."""
+    """Taken from the device (the allocator's segments, graph pools included); on the CPU the same
+    as used."""
     used: int
-    """In tensors at the same time; on the CPU the same as held."""
+    """In tensors at the same time."""
     result: Any
 
 
 def peak(call: Callable[[], Any], device: str) -> Peak:
     """The most memory that one call takes."""
+    if device != "cuda":
+        return _peak_on_cpu(call)
     before = held(device)
-    if device == "cuda":
-        used = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = call()
-        torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - used
-        return Peak(torch.cuda.max_memory_reserved() - before, most, result)
-    with contextlib.suppress(OSError):
-        # 5 sets the peak of resident memory, VmHWM, back to the present.
-        Path("/proc/self/clear_refs").write_text("5")
+    used = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     result = call()
-    most = max(_status("VmHWM") - before, 0)
-    return Peak(most, most, result)
+    torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated() - used
+    return Peak(torch.cuda.max_memory_reserved() - before, most, result)
 
 
-def _status(field: str) -> int:
-    """Bytes in a line of /proc/self/status; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
-
-
-def tensor_peak(call: Callable[[], Any], device: str) -> int:
-    """Bytes of the tensors that one call has at the same time, beyond those before it."""
-    if device == "cuda":
-        return peak(call, device).used
+def _peak_on_cpu(call: Callable[[], Any]) -> Peak:
+    """By what the profiler sees this thread allocate and free."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
-        call()
+        result = call()
     events = [e for e in done.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
         most = max(most, total)
-    return most
+    return Peak(most, most, result)
+
+
+def tensor_peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes of the tensors that one call has at the same time, beyond those before it."""
+    return peak(call, device).used
 
 
 @contextlib.contextmanager

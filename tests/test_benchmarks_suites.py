@@ -50,16 +50,10 @@ def run(monkeypatch, tmp_path):
     """Run a suite's main on the CPU; (exit code, record)."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
-    # On a CPU all that the process holds is measured, from which garbage of earlier tests may go;
-    # frozen, what they have left takes no time in each collection.
+    # On a CPU all tensors of the process are counted; frozen, what earlier tests have left takes no
+    # time in each count.
     gc.collect()
     gc.freeze()
-
-    def held(device, own=measure.held):
-        gc.collect()
-        return own(device)
-
-    monkeypatch.setattr(measure, "held", held)
 
     def run(module, *arguments):
         command = ["--smoke", "--device", "cpu", "--out", str(tmp_path / "r.json"), *arguments]
@@ -200,6 +194,16 @@ def test_memory_of_tensors_is_counted():
         return b, c
 
     assert measure.tensor_peak(call, "cpu") == 1 << 20
+    assert measure.peak(call, "cpu").result[0].numel() == 1 << 19
+    before = measure.held("cpu")
+    kept = torch.empty(4, 1 << 18, dtype=torch.uint8)
+    rows = list(kept)
+    assert measure.held("cpu") - before == 1 << 20 and len(rows) == 4
+    # What nobody can reach is not held, also before Python has noticed.
+    loop = [kept]
+    loop.append(loop)
+    del kept, rows, loop
+    assert measure.held("cpu") == before
     inner = torch.OutOfMemoryError("full")
     outer = ValueError("no capture")
     outer.__cause__ = inner
