@@ -189,11 +189,13 @@ def time_cpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> di
     return seconds
 
 
-def time_gpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> dict[str, list]:
-    """Seconds of a call by events: `ours` and `ceiling` as graphs, others in a loop."""
+def time_gpu(
+    calls: dict[str, Callable], sets: list, rounds: int, graphs: tuple = ("ours", "ceiling")
+) -> dict[str, list]:
+    """Seconds of a call by events: those named in `graphs` as graphs, others in a loop."""
     runs = {}
     for name, call in calls.items():
-        graphed = name in ("ours", "ceiling")
+        graphed = name in graphs
         runs[name] = (_graph if graphed else _loop)(call, sets if graphed else sets[:LOOP_SETS])
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
@@ -216,7 +218,7 @@ def time_gpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> di
     return seconds
 
 
-def _loop(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int, bool]:
+def _loop(call: Callable, sets: list) -> tuple[Callable[[], None], int, bool]:
     """(the call over all sets, warm; how many sets; not a graph)."""
 
     def loop() -> None:
@@ -228,7 +230,7 @@ def _loop(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int,
     return loop, len(sets), False
 
 
-def _graph(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int, bool]:
+def _graph(call: Callable, sets: list) -> tuple[Callable[[], None], int, bool]:
     """(replay of the call over all sets; how many sets; a graph)."""
     loop = _loop(call, sets[:1])[0]
     stream = torch.cuda.Stream()
@@ -244,15 +246,15 @@ def _graph(call: Callable, sets: list[Buffers]) -> tuple[Callable[[], None], int
     return graph.replay, len(sets), True
 
 
-def buffer_sets(case: Case, device: str) -> int:
-    """So many that a set has left the caches when its turn comes: 60 MB of L2 on an H200, the
-    private caches of a CPU."""
+def buffer_sets(moved: int, device: str) -> int:
+    """For calls that move so many bytes each, so many that a set has left the caches when its turn
+    comes: 60 MB of L2 on an H200, the private caches of a CPU."""
     total, most = (250_000_000, 320) if device == "cuda" else (60_000_000, 32)
-    return min(most, max(2, total // max(case.bytes, 1)))
+    return min(most, max(2, total // max(moved, 1)))
 
 
 def timed(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
-    sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case, device))]
+    sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case.bytes, device))]
     calls = providers(case, device, compiled)
     if not reference or case.bytes > 1 << 30:
         # At the large shape its float64 temporaries and int64 words do not fit beside the buffers.
