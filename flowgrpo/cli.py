@@ -7,6 +7,7 @@ and saved exits with 130, one whose output nobody reads any more with 141.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -32,6 +33,7 @@ from flowgrpo.recipes import RECIPES, recipe
 
 T = TypeVar("T")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
 
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train
@@ -192,6 +194,16 @@ def train(argv: list[str]) -> int:
         summary = training.run(config)
     except (training.RatioError, training.DivergenceError, reports.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    # safetensors has an error of its own for a disk that is full.
+    except Exception as error:
+        if getattr(error, "errno", None) not in FULL and "No space left" not in str(error):
+            raise
+        print(
+            f"error: the disk of run.out {str(config.out_dir)!r} is full ({error}); free some "
+            f"space and go on with --run.resume {config.out_dir}.",
+            file=sys.stderr,
+        )
         return 1
     return 130 if summary.get("interrupted") else 0
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from flowgrpo import capture, checkpoints, pictures, rewards, runs, seeds, weights
 from flowgrpo import evaluate as evaluation
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.display import Terminal, comparison
+from flowgrpo.display import Terminal, comparison, show
 from flowgrpo.evaluate import HeldOut, Report
 from flowgrpo.policies import Policy, lora
 from flowgrpo.recipes import RECIPES, recipe
@@ -80,7 +80,7 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     }
     evaluation.picture(reports, held, out / "grid.png")
     checkpoints.write_json(out / "report.json", found)
-    console.print(comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
+    show(console, comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
     if trained:
         _tell(found["change"], reports["base"].label == "accuracy", console)
     console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
@@ -129,7 +129,8 @@ def _changes(reports: list[Report], held: HeldOut) -> dict[str, Any]:
 
 def _tell(changes: dict[str, Any], share: bool, console: Console) -> None:
     """Print the changes; of an accuracy in percentage points."""
-    console.print("change on the same prompts and seeds, with its 95 % interval:")
+    text = "change on the same prompts and seeds, with its 95 % interval:"
+    console.print(text, soft_wrap=True)
     for place, (name, found) in enumerate(changes["scores"].items()):
         scale, digits = (100, 1) if share and place == 0 else (1, 3)
         low, high = (f"{scale * bound:+.{digits}f}" for bound in found["interval"])

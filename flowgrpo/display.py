@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -130,7 +131,7 @@ class Display:
         """The table of `comparison`."""
         if self.mode != "none":
             self.pause()
-            self.console.print(comparison(reports, tolerances))
+            show(self.console, comparison(reports, tolerances))
 
     def pause(self) -> None:
         """Take the bar down; the next iteration puts it up again."""
@@ -162,6 +163,14 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table in full: rich would leave out columns and cut figures off where the terminal is
+    narrow, and takes a file for 80 characters wide."""
+    wide = console.options.update(width=1000)
+    wide = wide.update(width=console.measure(table, options=wide).maximum)
+    console.print(Segments(console.render(table, wide)), crop=False, end="")
 
 
 def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> Table:

@@ -199,7 +199,9 @@ def recipe_states(memory: float | None = None) -> dict[str, str]:
         config = recipes.recipe(name, memory=memory)
         need = budget.memory(config, budget.KNOWN[config.policy.model])["total"]
         little = ", more than there is" if memory and need > memory else ""
-        found[name] = f"about {need:.0f} GiB, {config.sample.batch_size} images a forward{little}"
+        rows = config.sample.batch_size
+        images = f"{rows} image{'s' * (rows > 1)} a forward"
+        found[name] = f"about {need:.0f} GiB, {images}{little}"
         models[config.policy.model] = at_hand(config.policy.model)
     for model, here in models.items():
         found[model] = (

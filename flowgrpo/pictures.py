@@ -152,7 +152,7 @@ def curve(
         level = scale * guided["accuracy"]
         name = f"base, guidance {guided['guidance_scale']:g}: {level:.{digits}f}{unit}"
         axes.axhline(level, color=GUIDED, lw=1.2, ls="--", label=name, zorder=3)
-    last = f"{y[-1]:.{digits + 1}f}{unit}"
+    last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
     _dress(axes, evaluations, title, f"held-out {label}{',' * bool(unit)}{unit}")
     beside = path.with_name(f".{path.name}.part")
@@ -178,7 +178,9 @@ def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str, ylab
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
     if ylabel.endswith("%"):
         axes.set_ylim(0, 100)
-    axes.set_xlim(0, max(evaluations[-1]["iteration"], 1) * 1.08)
+    # Room on the right for the last value.
+    axes.set_xlim(0, max(evaluations[-1]["iteration"], 1) * 1.15)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color="#eaeef2", lw=0.8)
     axes.set_axisbelow(True)

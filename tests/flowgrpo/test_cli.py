@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import pytest
 import shell
 from PIL import Image
+from safetensors import SafetensorError
 
 from flowgrpo import __version__, cli, commands, nano, reports, train
 from flowgrpo.config import ConfigError, to_json
@@ -102,6 +104,21 @@ def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypat
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))
     assert cli.main(["train"]) == 1
     assert capsys.readouterr().err == "error: the reason\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error))
+    assert cli.main(["train", "--run.out", "there"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: the disk of run.out 'there' is full (")
+    assert shown.endswith("go on with --run.resume there.\n") and shown.count("\n") == 1
+    monkeypatch.setattr(train, "run", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
 
 
 @pytest.mark.parametrize(

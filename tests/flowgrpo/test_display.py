@@ -51,6 +51,17 @@ METRICS = {
 }
 
 
+def test_the_table_is_whole_on_a_narrow_terminal():
+    long = {"scores": {"a.long.module:function": 0.2, "another_long_name": 0.375}}
+    narrow, wide = display(width=50), display(width=200)
+    for shown in (narrow, wide):
+        shown.table({"base": report(0.2, **long), "iteration 170": report(0.7, **long)}, {})
+    lines = [line.split() for line in text(narrow).splitlines()]
+    assert ["accuracy,", "%", "20.0", "70.0", "+50.0"] in lines
+    assert ["95", "%", "interval", "10.0", "to", "30.0", "60.0", "to", "80.0"] in lines
+    assert lines == [line.split() for line in text(wide).splitlines()]
+
+
 @pytest.mark.parametrize(("steps", "lines"), [(5, 5), (40, 40), (1000, 41), (4321, 42)])
 def test_plain_progress_is_about_forty_lines(steps, lines):
     shown = display(steps=steps, eval_every=0)

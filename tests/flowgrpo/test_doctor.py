@@ -63,6 +63,7 @@ def test_doctor_holds_recipes_against_the_gpu():
     assert more in small["flux_pickscore"] and not any(more in text for text in large.values())
     assert large["GPU"] == "141 GiB" and len(large) > 10
     assert large["sd35m_geneval_1gpu"].endswith("12 images a forward")
+    assert "GiB, 1 image a forward" in small["flux_pickscore"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flowgrpo import pictures
@@ -105,6 +106,21 @@ def test_curve_rises_with_the_accuracy(tmp_path):
         right = line[line[:, 1] > 650][:, 0].mean()
         assert (left > right) == (name == "up")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["down.png", "up.png"]
+
+
+def test_the_last_value_is_inside_the_axes_and_iterations_are_whole(tmp_path, monkeypatch):
+    figures = []
+    drawn = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: (figures.append(f), drawn(f, *a, **k))
+    )
+    for values, label in (([0.2, 1.0], "accuracy"), ([1.6, 1.6765], "price"), ([20.0, -24.0], "p")):
+        pictures.curve(tmp_path / "a.png", evaluations(values), label=label)
+        axes = figures[-1].axes[0]
+        [last] = [t for t in axes.texts if t.get_text()]
+        assert last.get_window_extent().x1 <= axes.get_window_extent().x1
+        ticks = [t.get_text() for t in axes.get_xticklabels()]
+        assert len(ticks) > 1 and all(tick.isdigit() for tick in ticks)
 
 
 def test_curve_of_one_point_and_without_tasks(tmp_path):
