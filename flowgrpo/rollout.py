@@ -209,7 +209,7 @@ def rollout(
         done: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
     device, rows = policy.device, seeds.numel()
-    sample_chunk, fixed = _form(policy, keep), policy.graphs is not None
+    sample_chunk = _form(policy, keep)
     seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
     found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
@@ -217,9 +217,9 @@ def rollout(
         # Of all prompts at once, as the update does; an evaluation may have too many for that.
         conditioning, uncond = prepared(policy, plan, conditioning, uncond)
     for part in chunks(rows, batch_size):
-        # A graph has one geometry: a last chunk that is short repeats its last row.
-        stop = part.start + min(batch_size, rows) if fixed else part.stop
-        place = torch.arange(part.start, stop, device=device).clamp(max=rows - 1)
+        # A short last chunk repeats its last row, also without a graph, which has one geometry:
+        # kernels for fewer rows may have other bits.
+        place = (part.start + torch.arange(min(batch_size, rows), device=device)).clamp(max=rows - 1)
         chunk = Chunk(
             *prepared(policy, plan, conditioning.rows(groups[place]), uncond),
             plan.sigmas,

@@ -144,6 +144,17 @@ class SampleConfig:
             "them or sample.steps.",
         )
         require(
+            not (self.transition == "cps" and high == self.steps),
+            f"sample.window_range is {self.window_range} with sample.transition cps, but cps adds "
+            "no noise to the last step, and a step is trained by its noise; end the range at "
+            f"{self.steps - 1}.",
+        )
+        require(
+            not (self.transition == "cps" and self.noise_level >= 2),
+            f"sample.noise_level is {self.noise_level:g} with sample.transition cps, but an angle "
+            "of noise_level times 90 degrees must be below 180; choose one below 2, such as 0.8.",
+        )
+        require(
             self.window_size <= high - low,
             f"sample.window_size {self.window_size} does not fit into the window range "
             f"[{low}, {high}); make the window smaller or the range wider.",

@@ -73,8 +73,9 @@ def test_models_of_the_real_classes_can_be_captured(request, tmp_path, model, pi
 
 
 def test_a_short_chunk_is_filled_up(parts, shared):
-    """7 rows in chunks of 3: the last one has the bits of a whole chunk."""
-    policy, config = parts.policy, shared[1]
+    """7 rows in chunks of 3: the last one has the bits of a whole chunk, captured and not, because
+    it is one."""
+    policy, config, rows = parts.policy, shared[1], []
 
     def run(rows):
         positions = torch.ones(2, rows, dtype=torch.int64) + torch.arange(2)[:, None]
@@ -93,6 +94,12 @@ def test_a_short_chunk_is_filled_up(parts, shared):
     assert torch.equal(found.latents, expected.latents[:, :7])
     assert torch.equal(found.log_probs, expected.log_probs[:, :7])
     assert policy.graphs.recorder.captures == 1 and len(found.seeds) == 7
+    hook = policy.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    assert_equal(found, eager(policy, lambda: run(7)))
+    hook.remove()
+    assert rows == [3] * 3 * config.sample.steps
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])

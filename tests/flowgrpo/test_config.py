@@ -30,6 +30,8 @@ BAD = [
     ({"sample.transition": "euler"}, "'flow_sde', 'dance_sde', 'cps'"),
     ({"sample.noise_level": math.inf}, "sample.noise_level is inf"),
     ({"optim.guard": True, "sample.transition": "cps"}, "choose flow_sde or dance_sde"),
+    ({"sample.transition": "cps", "sample.window_range": (0, 10)}, "end the range at 9."),
+    ({"sample.transition": "cps", "sample.noise_level": 2.0}, "below 2, such as 0.8."),
     ({"optim.lr": math.nan}, "optim.lr is nan"),
     ({"optim.lr": "1e-3"}, "type float is expected"),
     ({"optim.betas": (0.9, 1.0)}, "below 1"),
