@@ -216,10 +216,10 @@ def rollout(
     if keep:
         # Of all prompts at once, as the update does; an evaluation may have too many for that.
         conditioning, uncond = prepared(policy, plan, conditioning, uncond)
+    whole = torch.arange(min(batch_size, rows), device=device)
     for part in chunks(rows, batch_size):
-        # A short last chunk repeats its last row, also without a graph, which has one geometry:
-        # kernels for fewer rows may have other bits.
-        place = (part.start + torch.arange(min(batch_size, rows), device=device)).clamp(max=rows - 1)
+        # A short last chunk repeats its last row, also without a graph: fewer may mean other bits.
+        place = (whole + part.start).clamp(max=rows - 1)
         chunk = Chunk(
             *prepared(policy, plan, conditioning.rows(groups[place]), uncond),
             plan.sigmas,
