@@ -88,9 +88,15 @@ def check_transitions(transitions: Transitions, sample: Tensor) -> None:
         )
 
 
+def check_numbers(**values) -> None:
+    """Coefficients of a call are numbers of the host: one on a GPU would be read back each time."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number, got a tensor")
+
+
 def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> None:
-    if isinstance(guidance_scale, Tensor):
-        raise TypeError("guidance_scale must be a number, got a tensor")
+    check_numbers(guidance_scale=guidance_scale)
     if uncond_velocity is None and guidance_scale != 1.0:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
 

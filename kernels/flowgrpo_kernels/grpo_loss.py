@@ -221,6 +221,8 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
         low, high = clip_range
     else:
         low = high = clip_range
+    for value in (low, high):
+        _checks.check_numbers(clip_range=value)
     if not (0.0 <= low <= 1.0 and high >= 0.0):
         raise ValueError(f"clip_range must be low in [0, 1] and high >= 0, got {clip_range!r}")
     return float(low), float(high)
@@ -245,6 +247,7 @@ def _check(
     halves = ("velocity", "uncond_velocity")
     constants = {name: value for name, value in latents.items() if name not in halves}
     _checks.check_constants(sample=sample, **constants, **per_row)
+    _checks.check_numbers(kl_weight=kl_weight, adv_clip=adv_clip)
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be >= 0, got {kl_weight}")
     if not adv_clip > 0:

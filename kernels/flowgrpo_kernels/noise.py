@@ -56,6 +56,8 @@ def initial_noise(
     seeds: int64 [B]. shape: the shape of one sample, without the batch.
     """
     _checks.check_seeds(seeds)
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape must be a sequence of integers, got {type(shape).__name__}")
     shape = [int(n) for n in shape]
     if any(n < 0 for n in shape):
         raise ValueError(f"shape must not have negative sizes, got {shape}")

@@ -91,6 +91,10 @@ OWN = [
     ("grpo_loss", "clip_range", (1.1, 0.1), ValueError),
     ("grpo_loss", "clip_range", float("nan"), ValueError),
     ("grpo_loss", "adv_clip", 0.0, ValueError),
+    ("grpo_loss", "adv_clip", torch.tensor(5.0), TypeError),
+    ("grpo_loss", "kl_weight", torch.tensor(0.0), TypeError),
+    ("grpo_loss", "clip_range", torch.tensor(0.1), TypeError),
+    ("grpo_loss", "clip_range", (0.1, torch.tensor(0.1)), TypeError),
     ("grpo_loss", "ref_velocity", B.ref[:1], ValueError),
     ("grpo_loss", "ref_uncond_velocity", B.ref, ValueError),
 ]

@@ -116,6 +116,7 @@ def test_empty_and_bad_input():
         (([1, 2], (3,)), {}, TypeError, "seeds"),
         ((seeds[None], (3,)), {}, ValueError, "seeds"),
         ((seeds, (-1,)), {}, ValueError, "shape"),
+        ((seeds, 3), {}, TypeError, "shape"),
         ((seeds, (3,)), {"dtype": torch.float64}, TypeError, "dtype"),
     ):
         with pytest.raises(error, match=name):
