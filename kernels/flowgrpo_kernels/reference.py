@@ -139,6 +139,11 @@ def _pair_tree(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
+def over(x: Tensor, count: int) -> Tensor:
+    """x / count, at least 1. By a number PyTorch would, on a GPU, multiply with its reciprocal."""
+    return x / torch.full_like(x, max(count, 1))
+
+
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, ...] -> [B, D] in the compute dtype."""
     return x.reshape(x.shape[0], x.shape[1:].numel()).to(dtype)
@@ -158,7 +163,7 @@ def _guided(velocity: Tensor, uncond: Tensor | None, guidance_scale: float, dtyp
 
 def _mean(squares: Tensor) -> Tensor:
     """Mean over the elements of [B, D], defined as 0 for D = 0."""
-    return ordered_sum(squares) / max(squares.shape[1], 1)
+    return over(ordered_sum(squares), squares.shape[1])
 
 
 def _score(c: Coefficients, d: Tensor) -> Tensor:
@@ -246,7 +251,7 @@ def log_prob_backward(
     """Gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
     c = coefficients(table, step, _compute_dtype(sample))
     _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
-    scale = (grad.to(d.dtype) * (2 * (c.k * c.B))) / max(d.shape[1], 1)
+    scale = over(grad.to(d.dtype) * (2 * (c.k * c.B)), d.shape[1])
     dv = scale[:, None] * d
     return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
@@ -256,7 +261,7 @@ def _weighted_mean(weight: Tensor | None, values: Tensor) -> Tensor:
     if weight is not None:
         weight = weight.to(values.dtype)
         values = torch.where(weight == 0, 0.0, weight * values)
-    return ordered_rows(values) / max(values.shape[0], 1)
+    return over(ordered_rows(values), values.shape[0])
 
 
 def ordered_rows(values: Tensor) -> Tensor:
@@ -288,7 +293,7 @@ def grpo_loss_forward(
     dtype = _compute_dtype(sample)
     c = coefficients(table, step, dtype)
     v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
-    rows, n = max(d.shape[0], 1), max(d.shape[1], 1)
+    rows, n = d.shape
     lp = _score(c, d)
     b2 = c.B * c.B
 
@@ -301,26 +306,26 @@ def grpo_loss_forward(
     policy, slope, outside = _clipped_policy(ratio, adv, 1.0 - clip_low, 1.0 + clip_high)
 
     weight = _row_gradient_weight(row_weight, adv)
-    g = (weight / rows) * slope * ratio
+    g = over(weight, rows) * slope * ratio
     if row_weight is not None:
         g = torch.where(weight == 0, 0.0, g)
     if old_velocity is not None:
         policy = policy / c.abs_dt
         g = (g * c.C) / c.abs_dt
-    c_d = (g * (2 * (c.k * c.B))) / n
-    c_h = (g * (2 * (c.k * b2))) / n if old_velocity is not None else torch.zeros_like(g)
+    c_d = over(g * (2 * (c.k * c.B)), n)
+    c_h = over(g * (2 * (c.k * b2)), n) if old_velocity is not None else torch.zeros_like(g)
 
     policy_loss = _weighted_mean(row_weight, policy)
     if ref_velocity is not None:
         e = v - _guided(ref_velocity, ref_uncond_velocity, guidance_scale, dtype)
         kl_rows = torch.where(c.C == 0, 0.0, (c.K * b2) * _mean(e * e))
-        kl_grad = _row_gradient_weight(kl_row_weight, adv) / rows * kl_weight
-        c_e = (kl_grad * (2 * (c.K * b2))) / n
+        kl_grad = over(_row_gradient_weight(kl_row_weight, adv), rows) * kl_weight
+        c_e = over(kl_grad * (2 * (c.K * b2)), n)
         kl = _weighted_mean(kl_row_weight, kl_rows)
         loss = policy_loss + kl_weight * kl
     else:
         c_e, kl, loss = torch.zeros_like(g), torch.zeros_like(policy_loss), policy_loss.clone()
-    clip_fraction = ordered_rows(outside.to(dtype)) / rows
+    clip_fraction = over(ordered_rows(outside.to(dtype)), rows)
     return loss, policy_loss, kl, clip_fraction, lp, ratio, torch.stack((c_d, c_e, c_h), dim=1)
 
 

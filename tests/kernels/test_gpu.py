@@ -72,6 +72,15 @@ def test_bits_of_the_reference(shape, dtype, sample_dtype):
         assert torch.equal(noise.cpu(), initial_noise(b.seeds, shape))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (16, 12, 20)], ids=str)
+def test_the_reference_gives_its_bits_on_a_gpu_too(shape):
+    b, transitions = oracle.batch(5, shape, torch.bfloat16), flow_sde(oracle.SIGMAS)
+    with _ops.use_backend("reference"):
+        expected, _ = micro_step(b, transitions)
+        got, _ = micro_step(cuda(b), transitions.to("cuda"))
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(got, expected, strict=True))
+
+
 def test_no_synchronisation():
     b, transitions = cuda(oracle.batch(4)), flow_sde(oracle.SIGMAS).to("cuda")
     micro_step(b, transitions)

@@ -46,6 +46,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import over
+
 
 def lanes(width: int) -> int:
     """The lanes over which a row of `width` elements is summed: a power of two up to 1024."""
@@ -98,9 +100,9 @@ def norm_modulate(
     """(y, y2, mean [B, N], rstd [B, N]); y2 is empty without scale2, the others unless `stats`."""
     dtype, width = compute_dtype(x), x.shape[-1]
     b_x = x.to(dtype)
-    mean = row_sum(b_x) / width
+    mean = over(row_sum(b_x), width)
     d = b_x - mean
-    rstd = _inverse_root(row_sum(d * d) / width + eps)
+    rstd = _inverse_root(over(row_sum(d * d), width) + eps)
     h = d * rstd
 
     def modulated(scale: Tensor, shift: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def norm_modulate_backward(
     g = dy.to(dtype) * (1.0 + _token(scale, dtype))
     if dy2 is not None:
         g = g + dy2.to(dtype) * (1.0 + _token(scale2, dtype))
-    dx = ((g - row_sum(g) / width) - h * (row_sum(g * h) / width)) * rstd[..., None]
+    dx = ((g - over(row_sum(g), width)) - h * over(row_sum(g * h), width)) * rstd[..., None]
     return _rounded(dx, x.dtype)
 
 
@@ -193,7 +195,7 @@ def joint_heads(
 
 def _rms(x: Tensor, eps: float) -> Tensor:
     """The reciprocal root of the mean square of each head."""
-    return _inverse_root(row_sum(x * x) / x.shape[-1] + eps)
+    return _inverse_root(over(row_sum(x * x), x.shape[-1]) + eps)
 
 
 def _turn(x: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ def _part_gradient(gz: Tensor, part: Tensor, weight: Tensor | None, eps: float) 
     x = part.view(gz.shape).to(gz.dtype)
     r = _rms(x, eps)
     h, g = x * r, gz * weight.to(gz.dtype)
-    dx = (g - h * (row_sum(g * h) / x.shape[-1])) * r
+    dx = (g - h * over(row_sum(g * h), x.shape[-1])) * r
     return _rounded(dx.flatten(-2), part.dtype)
 
 
