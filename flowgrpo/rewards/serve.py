@@ -73,7 +73,8 @@ def serve(
         # Models are loaded before the first request, so that a missing one shows at once.
         if hasattr(reward, "build"):
             reward.build()
-        log.info("reward %r on http://%s:%d/score", name, host, sock.getsockname()[1])
+        shown = f"[{host}]" if ":" in host else host
+        print(f"reward {name!r} on http://{shown}:{sock.getsockname()[1]}/score", flush=True)
         uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[sock])
 
 

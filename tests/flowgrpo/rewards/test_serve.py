@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -184,12 +185,12 @@ def test_errors_before_it_listens():
 
 
 def test_serve_in_a_process_of_its_own(monkeypatch):
-    with bind("127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-    code = f"from flowgrpo.rewards.serve import serve; serve('jpeg_compressibility', port={port})"
-    process = subprocess.Popen([sys.executable, "-c", code])
+    """It tells its address, which with port 0 nobody else knows."""
+    code = "from flowgrpo.rewards.serve import serve; serve('jpeg_compressibility', port=0)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        url = f"http://127.0.0.1:{port}"
+        told = process.stdout.readline()
+        [url] = re.findall(r"'jpeg_compressibility' on (http://127\.0\.0\.1:\d+)/score\n", told)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
@@ -202,4 +203,5 @@ def test_serve_in_a_process_of_its_own(monkeypatch):
         assert (status, reply["scores"]) == (200, local)
     finally:
         process.terminate()
+        process.stdout.close()
         assert process.wait(timeout=20) in (0, -15)
