@@ -46,8 +46,10 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         check_adapter(policy, options.adapter)
     _writable(out)
 
-    def measure(guidance: float) -> Report:
-        return evaluation.evaluate(
+    def measure(label: str, guidance: float) -> None:
+        images = f"{len(held.seeds)} images in {config.sample.eval_steps} steps"
+        console.print(f"Evaluating {label}: {images}.", soft_wrap=True, markup=False)
+        reports[label] = evaluation.evaluate(
             policy,
             held,
             scorer,
@@ -57,16 +59,17 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
             quality=evaluation.quality_of(config.sample.prompts),
         )
 
-    reports = {"base": measure(config.sample.guidance_scale)}
+    reports: dict[str, Report] = {}
+    measure("base", config.sample.guidance_scale)
     if options.guidance != 1:
-        reports[f"base, CFG {options.guidance:g}"] = measure(options.guidance)
+        measure(f"base, CFG {options.guidance:g}", options.guidance)
     if checkpoint is not None:
         add_trained(policy, config, checkpoint)
         iteration = checkpoints.read_state(checkpoint)["iteration"]
-        reports[f"iteration {iteration}"] = measure(config.sample.guidance_scale)
+        measure(f"iteration {iteration}", config.sample.guidance_scale)
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
-        reports["adapter"] = measure(config.sample.guidance_scale)
+        measure("adapter", config.sample.guidance_scale)
     trained = checkpoint is not None or options.adapter is not None
     found = {
         "target": options.target,
@@ -234,17 +237,25 @@ def load_adapter(policy: Policy, adapter: str) -> None:
     Raises:
         ConfigError: there are none, or they are those of another model.
     """
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    # diffusers would also print a line for each tensor that does not fit.
+    logging.set_verbosity(logging.CRITICAL)
     try:
         # No pickle is read, whatever lies in the folder.
         policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
     # diffusers and PEFT raise what the step that fails raises.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        # The first tensor that does not fit is named in the second line.
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(".")
         raise ConfigError(
             f"the adapter {adapter!r} cannot be loaded into {policy.name} ({type(error).__name__}: "
             f"{reason}), but LoRA weights of this model in diffusers' format are expected; name "
             "the folder that holds pytorch_lora_weights.safetensors."
         ) from error
+    finally:
+        logging.set_verbosity(level)
     require(
         bool(lora.layers(policy.transformer)),
         f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "

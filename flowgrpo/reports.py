@@ -203,6 +203,7 @@ class Reports:
         if report is not None:
             return report
         # Adapters off, not merely zero: a product with zeros in it may round in another order.
+        self.display.note(f"Evaluating the model before training: {len(self.held.seeds)} images.")
         whole = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if whole else self.policy.reference():
             report = self._measure(guidance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import shell
@@ -73,6 +74,19 @@ def test_the_base_is_the_same_with_and_without_an_adapter(folders, tmp_path, mon
     assert found[0] == found[1]
     monkeypatch.setattr(commands.evaluation, "sample_images", None)
     assert cli.main([*line, "--adapter", str(model)]) == 2
+
+
+def test_an_adapter_of_another_size_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
+    """diffusers would print a line for each of its tensors."""
+    printed = []
+    handler = logging.Handler()
+    handler.emit = printed.append
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
+    line = ["sample", "a red circle", "--model", "nano", "--adapter", str(folders[1])]
+    assert cli.main([*line, "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "size mismatch for transformer_blocks.0.attn.to_q.lora_A" in error
+    assert error.count("\n") == 1 and printed == []
 
 
 def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path):

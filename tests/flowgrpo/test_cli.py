@@ -173,6 +173,8 @@ def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
         and "iteration 2" in shown
         and "on the same prompts and seeds" in shown
     )
+    for label in ("base", "base, CFG 3", "iteration 2"):
+        assert f"Evaluating {label}: 6 images in 3 steps." in shown
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert list(report["reports"]) == ["base", "base, CFG 3", "iteration 2"]
     base, _, after = report["reports"].values()

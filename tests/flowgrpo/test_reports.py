@@ -55,6 +55,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     told = f"of the prompts of training: {config.sample.prompts} is one file"
     assert f"6 prompts x 2 images in 3 steps, {told}" in text
     # Its reward is between -1 and 1.
+    assert text.index("before training: 12 images.") < text.index("iteration 0  base: held-out")
     assert "held-out shell:red" in text and "accuracy" not in text
     train.run(replace(config, **{"run.resume": str(config.out_dir)}))
     assert "resumed at 1; nothing is left to train, see --run.steps" in shown.export_text()
