@@ -19,7 +19,11 @@ models get `JointAttention` first.
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
@@ -29,6 +33,7 @@ from flowgrpo.policies import lora
 # Names of the layers that get the tokens of the image, and of the text.
 OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 PLAIN = "plain"
+aten = torch.ops.aten
 
 
 def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -48,6 +53,8 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         layer.set_processor(JointAttention())
         lora.one_input(layer, OWN, ADDED)
     backend = None if name == PLAIN else _backend(name)
+    if backend in KERNELS:
+        _leave_switches_alone(backend)
     head = transformer.config.attention_head_dim
     try:
         if backend is not None:
@@ -76,6 +83,56 @@ def attend(
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
     out = torch.bmm(scores.softmax(-1), v)
     return out.view(batch, heads, length, dim).transpose(1, 2)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    return aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    kernel = aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, None, _has_backward(query, key, value))[0]
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    kernel = aten._scaled_dot_product_cudnn_attention
+    return kernel(query, key, value, None, _has_backward(query, key, value))[0]
+
+
+def _has_backward(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+KERNELS = {
+    AttentionBackendName._NATIVE_FLASH: _flash,
+    AttentionBackendName._NATIVE_EFFICIENT: _efficient,
+    AttentionBackendName._NATIVE_CUDNN: _cudnn,
+}
+"""PyTorch's kernels [B, H, S, D], by the operators that scaled_dot_product_attention calls."""
+
+
+def _leave_switches_alone(backend: AttentionBackendName) -> None:
+    """Let diffusers call the operator of a kernel by its name.
+
+    Its own function names it by turning all others off meanwhile, with switches of the whole
+    process: a reward that attends in the thread beside (scoring.py), in float32 or with a mask,
+    would find no kernel at all.
+    """
+    own, kernel = _AttentionBackendRegistry._backends[backend], KERNELS[backend]
+    if getattr(own, "_of_flowgrpo", False):
+        return
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **more: object) -> Tensor:
+        if query.shape[-1] % 8 or any(isinstance(x, Tensor) or x for x in more.values()):
+            # What the operator cannot do by itself, and no transformer here asks for.
+            return own(query, key, value, **more)
+        return kernel(*(x.permute(0, 2, 1, 3) for x in (query, key, value))).permute(0, 2, 1, 3)
+
+    call._of_flowgrpo = True
+    _AttentionBackendRegistry._backends[backend] = call
 
 
 class JointAttention:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import attention
@@ -113,6 +115,76 @@ def test_flux_uses_the_named_kernel(flux, monkeypatch):
         txt_ids=ids,
     )
     assert [member.value for member in used] == ["_native_math"] * 2
+
+
+class Switches(TorchDispatchMode):
+    """Whether a thread beside would find the kernel that can do everything, at every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.found.add(torch.backends.cuda.math_sdp_enabled())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_a_reward_beside_may_choose_another_kernel(request, model):
+    model = request.getfixturevalue(model)
+    attention.pin(model, "native_flash", CPU, torch.float32)
+    backend = attention._backend("native_flash")
+    with Switches() as switches:
+        attention.attend(*torch.randn(3, 1, 4, 2, 16), backend)
+        layer = next(m for m in model.modules() if hasattr(m, "to_q"))
+        layer(torch.randn(1, 4, 32), torch.randn(1, 3, 32))
+    assert switches.found == {True}
+
+
+def with_gradients(call, parts):
+    parts = [part.detach().requires_grad_() for part in parts]
+    out = call(*parts)
+    out.float().square().sum().backward()
+    return [out.detach(), *(part.grad for part in parts)]
+
+
+def has_the_bits_of_pytorchs_choice(name, kind, device, dtype):
+    """With gradients and without, where the operator is called by its name."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    parts = torch.randn(3, 2, 40, 3, 64, device=device, dtype=dtype)
+    transformer = SD3Transformer2DModel(num_layers=1, attention_head_dim=64, num_attention_heads=1)
+    attention.pin(transformer, name, torch.device(device), dtype)
+    ours = partial(attention.attend, backend=attention._backend(name))
+
+    def theirs(*parts):
+        # cuDNN's choice of a kernel depends on the layout, which diffusers makes contiguous.
+        parts = [part.transpose(1, 2) for part in parts]
+        parts = [part.contiguous() for part in parts] if "cudnn" in name else parts
+        with sdpa_kernel(getattr(SDPBackend, kind)):
+            out = torch.nn.functional.scaled_dot_product_attention(*parts)
+        return out.transpose(1, 2)
+
+    for found, expected in zip(
+        with_gradients(ours, parts), with_gradients(theirs, parts), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(ours(*parts), theirs(*parts))
+
+
+def test_flash_has_the_bits_of_pytorchs_choice():
+    has_the_bits_of_pytorchs_choice("native_flash", "FLASH_ATTENTION", "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+def test_kernels_have_the_bits_of_pytorchs_choice(kind):
+    name = f"native_{kind.partition('_')[0].lower()}"
+    torch.use_deterministic_algorithms("CUDNN" not in kind)
+    try:
+        has_the_bits_of_pytorchs_choice(name, kind, "cuda", torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_plain_attends_like_pytorch_in_float64():
