@@ -15,7 +15,7 @@ def once_differentiable(name: str) -> Callable[[Callable], Callable]:
     torch's own once_differentiable raises only when the upstream gradient requires a gradient.
     Here the result also depends on saved inputs, so with create_graph=True it would drop their
     part in silence: a penalty on the gradient would train nothing. This one always raises in the
-    second backward.
+    second backward, which it is reached by from the upstream gradient and from every saved input.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -29,8 +29,10 @@ def once_differentiable(name: str) -> Callable[[Callable], Callable]:
                 f"{name} can be differentiated once: its backward was asked for a gradient. "
                 "Compute the term that needs it from the velocities in plain PyTorch"
             )
-            fail = torch._C._functions.DelayedError(message, len(outputs))
-            return fail(*(_leaf(value) for value in outputs))
+            # Without these a second backward to the velocities alone would pass by the error.
+            given = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            fail = torch._C._functions.DelayedError(message, len(outputs) + len(given))
+            return fail(*(_leaf(value) for value in outputs), *given)[: len(outputs)]
 
         return wrapped
 

@@ -91,7 +91,7 @@ class _GrpoLossInOnePass(torch.autograd.Function):
         # Handed out once: whoever gets the gradient may change it in place.
         ready, ctx.ready = ctx.ready, None
         asked = None
-        if ready is not None:
+        if ready is not None and _readable(grad_loss):
             # Not compared through the class, where another thread may write, too.
             asked = _GrpoLossInOnePass.expected = grad_loss.item()
         if ready is not None and ready[0] == asked:
@@ -99,6 +99,11 @@ class _GrpoLossInOnePass(torch.autograd.Function):
         else:
             dv, du = _gradients(ctx, saved, grad_loss)
         return dv, du, None, None
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether x has one value: not under vmap or tracing, which may be of the backward alone."""
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _keep(ctx, uncond_grad: bool, args: tuple, outputs: Sequence[Tensor]) -> None:

@@ -113,8 +113,15 @@ def test_double_backward_says_no(backend):
     v = b.velocity.requires_grad_()
     lp = log_prob(v, b.sample, x_prev, transitions, b.step)
     (grad,) = torch.autograd.grad(lp.sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError, match="log_prob can be differentiated once"):
-        grad.sum().backward()
+    once = pytest.raises(RuntimeError, match="log_prob can be differentiated once")
+    with once:
+        grad.sum().backward(retain_graph=True)
+    with once:
+        torch.autograd.grad(grad.sum(), v, allow_unused=True)
+    with once:
+        torch.autograd.functional.hessian(
+            lambda v: log_prob(v, b.sample, x_prev, transitions, b.step).sum(), v.detach()
+        )
 
 
 def test_no_gradient_no_graph(backend):

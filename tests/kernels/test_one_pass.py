@@ -142,6 +142,24 @@ def test_a_second_backward_is_not_handed_the_first_ones_tensor(second_passes):
             value.backward()
 
 
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_second_derivatives_and_batches_of_gradients(name):
+    """The former say no, however they are asked for; the latter are each the gradient of one."""
+    if name == "native" and not _native.available():
+        pytest.skip(_native.why_not())
+    b = oracle.batch(4, (3, 7, 9))
+    v = b.velocity.clone().requires_grad_()
+    with _ops.use_backend(name):
+        factors = torch.tensor([1.0, -0.5])
+        (both,) = torch.autograd.grad(loss(b, v), v, factors, is_grads_batched=True)
+        for grad, factor in zip(both, factors.tolist(), strict=True):
+            torch.testing.assert_close(grad, gradient(b, factor))
+        (grad,) = torch.autograd.grad(loss(b, v), v, create_graph=True)
+        for allow_unused in (False, True):
+            with pytest.raises(RuntimeError, match="grpo_loss can be differentiated once"):
+                torch.autograd.grad(grad.sum(), v, allow_unused=allow_unused, retain_graph=True)
+
+
 @needs_native
 def test_tracing_takes_two_passes():
     """A subclass (fake tensors among them) cannot be asked for the value of grad_loss."""
