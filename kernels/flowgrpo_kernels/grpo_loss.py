@@ -103,7 +103,10 @@ class _GrpoLossInOnePass(torch.autograd.Function):
 
 def _readable(x: Tensor) -> bool:
     """Whether x has one value: not under vmap or tracing, which may be of the backward alone."""
-    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    # autograd.grad(is_grads_batched=True) has a vmap of its own.
+    kinds = torch._C._functorch
+    batched = kinds.is_functorch_wrapped_tensor(x) or kinds.is_legacy_batchedtensor(x)
+    return type(x) is Tensor and not batched
 
 
 def _keep(ctx, uncond_grad: bool, args: tuple, outputs: Sequence[Tensor]) -> None:
