@@ -92,10 +92,10 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("update", 35, "bench_update.py", "--alone", *trained, *sd3),
         one("iteration", 30, "bench_iteration.py", "--alone", *trained, *sd3),
         one("memory", 20, "bench_iteration.py", "--memory", *sd3),
-        Part("nano", 40 * args.scale, [nano(args, device)]),
+        Part("nano", 30 * args.scale, [nano(args, device)]),
         sanitizer(args),
-        one("profile-rollout", 15, "bench_rollout.py", "--profile", *filtered(args)),
-        one("profile-update", 15, "bench_update.py", "--profile", *filtered(args)),
+        one("profile-rollout", 25, "bench_rollout.py", "--profile", *filtered(args)),
+        one("profile-update", 25, "bench_update.py", "--profile", *filtered(args)),
         one("kernels-memory", 10, "bench_kernels.py", "--memory"),
     ]
     if args.smoke:
@@ -133,7 +133,9 @@ def filtered(args: argparse.Namespace) -> list[str]:
     """What a profile is taken of."""
     if args.smoke:
         return ["--cases", "tiny-sd3", "--batch-sizes", "2"]
-    return ["--cases", "sd3.5-m t10 b16 no-cfg", "--providers", "ours,ours-fused,eager"]
+    # One after the other, so that a part that is stopped has the first ones.
+    geometry = ["--cases", "sd3.5-m t10 b16 no-cfg", "--alone"]
+    return [*geometry, "--providers", "ours,eager,ours-fused"]
 
 
 def build(args: argparse.Namespace) -> list[list[str]]:
@@ -177,7 +179,7 @@ def sanitizer(args: argparse.Namespace) -> Part:
     ]
     absent = "" if tool else "there is no compute-sanitizer"
     return Part(
-        "sanitizer", 40 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
+        "sanitizer", 30 * args.scale, commands, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent
     )
 
 
