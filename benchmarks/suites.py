@@ -155,9 +155,12 @@ class Session:
         """
         times: dict[str, list[float]] = {}
         text: dict[str, str] = {}
-        for names in self.together(case):
-            times |= measure(self, case, names, text)
-        self.speed_rows(title, times)
+        try:
+            for names in self.together(case):
+                times |= measure(self, case, names, text)
+        finally:
+            # Also of a run that is stopped, of the providers that were done.
+            self.speed_rows(title, times)
         line(title, text)
 
     def build(self, name: str, case: Case, whole: bool = False) -> Any:

@@ -49,6 +49,21 @@ def parts(monkeypatch):
     return made
 
 
+def test_a_part_has_what_earlier_ones_left(monkeypatch, tmp_path):
+    """Within a total; without one every part has its own budget."""
+    made = [
+        gpu.Part("short", 4, [say("pass")]),
+        gpu.Part("long", 1, [say("import time; time.sleep(1.6)")]),
+        gpu.Part("next", 1, [say("import time; time.sleep(30)")]),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda args: made)
+    assert gpu.main(["--out", str(tmp_path), "--total", "60"]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [d["result"].split()[0] for d in summary] == ["passed", "passed", "stopped"]
+    assert sum(d["seconds"] for d in summary) < 6 + gpu.GRACE
+    assert gpu.main(["--out", str(tmp_path), "--parts", "short,long"]) == 1
+
+
 def test_every_part_runs_and_is_reported(parts, tmp_path, capsys):
     out, archive = tmp_path / "out", tmp_path / "out.tar.gz"
     start = time.monotonic()

@@ -73,6 +73,22 @@ def test_a_case_of_a_suite(tmp_path):
     assert record["failures"] == ["two all case: RuntimeError: cuBLAS"]
 
 
+def test_a_comparison_that_is_stopped_keeps_its_speeds(tmp_path):
+    """One provider after the other: what was measured beside eager is compared with it."""
+    command = ["--smoke", "--device", "cpu", "--out", str(tmp_path / "r.json"), "--alone"]
+    args = suites.parser("", "ours,eager,ours-fused").parse_args(command)
+    session = suites.Session("update", args)
+
+    def measured(session, case, names, text):
+        if names == ["ours-fused"]:
+            raise KeyboardInterrupt
+        return {names[0]: [1.0 if names == ["ours"] else 3.0]}
+
+    with pytest.raises(KeyboardInterrupt):
+        session.compare(CASES[0], "one", measured)
+    assert records.find(session.rows, provider="ours", metric="speedup_vs_eager") == 3.0
+
+
 def test_the_warning_of_the_mode_itself_is_no_wait(monkeypatch):
     """torch says once in a process that the mode which finds synchronisations is a prototype."""
 
