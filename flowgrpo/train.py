@@ -275,13 +275,13 @@ def loss_scale(policy: Policy, rows: int, share: int) -> float:
     """What the loss of a micro-step of `rows` rows, one of `share`, is multiplied by.
 
     A mean over rows, elements and micro-steps has gradients of about 1 / (rows x elements x share)
-    in a velocity, 1e-8 for SD3.5-medium, and float16 has nothing below 6e-8. Times that number they
-    are about 1. A power of two, which is divided out of the float32 gradients without a rounding.
-    1 for other types, whose range is float32's.
+    in a velocity, 1e-8 for SD3.5-medium, and float16 has nothing below 6e-8. Scaled they are about
+    1/16, which leaves room for sums over the tokens below 65504. A power of two, which is divided
+    out of the float32 gradients without a rounding. 1 for other types, whose range is float32's.
     """
     if policy.dtype != torch.float16:
         return 1.0
-    return 2.0 ** math.floor(math.log2(rows * math.prod(policy.latent_shape) * share))
+    return 2.0 ** math.floor(math.log2(rows * math.prod(policy.latent_shape) * share / 16))
 
 
 class MicroStep:

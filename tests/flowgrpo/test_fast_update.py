@@ -141,7 +141,7 @@ def test_small_gradients_survive_float16(pixel_model, tmp_path):
         experience = trainers.experience(made, config)
         batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
         micro, scale = made.micro_step, train.loss_scale(made.policy, 3, share)
-        assert scale == (1.0 if dtype == "float32" else 2.0**25)
+        assert scale == (1.0 if dtype == "float32" else 2.0**21)
         with micro.accumulating(scale):
             micro(made.policy, train.losses.grpo, batch, config, share)
         parameters = made.state.parameters.values()
