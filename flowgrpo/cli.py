@@ -274,7 +274,13 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
     tyro fixes a default's keys."""
     registry = tyro.constructors.ConstructorRegistry()
 
+    def once(names: list[str]) -> None:
+        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        if twice:
+            raise ConfigError(f"{twice[0]!r} is given twice, but once is expected; leave one out.")
+
     def weights(words: list[str]) -> dict[str, float]:
+        once(words[::2])
         try:
             pairs = zip(words[::2], map(float, words[1::2]), strict=True)
             return dict(pairs)
@@ -290,6 +296,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
                 f"the options are {' '.join(words)!r}, but NAME.OPTION VALUE, repeated, is "
                 "expected; write, for example, geneval.batch_size 16."
             )
+        once(words[::2])
         return dict(zip(words[::2], words[1::2], strict=True))
 
     readers = {

@@ -106,6 +106,12 @@ def _asked(config: Config, options: Evaluate) -> Config:
     if options.rewards:
         # Only what is reported is loaded; training's own rewards may need what is not here.
         given["reward.weights"] = dict.fromkeys(options.rewards, 1.0)
+        own = {
+            name: value
+            for name, value in config.reward.options.items()
+            if name.rpartition(".")[0] in options.rewards
+        }
+        given["reward.options"] = {**own, **options.reward_options}
     if options.batch_size is not None:
         # Of one prompt, so that any number is allowed: training's group has no part in this.
         given["sample.batch_size"] = options.batch_size

@@ -296,6 +296,11 @@ def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_siz
     texts = [text for text in prompts.texts for _ in range(group_size)]
     metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
     out = reward(images, texts, metadata)
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
+        raise RewardError(
+            f"reward {name!r} returned a tuple of scores and a dict, as flow_grpo's rewards do, "
+            "but the scores alone are expected; return the first of the two."
+        )
     if isinstance(out, Tensor):
         out = out.detach().to("cpu", torch.float64).numpy()
     elif isinstance(out, list | tuple):

@@ -121,6 +121,12 @@ def test_a_wrong_count_raises_at_once(reward, wrong):
     assert len(reward.calls) == 1
 
 
+def test_a_reward_in_the_form_of_flow_grpo_is_told_at_once(reward):
+    with pytest.raises(rewards.RewardError, match=r"as flow_grpo's rewards do, .* the first of"):
+        reward(theirs=(lambda i, p, m: (first(i), {}), 1.0))(IMAGES, PROMPTS, 4)
+    assert len(reward.calls) == 1
+
+
 def test_nanos_rewards_look_at_the_prompts_before_the_first_image():
     for name in ("nano_strict", "nano_partial"):
         rewards.Scorer({name: 1.0}).prepare(Prompts.of(["a"], [{"include": []}]))
