@@ -165,11 +165,15 @@ def has_the_bits_of_pytorchs_choice(name, kind, device, dtype):
             out = torch.nn.functional.scaled_dot_product_attention(*parts)
         return out.transpose(1, 2)
 
-    for found, expected in zip(
-        with_gradients(ours, parts), with_gradients(theirs, parts), strict=True
-    ):
-        assert torch.equal(found, expected)
-    assert torch.equal(ours(*parts), theirs(*parts))
+    (out, *found), (same, *expected) = (with_gradients(f, parts) for f in (ours, theirs))
+    assert torch.equal(out, same) and torch.equal(ours(*parts), theirs(*parts))
+    for one, other in zip(found, expected, strict=True):
+        # cuDNN adds gradients up in any order.
+        assert (
+            torch.allclose(one, other, rtol=0.02, atol=0.02)
+            if "cudnn" in name
+            else (torch.equal(one, other))
+        )
 
 
 def test_flash_has_the_bits_of_pytorchs_choice():
