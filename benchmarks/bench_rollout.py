@@ -11,7 +11,8 @@ Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidanc
 policy.fused), `eager` and `compile` (family.py), `ceiling` (this device's matrix products, all of
 the time). Rows: `images` a second by denoising alone and `images_with_decoding`, `step`
 (milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the ceiling), `peak_memory`,
-`launches`, `kernels` and `syncs` a step, `speedup_vs_eager`.
+`launches`, `kernels` and `syncs` a step (those of the whole rollout shared out: ours waits for
+seeds and windows to get to the device, before its first step), `speedup_vs_eager`.
 """
 
 from __future__ import annotations

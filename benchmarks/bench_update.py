@@ -7,8 +7,9 @@
 Cases: SD3.5-M with and without guidance and KL, FLUX.1-dev, nano; two trained steps of each chunk
 of rows. Rows: `micro_step` (milliseconds, the optimizer step shared out), `rate`, `mfu` and
 `of_measured` by the operations of cases.py, `peak_memory`, `launches`, `kernels` and `syncs` a
-micro-step, `max_ratio_error` (the largest |ratio - 1| of the first update after a rollout),
-`speedup_vs_eager`.
+micro-step (those of the whole update shared out: ours waits for its advantages to get there and
+for its figures at the end), `max_ratio_error` (the largest |ratio - 1| of the first update after a
+rollout), `speedup_vs_eager`.
 """
 
 from __future__ import annotations
