@@ -75,7 +75,10 @@ def serve(
             reward.build()
         shown = f"[{host}]" if ":" in host else host
         print(f"reward {name!r} on http://{shown}:{sock.getsockname()[1]}/score", flush=True)
-        uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[sock])
+        # Nothing is to be done before and after; its task would answer Ctrl-C with a traceback.
+        settings = uvicorn.Config(application, log_level="warning", lifespan="off")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[sock])
 
 
 def bind(host: str, port: int) -> socket.socket:
