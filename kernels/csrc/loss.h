@@ -65,6 +65,18 @@ class RowSums {
   float* const sums_;
 };
 
+// c x, 0 where c is 0: there x may be infinite or NaN.
+FG_INLINE Group term(const Group& x, float c) {
+  Group r{};
+  if (c != 0.0f)
+    for (int i = 0; i < kVectors; ++i) r.v[i] = x.v[i] * c;
+  return r;
+}
+
+FG_INLINE void add(Group& sum, const Group& x) {
+  for (int i = 0; i < kVectors; ++i) sum.v[i] = sum.v[i] + x.v[i];
+}
+
 // dv = c_d d + c_e e + c_h h, straight to the velocities. kKept: d is where dv goes.
 template <bool kKept>
 void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, float c_e, float c_h) {
@@ -76,19 +88,15 @@ void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, floa
   for (int at = 0; at < span.count; at += kGroup) {
     const int n = span.count - at < kGroup ? span.count - at : kGroup;
     const int64_t e = span.start + at;
-    Group v, dv;
+    Group v;
     if (!kKept || ref.data != nullptr || old.data != nullptr)
       v = guided(in.velocity, in.uncond, in.w, e, n);
-    dv = kKept ? load_group(grad, e, n) : difference(load_group(prev, e, n), mean(in, v, e, n));
-    for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * c_d;
-    if (ref.data != nullptr) {
-      const Group r = guided(ref, ref_uncond, in.w, e, n);
-      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] + (v.v[i] - r.v[i]) * c_e;
-    }
-    if (old.data != nullptr) {
-      const Group o = load_group(old, e, n);
-      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] + (v.v[i] - o.v[i]) * c_h;
-    }
+    Group dv = term(kKept ? load_group(grad, e, n)
+                          : difference(load_group(prev, e, n), mean(in, v, e, n)),
+                    c_d);
+    if (ref.data != nullptr)
+      add(dv, term(difference(v, guided(ref, ref_uncond, in.w, e, n)), c_e));
+    if (old.data != nullptr) add(dv, term(difference(v, load_group(old, e, n)), c_h));
     if (grad_uncond.data != nullptr) {
       Group u;
       for (int i = 0; i < kVectors; ++i) u.v[i] = dv.v[i] * a.uncond_scale;
@@ -133,7 +141,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
 
   float policy = maximum(unclipped, clipped);
   float g = ((weight / rows) * (-adv * (active ? 1.0f : 0.0f))) * ratio;
-  if (a.row_weight != nullptr && weight == 0.0f) g = 0.0f;
+  if (c.C == 0.0f || weight == 0.0f) g = 0.0f;
   if (guard) {
     policy = policy / c.abs_dt;
     g = (g * c.C) / c.abs_dt;

@@ -26,6 +26,7 @@ from ._triton import (
     score,
     store_gradient,
     sum_over_rows,
+    term,
     tl,
 )
 
@@ -115,8 +116,9 @@ def policy_term(
     if OLD:
         policy = tl.div_rn(policy, abs_dt)
         g = tl.div_rn(g * c, abs_dt)
+    # abs_dt of a quiet row may be anything, and so may be what is multiplied by weight 0.
+    g = tl.where((c == 0.0) | (weight == 0.0), 0.0, g)
     if WEIGHT:
-        g = tl.where(weight == 0.0, 0.0, g)
         policy = tl.where(weight == 0.0, 0.0, weight * policy)
     return policy, g, outside
 
@@ -269,12 +271,12 @@ def _backward_kernel(
         b_v, b_d = residual(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
         )
-        b_dv = c_d * b_d
+        b_dv = term(c_d, b_d)
         if REF:
             b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_dv += c_e * (b_v - b_ref)
+            b_dv += term(c_e, b_v - b_ref)
         if OLD:
-            b_dv += c_h * (b_v - load(old_ptr + base, o_lane, remaining))
+            b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
         store_gradient(
             dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
             GUIDED, UNCOND_GRAD,

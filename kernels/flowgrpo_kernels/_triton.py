@@ -319,6 +319,12 @@ def residual(
 
 
 @jit
+def term(c, b_x):
+    """c x, 0 where c is 0: there x may be infinite or NaN."""
+    return tl.where(c == 0.0, 0.0, c * b_x)
+
+
+@jit
 def store_gradient(
     dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
     GUIDED: tl.constexpr, UNCOND_GRAD: tl.constexpr,

@@ -186,7 +186,7 @@ def grpo_loss(
         uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
 
     A row of weight 0 adds 0 to the loss even where its advantage is NaN. An ODE row has ratio
-    exp(-old_log_prob), KL 0 and no gradient.
+    exp(-old_log_prob) and KL 0. Neither has a gradient, whatever its latents hold.
     """
     low, high = _clip_bounds(clip_range)
     latents = {

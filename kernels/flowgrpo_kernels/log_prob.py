@@ -2,7 +2,7 @@
 
     d        = x' - (A x + B v)            v = u + w (velocity - u) under guidance
     log_prob = -k mean[d^2] - c0           0 where C = 0
-    d log_prob / dv = 2 k B d / D
+    d log_prob / dv = 2 k B d / D          0 where C = 0 or the upstream gradient is 0
 
 Shapes and dtypes as in sde_step.py; the float32 sequence and the order of the sum are the same, so
 the log_prob of what sde_step stored is the same bits. Bytes per element: velocity (twice under
@@ -28,6 +28,7 @@ from ._triton import (
     residual,
     score,
     store_gradient,
+    term,
     tl,
 )
 from .transitions import Transitions
@@ -106,7 +107,7 @@ def _log_prob_backward_kernel(
             v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
         )
         store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, c_d * b_d, scale, uncond_scale,
+            dv_ptr, du_ptr, base, o_lane, remaining, term(c_d, b_d), scale, uncond_scale,
             GUIDED, UNCOND_GRAD,
         )  # fmt: skip
 

@@ -52,11 +52,13 @@ B = 0 gives a loss of 0.
 Gradient, saved by the forward pass as coefs float32 [B, 3]:
 
     active = not ((ratio < lo or ratio > hi) and -adv * clamp(ratio) > -adv * ratio)
-    g      = ((row_weight / B) * (-adv * active)) * ratio         times C / abs_dt with Guard
+    g      = ((row_weight / B) * (-adv * active)) * ratio         times C / abs_dt with Guard;
+                                                                  0 where row_weight or C is 0
     c_d    = (g * (2 * (k * B))) / n
     c_e    = (((kl_row_weight / B) * kl_weight) * (2 * (K * (B * B)))) / n
     c_h    = (g * (2 * (k * (B * B)))) / n
-    dv     = go c_d d + go c_e e + go c_h h                       in this order, (go * c) first
+    dv     = go c_d d + go c_e e + go c_h h                       in this order, (go * c) first;
+                                                                  a term is 0 where go * c is
     grad velocity        = dv, or w * dv under guidance
     grad uncond_velocity = float32(1 - guidance_scale) * dv, only when asked for
 
@@ -225,6 +227,12 @@ def log_prob(
     return _score(c, d)
 
 
+def _term(c: Tensor, x: Tensor) -> Tensor:
+    """c x of each row, 0 where c is 0: there x may be infinite or NaN."""
+    c = c[:, None]
+    return torch.where(c == 0, 0.0, c * x)
+
+
 def _split_gradient(
     dv: Tensor, velocity: Tensor, uncond: Tensor | None, guidance_scale: float, uncond_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -252,7 +260,7 @@ def log_prob_backward(
     c = coefficients(table, step, _compute_dtype(sample))
     _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     scale = over(grad.to(d.dtype) * (2 * (c.k * c.B)), d.shape[1])
-    dv = scale[:, None] * d
+    dv = _term(scale, d)
     return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
 
@@ -307,8 +315,8 @@ def grpo_loss_forward(
 
     weight = _row_gradient_weight(row_weight, adv)
     g = over(weight, rows) * slope * ratio
-    if row_weight is not None:
-        g = torch.where(weight == 0, 0.0, g)
+    silent = c.C == 0 if row_weight is None else (c.C == 0) | (weight == 0)
+    g = torch.where(silent, 0.0, g)
     if old_velocity is not None:
         policy = policy / c.abs_dt
         g = (g * c.C) / c.abs_dt
@@ -360,12 +368,12 @@ def grpo_loss_backward(
     c = coefficients(table, step, _compute_dtype(sample))
     v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     c_d, c_e, c_h = (grad_loss.to(d.dtype) * coefs).unbind(1)
-    dv = c_d[:, None] * d
+    dv = _term(c_d, d)
     if ref_velocity is not None:
         v_ref = _guided(ref_velocity, ref_uncond_velocity, guidance_scale, d.dtype)
-        dv = dv + c_e[:, None] * (v - v_ref)
+        dv = dv + _term(c_e, v - v_ref)
     if old_velocity is not None:
-        dv = dv + c_h[:, None] * (v - _flat(old_velocity, d.dtype))
+        dv = dv + _term(c_h, v - _flat(old_velocity, d.dtype))
     return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
 

@@ -103,3 +103,35 @@ def test_quiet_rows(backend, dtype):
     result.loss.backward()
     assert v.grad[1::2].eq(0).all() and v.grad[0::2].abs().sum() > 0
     assert torch.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_rows_without_a_gradient_have_none_whatever_they_hold(backend, dtype, guard):
+    """A quiet row and a row of weight 0: gradient 0 beside NaN and infinite latents, NaN scores."""
+    b = oracle.batch(4, (3, 5, 7), dtype)
+    both = Transitions.cat(oracle.make("flow_sde"), ode(oracle.SIGMAS))
+    step = b.step + torch.tensor([0, 9, 0, 9])
+    out, lp = sde_step(b.velocity, b.sample, both, step, seeds=b.seeds)
+
+    def gradients(bad: bool) -> list[torch.Tensor]:
+        """Of log_prob with upstream gradient 0 in row 2, and of the loss with row 2 of weight 0."""
+        v = b.velocity.clone()
+        sample, ref, old, score, adv = (
+            x.clone() for x in (b.sample, b.ref, b.old, lp, b.advantages)
+        )
+        if bad:
+            v[1, 0], sample[1, 1], ref[1, 1] = float("nan"), float("inf"), float("-inf")
+            v[2], ref[2, 0], old[2, 1] = float("inf"), float("nan"), float("nan")
+            score[1:3], adv[1:3] = float("nan"), float("nan")
+        one, two = v.clone().requires_grad_(), v.clone().requires_grad_()
+        weight = torch.tensor([1.0, 1.0, 0.0, 1.0])
+        log_prob(one, sample, out, both, step).backward(weight)
+        grpo_loss(
+            two, sample, out, score, adv, both, step, ref_velocity=ref, kl_weight=0.5,
+            row_weight=weight, old_velocity=old if guard else None,
+        ).loss.backward()  # fmt: skip
+        return [one.grad, two.grad]
+
+    for good, bad in zip(gradients(False), gradients(True), strict=True):
+        assert good[1:].eq(0).all() and good[0].ne(0).any()
+        assert torch.equal(good, bad)
