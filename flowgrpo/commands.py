@@ -70,8 +70,26 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
         measure("adapter", config.sample.guidance_scale)
+    found = _found(options, config, checkpoint, held, reports)
+    evaluation.picture(reports, held, out / "grid.png")
+    checkpoints.write_json(out / "report.json", found)
+    show(console, comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
+    if found["change"] is not None:
+        _tell(found["change"], reports["base"].label == "accuracy", console)
+    console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
+    return found
+
+
+def _found(
+    options: Evaluate,
+    config: Config,
+    checkpoint: Path | None,
+    held: HeldOut,
+    reports: dict[str, Report],
+) -> dict[str, Any]:
+    """What report.json holds."""
     trained = checkpoint is not None or options.adapter is not None
-    found = {
+    return {
         "target": options.target,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "adapter": options.adapter,
@@ -81,13 +99,6 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         "change": _changes(list(reports.values()), held) if trained else None,
         "versions": runs.versions(),
     }
-    evaluation.picture(reports, held, out / "grid.png")
-    checkpoints.write_json(out / "report.json", found)
-    show(console, comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
-    if trained:
-        _tell(found["change"], reports["base"].label == "accuracy", console)
-    console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
-    return found
 
 
 def _asked(config: Config, options: Evaluate) -> Config:
@@ -150,26 +161,7 @@ def _tell(changes: dict[str, Any], share: bool, console: Console) -> None:
 def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     """Write one picture with `count` images of each prompt; with a run, base above trained."""
     console = console or Terminal(highlight=False)
-    require(
-        bool(options.prompts),
-        "no prompt was given, but at least one in quotation marks is expected; write, for example, "
-        'flowgrpo sample "three red circles".',
-    )
-    require(
-        options.count > 0,
-        f"--count is {options.count}, but at least one image is expected; raise it.",
-    )
-    _check(options, "steps", "guidance")
-    _check(options, "seed", "resolution", zero=True)
-    require(
-        options.seed < 2**63,
-        f"--seed is {options.seed}, but it must be below 2^63; lower it.",
-    )
-    require(
-        options.run is None or options.adapter is None,
-        f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
-        "given too; leave one out.",
-    )
+    _check_sample(options)
     config, checkpoint = _bare(options.model), None
     if options.run is not None:
         config, checkpoint = _target(options.run, best=False)
@@ -186,11 +178,6 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     policy.check_texts(texts)
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
-    require(
-        not out.is_dir(),
-        f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
-        f"one, for example {out / 'sample.png'}.",
-    )
     _writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     each = torch.arange(options.count).repeat(len(texts))
@@ -218,6 +205,35 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
     return out
+
+
+def _check_sample(options: Sample) -> None:
+    """Raise ConfigError for options that no model is needed to find wrong."""
+    require(
+        bool(options.prompts),
+        "no prompt was given, but at least one in quotation marks is expected; write, for example, "
+        'flowgrpo sample "three red circles".',
+    )
+    require(
+        options.count > 0,
+        f"--count is {options.count}, but at least one image is expected; raise it.",
+    )
+    _check(options, "steps", "guidance")
+    _check(options, "seed", "resolution", zero=True)
+    require(
+        options.seed < 2**63,
+        f"--seed is {options.seed}, but it must be below 2^63; lower it.",
+    )
+    require(
+        options.run is None or options.adapter is None,
+        f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
+        "given too; leave one out.",
+    )
+    require(
+        not Path(options.out).is_dir(),
+        f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
+        f"one, for example {Path(options.out) / 'sample.png'}.",
+    )
 
 
 def load_policy(config: Config) -> Policy:
