@@ -85,6 +85,21 @@ def test_storage_dtype(scheduler):
     assert torch.equal(peer[0].bfloat16().float(), seeded[0][0])
 
 
+def test_float64_is_computed_in_float32(scheduler):
+    """As theirs does: latents that a float64 pipeline stored."""
+    b, t = oracle.batch(3), scheduler.timesteps[[0, 3, 5]]
+    first = sde_step_with_logprob(
+        scheduler, b.velocity.double(), t, b.sample.double(), seeds=b.seeds
+    )
+    again = sde_step_with_logprob(
+        scheduler, b.velocity.double(), t, b.sample.double(), prev_sample=first[0].double()
+    )
+    expected = sde_step_with_logprob(scheduler, b.velocity, t, b.sample, seeds=b.seeds)
+    for one, two, three in zip(first, again, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, three) and torch.equal(two, three)
+
+
 def test_peer_switch(scheduler):
     """peer_log_prob is the peer's value everywhere, also in the last cps step and its gradient."""
     b = oracle.batch(3)

@@ -63,6 +63,8 @@ def sde_step_with_logprob(
     """
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
+    sample = _at_most_float32(sample)
+    prev_sample = None if prev_sample is None else _at_most_float32(prev_sample)
     transitions = _transitions(self.sigmas, sde_type, noise_level, sample.device)
     step = _step(self, timestep, sample)
     storage = sample.dtype
@@ -124,6 +126,11 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
     if sample.device.type == "cpu" and bool((step < 0).any()):
         raise ValueError(f"timestep must be among the scheduler's timesteps, got {given.tolist()}")
     return step
+
+
+def _at_most_float32(x: Tensor) -> Tensor:
+    """theirs casts everything to float32; ours rounds to 16-bit storage and needs its dtype."""
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def _randn(like: Tensor, generator) -> Tensor:
