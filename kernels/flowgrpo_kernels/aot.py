@@ -199,7 +199,7 @@ def problems(report: Report) -> list[str]:
     On AMD a correctly rounded division or square root is made of fma, so fused multiply-adds are
     looked for only in the kernels that have neither.
     """
-    found, text, variant = [], report.assembly, report.variant
+    found, text, variant = [], _without_products(report.assembly), report.variant
     if report.target.startswith("gfx"):
         checks = {"float64 arithmetic": r"\bv_\w+_f64\b"}
         if "log_prob plain" in variant.name or "grpo_loss sums" in variant.name:
@@ -221,6 +221,15 @@ def problems(report: Report) -> list[str]:
     if report.local:
         found.append(f"{report.local} bytes of stack or local memory")
     return found
+
+
+def _without_products(ptx: str) -> str:
+    """The PTX without the fma's that are a product: sm_80 has no other for bfloat16, and adds -0,
+    which leaves what a product rounds to."""
+    zeros = re.findall(r"\bmov\.b(?:32|16)\s+(%\w+), (?:-2147450880|-32768);", ptx)
+    for zero in zeros:
+        ptx = re.sub(rf"\bfma\.rn\.bf16(?:x2)?\s+%\w+, %\w+, %\w+, {zero};", "", ptx)
+    return ptx
 
 
 def _narrow_accesses(name: str, ptx: str) -> list[str]:
