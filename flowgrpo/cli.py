@@ -192,7 +192,7 @@ def train(argv: list[str]) -> int:
     show_plan(config)
     try:
         summary = training.run(config)
-    except (training.RatioError, training.DivergenceError, reports.DivergedError) as error:
+    except (training.RatioError, reports.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.

@@ -72,8 +72,9 @@ class Config:
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Names of the rewards that evaluation reports; the first is the accuracy."""
-        return self.reward.report or tuple(self.reward.weights)
+        """Names of the rewards that evaluation reports, the trained ones among them; the first is
+        the accuracy."""
+        return tuple(dict.fromkeys((*self.reward.report, *self.reward.weights)))
 
     @property
     def updates(self) -> int:

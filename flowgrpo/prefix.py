@@ -78,10 +78,8 @@ def rollout(
     # Each size costs a compilation of every kind of block; then one has to do.
     allowed = sizes(min(batch_size, rows), 1 if policy.compiled else SIZES)
     host, leaders, parts = positions.cpu(), _leaders(groups.cpu()), chunks(rows, batch_size)
-    end = int(host[0].max())
-    stages = [_shared_steps(host[0], leaders, allowed)]
-    stages += [_own_steps(host, part, total, allowed) for part in parts]
-    shared, *own = _sent(stages, device)
+    own_stages = (_own_steps(host, part, total, allowed) for part in parts)
+    shared, *own = _sent([_shared_steps(host[0], leaders, allowed), *own_stages], device)
     groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
     found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
     conditioning, uncond = prepared(policy, plan, conditioning, uncond)
@@ -109,7 +107,7 @@ def rollout(
     with policy.steady():
         for one in shared:
             forward(one)
-        _spread(found, end, leaders.to(device))
+        _spread(found, int(host[0].max()), leaders.to(device))
         for part, these in zip(parts, own, strict=True):
             for one in these:
                 forward(one)

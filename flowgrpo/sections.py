@@ -201,7 +201,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
     """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
     report: tuple[str, ...] = ()
-    """Rewards that evaluation reports, the first as the accuracy; default: those of weights."""
+    """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
     retries: int = 2
     """How often a failing reward is tried again before its groups are dropped."""
     timeout: float = 0.0

@@ -68,7 +68,8 @@ def test_the_reward_of_the_readme(monkeypatch):
     config = cli.parse_train(shlex.split(line)[2:])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     images[1, 2] = 255
-    for reported in ((), config.reported):
+    assert config.reported == ("nano_strict", "nano_partial", "my_rewards:score")
+    for reported in ((), config.reported[2:]):
         scorer = rewards.Scorer.of(config.reward, reported)
         assert list(scorer.weights) == ["my_rewards:score"]
         assert scorer(images, Prompts.of(["a"]), 2).total.tolist() == [0.0, 2.0]

@@ -27,6 +27,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
+from flowgrpo import runs
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import lora
 
@@ -60,9 +61,12 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         if backend is not None:
             # Checks that the package is there and fetches kernels from the Hub where asked for.
             transformer.set_attention_backend(backend.value)
-        # Once, forward and backward, so that what cannot run says so before the first image.
+        # Once, forward and backward, so that what cannot run, or in an update's backward may not,
+        # says so before the first image.
         parts = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
-        attend(*parts, backend).sum().backward()
+        out = attend(*parts, backend).sum()
+        with runs.repeatable():
+            out.backward()
     except Exception as error:
         raise ConfigError(
             f"policy.attention {name} cannot compute heads of {head} in {dtype} on {device} "

@@ -120,6 +120,7 @@ class Policy(ABC):
             pipeline, name = loading.cast(model, dtype), str(model.name_or_path or family)
         module, _, cls = FAMILIES[family].policy.partition(":")
         make = getattr(import_module(module), cls)
+        encode = None if encode is None else _checked(encode)
         policy = make(pipeline, folder, name, device, dtype, config, encode)
         from flowgrpo.policies import attention
 
@@ -277,6 +278,25 @@ def _family(pipeline: object) -> str:
     )
 
 
+def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
+    """`encode` of a caller, with its results looked at: they come from outside."""
+
+    def call(texts: Sequence[str]) -> Conditioning:
+        found = encode(texts)
+        if not isinstance(found, Conditioning):
+            raise ConfigError(
+                f"encode= returned a {type(found).__name__}, but a Conditioning is expected."
+            )
+        if len(found) != len(texts):
+            raise ConfigError(
+                f"encode= returned {len(found)} rows for {len(texts)} texts, but one row for each "
+                "text is expected."
+            )
+        return found
+
+    return call
+
+
 def choose_device(device: str | torch.device) -> torch.device:
     """The torch device that "auto" or a name stands for."""
     if device == "auto":
@@ -287,8 +307,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"policy.device is {str(device)!r}, which cannot be used "
-            f"({str(error).splitlines()[0]}), but a device that torch sees is expected; use auto, "
-            "cpu or cuda."
+            f"({str(error).splitlines()[0][:160]}), but a device that torch sees is expected; use "
+            "auto, cpu or cuda."
         ) from error
     return device
 

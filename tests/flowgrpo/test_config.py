@@ -79,6 +79,11 @@ def test_derived_numbers():
     assert config.sample.window_bounds == (1, 7)
 
 
+def test_a_trained_reward_is_reported_too():
+    changes = {"reward.report": ("pickscore",), "reward.weights": {"mine:f": 1.0, "pickscore": 0.1}}
+    assert replace(Config(), **changes).reported == ("pickscore", "mine:f")
+
+
 @pytest.mark.parametrize("steps", [2, 9, 10, 28, 100, 101, 250])
 def test_without_a_window_all_but_the_last_steps_are_trained(steps):
     """flow_grpo: num_train_timesteps = int(sample.num_steps * timestep_fraction), 0.99."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainers
 
-from flowgrpo import losses, train
+from flowgrpo import losses, reports, train
 from flowgrpo.config import replace
 from flowgrpo.rollout import chunks
 
@@ -83,13 +83,13 @@ def test_a_mismatch_raises(pixel_model, tmp_path):
     assert train.update(parts, trainers.experience(parts, config), loose)["max_ratio_error"] == 0.0
 
 
-@pytest.mark.parametrize("error", [float("nan"), float("inf"), 2e-7])
+@pytest.mark.parametrize("error", [float("inf"), 2e-7])
 def test_check_ratio(error):
     with pytest.raises(train.RatioError):
         train.check_ratio(error, 1e-7)
     train.check_ratio(1e-7, 1e-7)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run():
-    with pytest.raises(train.DivergenceError, match="finite numbers are expected"):
-        train.check_norms([0.5, float("nan")])
+def test_ratios_that_are_nan_are_no_fault_of_the_kernels():
+    with pytest.raises(reports.DivergedError, match=r"NaN, but finite .* lower optim\.lr"):
+        train.check_ratio(float("nan"), 10.0)

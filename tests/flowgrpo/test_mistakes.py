@@ -65,7 +65,7 @@ def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypa
         assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [train.RatioError, train.DivergenceError, reports.DivergedError])
+@pytest.mark.parametrize("error", [train.RatioError, reports.DivergedError])
 def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))

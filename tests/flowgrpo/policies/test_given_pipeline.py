@@ -91,6 +91,21 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     assert [""] in asked and len(asked) == 2
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda found: None, "encode= returned a NoneType, but a Conditioning"),
+        (lambda found: found.rows(torch.tensor([0])), "encode= returned 1 rows for 2 texts"),
+    ],
+)
+def test_embeddings_that_are_none(pixel_model, made, message):
+    given = loaded(pixel_model)
+    donor = Policy.load(loaded(pixel_model), device="cpu")
+    policy = Policy.load(given, device="cpu", encode=lambda texts: made(donor.encode(texts)))
+    with pytest.raises(ConfigError, match=message):
+        policy.encode(TEXTS)
+
+
 def test_a_class_of_ones_own(pixel_model):
     class Mine(StableDiffusion3Pipeline):
         pass
