@@ -1,4 +1,7 @@
-"""Where a run's numbers go besides metrics.jsonl: TensorBoard and, if asked, Weights & Biases."""
+"""Where a run's numbers and sample pictures also go: TensorBoard and, if asked, Weights & Biases.
+
+A list becomes numbers only if its name is in `SERIES`: its mean and its last value.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from flowgrpo.config import Config, ConfigError, to_dict
+
+Pictures = Mapping[str, Image.Image]
+
+SERIES = ("grad_norm",)
+"""Lists with one number an update: an iteration's mean, and the last as what moved on since."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """One place that takes numbers."""
+    """One place that takes numbers and pictures."""
 
-    write: Callable[[Mapping[str, float], int], None]
-    """f(name -> number, iteration)."""
+    write: Callable[[Mapping[str, float], Pictures, int], None]
+    """f(name -> number, name -> picture, iteration)."""
     close: Callable[[], None]
+
+
+class Boards:
+    """All boards of the run in `folder`."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self._open: list[Board] | None = None
+
+    def open(self, iteration: int) -> None:
+        """Open them for lines from `iteration` on; what a resumed run wrote of these is hidden.
+
+        Raises:
+            ConfigError: Weights & Biases cannot be started.
+        """
+        self._open = start(self.config, self.folder, iteration)
+
+    def write(self, line: Mapping[str, Any], kind: str, pictures: Pictures) -> None:
+        """A line of metrics.jsonl, and pictures by name, under "kind/name"; opens the boards if
+        `open` has not."""
+        if self._open is None:
+            self.open(line["iteration"])
+        found = dict(numbers(line, kind))
+        named = {f"{kind}/{name}": picture for name, picture in pictures.items()}
+        for board in self._open:
+            board.write(found, named, line["iteration"])
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        for board in self._open or ():
+            board.close()
 
 
 def check(config: Config) -> None:
@@ -32,8 +74,9 @@ def check(config: Config) -> None:
 
 def start(config: Config, folder: Path, iteration: int) -> list[Board]:
     """The boards of the run in `folder`, whose next number is of `iteration`."""
-    found = [tensorboard(folder / "tensorboard", iteration if config.run.resume else None)]
-    return [*found, wandb(config, folder)] if config.run.wandb else found
+    # The one that may fail comes first, so that the other has written nothing then.
+    found = [wandb(config, folder)] if config.run.wandb else []
+    return [*found, tensorboard(folder / "tensorboard", iteration if config.run.resume else None)]
 
 
 def tensorboard(folder: Path, purge: int | None) -> Board:
@@ -42,36 +85,61 @@ def tensorboard(folder: Path, purge: int | None) -> Board:
 
     writer = SummaryWriter(str(folder), purge_step=purge)
 
-    def write(numbers: Mapping[str, float], iteration: int) -> None:
+    def write(numbers: Mapping[str, float], pictures: Pictures, iteration: int) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, iteration)
+        for name, picture in pictures.items():
+            writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+        # Otherwise a process that is killed loses two minutes, and the checkpoint that the run goes
+        # on from may be younger.
+        writer.flush()
 
     return Board(write, writer.close)
 
 
 def wandb(config: Config, folder: Path) -> Board:
-    """Weights & Biases; a resumed run goes on in the same record there."""
-    import wandb
+    """Weights & Biases; a resumed run goes on in the same record there.
 
+    Raises:
+        ConfigError: it cannot be started, for example without a login.
+    """
     # The identity comes from the directory, so that no file has to remember it.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    record = wandb.init(
-        project=config.run.wandb,
-        name=folder.name,
-        id=identity,
-        resume="allow",
-        dir=str(folder),
-        config=to_dict(config),
-    )
-    return Board(
-        lambda numbers, iteration: record.log(dict(numbers), step=iteration), record.finish
-    )
+    try:
+        import wandb
+
+        record = wandb.init(
+            project=config.run.wandb,
+            name=folder.name,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=to_dict(config),
+        )
+    # Without a login, a network or the right project: wandb's own errors, and others.
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
+        raise ConfigError(
+            f"run.wandb is {config.run.wandb!r}, but Weights & Biases cannot be started "
+            f"({type(error).__name__}: {reason}); run `wandb login`, set WANDB_MODE=offline, or "
+            "leave run.wandb out."
+        ) from error
+
+    def write(numbers: Mapping[str, float], pictures: Pictures, iteration: int) -> None:
+        images = {name: wandb.Image(picture) for name, picture in pictures.items()}
+        record.log({**numbers, **images}, step=iteration)
+
+    return Board(write, record.finish)
 
 
 def numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line as ("train/rewards/x", 0.5), nested dicts included."""
+    """The numbers of a metrics line as ("train/rewards/x", 0.5), nested dicts included, and of a
+    list in `SERIES` ("train/grad_norm/mean", 0.5) and ("train/grad_norm/last", 0.25)."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}/{name}")
+        elif name in SERIES and isinstance(value, list) and value and None not in value:
+            yield f"{prefix}/{name}/mean", sum(value) / len(value)
+            yield f"{prefix}/{name}/last", float(value[-1])
         elif isinstance(value, int | float) and name != "iteration":
             yield f"{prefix}/{name}", float(value)

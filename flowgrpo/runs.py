@@ -3,7 +3,7 @@
     runs/nano-0/
       config.json          the configuration, as given
       metrics.jsonl        one object a line; see `Run.log`
-      tensorboard/         the same numbers as TensorBoard events
+      tensorboard/         the same numbers as TensorBoard events, and the samples
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
@@ -66,7 +66,7 @@ class Run:
         self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, folder)
-        self._boards: list[boards.Board] | None = None
+        self.boards = boards.Boards(config, folder)
 
     @classmethod
     def open(cls, config: Config) -> Run:
@@ -95,25 +95,23 @@ class Run:
         values: Mapping[str, Any],
         seconds: Mapping[str, float] | float | None = None,
         kind: str = "train",
+        pictures: boards.Pictures | None = None,
     ) -> None:
-        """Append one line to metrics.jsonl and the same numbers to TensorBoard.
+        """Append one line to metrics.jsonl, and the same numbers to TensorBoard with `pictures`.
 
         Args:
             iteration: completed iterations, 0 before the first.
             values: numbers, 0-dim tensors, or nested dicts and lists of them; not finite -> null.
             seconds: times, kept apart so that equal runs differ only there.
             kind: "train", "eval", or "guided" (the base model with guidance).
+            pictures: name -> picture; metrics.jsonl has none of them.
         """
         line = {"iteration": iteration, "kind": kind, **checkpoints.plain(values)}
         if seconds is not None:
             line["seconds"] = checkpoints.plain(seconds)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._boards is None:
-            self._boards = boards.start(self.config, self.dir, iteration)
-        numbers = dict(boards.numbers(line, kind))
-        for board in self._boards:
-            board.write(numbers, iteration)
+        self.boards.write(line, kind, pictures or {})
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far, all or of one kind."""
@@ -174,8 +172,7 @@ class Run:
 
     def close(self) -> None:
         """Flush and release the directory."""
-        for board in self._boards or ():
-            board.close()
+        self.boards.close()
         self._metrics.close()
 
     def __enter__(self) -> Run:
