@@ -11,7 +11,7 @@ from rich.console import Console
 from flowgrpo import capture, checkpoints, pictures, rewards, runs, seeds, weights
 from flowgrpo import evaluate as evaluation
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.display import Terminal, comparison, show
+from flowgrpo.display import Terminal, Watch, comparison, mode_of, show
 from flowgrpo.evaluate import HeldOut, Report
 from flowgrpo.policies import Policy, lora
 from flowgrpo.recipes import RECIPES, recipe
@@ -49,15 +49,18 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
     def measure(label: str, guidance: float) -> None:
         images = f"{len(held.seeds)} images in {config.sample.eval_steps} steps"
         console.print(f"Evaluating {label}: {images}.", soft_wrap=True, markup=False)
-        reports[label] = evaluation.evaluate(
-            policy,
-            held,
-            scorer,
-            steps=config.sample.eval_steps,
-            batch_size=config.sample.batch_size,
-            guidance_scale=guidance,
-            quality=evaluation.quality_of(config.sample.prompts),
-        )
+        mode, names = mode_of(config, console), list(scorer.weights)
+        with Watch(console, mode, label, len(held.seeds), names) as watch:
+            reports[label] = evaluation.evaluate(
+                policy,
+                held,
+                scorer,
+                steps=config.sample.eval_steps,
+                batch_size=config.sample.batch_size,
+                guidance_scale=guidance,
+                quality=evaluation.quality_of(config.sample.prompts),
+                watch=watch,
+            )
 
     reports: dict[str, Report] = {}
     measure("base", config.sample.guidance_scale)

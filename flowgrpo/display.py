@@ -1,15 +1,18 @@
 """What a run shows on the terminal: banner, progress, and the table of evaluations.
 
 On a terminal the progress is a bar with the figures of the last iteration under it; elsewhere (a
-file, a CI log) it is about forty plain lines a run.
+file, a CI log) it is about forty plain lines a run. An evaluation has a bar of its own (`Watch`),
+elsewhere about ten lines, and none if it is short.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from flowgrpo.evaluate import Report
 
 PLAIN_LINES = 40
+QUIET = 30.0
+"""Seconds that an evaluation goes on before the first plain line, and between two of them."""
 # Metric -> its name and format in the progress.
 FIGURES = {
     "reward": ("reward", "{:.3f}"),
@@ -53,9 +58,7 @@ class Display:
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.console = console or Terminal(highlight=False)
         self.config = config
-        mode = config.run.progress
-        terminal = self.console.is_terminal
-        self.mode = ("bar" if terminal else "plain") if mode == "auto" else mode
+        self.mode = mode_of(config, self.console)
         self.every = max(1, config.run.steps // PLAIN_LINES)
         self._times: deque[float] = deque(maxlen=50)
         self._evaluation = 0.0
@@ -118,6 +121,11 @@ class Display:
         mean = sum(times) / len(times)
         return max(run.steps - done, 0) * mean + max(evaluations, 0) * self._evaluation
 
+    def evaluating(self, label: str, images: int, rewards: Iterable[str]) -> Watch:
+        """The progress of an evaluation that begins, in place of the bar."""
+        self.pause()
+        return Watch(self.console, self.mode, label, images, rewards)
+
     def evaluation(self, iteration: int, label: str, report: Report) -> None:
         """Show an evaluation in one line."""
         self._evaluation = report.seconds
@@ -156,6 +164,107 @@ class Display:
             self._live.start()
         self._progress.update(self._task, completed=done, left=clock(left))
         self._live.update(Group(self._progress, Text(text, style="dim", overflow="ellipsis")))
+
+
+def mode_of(config: Config, console: Console) -> str:
+    """What `run.progress` asks for on this console: "bar", "plain" or "none"."""
+    mode = config.run.progress
+    return ("bar" if console.is_terminal else "plain") if mode == "auto" else mode
+
+
+class Watch:
+    """The progress of one evaluation, as `evaluate.evaluate` tells it::
+
+        with Watch(console, mode, "base", 2212, ["geneval_strict"]) as watch:
+            evaluate.evaluate(..., watch=watch)
+
+    On a terminal a bar that is taken down at the end. Elsewhere nothing for the first `QUIET`
+    seconds, then one line, and one for each tenth of the images.
+    """
+
+    def __init__(
+        self, console: Console, mode: str, label: str, images: int, rewards: Iterable[str]
+    ) -> None:
+        self.console, self.mode, self.label, self.total = console, mode, label, images
+        self.rewards = ", ".join(rewards)
+        self._images, self._left, self._scoring = 0, "", False
+        self._tenth = 0
+
+    def __enter__(self) -> Watch:
+        self._started = self._told = time.monotonic()
+        # The seconds and images that the speed is measured from.
+        self._since = (self._started, 0)
+        self._progress = self._timer = None
+        if self.mode == "bar":
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[count]}"),
+                console=self.console,
+                expand=True,
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._task = self._progress.add_task(self.label, total=self.total, count=self._count())
+            self._progress.start()
+        elif self.mode == "plain":
+            # Of its own accord, as a first batch or a reward may take many minutes.
+            self._timer = threading.Timer(QUIET, self._line)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+
+    def __call__(self, stage: str, images: int) -> None:
+        """Take "sampling" and the images that are there, or "scoring" when the rewards begin."""
+        now = time.monotonic()
+        self._scoring = stage == "scoring"
+        if not self._scoring:
+            seconds, count = now - self._since[0], images - self._since[1]
+            self._left = f"{clock(seconds / max(count, 1) * (self.total - images))} left"
+            if self._images == 0:
+                # The first batch warms up caches; the speed is that of those after it.
+                self._since = (now, images)
+            self._images = images
+        if self._progress is not None:
+            # Without a total the bar moves to and fro: no reward tells how far it is.
+            total = None if self._scoring else self.total
+            self._progress.update(
+                self._task,
+                description=self._text(),
+                total=total,
+                completed=images,
+                count=self._count(),
+            )
+        elif self._timer is not None and self._due(now):
+            self._line()
+
+    def _due(self, now: float) -> bool:
+        if self._scoring:
+            return now - self._started >= QUIET
+        new = 10 * self._images // self.total > self._tenth
+        # Of the last images nothing is told, as scoring follows at once.
+        return new and now - self._told >= QUIET and self._images < self.total
+
+    def _text(self) -> str:
+        return f"{self.label}: scoring by {self.rewards}" if self._scoring else self.label
+
+    def _count(self) -> str:
+        if self._scoring:
+            return f"{self.total} images"
+        return f"{self._images}/{self.total} images  {self._left}".rstrip()
+
+    def _line(self) -> None:
+        self._told, self._tenth = time.monotonic(), 10 * self._images // self.total
+        passed = f"{clock(self._told - self._started)} passed"
+        text = f"{self._text()}  {self._count()}  {passed}"
+        self.console.print(text, soft_wrap=True, markup=False)
 
 
 def clock(seconds: float) -> str:

@@ -24,15 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo import checkpoints, pictures, prompts, rewards, seeds
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Prompts
-from flowgrpo.rollout import sample
+from flowgrpo.rollout import chunks, sample
 
 Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
+Watch = Callable[[str, int], None]
+"""Told how far an evaluation is: f("sampling", images there), then f("scoring", all of them)."""
 
 QUALITY = {"nano": "flowgrpo.nano.verify:quality"}
 """Prompt set -> "module:function" of its quality figures, f(images, metadata) -> name -> number."""
@@ -187,6 +190,7 @@ def evaluate(
     batch_size: int,
     guidance_scale: float = 1.0,
     quality: Quality | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Sample and score the held-out prompts with the policy's present weights.
 
@@ -195,6 +199,7 @@ def evaluate(
         steps: steps of the deterministic sampler.
         batch_size: rows of one forward (2 x rows with guidance).
         quality: further figures of all images, see `quality_of`.
+        watch: told how far it is, for example a `display.Watch`.
     """
     started = time.perf_counter()
     images = sample_images(
@@ -205,7 +210,10 @@ def evaluate(
         steps=steps,
         batch_size=batch_size,
         guidance_scale=guidance_scale,
+        watch=watch,
     )
+    if watch is not None:
+        watch("scoring", len(images))
     parts = scorer(images, held.prompts, held.samples).parts
     per_prompt = {
         name: values.view(len(held.prompts), held.samples).mean(dim=1).numpy()
@@ -244,22 +252,39 @@ def sample_images(
     steps: int,
     batch_size: int,
     guidance_scale: float = 1.0,
+    watch: Watch | None = None,
 ) -> Tensor:
     """uint8 [N * samples, 3, H, W]: `samples` images of each text, by the deterministic sampler."""
     texts = list(texts)
     conditioning = policy.encode(texts[:batch_size])
     for start in range(batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
-    return sample(
-        policy,
-        conditioning,
-        steps=steps,
-        groups=torch.arange(len(texts)).repeat_interleave(samples),
-        seeds=seeds,
-        batch_size=batch_size,
-        uncond=policy.encode([""]) if guidance_scale != 1 else None,
-        guidance_scale=guidance_scale,
-    )
+    uncond = policy.encode([""]) if guidance_scale != 1 else None
+    groups = torch.arange(len(texts)).repeat_interleave(samples)
+    parts = chunks(len(seeds), batch_size)
+    if len(parts) > 1 and len(seeds) % batch_size:
+        # Together with the one before: alone, a short batch would be a forward of fewer rows, which
+        # may mean other bits.
+        parts[-2:] = [slice(parts[-2].start, len(seeds))]
+    images = []
+    for part in parts:
+        made = sample(
+            policy,
+            conditioning,
+            steps=steps,
+            groups=groups[part],
+            seeds=seeds[part],
+            batch_size=batch_size,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
+        )
+        images.append(made)
+        if watch is not None:
+            if made.is_cuda:
+                # What is only launched is not there.
+                torch.cuda.synchronize(made.device)
+            watch("sampling", part.stop)
+    return torch.cat(images)
 
 
 def task_means(per_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
@@ -306,9 +331,14 @@ def diversity(images: Tensor, samples: int) -> float:
     return float(distances.sum() / (len(pixels) * samples * (samples - 1)))
 
 
-def picture(reports: Mapping[str, Report], held: HeldOut, path: Path) -> Path:
-    """Write the grid of `reports` (label -> report): the same prompts and seeds, one row each."""
+def grid(reports: Mapping[str, Report], held: HeldOut) -> Image.Image:
+    """The images of `reports` (label -> report): the same prompts and seeds, one row each."""
     texts = held.prompts.texts[: len(next(iter(reports.values())).shown)]
     rows = {label: report.shown for label, report in reports.items()}
     marks = {label: report.marks for label, report in reports.items()}
-    return pictures.save(pictures.grid(rows, texts, marks), path)
+    return pictures.grid(rows, texts, marks)
+
+
+def picture(reports: Mapping[str, Report], held: HeldOut, path: Path) -> Path:
+    """Write the `grid` of `reports`."""
+    return pictures.save(grid(reports, held), path)

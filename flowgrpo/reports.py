@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from flowgrpo import evaluate, pictures, prompts, rewards, runs
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.display import Display, within
 from flowgrpo.evaluate import Report
 from flowgrpo.policies import Policy
+
+EQUAL = 10
+"""Iterations in a row without a reward that differs inside a group, before the run says so."""
 
 
 class DivergedError(RuntimeError):
@@ -59,6 +64,7 @@ class Reports:
         self.display = Display(config)
         self.before: dict[str, Report] = {}
         self._saved: int | None = None
+        self._equal, self._warned = 0, False
         self._since = time.perf_counter()
         self.run: runs.Run
 
@@ -73,12 +79,14 @@ class Reports:
             state: restored in place when the run is resumed; `state.totals` is kept here.
 
         Raises:
-            ConfigError: as `runs.Run.open` and `runs.Run.restore`; nothing is left behind then.
+            ConfigError: as `runs.Run.open`, `runs.Run.restore` and `boards.Boards.open`; nothing
+                is left behind then.
         """
         reports = cls(config, policy, state)
         reports.run = runs.Run.open(config)
         try:
             restored = reports.run.restore(state)
+            reports._connect(restored)
             lines = banner(config, policy, state, reports.run.dir)
             reports.display.banner({**lines, "evaluation": _evaluated(config, reports.held)})
             reports._begin(restored)
@@ -109,6 +117,16 @@ class Reports:
         finally:
             self.close()
 
+    def _connect(self, restored: bool) -> None:
+        """Open the boards, before an evaluation of hours that one that fails would be lost to."""
+        try:
+            self.run.boards.open(self.state.iteration + 1 if restored else 0)
+        except ConfigError:
+            if not self.config.run.resume:
+                # Only what this process made; the same command works once that is mended.
+                shutil.rmtree(self.run.dir, ignore_errors=True)
+            raise
+
     def _begin(self, restored: bool) -> None:
         scales = {"base": self.config.sample.guidance_scale}
         if self.config.run.eval_guidance != 1:
@@ -123,13 +141,14 @@ class Reports:
                 self.latest = (line["iteration"], report)
         if not restored:
             self._save(self.before["base"].accuracy)
-        self._draw()
+        self._draw(self._samples())
 
     def iteration(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """After an iteration: log and show it, evaluate and save where it is due.
 
         Args:
             metrics: its figures; "max_ratio_error" and "dropped_groups" are also kept in totals.
+                Logged beside them is "lr", the learning rate of the last update.
             seconds: its phases, as {"rollout", "reward", "update"}.
         """
         totals, done, run = self.state.totals, self.state.iteration, self.config.run
@@ -138,18 +157,34 @@ class Reports:
         totals["max_ratio_error"] = error
         dropped = totals.get("dropped_groups", 0) + int(metrics.get("dropped_groups", 0))
         totals["dropped_groups"] = dropped
-        self.run.log(done, metrics, seconds)
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        self.run.log(done, {**metrics, "lr": lr}, seconds)
         check_finite(metrics, done)
         accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
         # As the evaluations call it: what leaves [0, 1] is the reward, which is shown already.
         named = self.before["base"].label == "accuracy"
         shown = {**metrics, "accuracy": accuracy if named else None}
         self.display.iteration(done, shown, sum(seconds.values()))
+        self._look_for_differences(metrics)
         score = None
         if run.eval_every and done % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy
         if run.checkpoint_every and done % run.checkpoint_every == 0:
             self._save(score)
+
+    def _look_for_differences(self, metrics: Mapping[str, Any]) -> None:
+        """Say once a run that no group's rewards differed for `EQUAL` iterations."""
+        groups = self.config.sample.prompts_per_iteration
+        empty = metrics.get("equal_groups", 0) + metrics.get("dropped_groups", 0)
+        self._equal = self._equal + 1 if empty >= groups else 0
+        if self._equal == EQUAL and not self._warned:
+            self._warned = True
+            self.display.note(
+                f"Nothing to learn from: for {EQUAL} iterations the rewards were equal inside each "
+                f"of the {groups} groups; try other prompts (sample.prompts), more noise "
+                "(sample.noise_level), larger groups (sample.group_size) or a finer reward "
+                "(reward.weights)."
+            )
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Evaluate once more unless interrupted, save, and return what summary.json holds."""
@@ -163,7 +198,7 @@ class Reports:
         self.run.finish(summary, self.state, self.policy.transformer)
         rows = {"before": self.before["base"], "after": report}
         evaluate.picture(rows, self.held, self.run.samples / "before-after.png")
-        columns = {_label(name, found): found for name, found in self.before.items()}
+        columns = {_label(name, found.guidance_scale): found for name, found in self.before.items()}
         self.display.table({**columns, f"iteration {at}": report}, self.tolerances)
         self.display.note(f"Written to {self.run.dir}: summary.json, curve.png, samples, weights.")
         return summary
@@ -198,7 +233,7 @@ class Reports:
 
     def _before(self, name: str, guidance: float, restored: bool) -> Report:
         """The untrained model's report: read if the run is taken up again, else made."""
-        folder = _step(0) if name == "base" else name
+        folder, label = _step(0) if name == "base" else name, _label(name, guidance)
         report = self._load(folder) if restored else None
         if report is not None:
             return report
@@ -206,13 +241,15 @@ class Reports:
         self.display.note(f"Evaluating the model before training: {len(self.held.seeds)} images.")
         whole = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if whole else self.policy.reference():
-            report = self._measure(guidance)
+            report = self._measure(label, guidance)
         report.save(self.run.dir / "evaluations" / folder)
         if not restored:
             times = {"evaluate": report.seconds, "training": 0.0}
-            self.run.log(0, report.to_dict(), times, "eval" if name == "base" else "guided")
+            kind = "eval" if name == "base" else "guided"
+            samples = evaluate.grid({label: report}, self.held)
+            self.run.log(0, report.to_dict(), times, kind, {"samples": samples})
             self._add({"evaluate": report.seconds})
-        self.display.evaluation(0, _label(name, report), report)
+        self.display.evaluation(0, label, report)
         return report
 
     def _load(self, folder: str) -> Report | None:
@@ -220,33 +257,46 @@ class Reports:
             return Report.load(self.run.dir / "evaluations" / folder)
         return None
 
-    def _measure(self, guidance: float) -> Report:
-        return evaluate.evaluate(
-            self.policy,
-            self.held,
-            self.scorer,
-            steps=self.config.sample.eval_steps,
-            batch_size=self.config.sample.batch_size,
-            guidance_scale=guidance,
-            quality=self.quality,
-        )
+    def _measure(self, label: str, guidance: float) -> Report:
+        rewards = list(self.scorer.weights)
+        with self.display.evaluating(label, len(self.held.seeds), rewards) as watch:
+            return evaluate.evaluate(
+                self.policy,
+                self.held,
+                self.scorer,
+                steps=self.config.sample.eval_steps,
+                batch_size=self.config.sample.batch_size,
+                guidance_scale=guidance,
+                quality=self.quality,
+                watch=watch,
+            )
 
     def _evaluate(self, final: bool) -> Report:
         """Evaluate the averaged weights, log it, and renew the pictures."""
         done = self.state.iteration
         with self.state.ema.swapped():
-            report = self._measure(self.config.sample.guidance_scale)
+            report = self._measure(f"iteration {done}", self.config.sample.guidance_scale)
         self.latest = (done, report)
         report.save(self.run.dir / "evaluations" / _step(done))
         self._add({"evaluate": report.seconds})
         values = {**report.to_dict(), **({"final": True} if final else {})}
         times = {"evaluate": report.seconds, "training": self._training()}
-        self.run.log(done, values, times, "eval")
+        samples = self._samples()
+        self.run.log(done, values, times, "eval", {"samples": samples})
         self.display.evaluation(done, "trained", report)
-        self._draw()
+        self._draw(samples)
         return report
 
-    def _draw(self) -> None:
+    def _samples(self) -> Image.Image:
+        """The latest evaluation's images under the base model's."""
+        done, report = self.latest
+        rows = {"base": self.before["base"]}
+        if done:
+            rows[f"iteration {done}"] = report
+        return evaluate.grid(rows, self.held)
+
+    def _draw(self, samples: Image.Image) -> None:
+        """Write curve.png, and `samples` as the latest evaluation's."""
         lines = [
             {**line, "elapsed": line["seconds"]["training"]} for line in self.run.metrics("eval")
         ]
@@ -256,11 +306,7 @@ class Reports:
             level = guided[0] if guided else None
             label = self.before["base"].label
             pictures.curve(self.run.dir / "curve.png", lines, level, title, label)
-        done, report = self.latest
-        rows = {"base": self.before["base"]}
-        if done:
-            rows[f"iteration {done}"] = report
-        evaluate.picture(rows, self.held, self.run.samples / f"step-{done:06d}.png")
+        pictures.save(samples, self.run.samples / f"{_step(self.latest[0])}.png")
 
     def _save(self, score: float | None) -> None:
         self.state.totals.setdefault("seconds", {})["total"] = self._total()
@@ -331,8 +377,8 @@ def _step(iteration: int) -> str:
     return f"step-{iteration:06d}"
 
 
-def _label(name: str, report: Report) -> str:
-    return name if name == "base" else f"base, CFG {report.guidance_scale:g}"
+def _label(name: str, guidance: float) -> str:
+    return name if name == "base" else f"base, CFG {guidance:g}"
 
 
 def _count(number: int) -> str:

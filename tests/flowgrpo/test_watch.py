@@ -1,0 +1,247 @@
+"""The progress of an evaluation: what is shown, when, and that the images stay what they are."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+import types
+
+import pytest
+import shell
+import torch
+from rich.console import Console
+
+from flowgrpo import cli, commands, display, evaluate, rewards, rollout, train
+from flowgrpo.policies import Policy
+
+CALLS: list = []
+
+
+def slow(images, prompts, metadata):
+    """A reward that notes when it is asked."""
+    CALLS.append(("rewards", len(images)))
+    return shell.red(images, prompts, metadata)
+
+
+@pytest.fixture(scope="module")
+def tiny_policy(tmp_path_factory):
+    config = shell.make(tmp_path_factory.mktemp("policy"), **{"run.eval_prompts": 5})
+    return config, Policy.load(config.policy.model, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(3, [3, 6, 10]), (4, [4, 10]), (5, [5, 10]), (9, [10]), (32, [10])]
+)
+def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_size, told):
+    config, policy = tiny_policy
+    held = evaluate.held_out(config)
+    conditioning, uncond = policy.encode(list(held.prompts.texts)), policy.encode([""])
+    whole = rollout.sample(
+        policy,
+        conditioning,
+        steps=3,
+        groups=torch.arange(5).repeat_interleave(2),
+        seeds=held.seeds[:10],
+        batch_size=batch_size,
+        uncond=uncond,
+        guidance_scale=3.0,
+    )
+    seen = []
+    images = evaluate.sample_images(
+        policy,
+        held.prompts.texts,
+        held.seeds[:10],
+        2,
+        steps=3,
+        batch_size=batch_size,
+        guidance_scale=3.0,
+        watch=lambda *told: seen.append(told),
+    )
+    assert torch.equal(images, whole)
+    assert seen == [("sampling", count) for count in told]
+
+
+def test_scoring_is_told_before_the_rewards_and_changes_nothing(tiny_policy):
+    config, policy = tiny_policy
+    held, scorer = evaluate.held_out(config), rewards.Scorer({"test_watch:slow": 1.0})
+    CALLS.clear()
+    options = {"steps": 3, "batch_size": 10}
+    watched = evaluate.evaluate(
+        policy, held, scorer, **options, watch=lambda *told: CALLS.append(told)
+    )
+    count = len(held.seeds)
+    assert CALLS[-2:] == [("scoring", count), ("rewards", count)]
+    assert CALLS[-3] == ("sampling", count)
+    assert watched.to_dict() == evaluate.evaluate(policy, held, scorer, **options).to_dict()
+
+
+class Clock:
+    """Stands for `time` in display.py."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(display, "time", found)
+    return found
+
+
+def plain(total: int, seconds: float, clock: Clock, batch: int = 1) -> list[str]:
+    """The lines of an evaluation whose batches take `seconds` each, and the rewards ten."""
+    console = Console(file=io.StringIO(), width=60)
+    with display.Watch(console, "plain", "base", total, ["a", "b[red]"]) as watch:
+        for images in range(batch, total + 1, batch):
+            clock.now += seconds
+            watch("sampling", images)
+        watch("scoring", total)
+        clock.now += 10
+    return console.file.getvalue().splitlines()
+
+
+def test_a_long_evaluation_is_about_ten_lines(clock):
+    lines = plain(2200, 2.0, clock)
+    assert len(lines) == 10
+    assert lines[0] == "base  220/2200 images  1:06:00 left  7:20 passed"
+    assert lines[-2] == "base  1980/2200 images  7:20 left  1:06:00 passed"
+    assert lines[-1] == "base: scoring by a, b[red]  2200 images  1:13:20 passed"
+
+
+def test_a_short_evaluation_is_silent_and_one_of_a_minute_nearly_so(clock):
+    assert plain(290, 0.1, clock) == []
+    lines = plain(70, 1.0, clock)
+    assert lines == [
+        "base  30/70 images  0:40 left  0:30 passed",
+        "base  60/70 images  0:10 left  1:00 passed",
+        "base: scoring by a, b[red]  70 images  1:10 passed",
+    ]
+
+
+def test_the_first_batch_does_not_count_for_the_time_left(clock):
+    console = Console(file=io.StringIO(), width=100)
+    with display.Watch(console, "plain", "base", 40, ["a"]) as watch:
+        for seconds, images in ((300, 10), (20, 20), (20, 30)):
+            clock.now += seconds
+            watch("sampling", images)
+    # Alone it is all that is known; and the second one came too soon after it for a line.
+    assert console.file.getvalue().splitlines() == [
+        "base  10/40 images  15:00 left  5:00 passed",
+        "base  30/40 images  0:20 left  5:40 passed",
+    ]
+
+
+def test_what_takes_long_without_a_batch_says_so_by_itself(monkeypatch):
+    monkeypatch.setattr(display, "QUIET", 0.05)
+    said = threading.Event()
+    console = Console(file=io.StringIO(), width=60)
+    monkeypatch.setattr(console, "print", lambda text, **options: (said.set(), found.append(text)))
+    found: list[str] = []
+    with display.Watch(console, "plain", "base", 4, ["a"]) as watch:
+        assert said.wait(20)
+        timer = watch._timer
+    assert re.fullmatch(r"base  0/4 images  0:0\d passed", found[0])
+    assert not timer.is_alive()
+    with pytest.raises(KeyError), display.Watch(console, "plain", "base", 4, ["a"]) as watch:
+        timer = watch._timer
+        raise KeyError
+    assert not timer.is_alive()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_none_is_silent(terminal, clock):
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    with display.Watch(console, "none", "base", 10, ["a"]) as watch:
+        for images in range(1, 11):
+            clock.now += 100
+            watch("sampling", images)
+        watch("scoring", 10)
+    assert console.file.getvalue() == ""
+
+
+class Pseudo:
+    """A pseudo-terminal of 100 columns with what has been written to it."""
+
+    def __init__(self) -> None:
+        self._master, slave = os.openpty()
+        self.file = os.fdopen(slave, "w")
+        environment = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+        self.console = Console(file=self.file, highlight=False, _environ=environment)
+        self._bytes: list[bytes] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            while piece := os.read(self._master, 4096):
+                self._bytes.append(piece)
+        # Linux: the other side was closed.
+        except OSError:
+            pass
+
+    def text(self) -> str:
+        """All that was written, with its control sequences; the terminal is gone then."""
+        self.file.close()
+        self._reader.join(20)
+        os.close(self._master)
+        return b"".join(self._bytes).decode()
+
+
+def visible(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", "", text).strip()
+
+
+def test_on_a_terminal_a_bar_that_is_taken_down():
+    terminal = Pseudo()
+    config = types.SimpleNamespace(run=types.SimpleNamespace(progress="auto"))
+    mode = display.mode_of(config, terminal.console)
+    assert mode == "bar"
+    with display.Watch(terminal.console, mode, "base, CFG 4.5", 12, ["a", "b[red]"]) as watch:
+        for stage, images in (("sampling", 4), ("sampling", 12), ("scoring", 12)):
+            watch(stage, images)
+            watch._progress.refresh()
+    text = terminal.text()
+    assert re.search(r"base, CFG 4\.5 .*4/12 images  0:00 left", text)
+    assert "base, CFG 4.5: scoring by a, b[red]" in text
+    # The cursor is there again, the line is erased, and nothing was written since.
+    assert "\x1b[?25h" in text and visible(text[text.rindex("\x1b[2K") :]) == ""
+
+
+def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
+    terminal = Pseudo()
+    monkeypatch.setattr(display, "Terminal", lambda **options: terminal.console)
+    changes = {"run.steps": 4, "run.eval_every": 2, "run.eval_guidance": 2.0}
+    train.run(shell.make(tmp_path, **changes))
+    text = terminal.text()
+    order = ["0/12 images", "iteration 0  base: held", "base, CFG 2 ", "iteration 0  base, CFG 2:"]
+    order += ["2/4", "iteration 2: scoring by shell:red", "iteration 2  trained: held"]
+    order += ["4/4", "iteration 4: scoring by shell:red", "iteration 4  trained: held"]
+    place = 0
+    for words in order:
+        assert words in text[place:], words
+        place = text.index(words, place)
+    assert "Written to" in visible(text[text.rindex("\x1b[?25h") :])
+
+
+def test_the_command_shows_it_and_stays_silent_where_the_run_did(tmp_path):
+    config = shell.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0, "run.progress": "auto"})
+    train.run(config)
+    options = cli.Evaluate(target=str(config.out_dir), out=str(tmp_path / "e"), device="cpu")
+    for progress, shown in (("auto", True), ("none", False)):
+        path = config.out_dir / "config.json"
+        text = path.read_text()
+        path.write_text(re.sub(r'"progress": "\w+"', f'"progress": "{progress}"', text))
+        assert f'"progress": "{progress}"' in path.read_text()
+        terminal = Pseudo()
+        commands.evaluate_run(options, terminal.console)
+        text = terminal.text()
+        for words in ("0/12 images", "base: scoring by shell:red", "iteration 1: scoring by"):
+            assert (words in text) == shown
+        assert ("\x1b[2K" in text) == shown
+        assert "Evaluating base: 12 images in 3 steps." in text
