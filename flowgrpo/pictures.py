@@ -1,7 +1,8 @@
 """Pictures that people look at: grids of images with captions, and the accuracy curve.
 
 Small images are enlarged by nearest neighbour, so that every pixel of the model stays what it is.
-A green or red bar under an image says whether the verifier accepted it.
+A green or red bar under an image says whether the verifier accepted it; other scores than right or
+wrong are written there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def grid(
     Args:
         rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other.
         captions: N texts, written under the columns.
-        marks: label -> N scores; 1 draws a green bar under the image, less a red one.
+        marks: label -> N scores, NaN where there is none. If all are in [0, 1], each draws a bar
+            under the image, green for 1, else red; if one is neither 0 nor 1, all are written.
         columns: columns before the picture goes on in a new block of rows.
     """
     captions = list(captions)
@@ -51,10 +53,10 @@ def grid(
     columns = min(columns, len(captions))
     labelled = len(rows) > 1
     margin = GAP + (max(math.ceil(font.getlength(label)) for label in rows) + GAP) * labelled
-    bar = 5 if marks else 0
+    bar, number = _heights(marks or {})
     blocks = [range(i, min(i + columns, len(captions))) for i in range(0, len(captions), columns)]
     text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
-    row_height = height + bar + 4
+    row_height = height + bar + number + 4
     total = GAP + sum(len(rows) * row_height + extra for extra in text_heights)
     canvas = Image.new("RGB", (margin + columns * (width + GAP), total), PAPER)
     draw, top = ImageDraw.Draw(canvas), GAP
@@ -66,10 +68,12 @@ def grid(
                 left = margin + column * (width + GAP)
                 canvas.paste(images[i], (left, top))
                 draw.rectangle((left, top, left + width - 1, top + height - 1), outline="#d0d7de")
-                if marks:
+                below = (left, top + height + 1, left + width - 1)
+                if bar:
                     color = RIGHT if marks[label][i] >= 1 else WRONG
-                    box = (left, top + height + 1, left + width - 1, top + height + 3)
-                    draw.rectangle(box, color)
+                    draw.rectangle((*below, top + height + 3), color)
+                if number:
+                    _write(draw, font, marks[label][i], below, bar)
             top += row_height
         for column, i in enumerate(block):
             center = margin + column * (width + GAP) + width // 2
@@ -78,6 +82,22 @@ def grid(
                 draw.text((center, y), line, INK, font, anchor="ma")
         top += extra
     return canvas
+
+
+def _heights(marks: Mapping[str, Sequence[float]]) -> tuple[int, int]:
+    """Pixels under each image for the bar and for the number; 0 where there is none."""
+    scores = [score for row in marks.values() for score in row if not math.isnan(score)]
+    share = bool(marks) and all(0 <= score <= 1 for score in scores)
+    return 5 * share, (TEXT + 4) * any(score not in (0, 1) for score in scores)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, font: Any, score: float, below: tuple[int, int, int], bar: int
+) -> None:
+    """`score` under the image and its bar; below: (left, top, right) of what is under the image."""
+    left, top, right = below
+    text = "failed" if math.isnan(score) else f"{score:.4g}"
+    draw.text(((left + right) // 2, top + bar), text, FAINT, font, anchor="ma")
 
 
 def _tile(image: torch.Tensor) -> Image.Image:
