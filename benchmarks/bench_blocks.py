@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = cases(args.smoke, args.cases)
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
-    out = args.out or records.RESULTS / f"blocks-{args.device}.json"
+    out = records.place("blocks", args)
 
     def rows_of(case: Case) -> list[dict]:
         compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name

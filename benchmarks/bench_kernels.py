@@ -338,8 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
     print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
-    name = "kernels-memory" if args.memory else "kernels"
-    out = args.out or records.RESULTS / f"{name}-{args.device}.json"
+    out = records.place("kernels-memory" if args.memory else "kernels", args)
 
     def rows_of(case: Case) -> list[dict]:
         compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name

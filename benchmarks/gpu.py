@@ -109,7 +109,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         one("rollout-flux", 30, "bench_rollout.py", *plain, *flux),
         one("update-flux", 20, "bench_update.py", *trained, *flux),
         one("compiled-blocks", 15, "bench_blocks.py", "--cases", "sd3.5-m b16 both"),
-        one("compiled-kernels", 15, "bench_kernels.py", "--cases", "sd3-512 b16 bfloat16"),
+        one("compiled-kernels", 20, "bench_kernels.py", "--cases", "sd3-512 b16 bfloat16"),
         Part("single-pass", 10 * args.scale, [single]),
     ]
 

@@ -10,6 +10,7 @@ add facts of its own, such as "failures" and "skipped" (cases that did not fit i
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
@@ -19,6 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -41,6 +43,13 @@ def row(suite: str, case: str, provider: str, metric: str, value: float, unit: s
         "value": float(f"{value:.6g}"),
         "unit": unit,
     }
+
+
+def place(suite: str, args: argparse.Namespace) -> Path:
+    """Where a suite writes: --out, or its place among the results; for a smoke run, which measures
+    nothing, the system's folder for temporary files."""
+    folder = Path(tempfile.gettempdir()) if args.smoke else RESULTS
+    return args.out or folder / f"{suite}-{args.device}.json"
 
 
 def cpu_name() -> str:

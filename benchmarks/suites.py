@@ -72,7 +72,9 @@ def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--smoke", action="store_true", help="tiny models, two rounds, without compile"
     )
-    made.add_argument("--out", type=Path, help="default: results/SUITE-DEVICE.json")
+    made.add_argument(
+        "--out", type=Path, help="default: results/SUITE-DEVICE.json; a temporary file with --smoke"
+    )
     return made
 
 
@@ -103,7 +105,7 @@ class Session:
             raise SystemExit(f"--providers knows {', '.join(PROVIDERS)}, not {', '.join(unknown)}")
         self.suite, self.args, self.device = suite, args, args.device
         self.rounds = 2 if args.smoke else args.rounds
-        self.out = args.out or records.RESULTS / f"{suite}-{args.device}.json"
+        self.out = records.place(suite, args)
         self.rows: list[dict] = []
         self.failures: list[str] = []
         self.texts: list[str] = []

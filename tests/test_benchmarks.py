@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -94,6 +95,18 @@ def test_bytes_of_one_call(eager, tmp_path, monkeypatch):
         assert 4 <= found[op, "ours"] < 4.1 and found[op, "eager"] >= 16
     for op in ("step", "step-cfg"):
         assert found[op, "ours"] < 0.1 and found[op, "eager"] >= 16
+
+
+def test_a_smoke_run_is_no_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import records
+
+    args = argparse.Namespace(out=None, smoke=True, device="cpu")
+    assert records.RESULTS not in records.place("kernels", args).parents
+    args.smoke = False
+    assert records.place("kernels", args) == records.RESULTS / "kernels-cpu.json"
+    args.out = Path("mine.json")
+    assert records.place("kernels", args) == Path("mine.json")
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("kernels-*.json")))
