@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from flowgrpo import pictures
 
@@ -51,6 +53,46 @@ def test_marks_are_green_for_one_and_red_for_less():
     red = (grid == colour(pictures.WRONG)).all(-1)
     assert green.sum() == 120 * 3 and red.sum() == 2 * 120 * 3
     assert np.argwhere(green)[:, 1].max() < np.argwhere(red)[:, 1].min()
+
+
+def written(text: str) -> np.ndarray:
+    """The pixels of a text as it stands under an image."""
+    canvas = Image.new("RGB", (100, 40), pictures.PAPER)
+    font = ImageFont.load_default(pictures.TEXT)
+    ImageDraw.Draw(canvas).text((50, 10), text, pictures.FAINT, font, anchor="ma")
+    left, top, right, bottom = ImageChops.difference(
+        canvas, Image.new("RGB", canvas.size, pictures.PAPER)
+    ).getbbox()
+    return np.asarray(canvas)[top:bottom, left:right]
+
+
+@pytest.mark.parametrize(
+    ("scores", "texts", "bars"),
+    [
+        ([1.0, 0.0, math.nan], [], (1, 2)),
+        ([1.0, 0.8421, math.nan], ["0.8421", "failed"], (1, 2)),
+        ([21.534, -24.0, math.nan], ["21.53", "-24", "failed"], (0, 0)),
+    ],
+)
+def test_scores_that_no_bar_can_show_are_written(scores, texts, bars):
+    rows = {name: torch.full((3, 3, 24, 24), 255, dtype=torch.uint8) for name in ("a", "b")}
+    picture = pictures.grid(rows, [""] * 3, dict.fromkeys(rows, scores))
+    grid = np.asarray(picture)
+    for colour_, count in zip((pictures.RIGHT, pictures.WRONG), bars, strict=True):
+        assert (grid == colour(colour_)).all(-1).sum() == 2 * count * 120 * 3
+    places = [find(grid, written(text)) for text in texts]
+    # Once a row, from left to right, between the images.
+    assert [len(place) for place in places] == [2] * len(texts)
+    columns = [[x for _, x in place] for place in places]
+    assert columns == sorted(columns) and all(x == y for x, y in columns)
+    frames = (grid == colour("#d0d7de")).all(-1)
+    for text, place in zip(texts, places, strict=True):
+        for y, x in place:
+            height, width = written(text).shape[:2]
+            assert not frames[y - 1 : y + height + 1, x : x + width].any()
+    if not texts:
+        plain = pictures.grid(rows, [""] * 3, dict.fromkeys(rows, (1.0, 0.0, 0.0)))
+        assert picture.tobytes() == plain.tobytes()
 
 
 def test_captions_are_wrapped_inside_their_column():
