@@ -20,7 +20,6 @@ from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
 from flowgrpo.policies import Conditioning, base
 from flowgrpo.records import Experience, Trajectory
-from flowgrpo.rollout import decode
 from flowgrpo.scoring import Scoring
 
 # A deviation of the ratio is recorded here; the trainer would stop.
@@ -97,7 +96,8 @@ class Ours:
         return train.collect(self.parts, self.conditioning, self.config)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
-        return decode(self.parts.policy, trajectory.latents[-1], self.case.batch)
+        parts = trajectory.latents[-1].split(self.case.batch)
+        return torch.cat([self.parts.policy.decode(part) for part in parts])
 
     def update(self, trajectory: Trajectory) -> float:
         """One optimizer step; the largest |ratio - 1| in it."""

@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from flowgrpo import checkpoints, pictures, prompts, rewards, seeds
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Prompts
-from flowgrpo.rollout import chunks, sample
+from flowgrpo.rollout import sample
 
 Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
 Watch = Callable[[str, int], None]
@@ -58,7 +59,7 @@ class HeldOut:
     @property
     def tags(self) -> list[str]:
         """The task of each entry ("" where the prompt set has no tasks)."""
-        return [str(entry.get("tag", "")) for entry in self.prompts.metadata]
+        return [str(entry.get("tag") or "") for entry in self.prompts.metadata]
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Report:
 
     @property
     def label(self) -> str:
-        """What the accuracy is called: the first reward's name if it leaves [0, 1]."""
+        """What the accuracy is called: the first reward's name if it is not right or wrong."""
         scores = self.per_image[self.per_image.isfinite()]
-        share = bool(((scores >= 0) & (scores <= 1)).all())
+        share = bool(((scores == 0) | (scores == 1)).all())
         return "accuracy" if share else next(iter(self.scores))
 
     @property
@@ -153,7 +154,7 @@ def select(found: Prompts, count: int) -> Prompts:
         return found
     tasks: dict[str, list[int]] = {}
     for place, entry in enumerate(found.metadata):
-        tasks.setdefault(str(entry.get("tag", "")), []).append(place)
+        tasks.setdefault(str(entry.get("tag") or ""), []).append(place)
     count = min(count, len(found)) if len(tasks) == 1 else count
     chosen = []
     for number in range(count):
@@ -259,32 +260,17 @@ def sample_images(
     conditioning = policy.encode(texts[:batch_size])
     for start in range(batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
-    uncond = policy.encode([""]) if guidance_scale != 1 else None
-    groups = torch.arange(len(texts)).repeat_interleave(samples)
-    parts = chunks(len(seeds), batch_size)
-    if len(parts) > 1 and len(seeds) % batch_size:
-        # Together with the one before: alone, a short batch would be a forward of fewer rows, which
-        # may mean other bits.
-        parts[-2:] = [slice(parts[-2].start, len(seeds))]
-    images = []
-    for part in parts:
-        made = sample(
-            policy,
-            conditioning,
-            steps=steps,
-            groups=groups[part],
-            seeds=seeds[part],
-            batch_size=batch_size,
-            uncond=uncond,
-            guidance_scale=guidance_scale,
-        )
-        images.append(made)
-        if watch is not None:
-            if made.is_cuda:
-                # What is only launched is not there.
-                torch.cuda.synchronize(made.device)
-            watch("sampling", part.stop)
-    return torch.cat(images)
+    return sample(
+        policy,
+        conditioning,
+        steps=steps,
+        groups=torch.arange(len(texts)).repeat_interleave(samples),
+        seeds=seeds,
+        batch_size=batch_size,
+        uncond=policy.encode([""]) if guidance_scale != 1 else None,
+        guidance_scale=guidance_scale,
+        watch=None if watch is None else partial(watch, "sampling"),
+    )
 
 
 def task_means(per_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:

@@ -376,11 +376,25 @@ def sample(
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
+    watch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Images, uint8 [B, 3, H, W], by the deterministic sampler: what evaluation looks at."""
+    """Images, uint8 [B, 3, H, W], by the deterministic sampler: what evaluation looks at.
+
+    watch: told after each chunk how many images there are.
+    """
     plan = ode_schedule(policy, steps)
     table = torch.arange(steps)[:, None].expand(steps, seeds.numel())
-    trajectory = rollout(
+    images: list[Tensor] = []
+
+    def done(latents: Tensor) -> None:
+        images.append(policy.decode(latents))
+        if watch is not None:
+            if latents.is_cuda:
+                # What is only launched is not there.
+                torch.cuda.synchronize(latents.device)
+            watch(sum(map(len, images)))
+
+    rollout(
         policy,
         conditioning,
         plan,
@@ -391,10 +405,6 @@ def sample(
         uncond=uncond,
         guidance_scale=guidance_scale,
         keep=False,
+        done=done,
     )
-    return decode(policy, trajectory.latents[-1], batch_size)
-
-
-def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
-    """uint8 [B, 3, H, W] images of the latents, decoded in chunks."""
-    return torch.cat([policy.decode(latents[part]) for part in chunks(len(latents), batch_size)])
+    return torch.cat(images)

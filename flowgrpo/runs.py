@@ -26,7 +26,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -354,9 +354,18 @@ class Stop:
     requested: bool = False
 
 
+def _leave_terminal() -> None:
+    """Write to nowhere what would go to a terminal that is gone, which is an error from now on."""
+    for number in (1, 2):
+        with suppress(OSError):
+            if os.isatty(number):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Let the first Ctrl-C (or SIGTERM) only set `stop.requested`; the second one aborts.
+    """Let the first Ctrl-C (SIGTERM, or the end of the terminal) only set `stop.requested`; the
+    second one aborts.
 
     The loop looks at `stop.requested` after each iteration, so that what it started is finished and
     saved. Outside the main thread, where Python delivers no signals, nothing is changed.
@@ -370,10 +379,18 @@ def stoppable() -> Iterator[Stop]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        # os.write, because print may be the very call that the signal interrupted.
-        os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        # os.write, because print may be the very call that the signal interrupted; and whoever read
+        # it may be gone.
+        with suppress(OSError):
+            os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Under nohup it is ignored, and stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import shell
@@ -141,6 +143,13 @@ def test_report_is_the_rewards_of_the_sampled_images(tiny_policy, tmp_path):
     again = evaluate.Report.load(tmp_path / "r")
     assert again.to_dict() == report.to_dict() and torch.equal(again.shown, report.shown)
     assert torch.equal(again.per_image, report.per_image) and again.seconds == report.seconds
+
+
+def test_what_the_first_reward_is_called(tiny_policy):
+    """Accuracy is a share of images that are right; a closeness in [0, 1] is none."""
+    report = measure(*tiny_policy)
+    for scores, name in (([0.0, 1.0, float("nan")], "accuracy"), ([0.0, 0.6], "shell:red")):
+        assert dataclasses.replace(report, per_image=torch.tensor(scores)).label == name
 
 
 def test_report_does_not_depend_on_the_batch_or_on_global_state(tiny_policy):

@@ -209,6 +209,28 @@ def test_first_signal_asks_and_second_aborts(capfd, default_sigint):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_the_end_of_the_terminal_asks_too(default_sigint):
+    """With stderr gone as well; but not under nohup, which has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stderr, (reader, writer) = os.dup(2), os.pipe()
+    os.close(reader)
+    try:
+        os.dup2(writer, 2)
+        with runs.stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with runs.stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        os.dup2(stderr, 2)
+        signal.signal(signal.SIGHUP, before)
+        for number in (stderr, writer):
+            os.close(number)
+
+
 def test_stoppable_in_a_thread_changes_no_handler():
     before, found = signal.getsignal(signal.SIGINT), []
 

@@ -30,22 +30,25 @@ def tiny_policy(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "told"), [(3, [3, 6, 10]), (4, [4, 10]), (5, [5, 10]), (9, [10]), (32, [10])]
+    ("batch_size", "told"),
+    [(3, [3, 6, 9, 10]), (4, [4, 8, 10]), (5, [5, 10]), (9, [9, 10]), (32, [10])],
 )
 def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_size, told):
     config, policy = tiny_policy
     held = evaluate.held_out(config)
     conditioning, uncond = policy.encode(list(held.prompts.texts)), policy.encode([""])
-    whole = rollout.sample(
+    whole = rollout.rollout(
         policy,
         conditioning,
-        steps=3,
+        rollout.ode_schedule(policy, 3),
+        torch.arange(3)[:, None].expand(3, 10),
         groups=torch.arange(5).repeat_interleave(2),
         seeds=held.seeds[:10],
         batch_size=batch_size,
         uncond=uncond,
         guidance_scale=3.0,
-    )
+    ).latents[-1]
+    whole = torch.cat([policy.decode(part) for part in whole.split(batch_size)])
     seen = []
     images = evaluate.sample_images(
         policy,
