@@ -7,6 +7,7 @@ import re
 import threading
 
 import pytest
+import recorded
 import shell
 import torch
 from rich.console import Console
@@ -62,6 +63,19 @@ def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_s
     )
     assert torch.equal(images, whole)
     assert seen == [("sampling", count) for count in told]
+
+
+def test_all_batches_replay_one_graph(pixel_model, tmp_path):
+    parts, _ = recorded.made(pixel_model, tmp_path)
+    policy, texts, seeds = parts.policy, recorded.trainers.TEXTS[:5], torch.arange(10)
+
+    def images():
+        options = {"steps": 3, "batch_size": 4, "guidance_scale": 2.0}
+        return evaluate.sample_images(policy, texts, seeds, 2, **options)
+
+    found, recorder = images(), policy.graphs.recorder
+    assert recorder.captures == 1
+    assert torch.equal(found, recorded.eager(policy, images))
 
 
 def test_scoring_is_told_before_the_rewards_and_changes_nothing(tiny_policy):
