@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLAIN_LINES = 40
 QUIET = 30.0
 """Seconds that an evaluation goes on before the first plain line, and between two of them."""
+EQUAL = 10
+"""Iterations in a row without a reward that differs inside a group, before the run says so."""
 # Metric -> its name and format in the progress.
 FIGURES = {
     "reward": ("reward", "{:.3f}"),
@@ -64,6 +66,7 @@ class Display:
         self._evaluation = 0.0
         self._live: Live | None = None
         self._told = False
+        self._equal, self._warned = 0, False
 
     def banner(self, lines: Mapping[str, str]) -> None:
         """Name and value a line, under the name of the recipe."""
@@ -107,6 +110,21 @@ class Display:
         if len(self._times) == 3 and not self._told:
             self._told = True
             self.note(f"Expected time to the end: {clock(left)}.")
+        self._look_for_differences(metrics)
+
+    def _look_for_differences(self, metrics: Mapping[str, Any]) -> None:
+        """Say once a run that no group's rewards differed for `EQUAL` iterations."""
+        groups = self.config.sample.prompts_per_iteration
+        empty = metrics.get("equal_groups", 0) + metrics.get("dropped_groups", 0)
+        self._equal = self._equal + 1 if empty >= groups else 0
+        if self._equal == EQUAL and not self._warned:
+            self._warned = True
+            self.note(
+                f"Nothing to learn from: for {EQUAL} iterations the rewards were equal inside each "
+                f"of the {groups} groups; try other prompts (sample.prompts), more noise "
+                "(sample.noise_level), larger groups (sample.group_size) or a finer reward "
+                "(reward.weights)."
+            )
 
     def seconds_left(self, done: int) -> float:
         """Expected seconds to the end: the recent iterations' mean, and the evaluations to come."""

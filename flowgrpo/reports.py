@@ -29,9 +29,6 @@ from flowgrpo.display import Display, within
 from flowgrpo.evaluate import Report
 from flowgrpo.policies import Policy
 
-EQUAL = 10
-"""Iterations in a row without a reward that differs inside a group, before the run says so."""
-
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
@@ -64,7 +61,6 @@ class Reports:
         self.display = Display(config)
         self.before: dict[str, Report] = {}
         self._saved: int | None = None
-        self._equal, self._warned = 0, False
         self._since = time.perf_counter()
         self.run: runs.Run
 
@@ -165,26 +161,11 @@ class Reports:
         named = self.before["base"].label == "accuracy"
         shown = {**metrics, "accuracy": accuracy if named else None}
         self.display.iteration(done, shown, sum(seconds.values()))
-        self._look_for_differences(metrics)
         score = None
         if run.eval_every and done % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy
         if run.checkpoint_every and done % run.checkpoint_every == 0:
             self._save(score)
-
-    def _look_for_differences(self, metrics: Mapping[str, Any]) -> None:
-        """Say once a run that no group's rewards differed for `EQUAL` iterations."""
-        groups = self.config.sample.prompts_per_iteration
-        empty = metrics.get("equal_groups", 0) + metrics.get("dropped_groups", 0)
-        self._equal = self._equal + 1 if empty >= groups else 0
-        if self._equal == EQUAL and not self._warned:
-            self._warned = True
-            self.display.note(
-                f"Nothing to learn from: for {EQUAL} iterations the rewards were equal inside each "
-                f"of the {groups} groups; try other prompts (sample.prompts), more noise "
-                "(sample.noise_level), larger groups (sample.group_size) or a finer reward "
-                "(reward.weights)."
-            )
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Evaluate once more unless interrupted, save, and return what summary.json holds."""

@@ -106,6 +106,26 @@ def test_the_bar_shows_the_figures_and_is_taken_down():
     shown.pause()
 
 
+@pytest.mark.parametrize(
+    ("empty", "said"),
+    [
+        ([8] * 9 + [7] + [8] * 9, []),
+        ([8] * 9 + [7] + [8] * 10, [20]),
+        ([0] + [8] * 30 + [7] + [8] * 30, [11]),
+    ],
+)
+def test_one_group_that_differs_is_enough(empty, said):
+    """Of eight; groups that a reward failed for tell nothing either."""
+    shown, found = display(steps=100), []
+    assert shown.config.sample.prompts_per_iteration == 8
+    for done, count in enumerate(empty, start=1):
+        dropped = min(done % 2, count)
+        groups = {"equal_groups": count - dropped, "dropped_groups": dropped}
+        shown.iteration(done, {**METRICS, **groups}, 1.0)
+        found += [done] * (text(shown).count("Nothing to learn from") - len(found))
+    assert found == said
+
+
 def test_auto_is_a_bar_only_on_a_terminal():
     assert display().mode == "plain" and display(terminal=True).mode == "bar"
 

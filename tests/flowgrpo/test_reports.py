@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import shell
 import torch
 from rich.console import Console
 
-from flowgrpo import display, prompts, reports, rewards, train
+from flowgrpo import display, prompts, rewards, train
 from flowgrpo.config import replace
 
 
@@ -77,27 +75,6 @@ def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
     assert text.count("Nothing to learn from: for 10 iterations the rewards were equal") == 1
     assert "inside each of the 2 groups; try other prompts (sample.prompts)" in text
     assert text.index("iteration 10/21") < text.index("Nothing") < text.index("iteration 11/21")
-
-
-@pytest.mark.parametrize(
-    ("empty", "said"),
-    [
-        ([2] * 9 + [1] + [2] * 9, []),
-        ([2] * 9 + [1] + [2] * 10, [20]),
-        ([0] + [2] * 30 + [1] + [2] * 30, [11]),
-    ],
-)
-def test_one_group_that_differs_is_enough(tmp_path, empty, said):
-    """Groups that a reward failed for tell nothing either; each list item is an iteration."""
-    notes, found = [], []
-    self = types.SimpleNamespace(config=shell.make(tmp_path), _equal=0, _warned=False)
-    self.display = types.SimpleNamespace(note=notes.append)
-    for number, count in enumerate(empty, start=1):
-        metrics = {"equal_groups": count - number % 2 * (count > 0)}
-        metrics["dropped_groups"] = count - metrics["equal_groups"]
-        reports.Reports._look_for_differences(self, metrics)
-        found += [number] * (len(notes) - len(found))
-    assert found == said
 
 
 def test_which_sets_hold_prompts_out(tmp_path):
