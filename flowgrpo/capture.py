@@ -29,7 +29,7 @@ import dataclasses
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -44,9 +44,8 @@ from flowgrpo.policies import Policy, compiled
 
 WARM_UPS = 2
 LIMIT = 12
-"""Graphs that are kept. A run needs at most nine: the rollout's steps at four numbers of rows (or
-the rollout as one), evaluation of the trained model, of the base model and of that with guidance,
-the update, and one of another shape, such as a short last chunk."""
+"""Graphs that are kept. A run needs at most eight: the rollout's steps at four numbers of rows (or
+the whole), evaluation of the trained model, of the base and of that with guidance, the update."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -79,10 +78,7 @@ class CudaRecorder:
         gc.disable()
         # thread_local: threads that compute rewards may go on using the device meanwhile.
         recording = partial(
-            torch.cuda.graph,
-            pool=self.pool,
-            stream=self.stream,
-            capture_error_mode="thread_local",
+            torch.cuda.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
         )
         try:
             # _aside too puts the caller's stream back: torch.cuda.graph does not after a failure.
@@ -256,14 +252,11 @@ def prepare(policy: Policy, config: Config) -> None:
         ConfigError: the configuration asks for capture where there is no CUDA device.
     """
     cuda = policy.device.type == "cuda"
-    for option, value in (
-        ("sample.capture", config.sample.capture),
-        ("optim.capture", config.optim.capture),
-    ):
-        if value == "on" and not cuda:
+    for name, section in (("sample", config.sample), ("optim", config.optim)):
+        if section.capture == "on" and not cuda:
             raise ConfigError(
-                f"{option} is on with policy.device {policy.device}, but CUDA graphs need a CUDA "
-                f"device; set {option} to off, or policy.device to cuda."
+                f"{name}.capture is on with policy.device {policy.device}, but CUDA graphs need a "
+                f"CUDA device; set {name}.capture to off, or policy.device to cuda."
             )
     wanted = cuda and config.sample.capture != "off"
     policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if wanted else None
@@ -356,14 +349,13 @@ def _addresses(policy: Policy) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _modules(root: nn.Module) -> Iterator[nn.Module]:
+def _modules(root: nn.Module) -> list[nn.Module]:
     """root and all below it. SD3.5-medium with adapters has 2951, walked over twice before each
     replay, which torch's `modules()` makes longer by half."""
-    left = [root]
-    while left:
-        module = left.pop()
-        yield module
-        left += [child for child in module._modules.values() if child is not None]
+    found = [root]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _moved(policy: Policy, old: tuple[int, ...], new: tuple[int, ...]) -> str:

@@ -185,10 +185,11 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """``flowgrpo train [RECIPE] [--section.field value ...]``"""
     config = parse_train(argv)
-    from flowgrpo import reports, runs
+    from flowgrpo import boards, reports, runs
     from flowgrpo import train as training
 
     runs.check_directory(config)
+    boards.check(config)
     show_plan(config)
     try:
         summary = training.run(config)

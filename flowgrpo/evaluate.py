@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +259,13 @@ def sample_images(
     conditioning = policy.encode(texts[:batch_size])
     for start in range(batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
+
+    def told(count: int) -> None:
+        if policy.device.type == "cuda":
+            # What is only launched is not there.
+            torch.cuda.synchronize(policy.device)
+        watch("sampling", count)
+
     return sample(
         policy,
         conditioning,
@@ -269,7 +275,7 @@ def sample_images(
         batch_size=batch_size,
         uncond=policy.encode([""]) if guidance_scale != 1 else None,
         guidance_scale=guidance_scale,
-        watch=None if watch is None else partial(watch, "sampling"),
+        watch=None if watch is None else told,
     )
 
 

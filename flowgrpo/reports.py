@@ -46,6 +46,13 @@ def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
                 )
 
 
+def first_time(policy: Policy) -> str:
+    """What makes the first evaluation and iteration take longer than the others; "" if nothing."""
+    done = ["blocks are compiled, which takes minutes"] * policy.compiled
+    done += ["CUDA graphs are recorded"] * (policy.graphs is not None)
+    return f"In the first evaluation and iteration {' and '.join(done)}." if done else ""
+
+
 class Reports:
     """Logs, evaluates, draws and saves one run. Made by `Reports.open`; a context manager."""
 
@@ -85,6 +92,8 @@ class Reports:
             reports._connect(restored)
             lines = banner(config, policy, state, reports.run.dir)
             reports.display.banner({**lines, "evaluation": _evaluated(config, reports.held)})
+            if once := first_time(policy):
+                reports.display.note(once)
             reports._begin(restored)
         except BaseException:
             reports.close()

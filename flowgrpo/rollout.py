@@ -288,16 +288,9 @@ def advance(
     conditional, unconditional = velocity(policy, sample, sigma, conditioning, uncond)
     used = guided(conditional, unconditional, guidance_scale) if keep_velocity else None
     made = sde_step(
-        conditional,
-        sample,
-        transitions,
-        steps,
-        seeds=seeds,
-        uncond_velocity=unconditional,
-        guidance_scale=guidance_scale,
-        out=out,
-        log_prob_out=log_prob_out,
-    )
+        conditional, sample, transitions, steps, seeds=seeds, uncond_velocity=unconditional,
+        guidance_scale=guidance_scale, out=out, log_prob_out=log_prob_out,
+    )  # fmt: skip
     return *made, used
 
 
@@ -380,7 +373,7 @@ def sample(
 ) -> Tensor:
     """Images, uint8 [B, 3, H, W], by the deterministic sampler: what evaluation looks at.
 
-    watch: told after each chunk how many images there are.
+    watch: told after each chunk how many images there are, or on a GPU will be.
     """
     plan = ode_schedule(policy, steps)
     table = torch.arange(steps)[:, None].expand(steps, seeds.numel())
@@ -389,9 +382,6 @@ def sample(
     def done(latents: Tensor) -> None:
         images.append(policy.decode(latents))
         if watch is not None:
-            if latents.is_cuda:
-                # What is only launched is not there.
-                torch.cuda.synchronize(latents.device)
             watch(sum(map(len, images)))
 
     rollout(

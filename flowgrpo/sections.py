@@ -326,7 +326,7 @@ class RunConfig:
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
     wandb: str = ""
-    """Weights & Biases project that the numbers also go to; empty: none."""
+    """Weights & Biases project that numbers and samples also go to; empty: none."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
 

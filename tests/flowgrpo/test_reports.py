@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import shell
 import torch
 from rich.console import Console
 
-from flowgrpo import display, prompts, rewards, train
+from flowgrpo import display, prompts, reports, rewards, train
 from flowgrpo.config import replace
 
 
@@ -81,3 +83,13 @@ def test_which_sets_hold_prompts_out(tmp_path):
     for name in ("nano", "geneval", "hub:a/b", str(tmp_path)):
         assert prompts.has_splits(name)
     assert not prompts.has_splits(str(tmp_path / "p.txt"))
+
+
+def test_what_takes_longer_the_first_time():
+    policy = types.SimpleNamespace(compiled=False, graphs=None)
+    assert reports.first_time(policy) == ""
+    policy.compiled, policy.graphs = True, object()
+    assert reports.first_time(policy) == (
+        "In the first evaluation and iteration blocks are compiled, which takes minutes and "
+        "CUDA graphs are recorded."
+    )
