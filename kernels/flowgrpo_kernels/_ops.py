@@ -10,11 +10,11 @@ float64 inputs always run on the reference: it is the oracle. The first call on 
 one line that says which backend runs and why; a fallback is a warning. The variable is read once.
 
 Backends are modules with the functions of reference.py, same names, arguments and results. Tensors
-reach them checked and contiguous (also `seeds`, int64 [B]; `step`, int64 [B], has any stride);
-outputs of `sde_step` are given. The native one is `_native.py`, which further has `available() ->
-bool` and `reason() -> str` (why it is not available, or which library was loaded) and may lack an
-op, which then falls back, loudly. Triton launchers register themselves from the op's own file
-through `triton_launcher`. A subpackage adds ops of its own through `define`.
+reach them checked, and Triton's contiguous (also `seeds`, int64 [B]; `step`, int64 [B], has any
+stride); outputs of `sde_step` are given. The native one is `_native.py`, which further has
+`available() -> bool` and `reason() -> str` (why it is not available, or which library was loaded)
+and may lack an op, which then falls back, loudly. Triton launchers register themselves from the
+op's own file through `triton_launcher`. A subpackage adds ops of its own through `define`.
 
 NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
 """
@@ -191,9 +191,11 @@ def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
 
 
 def _implementation(name: str, arguments: list[str], written: list[int]) -> Callable:
-    """The op's body for every device: contiguous tensors to the chosen backend.
+    """The op's body for every device, which calls the chosen backend.
 
-    One step for all rows stays a view of stride 0: a copy would be a launch of its own.
+    Triton's kernels get contiguous tensors; the others take any strides, and the native one reads
+    rows of any distance, such as latents[:, i] of a trajectory, where they lie. One step for all
+    rows stays a view of stride 0: a copy would be a launch of its own.
     """
     fallback = _references[name]
     # The argument whose dtype and device choose the backend.
@@ -202,12 +204,13 @@ def _implementation(name: str, arguments: list[str], written: list[int]) -> Call
 
     def run(*args):
         given, sample = args, args[chooser]
-        function = fallback
+        backend, function = "reference", fallback
         if sample.dtype != torch.float64:
-            function = _resolve(name, sample.device.type)[1]
-        for i, a in enumerate(args):
-            if isinstance(a, Tensor) and i != step and not a.is_contiguous():
-                args = (*args[:i], a.contiguous(), *args[i + 1 :])
+            backend, function = _resolve(name, sample.device.type)
+        if backend == "triton":
+            for i, a in enumerate(args):
+                if isinstance(a, Tensor) and i != step and not a.is_contiguous():
+                    args = (*args[:i], a.contiguous(), *args[i + 1 :])
         results = function(*args)
         # Backends write through pointers: without this, autograd would take what a backward has
         # saved of a buffer for unchanged.

@@ -14,7 +14,7 @@ from flowgrpo_kernels import (
     reference,
     sde_step,
 )
-from flowgrpo_kernels._ops import backend_of
+from flowgrpo_kernels._ops import backend_of, use_backend
 
 pytestmark = pytest.mark.skipif(
     not _native.available() or backend_of("sde_step", "cpu") != "native",
@@ -47,6 +47,23 @@ def results(v, x, prev):
 def equal(a, b):
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
+
+
+def test_rows_of_a_trajectory_are_read_where_they_lie(monkeypatch):
+    """flow_grpo keeps latents [B, T + 1, ...] and hands over latents[:, i]: no copy is made."""
+    latents = torch.randn(3, 4, *SHAPE[1:])
+    x, prev, v = latents[:, 1], latents[:, 2], torch.randn(SHAPE)
+    want = log_prob(v, x.contiguous(), prev.contiguous(), TRANSITIONS, 1)
+    seen, native = [], _native.log_prob
+
+    def spy(velocity, uncond, scale, sample, prev_sample, *rest):
+        seen.extend((sample.data_ptr(), prev_sample.data_ptr()))
+        return native(velocity, uncond, scale, sample, prev_sample, *rest)
+
+    monkeypatch.setattr(_native, "log_prob", spy)
+    with use_backend("native"):
+        assert torch.equal(log_prob(v, x, prev, TRANSITIONS, 1), want)
+    assert seen == [x.data_ptr(), prev.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
