@@ -26,7 +26,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -316,35 +316,6 @@ def prepare_process(config: Config) -> None:
         libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
     except (OSError, AttributeError):
         pass
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """For a backward pass: inside, attention's gradients have the same bits every time, where
-    `prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
-    adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        yield
-        return
-    with _debug_mode("error"):
-        yield
-
-
-def as_in_the_forward() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For a forward that a `repeatable` backward pass runs again (`context_fn` of torch's
-    checkpoint): nothing for the first time, and the settings of now for the second. Under others
-    PyTorch refuses some attention kernels (cuDNN's), and torch.compile would compile once more."""
-    return nullcontext(), _debug_mode(torch.get_deterministic_debug_mode())
-
-
-@contextmanager
-def _debug_mode(mode: int | str) -> Iterator[None]:
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
 
 
 @dataclass

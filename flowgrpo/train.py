@@ -46,7 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowgrpo import capture, losses, prefix, prompts, rewards, runs, seeds
+from flowgrpo import capture, deterministic, losses, prefix, prompts, rewards, runs, seeds
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import Conditioning, Policy
@@ -143,7 +143,7 @@ def recompute(transformer: nn.Module) -> None:
         checkpoint,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=runs.as_in_the_forward,
+        context_fn=deterministic.as_in_the_forward,
     )
     try:
         transformer.enable_gradient_checkpointing(lambda module, *args: again(module, *args))
@@ -261,7 +261,7 @@ def micro_step(
     out = objective(policy, batch, config)
     scale = loss_scale(policy, len(batch.sample), share)
     # Not the forward too: torch.compile would compile it again for another setting.
-    with runs.repeatable():
+    with deterministic.repeatable():
         (out.loss / (share / scale)).backward()
     return out.metrics, (out.ratio - 1).abs().amax()
 

@@ -27,7 +27,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from flowgrpo import runs
+from flowgrpo import deterministic
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import lora
 
@@ -65,7 +65,7 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         # says so before the first image.
         parts = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
         out = attend(*parts, backend).sum()
-        with runs.repeatable():
+        with deterministic.repeatable():
             out.backward()
     except Exception as error:
         raise ConfigError(

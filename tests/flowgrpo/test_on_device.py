@@ -73,7 +73,7 @@ def quiet(monkeypatch, made):
 
     for module, name in (
         (rollout, "denoise"),
-        (rollout, "decode"),
+        (type(made[1].parts.policy), "decode"),
         (losses, "gather"),
         (train, "micro_step"),
     ):

@@ -1,0 +1,37 @@
+"""PyTorch's deterministic algorithms where an update needs them: around its backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """For a backward pass: inside, attention's gradients have the same bits every time, where
+    `runs.prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
+    adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    with _debug_mode("error"):
+        yield
+
+
+def as_in_the_forward() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For a forward that a `repeatable` backward pass runs again (`context_fn` of torch's
+    checkpoint): nothing for the first time, and the settings of now for the second. Under others
+    PyTorch refuses some attention kernels (cuDNN's), and torch.compile would compile once more."""
+    return nullcontext(), _debug_mode(torch.get_deterministic_debug_mode())
+
+
+@contextmanager
+def _debug_mode(mode: int | str) -> Iterator[None]:
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
