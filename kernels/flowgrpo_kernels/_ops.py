@@ -194,8 +194,9 @@ def _implementation(name: str, arguments: list[str], written: list[int]) -> Call
     """The op's body for every device, which calls the chosen backend.
 
     Triton's kernels get contiguous tensors; the others take any strides, and the native one reads
-    rows of any distance, such as latents[:, i] of a trajectory, where they lie. One step for all
-    rows stays a view of stride 0: a copy would be a launch of its own.
+    rows of any distance, such as latents[:, i] of a trajectory, where they lie. Of an op that is
+    given a buffer, which may lie among them, it reads copies. One step for all rows stays a view of
+    stride 0: a copy would be a launch of its own.
     """
     fallback = _references[name]
     # The argument whose dtype and device choose the backend.
@@ -207,7 +208,7 @@ def _implementation(name: str, arguments: list[str], written: list[int]) -> Call
         backend, function = "reference", fallback
         if sample.dtype != torch.float64:
             backend, function = _resolve(name, sample.device.type)
-        if backend == "triton":
+        if written or backend == "triton":
             for i, a in enumerate(args):
                 if isinstance(a, Tensor) and i != step and not a.is_contiguous():
                     args = (*args[:i], a.contiguous(), *args[i + 1 :])

@@ -140,6 +140,16 @@ def test_quiet_rows_keep_bad_values_visible(backend):
     assert lp.tolist() == [0, 0] and out.isnan().tolist() == [[False, True], [False, False]]
 
 
+def test_a_buffer_between_the_rows_of_sample_is_not_read_as_sample(backend):
+    """sample is rows of a trajectory [B, T, ...], and out lies over the second of them."""
+    transitions, seeds = flow_sde(oracle.SIGMAS), torch.arange(2)
+    trajectory, v = torch.randn(2, 4, 5000), torch.randn(2, 5000)
+    sample, out = trajectory[:, 1], trajectory.view(-1)[5 * 5000 : 7 * 5000].view(2, 5000)
+    expected, _ = sde_step(v, sample.clone(), transitions, 2, seeds=seeds)
+    sde_step(v, sample, transitions, 2, seeds=seeds, out=out)
+    assert torch.equal(out, expected)
+
+
 def test_a_buffer_written_again_is_refused_by_the_backward_that_saved_it(backend):
     """Backends write through pointers; autograd has to know, or the gradient is of other data."""
     b, transitions = oracle.batch(3), flow_sde(oracle.SIGMAS)
