@@ -166,7 +166,7 @@ class Reports:
         self.run.log(done, {**metrics, "lr": lr}, seconds)
         check_finite(metrics, done)
         accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
-        # As the evaluations call it: what leaves [0, 1] is the reward, which is shown already.
+        # As the evaluations call it: what is not right or wrong is the reward, shown already.
         named = self.before["base"].label == "accuracy"
         shown = {**metrics, "accuracy": accuracy if named else None}
         self.display.iteration(done, shown, sum(seconds.values()))
