@@ -41,17 +41,25 @@ PACKAGE_DIR = {
 }
 PACKAGES = [
     "flowgrpo",
-    "flowgrpo.data",
+    "flowgrpo.cli",
+    "flowgrpo.config",
+    "flowgrpo.evaluation",
     "flowgrpo.nano",
     "flowgrpo.policies",
+    "flowgrpo.policies.flux",
+    "flowgrpo.policies.sd3",
+    "flowgrpo.prompts",
+    "flowgrpo.prompts.sets",
     "flowgrpo.rewards",
+    "flowgrpo.runs",
+    "flowgrpo.sampling",
     "flowgrpo_kernels",
     "flowgrpo_kernels.blocks",
     "flowgrpo_kernels.compat",
 ]
 PACKAGE_DATA = {
     "flowgrpo": ["py.typed"],
-    "flowgrpo.data": ["*.txt", "*/*.txt", "*/*.jsonl"],
+    "flowgrpo.prompts.sets": ["*.txt", "*/*.txt", "*/*.jsonl"],
     "flowgrpo.nano": ["*.json", "*.txt", "*.md", "model/*", "model/*/*"],
     "flowgrpo_kernels": ["py.typed"],
 }

@@ -23,7 +23,7 @@ import records  # noqa: E402
 from rapidfuzz.distance import Levenshtein  # noqa: E402
 from renders import FONTS, SIZES, renders  # noqa: E402
 
-from flowgrpo import data, prompts  # noqa: E402
+from flowgrpo.prompts import load, sets  # noqa: E402
 from flowgrpo.rewards import ocr  # noqa: E402
 from flowgrpo.rewards.images import to_pil  # noqa: E402
 
@@ -32,8 +32,8 @@ LIBRARIES = ("rapidocr", "onnxruntime", "rapidfuzz", "pillow", "matplotlib")
 
 def main(count: int) -> None:
     """Score, print the means and write the record."""
-    folder = str(data.folder("ocr"))
-    texts = [*prompts.load(folder, "test").texts, *prompts.load(folder, "train").texts][:count]
+    folder = str(sets.folder("ocr"))
+    texts = [*load.load(folder, "test").texts, *load.load(folder, "train").texts][:count]
     wanted = [ocr.quoted_text(text) for text in texts]
     read = ocr.ENGINES["rapidocr"]()
     images = [to_pil(image) for image in renders(wanted)]

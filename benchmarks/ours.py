@@ -20,7 +20,7 @@ from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
 from flowgrpo.policies import Conditioning, base
 from flowgrpo.records import Experience, Trajectory
-from flowgrpo.scoring import Scoring
+from flowgrpo.rewards.background import Scoring
 
 # A deviation of the ratio is recorded here; the trainer would stop.
 ANY = 1e9

@@ -1,6 +1,6 @@
 """``python -m flowgrpo`` is the ``flowgrpo`` command."""
 
-from flowgrpo.cli import main
+from flowgrpo.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -28,7 +28,7 @@ from torch import Tensor
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Batch, Experience
-from flowgrpo.rollout import Schedule, guided, prepared, velocity
+from flowgrpo.sampling.rollout import Schedule, guided, prepared, velocity
 from flowgrpo_kernels import grpo_loss, log_prob
 
 

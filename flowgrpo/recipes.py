@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
-from flowgrpo import budget
+from flowgrpo import plan
 from flowgrpo.config import (
     Config,
     ConfigError,
@@ -34,7 +34,7 @@ from flowgrpo.config import (
     SampleConfig,
     replace,
 )
-from flowgrpo.validation import require, similar
+from flowgrpo.config.validation import require, similar
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -104,7 +104,7 @@ def _finished(config: Config, memory: float | None, overrides: dict[str, Any]) -
     config = replace(config, **named)
     if rows is not None:
         return replace(config, **{"sample.batch_size": rows})
-    return budget.fitted(config, memory)
+    return plan.fitted(config, memory)
 
 
 def paper(

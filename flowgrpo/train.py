@@ -46,14 +46,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowgrpo import capture, deterministic, losses, prefix, prompts, rewards, runs, seeds
+from flowgrpo import cuda_graphs, losses, rewards, seeds
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies import Conditioning, Policy, deterministic
+from flowgrpo.prompts import load
 from flowgrpo.records import Batch, Experience, Prompts, Scores, Trajectory
-from flowgrpo.reports import DivergedError, Reports
-from flowgrpo.rollout import Schedule, chunks, rollout, schedule, table_rows, windows
-from flowgrpo.scoring import Scoring, Worker
+from flowgrpo.rewards.background import Scoring, Worker
+from flowgrpo.runs import directory
+from flowgrpo.runs.monitor import DivergedError, Reports
+from flowgrpo.sampling import shared_prefix
+from flowgrpo.sampling.rollout import Schedule, chunks, rollout, schedule, table_rows, windows
 
 OBJECTIVES: dict[str, Callable[..., losses.Loss]] = {"grpo": losses.grpo}
 """What an update can minimise: f(policy, batch, config) -> Loss."""
@@ -69,7 +72,7 @@ class Parts:
 
     policy: Policy
     plan: Schedule
-    state: runs.State
+    state: directory.State
     prompts: Prompts
     scorer: rewards.Scorer
     uncond: Conditioning | None
@@ -82,23 +85,25 @@ class Parts:
 def setup(config: Config, **given: Any) -> Parts:
     """Load the model, make it trainable, and check what can be checked before the first image.
     `given`: as for `load_policy`."""
-    runs.prepare_process(config)
-    prompt_set = prompts.load(config.sample.prompts, "train")
-    prompts.check(prompt_set, config.sample.prompts_per_iteration)
+    directory.prepare_process(config)
+    prompt_set = load.load(config.sample.prompts, "train")
+    load.check(prompt_set, config.sample.prompts_per_iteration)
     scorer = rewards.Scorer.of(config.reward)
     scorer.prepare(prompt_set)
     policy = load_policy(config, **given)
-    capture.prepare(policy, config)
+    cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompt_set), 256):
         # Words that the model does not know raise here, not in the middle of the run.
         policy.check_texts(prompt_set.texts[start : start + 256])
-    state = runs.State.create(policy.transformer, config.optim)
+    state = directory.State.create(policy.transformer, config.optim)
     plan = schedule(policy, config.sample, config.optim.kl)
     uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
     worker = Worker(policy.device, config.sample.overlap) if config.sample.overlap else None
     graphs = None
     if config.optim.capture == "on":
-        graphs = policy.graphs or capture.Graphs(policy, capture.CudaRecorder(policy.device))
+        graphs = policy.graphs or cuda_graphs.Graphs(
+            policy, cuda_graphs.CudaRecorder(policy.device)
+        )
     micro = MicroStep(policy, graphs)
     return Parts(policy, plan, state, prompt_set, scorer, uncond, worker, micro)
 
@@ -130,7 +135,7 @@ def load_policy(
     if whole and config.optim.beta > 0:
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
-    runs.add_adapter(policy.transformer, config.policy, seed)
+    directory.add_adapter(policy.transformer, config.policy, seed)
     if config.policy.gradient_checkpointing:
         recompute(policy.transformer)
     return policy
@@ -159,11 +164,11 @@ def run(config: Config, **given: Any) -> dict[str, Any]:
     `load_policy`."""
     parts = setup(config, **given)
     policy, state, group_size = parts.policy, parts.state, config.sample.group_size
-    with runs.stoppable() as stop, Reports.open(config, policy, state) as reports:
+    with directory.stoppable() as stop, Reports.open(config, policy, state) as reports:
         while state.iteration < config.run.steps and not stop.requested:
             clock = Clock(policy.device)
             with clock("rollout"):
-                batch = prompts.batch(parts.prompts, config, state.iteration)
+                batch = load.batch(parts.prompts, config, state.iteration)
                 conditioning = policy.encode(batch.texts)
                 scoring = Scoring(parts.scorer, batch, group_size, parts.worker)
                 trajectory = collect(parts, conditioning, config, scoring)
@@ -193,10 +198,10 @@ def collect(
             scoring.add(policy.decode(latents))
 
     positions = windows(count, config, iteration)
-    own, initial = prompts.row_seeds(count, config, iteration)
+    own, initial = load.row_seeds(count, config, iteration)
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     shared = sample.share_prefix and sample.shared_noise and sample.last_start > 0
-    return (prefix.rollout if shared else rollout)(
+    return (shared_prefix.rollout if shared else rollout)(
         policy,
         conditioning,
         parts.plan,
@@ -282,7 +287,7 @@ def loss_scale(policy: Policy, rows: int, share: int) -> float:
 class MicroStep:
     """`micro_step`, or with graphs its replayed form, whose gradients stay at their addresses."""
 
-    def __init__(self, policy: Policy, graphs: capture.Graphs | None) -> None:
+    def __init__(self, policy: Policy, graphs: cuda_graphs.Graphs | None) -> None:
         self.policy, self.graphs = policy, graphs
         self.parameters = list(policy.parameters()) if graphs else []
         self.gradients = [torch.zeros_like(p) for p in self.parameters]

@@ -109,7 +109,7 @@ def test_metadata(pure_wheel):
         "wandb",
     ]
     (entry,) = [n for n in names if n.endswith("dist-info/entry_points.txt")]
-    assert "flowgrpo = flowgrpo.cli:main" in pure_wheel.read(entry).decode()
+    assert "flowgrpo = flowgrpo.cli.main:main" in pure_wheel.read(entry).decode()
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import permutations, product
 
+from flowgrpo.config.validation import ConfigError
 from flowgrpo.nano.scenes import COLORS, MAX_OBJECTS, RELATIONS, SHAPES
 from flowgrpo.records import Prompts
-from flowgrpo.validation import ConfigError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "tune", "heldout")

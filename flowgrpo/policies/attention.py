@@ -27,9 +27,8 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from flowgrpo import deterministic
 from flowgrpo.config import ConfigError
-from flowgrpo.policies import lora
+from flowgrpo.policies import deterministic, lora
 
 # Names of the layers that get the tokens of the image, and of the text.
 OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")

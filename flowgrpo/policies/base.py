@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import compiled, constants, loading, lora
+from flowgrpo.policies import compiled, lora, modulation, pipelines
 from flowgrpo.policies.conditioning import Conditioning as Conditioning
 
 
@@ -45,12 +45,12 @@ _ATTENTION = (
 
 FAMILIES = {
     "StableDiffusion3Pipeline": Family(
-        "flowgrpo.policies.sd3:SD3Policy", "SD3Transformer2DModel", _ATTENTION
+        "flowgrpo.policies.sd3.policy:SD3Policy", "SD3Transformer2DModel", _ATTENTION
     ),
     # The q, k, v of the single blocks end like those of the double blocks and are among them; their
     # proj_mlp and proj_out are not.
     "FluxPipeline": Family(
-        "flowgrpo.policies.flux:FluxPolicy",
+        "flowgrpo.policies.flux.policy:FluxPolicy",
         "FluxTransformer2DModel",
         (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ),
@@ -117,7 +117,7 @@ class Policy(ABC):
         else:
             family, folder = _family(model), None
             dtype = model.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
-            pipeline, name = loading.cast(model, dtype), str(model.name_or_path or family)
+            pipeline, name = pipelines.cast(model, dtype), str(model.name_or_path or family)
         module, _, cls = FAMILIES[family].policy.partition(":")
         make = getattr(import_module(module), cls)
         encode = None if encode is None else _checked(encode)
@@ -129,11 +129,11 @@ class Policy(ABC):
             compiled.compile_blocks(policy.transformer)
             policy.compiled = True
         else:
-            constants.accept(policy.transformer)
+            modulation.accept(policy.transformer)
         if config.fused:
-            from flowgrpo.policies import fused
+            from flowgrpo.policies import blocks as policies_blocks
 
-            fused.fuse(policy.transformer)
+            policies_blocks.fuse(policy.transformer)
             policy.fused = True
         return policy
 
@@ -161,7 +161,7 @@ class Policy(ABC):
         if self.compiled:
             # Each block would have its own place in the table, and so its own compilation.
             return "policy.compile is on"
-        return constants.hindrance(self.transformer)
+        return modulation.hindrance(self.transformer)
 
     @property
     def form(self) -> str:
@@ -186,7 +186,7 @@ class Policy(ABC):
         return Conditioning(
             self.transformer.context_embedder(conditioning.embeds),
             conditioning.pooled,
-            constants.table(self.transformer, embedded).view(steps, rows, -1),
+            modulation.table(self.transformer, embedded).view(steps, rows, -1),
         )
 
     @abstractmethod
@@ -199,7 +199,7 @@ class Policy(ABC):
             raise ValueError("conditioning: of all steps; take one by its at or rows_at")
         if conditioning.modulation is None:
             return nullcontext()
-        return constants.given(
+        return modulation.given(
             self.transformer,
             time_text_embed=conditioning.modulation,
             context_embedder=conditioning.embeds,
@@ -258,13 +258,13 @@ def _loaded(model: str, dtype: torch.dtype) -> tuple[str, object, Path]:
         from flowgrpo.nano import MODEL_DIR
 
         source = str(MODEL_DIR)
-    family = loading.pipeline_class(source, model)
+    family = pipelines.pipeline_class(source, model)
     if family not in FAMILIES:
         raise ConfigError(
             f"policy.model {model!r} is a {family}, but one of {', '.join(FAMILIES)} is "
             "expected; name such a pipeline."
         )
-    return family, *loading.load_pipeline(getattr(diffusers, family), source, model, dtype)
+    return family, *pipelines.load_pipeline(getattr(diffusers, family), source, model, dtype)
 
 
 def _family(pipeline: object) -> str:

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo.config import ConfigError, RewardConfig
+from flowgrpo.config.validation import similar
 from flowgrpo.records import Prompts, Scores
-from flowgrpo.validation import similar
 
 log = logging.getLogger("flowgrpo")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flowgrpo.data.geneval_prompts import CLASSES, COLORS
+from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip
 from flowgrpo.rewards.geneval_rules import THRESHOLD, Detection
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.data.geneval_prompts import CLASSES, COLORS, POSITIONS
+from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS, POSITIONS
 from flowgrpo.rewards import RewardError
 
 THRESHOLD = 0.3

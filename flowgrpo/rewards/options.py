@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrpo.config.validation import similar
 from flowgrpo.rewards import Reward, RewardError
 from flowgrpo.rewards.images import check_images
-from flowgrpo.validation import similar
 
 Check = Callable[[str, Mapping[str, Any]], Any]
 """A function of a prompt and its metadata that raises RewardError for one it cannot judge."""

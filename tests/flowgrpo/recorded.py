@@ -18,11 +18,11 @@ import trainers
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowgrpo import capture
+from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.rollout import sample
+from flowgrpo.sampling.rollout import sample
 from flowgrpo.train import Parts
 
 aten = torch.ops.aten
@@ -147,7 +147,7 @@ def made(model, folder, **changes) -> tuple[Parts, Config]:
     """Parts whose policy is captured by a `Recorder`, and their config."""
     config = trainers.config(model, folder, **{"sample.share_prefix": False, **changes})
     parts = trainers.parts(config)
-    parts.policy.graphs = capture.Graphs(parts.policy, Recorder())
+    parts.policy.graphs = cuda_graphs.Graphs(parts.policy, Recorder())
     return parts, config
 
 

@@ -147,6 +147,6 @@ def run_unread(config: Config) -> None:
 
 def resume(folder: Path, *options: str) -> None:
     """`flowgrpo train --run.resume FOLDER OPTIONS`."""
-    from flowgrpo import cli
+    from flowgrpo.cli import main
 
-    sys.exit(cli.main(["train", "--run.resume", str(folder), *options]))
+    sys.exit(main.main(["train", "--run.resume", str(folder), *options]))

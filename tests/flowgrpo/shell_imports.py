@@ -6,7 +6,7 @@ import torch.utils.tensorboard
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection
 
-import flowgrpo.cli
+import flowgrpo.cli.main
 import flowgrpo.train
 
 __all__ = ["CLIPTextModelWithProjection", "StableDiffusion3Pipeline", "flowgrpo"]

@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 
-from flowgrpo import cli, commands
+from flowgrpo.cli import commands, main
 from flowgrpo.policies import Policy
 
 
@@ -44,7 +44,7 @@ def test_evaluate_a_model_against_an_adapter(folders, tmp_path, capsys):
     line = ["evaluate", str(model), "--adapter", str(adapter), "--prompt-set", str(prompts)]
     line += ["--rewards", "shell:red", "jpeg_compressibility", "--steps", "3", "--batch-size", "5"]
     line += ["--cfg", "2", "--out", str(tmp_path / "e"), "--device", "cpu"]
-    assert cli.main(line) == 0
+    assert main.main(line) == 0
     shown = capsys.readouterr().out
     assert "base" in shown and "adapter" in shown and "quality: diversity" in shown
     assert "jpeg_compressibility: " in shown and shown.count("95 % interval") >= 3
@@ -69,11 +69,11 @@ def test_the_base_is_the_same_with_and_without_an_adapter(folders, tmp_path, mon
     line += ["--steps", "3", "--device", "cpu", "--out", str(tmp_path)]
     found = []
     for more in ([], ["--adapter", str(adapter)]):
-        assert cli.main([*line, *more]) == 0
+        assert main.main([*line, *more]) == 0
         found.append(json.loads((tmp_path / "report.json").read_text())["reports"]["base"])
     assert found[0] == found[1]
     monkeypatch.setattr(commands.evaluation, "sample_images", None)
-    assert cli.main([*line, "--adapter", str(model)]) == 2
+    assert main.main([*line, "--adapter", str(model)]) == 2
 
 
 def test_an_adapter_of_another_size_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
@@ -83,7 +83,7 @@ def test_an_adapter_of_another_size_is_one_sentence(folders, tmp_path, capsys, m
     handler.emit = printed.append
     monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
     line = ["sample", "a red circle", "--model", "nano", "--adapter", str(folders[1])]
-    assert cli.main([*line, "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+    assert main.main([*line, "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "size mismatch for transformer_blocks.0.attn.to_q.lora_A" in error
     assert error.count("\n") == 1 and printed == []
@@ -93,9 +93,9 @@ def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path
     model, adapter, _ = folders
     line = ["sample", "a red circle", "--model", str(model), "--count", "2", "--steps", "2"]
     line += ["--device", "cpu", "--out"]
-    assert cli.main([*line, str(tmp_path / "base.png")]) == 0
+    assert main.main([*line, str(tmp_path / "base.png")]) == 0
     for place in (adapter, adapter / "pytorch_lora_weights.safetensors"):
-        assert cli.main([*line, str(tmp_path / "both.png"), "--adapter", str(place)]) == 0
+        assert main.main([*line, str(tmp_path / "both.png"), "--adapter", str(place)]) == 0
         base, both = (Image.open(tmp_path / f"{name}.png") for name in ("base", "both"))
         assert both.size[1] > 1.5 * base.size[1]
         top = both.crop((0, 0, *base.size)).tobytes()
@@ -119,7 +119,7 @@ def test_mistakes_are_one_sentence(folders, tmp_path, capsys, words, message):
     line = ["evaluate", str(model), "--prompt-set", str(prompts), "--rewards", "shell:red"]
     line += [*(word.format(model) for word in words), "--out", str(tmp_path / "e")]
     line += ["--steps", "2", "--prompts", "2", "--samples", "1", "--device", "cpu"]
-    assert cli.main(line) == 2
+    assert main.main(line) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "e" / "report.json").exists()

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowgrpo import boards, evaluate, reports, runs, train
+from flowgrpo import train
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.weights import learning_rate
+from flowgrpo.evaluation import evaluate
+from flowgrpo.runs import directory, loggers, monitor
+from flowgrpo.runs.state import learning_rate
 
 
 def read(folder) -> EventAccumulator:
@@ -37,21 +39,21 @@ def of_file(path) -> np.ndarray:
 
 def test_numbers_are_flat_and_leave_out_what_is_none():
     line = {"iteration": 3, "kind": "eval", "a": 1, "b": {"c": {"d": 0.5}}, "e": None, "f": [1.0]}
-    assert dict(boards.numbers(line, "eval")) == {"eval/a": 1.0, "eval/b/c/d": 0.5}
+    assert dict(loggers.numbers(line, "eval")) == {"eval/a": 1.0, "eval/b/c/d": 0.5}
 
 
 def test_a_gradient_norm_for_each_update_is_its_mean_and_the_last():
-    found = dict(boards.numbers({"grad_norm": [1.0, 2.0, 6.0], "interval": [0.0, 1.0]}, "train"))
+    found = dict(loggers.numbers({"grad_norm": [1.0, 2.0, 6.0], "interval": [0.0, 1.0]}, "train"))
     assert found == {"train/grad_norm/mean": 3.0, "train/grad_norm/last": 6.0}
     for unknown in ([], [1.0, None]):
-        assert dict(boards.numbers({"grad_norm": unknown}, "train")) == {}
+        assert dict(loggers.numbers({"grad_norm": unknown}, "train")) == {}
 
 
 def test_a_board_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     config = replace(Config(), **{"run.wandb": "p", "run.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"install flowgrpo\[wandb\]"):
-        runs.Run.open(config)
+        directory.Run.open(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,11 +81,11 @@ class Wandb(types.ModuleType):
 def test_a_resumed_run_goes_on_in_the_same_record(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.wandb": "project", "run.out": str(tmp_path / "run")})
-    with runs.Run.open(config) as run:
+    with directory.Run.open(config) as run:
         run.log(1, {"reward": torch.tensor(0.5)}, {"update": 2.0})
-    with runs.Run.open(runs.resume_config(tmp_path / "run")) as run:
+    with directory.Run.open(directory.resume_config(tmp_path / "run")) as run:
         run.log(2, {"reward": 0.75})
     first, one, end, second, two, _ = fake.calls
     assert (first["project"], first["name"]) == ("project", "run")
@@ -148,7 +150,7 @@ def test_samples_and_learning_rates_of_a_resumed_run_are_those_of_a_whole_one(
 def test_what_is_logged_can_be_read_at_once(tmp_path):
     """A process that is killed writes nothing any more."""
     picture = Image.new("RGB", (5, 3), (1, 200, 30))
-    with runs.Run.open(replace(Config(), **{"run.out": str(tmp_path / "run")})) as run:
+    with directory.Run.open(replace(Config(), **{"run.out": str(tmp_path / "run")})) as run:
         run.log(3, {"x": 0.5}, kind="eval", pictures={"samples": picture})
         found = read(run.dir)
         assert [(e.step, e.value) for e in found.Scalars("eval/x")] == [(3, 0.5)]
@@ -159,7 +161,7 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
 def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = shell.make(tmp_path, **{"run.wandb": "p", "run.steps": 1, "run.eval_every": 1})
     train.run(config)
     logged = [call for call in fake.calls if isinstance(call, tuple)]
@@ -186,7 +188,7 @@ def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
 
     monkeypatch.setattr(fake, "init", init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(evaluate, "evaluate", None)
     with pytest.raises(ConfigError) as error:
         train.run(replace(config, **{"run.wandb": "p"}))
@@ -205,6 +207,6 @@ def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
     "metrics", [{"loss": float("nan")}, {"grad_norm": [1.0, float("inf")]}, {"grad_norm": -1e400}]
 )
 def test_a_run_that_diverges_says_so(metrics):
-    with pytest.raises(reports.DivergedError, match=r"at iteration 7, .* lower optim.lr"):
-        reports.check_finite({"loss": 0.0, **metrics}, 7)
-    reports.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)
+    with pytest.raises(monitor.DivergedError, match=r"at iteration 7, .* lower optim.lr"):
+        monitor.check_finite({"loss": 0.0, **metrics}, 7)
+    monitor.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)

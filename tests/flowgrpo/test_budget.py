@@ -9,11 +9,13 @@ import tiny
 import torch
 from huggingface_hub import constants
 
-from flowgrpo import budget, cli
+from flowgrpo import plan
+from flowgrpo.cli import main
 from flowgrpo.config import Config, PolicyConfig, replace
-from flowgrpo.policies import attention, fused
+from flowgrpo.policies import attention
+from flowgrpo.policies import blocks as policies_blocks
 from flowgrpo.recipes import recipe
-from flowgrpo.weights import add_adapter
+from flowgrpo.runs.state import add_adapter
 
 
 def count(make) -> int:
@@ -46,7 +48,7 @@ def flux(**changes):
 
 
 def test_known_sizes_are_those_of_the_real_classes():
-    known = budget.KNOWN
+    known = plan.KNOWN
     medium = {
         "num_layers": 24,
         "num_attention_heads": 24,
@@ -92,7 +94,7 @@ def trainable(model, rank=8, fuse=False):
     model = model.to(torch.bfloat16).requires_grad_(False)
     attention.pin(model, "native_flash", torch.device("cpu"), torch.bfloat16)
     if fuse:
-        fused.fuse(model)
+        policies_blocks.fuse(model)
     add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
     return model
 
@@ -159,7 +161,7 @@ def flux_run(double, single, fuse, rank=8):
     ],
 )
 def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
-    a, b = budget.STORED_FUSED[kind] if fuse else budget.STORED[kind]
+    a, b = plan.STORED_FUSED[kind] if fuse else plan.STORED[kind]
     found = per_block(run(*fewer, fuse), run(*more, fuse), (64, 144))
     assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
 
@@ -168,7 +170,7 @@ def test_a_folder_has_the_sizes_of_its_files(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     folder = tiny.save_latent_pipeline(tmp_path / "model")
-    found = budget.architecture(str(folder))
+    found = plan.architecture(str(folder))
     parts = StableDiffusion3Pipeline.from_pretrained(folder).components
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items() if is_model(m)}
     # A file has the table of positions too, which is no parameter.
@@ -179,7 +181,7 @@ def test_a_folder_has_the_sizes_of_its_files(tmp_path):
     )
     assert (found.joint, found.dual, found.width) == (2, 0, 16)
     for other in ("nano", str(tmp_path), "someone/else"):
-        assert budget.architecture(other) is None
+        assert plan.architecture(other) is None
 
 
 def is_model(part) -> bool:
@@ -188,11 +190,11 @@ def is_model(part) -> bool:
 
 def test_memory_moves_with_what_it_is_made_of():
     base = recipe("sd35m_geneval", memory=80.0)
-    arch = budget.KNOWN[base.policy.model]
+    arch = plan.KNOWN[base.policy.model]
 
     def parts(**changes):
         names = {name.replace("__", "."): value for name, value in changes.items()}
-        return budget.memory(replace(base, **names), arch)
+        return plan.memory(replace(base, **names), arch)
 
     whole = parts(sample__batch_size=8)
     # 2.24 + 5.58 + 0.08 billion parameters of 2 bytes.
@@ -219,23 +221,23 @@ def test_memory_moves_with_what_it_is_made_of():
 def test_rows_of_a_forward_fit_and_divide(memory):
     found = recipe("sd35m_geneval_1gpu", memory=memory)
     rows = found.sample.batch_size
-    arch = budget.KNOWN[found.policy.model]
-    assert 96 % rows == 0 and rows <= budget.MOST_ROWS
-    assert budget.memory(found, arch)["total"] <= 0.8 * memory
-    larger = [r for r in range(rows + 1, budget.MOST_ROWS + 1) if 96 % r == 0]
+    arch = plan.KNOWN[found.policy.model]
+    assert 96 % rows == 0 and rows <= plan.MOST_ROWS
+    assert plan.memory(found, arch)["total"] <= 0.8 * memory
+    larger = [r for r in range(rows + 1, plan.MOST_ROWS + 1) if 96 % r == 0]
     for more in larger[:1]:
         trial = replace(found, **{"sample.batch_size": more})
-        assert budget.memory(trial, arch)["total"] > 0.8 * memory
+        assert plan.memory(trial, arch)["total"] > 0.8 * memory
 
 
 def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(budget, "gpu_memory", lambda: 24.0)
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 24.0)
     # The environment was read when huggingface_hub was imported.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     line = ["train", "sd35m_geneval", "--sample.batch-size", "8", "--run.out", str(tmp_path / "r")]
     line += ["--reward.weights", "geneval", "1", "--reward.report", "geneval"]
-    assert cli.main(line) == 2
+    assert main.main(line) == 2
     shown = capsys.readouterr()
     assert "images: 48 prompts x 24 = 1152 an iteration" in shown.out
     assert "updates: 2 an iteration, each of 72 micro-batches of 8 images x 9 steps" in shown.out
@@ -244,4 +246,4 @@ def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_
 
 
 def test_a_model_of_unknown_size_has_arithmetic_only():
-    assert set(budget.plan(Config())) == {"images", "updates"}
+    assert set(plan.plan(Config())) == {"images", "updates"}

@@ -14,9 +14,9 @@ import torch
 import trainers
 from recorded import Recorder, assert_equal, eager, evaluate, made
 
-from flowgrpo import capture, train
+from flowgrpo import cuda_graphs, train
 from flowgrpo.config import replace
-from flowgrpo.rollout import rollout, schedule, table_rows
+from flowgrpo.sampling.rollout import rollout, schedule, table_rows
 
 CASES = {
     "plain": {},
@@ -35,7 +35,7 @@ def shared(pixel_model, tmp_path_factory):
 @pytest.fixture
 def parts(shared):
     """Without graphs of another test."""
-    shared[0].policy.graphs = capture.Graphs(shared[0].policy, Recorder())
+    shared[0].policy.graphs = cuda_graphs.Graphs(shared[0].policy, Recorder())
     return shared[0]
 
 

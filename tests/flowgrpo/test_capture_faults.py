@@ -9,10 +9,10 @@ import torch
 import trainers
 from recorded import Recorder, assert_equal, eager, evaluate, made
 
-from flowgrpo import capture, train
+from flowgrpo import cuda_graphs, train
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import lora
-from flowgrpo.rollout import table_rows
+from flowgrpo.sampling.rollout import table_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def shared(pixel_model, tmp_path_factory):
 @pytest.fixture
 def parts(shared):
     """Without graphs of another test."""
-    shared[0].policy.graphs = capture.Graphs(shared[0].policy, Recorder())
+    shared[0].policy.graphs = cuda_graphs.Graphs(shared[0].policy, Recorder())
     return shared[0]
 
 
@@ -52,7 +52,7 @@ def test_a_moved_storage_means_a_new_graph(pixel_model, tmp_path, how, caplog, m
     with monkeypatch.context() as patch:
         # What the comparison is for: without it the graph goes on reading the old memory.
         addresses = next(iter(policy.graphs.recordings.values())).addresses
-        patch.setattr(capture, "_addresses", lambda policy: addresses)
+        patch.setattr(cuda_graphs, "_addresses", lambda policy: addresses)
         assert torch.equal(evaluate(policy), before)
     assert torch.equal(evaluate(policy), expected)
     assert policy.graphs.recorder.captures == 2 and len(policy.graphs.recordings) == 1
@@ -71,7 +71,7 @@ def test_a_function_that_synchronises(parts, shared):
     }
     for fault in faults.values():
         hook = block.ff.register_forward_pre_hook(fault)
-        with pytest.raises(capture.CaptureError) as caught:
+        with pytest.raises(cuda_graphs.CaptureError) as caught:
             train.collect(parts, conditioning, config)
         hook.remove()
         message = str(caught.value)
@@ -94,7 +94,9 @@ def test_out_of_memory(parts, shared, call):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     hook = policy.transformer.register_forward_pre_hook(full)
-    with pytest.raises(capture.CaptureError, match=r"ran out of device memory .CUDA.*batch_size"):
+    with pytest.raises(
+        cuda_graphs.CaptureError, match=r"ran out of device memory .CUDA.*batch_size"
+    ):
         train.collect(parts, conditioning, config)
     hook.remove()
     expected = eager(policy, lambda: train.collect(parts, conditioning, config))
@@ -116,9 +118,9 @@ def test_another_shape_is_another_graph_and_the_oldest_goes(parts, caplog):
         assert torch.equal(evaluate(policy, rows=rows), expected)
     assert policy.graphs.recorder.captures == 3
     oldest = next(iter(policy.graphs.recordings))
-    for number in range(capture.LIMIT - 2):
+    for number in range(cuda_graphs.LIMIT - 2):
         evaluate(policy, rows=2, steps=2, scale=1.5 + number)
-    assert len(policy.graphs.recordings) == capture.LIMIT
+    assert len(policy.graphs.recordings) == cuda_graphs.LIMIT
     assert oldest not in policy.graphs.recordings and "the oldest is dropped" in caplog.text
 
 

@@ -13,8 +13,8 @@ import torch
 import trainers
 from recorded import assert_equal, eager, evaluate
 
-from flowgrpo import capture, train
-from flowgrpo.scoring import Scoring
+from flowgrpo import cuda_graphs, train
+from flowgrpo.rewards.background import Scoring
 
 pytestmark = pytest.mark.gpu
 
@@ -130,7 +130,7 @@ def faults(model, folder):
             fault(kwargs["hidden_states"])
 
         handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-        with pytest.raises(capture.CaptureError, match=message):
+        with pytest.raises(cuda_graphs.CaptureError, match=message):
             collect()
         handle.remove()
         assert policy.graphs.recordings == {}

@@ -7,7 +7,7 @@ import torch
 import trainers
 from recorded import Recorder
 
-from flowgrpo import capture, train
+from flowgrpo import cuda_graphs, train
 
 CASES = {
     "plain": {},
@@ -25,7 +25,7 @@ def made(model, folder, record: bool, **changes):
     config = trainers.config(model, folder, **{"sample.share_prefix": False, **changes})
     parts = trainers.parts(config)
     if record:
-        parts.policy.graphs = capture.Graphs(parts.policy, Recorder())
+        parts.policy.graphs = cuda_graphs.Graphs(parts.policy, Recorder())
         micro = train.MicroStep(parts.policy, parts.policy.graphs)
         parts = train.Parts(**{**vars(parts), "micro_step": micro})
     return parts, config
@@ -91,7 +91,9 @@ def test_a_loss_that_synchronises(pixel_model, tmp_path):
         lambda module, args, kwargs: kwargs["hidden_states"].sum().item() and None,
         with_kwargs=True,
     )
-    with pytest.raises(capture.CaptureError, match=r"graph of micro_step .* set optim.capture to"):
+    with pytest.raises(
+        cuda_graphs.CaptureError, match=r"graph of micro_step .* set optim.capture to"
+    ):
         train.update(parts, experience, config)
     hook.remove()
     assert all(torch.equal(p, before[n]) for n, p in parts.state.parameters.items())

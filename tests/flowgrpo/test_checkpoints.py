@@ -10,8 +10,9 @@ import pytest
 import shell
 import torch
 
-from flowgrpo import checkpoints, weights
 from flowgrpo.config import ConfigError, OptimConfig
+from flowgrpo.runs import checkpoints
+from flowgrpo.runs import state as runs_state
 
 
 def state_of(seed=0, updates=3, **changes):
@@ -19,7 +20,7 @@ def state_of(seed=0, updates=3, **changes):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
     config = OptimConfig(**{"lr": 0.1, "ema_every": 1, "warmup": 4, **changes})
-    state = weights.State.create(model, config)
+    state = runs_state.State.create(model, config)
     use(state, model, updates, seed)
     return state, model
 
@@ -119,7 +120,7 @@ def test_another_model_is_refused_and_nothing_is_changed(tmp_path):
         "weights.safetensors differs in 0.bias": [torch.nn.Linear(3, 5, dtype=torch.bfloat16), two],
     }
     for words, layers in models.items():
-        state = weights.State.create(torch.nn.Sequential(*layers), OptimConfig())
+        state = runs_state.State.create(torch.nn.Sequential(*layers), OptimConfig())
         before = bits(state)
         with pytest.raises(ConfigError) as caught:
             state.restore(path)

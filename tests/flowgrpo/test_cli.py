@@ -9,7 +9,8 @@ import pytest
 import shell
 from PIL import Image
 
-from flowgrpo import __version__, cli, commands, nano, train
+from flowgrpo import __version__, nano, train
+from flowgrpo.cli import commands, main
 from flowgrpo.config import ConfigError, to_json
 
 
@@ -18,7 +19,7 @@ def test_options_are_fields_of_the_recipe():
         "nano --sample.steps 8 --sample.window-range 0 5 --optim.betas 0.9 0.95 --optim.guard "
         "--reward.weights nano_strict 0.25 a:b 2 --run.out x --policy.lora_targets attn.to_q"
     )
-    config = cli.parse_train(line.split())
+    config = main.parse_train(line.split())
     base = nano.recipe()
     assert (config.sample.steps, config.sample.window_range) == (8, (0, 5))
     assert (config.optim.betas, config.optim.guard) == ((0.9, 0.95), True)
@@ -26,7 +27,7 @@ def test_options_are_fields_of_the_recipe():
     assert config.policy.lora_targets == ("attn.to_q",)
     assert config.run.out == "x" and config.recipe == "nano"
     assert (config.optim.lr, config.sample.group_size) == (base.optim.lr, base.sample.group_size)
-    assert cli.parse_train([]) == base
+    assert main.parse_train([]) == base
 
 
 def test_resume_takes_the_configuration_of_the_run(tmp_path):
@@ -34,27 +35,27 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))
     for words in (["--run.resume", str(tmp_path / "run")], [f"--run.resume={tmp_path / 'run'}"]):
-        found = cli.parse_train([*words, "--run.steps", "9"])
+        found = main.parse_train([*words, "--run.steps", "9"])
         assert found.sample == config.sample and found.recipe == "tiny"
         assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
     with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
-        cli.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
+        main.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
     with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
-        cli.parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
+        main.parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
 
 
 def test_help_and_version(capsys):
-    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
-    assert cli.main([]) == 2
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
+    assert main.main([]) == 2
+    assert main.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"flowgrpo {word}" in shown for word in ("train", "evaluate", "sample", "doctor"))
     for command in ("train", "evaluate", "sample"):
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
+            main.main([command, "--help"])
         assert stop.value.code == 0
         assert "options" in capsys.readouterr().out
-    assert cli.main(["doctor", "--help"]) == 0
+    assert main.main(["doctor", "--help"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def trained(tmp_path_factory):
 
 def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
-    assert cli.main(["evaluate", str(trained), *words]) == 0
+    assert main.main(["evaluate", str(trained), *words]) == 0
     shown = capsys.readouterr().out
     assert (
         "base, CFG 3" in shown
@@ -94,7 +95,7 @@ def test_evaluate_other_rewards_than_a_run_had_options_for(trained, tmp_path):
     config["reward"] |= {"options": {"ocr.language": "en"}, "weights": {"ocr": 1.0}}
     (run / "config.json").write_text(json.dumps(config))
     line = ["evaluate", str(run), "--rewards", "jpeg_compressibility", "--prompts", "2"]
-    assert cli.main(line) == 0
+    assert main.main(line) == 0
     report = json.loads((run / "evaluation" / "report.json").read_text())
     assert list(report["change"]["scores"]) == ["jpeg_compressibility"]
 
@@ -103,7 +104,7 @@ def test_evaluate_repeats_what_the_run_reported(trained, tmp_path):
     """The adapter that was saved gives, bit for bit, the accuracy that training had found."""
     summary = json.loads((trained / "summary.json").read_text())
     for target in (trained, trained / "checkpoints" / "step-000002"):
-        assert cli.main(["evaluate", str(target), "--out", str(tmp_path / target.name)]) == 0
+        assert main.main(["evaluate", str(target), "--out", str(tmp_path / target.name)]) == 0
         report = json.loads((tmp_path / target.name / "report.json").read_text())
         assert report["reports"]["base"] == summary["before"]
         assert report["reports"]["iteration 2"] == {
@@ -116,19 +117,19 @@ def test_sample_writes_one_picture(trained, tmp_path, capsys):
     out = tmp_path / "new" / "x.png"
     line = ["sample", "a red circle", "two square", "--model", model, "--out", str(out)]
     line += ["--count", "3", "--steps", "3"]
-    assert cli.main(line) == 0 and str(out) in capsys.readouterr().out
+    assert main.main(line) == 0 and str(out) in capsys.readouterr().out
     first = out.read_bytes()
-    assert cli.main(line) == 0 and out.read_bytes() == first
-    assert cli.main([*line, "--seed", "1"]) == 0 and out.read_bytes() != first
+    assert main.main(line) == 0 and out.read_bytes() == first
+    assert main.main([*line, "--seed", "1"]) == 0 and out.read_bytes() != first
     height = Image.open(out).size[1]
-    assert cli.main([*line, "--run", str(trained)]) == 0
+    assert main.main([*line, "--run", str(trained)]) == 0
     assert Image.open(out).size[1] > 1.5 * height
 
 
 def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, capsys):
     out = tmp_path / "new" / "x.png"
     model = str(trained.parent / "model")
-    assert cli.main(["sample", "a purple dog", "--model", model, "--out", str(out)]) == 2
+    assert main.main(["sample", "a purple dog", "--model", model, "--out", str(out)]) == 2
     assert "purple dog" in capsys.readouterr().err
     assert not out.parent.exists()
 
@@ -142,7 +143,7 @@ def test_sample_finds_what_is_wrong_with_out_before_it_samples(
         (tmp_path, "which is a folder, but the file of a picture"),
         ("/proc/x/y", "cannot be written"),
     ):
-        assert cli.main([*line, str(out)]) == 2
+        assert main.main([*line, str(out)]) == 2
         assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -151,6 +152,6 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "checkpoints" / "step-000002" / "ema.safetensors").write_bytes(b"no")
     for line in (["evaluate", str(run)], ["train", "--run.resume", str(run), "--run.steps", "3"]):
-        assert cli.main(line) == 2
+        assert main.main(line) == 2
         assert "SHA-256" in capsys.readouterr().err
     assert not (run / "evaluation").exists()

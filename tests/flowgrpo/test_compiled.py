@@ -10,8 +10,9 @@ import trainers
 from recorded import Recorder, as_without_modes, assert_equal
 from torch._dynamo.utils import counters
 
-from flowgrpo import capture, runs, train
+from flowgrpo import cuda_graphs, train
 from flowgrpo.policies import compiled
+from flowgrpo.runs import directory
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -37,12 +38,12 @@ def test_captured_it_has_the_bits_of_uncaptured_code(pixel_model, tmp_path):
     policy, state = parts.policy, [p.detach().clone() for p in parts.policy.parameters()]
     as_without_modes(policy.transformer)
     recorder = Recorder()
-    for made in (capture.Graphs(policy, recorder), None):
+    for made in (cuda_graphs.Graphs(policy, recorder), None):
         with torch.no_grad():
             for parameter, value in zip(policy.parameters(), state, strict=True):
                 parameter.copy_(value)
         policy.graphs, micro = made, train.MicroStep(policy, made)
-        again = runs.State.create(policy.transformer, config.optim)
+        again = directory.State.create(policy.transformer, config.optim)
         parts = train.Parts(**{**vars(parts), "micro_step": micro, "state": again})
         metrics, paths = [], []
         for again.iteration in range(2):
@@ -71,10 +72,10 @@ def test_nothing_is_compiled_in_a_capture(pixel_model, tmp_path):
         def warm_up(self, body):
             """As of code that depends on something else in each run."""
 
-    policy.graphs = capture.Graphs(policy, Cold())
+    policy.graphs = cuda_graphs.Graphs(policy, Cold())
     before, texts = graphs(), ["a circle"] * 5
     arguments = (torch.ones(5, *policy.latent_shape), torch.ones(5), policy.encode(texts))
-    with torch.no_grad(), pytest.raises(capture.CaptureError, match="recompile"):
+    with torch.no_grad(), pytest.raises(cuda_graphs.CaptureError, match="recompile"):
         policy.graphs(velocity, policy, *arguments)
     assert graphs() == before and policy.graphs.recordings == {}
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from flowgrpo.config import Config, replace
-from flowgrpo.display import Display, clock, comparison, within
-from flowgrpo.evaluate import Report
+from flowgrpo.evaluation.evaluate import Report
+from flowgrpo.runs.display import Display, clock, comparison, within
 
 
 def display(width: int = 100, terminal: bool = False, **run) -> Display:

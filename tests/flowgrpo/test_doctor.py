@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from flowgrpo import doctor
+from flowgrpo.cli import doctor
 
 
 def test_doctor_prints_what_it_found():

@@ -9,8 +9,9 @@ import pytest
 import shell
 import torch
 
-from flowgrpo import evaluate, rewards
+from flowgrpo import rewards
 from flowgrpo.config import replace
+from flowgrpo.evaluation import evaluate
 from flowgrpo.policies import Policy
 from flowgrpo.records import Prompts
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import trainers
 
-from flowgrpo import losses, reports, train
+from flowgrpo import losses, train
 from flowgrpo.config import replace
-from flowgrpo.rollout import chunks
+from flowgrpo.runs import monitor
+from flowgrpo.sampling.rollout import chunks
 
 CASES = {
     "plain": {},
@@ -91,5 +92,5 @@ def test_check_ratio(error):
 
 
 def test_ratios_that_are_nan_are_no_fault_of_the_kernels():
-    with pytest.raises(reports.DivergedError, match=r"NaN, but finite .* lower optim\.lr"):
+    with pytest.raises(monitor.DivergedError, match=r"NaN, but finite .* lower optim\.lr"):
         train.check_ratio(float("nan"), 10.0)

@@ -22,7 +22,7 @@ def gradients(parts):
 def no_step(monkeypatch):
     """Gradients of all updates add up, and no weight changes."""
     step = lambda state: torch.ones(())  # noqa: E731
-    monkeypatch.setattr("flowgrpo.weights.State.step", step)
+    monkeypatch.setattr("flowgrpo.runs.state.State.step", step)
 
 
 @pytest.mark.parametrize("changes", [{}, GUARD, {"policy.dtype": "bfloat16"}])

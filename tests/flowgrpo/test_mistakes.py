@@ -10,7 +10,9 @@ import pytest
 import shell
 from safetensors import SafetensorError
 
-from flowgrpo import cli, reports, train
+from flowgrpo import train
+from flowgrpo.cli import main
+from flowgrpo.runs import monitor
 
 MISTAKES = [
     ("paint", "'paint' is no command"),
@@ -47,7 +49,7 @@ MISTAKES = [
 def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert cli.main(line.split()) == 2
+    assert main.main(line.split()) == 2
     shown = capsys.readouterr()
     assert words in shown.err and shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
@@ -59,17 +61,17 @@ def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for words in ("broken_module:f", "--reward.weights broken_module:f 1"):
-        assert cli.main(["train", *words.split()]) == 2
+        assert main.main(["train", *words.split()]) == 2
         shown = capsys.readouterr().err
         assert "broken_module:f (SyntaxError: invalid syntax (broken_module.py, line 1))" in shown
         assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [train.RatioError, reports.DivergedError])
+@pytest.mark.parametrize("error", [train.RatioError, monitor.DivergedError])
 def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))
-    assert cli.main(["train"]) == 1
+    assert main.main(["train"]) == 1
     assert capsys.readouterr().err == "error: the reason\n"
 
 
@@ -79,13 +81,13 @@ def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypat
 def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error))
-    assert cli.main(["train", "--run.out", "there"]) == 1
+    assert main.main(["train", "--run.out", "there"]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: the disk of run.out 'there' is full (")
     assert shown.endswith("go on with --run.resume there.\n") and shown.count("\n") == 1
     monkeypatch.setattr(train, "run", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["train"])
+        main.main(["train"])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
 )
 def test_what_tyro_refuses_exits_with_2(line, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(line.split())
+        main.main(line.split())
     assert stop.value.code == 2
     shown = capsys.readouterr()
     assert words in shown.err + shown.out

@@ -6,10 +6,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from flowgrpo import model_card, weights
 from flowgrpo.config import OptimConfig, replace
 from flowgrpo.policies import Policy
 from flowgrpo.recipes import recipe
+from flowgrpo.runs import model_card
+from flowgrpo.runs import state as runs_state
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +19,10 @@ def saved(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("nano") / "adapter", recipe("nano")
     policy = Policy.load("nano", device="cpu", dtype="float32", config=config.policy)
     with torch.no_grad():
-        for parameter in weights.add_adapter(policy.transformer, config.policy):
+        for parameter in runs_state.add_adapter(policy.transformer, config.policy):
             parameter.add_(0.01)
-    state = weights.State.create(policy.transformer, OptimConfig())
-    weights.export(policy.transformer, state.ema, config.policy, folder)
+    state = runs_state.State.create(policy.transformer, OptimConfig())
+    runs_state.export(policy.transformer, state.ema, config.policy, folder)
     return folder, policy, config
 
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 from recorded import Silent
 
-from flowgrpo import capture, losses, rollout, train
+from flowgrpo import cuda_graphs, losses, train
 from flowgrpo.config import replace
 from flowgrpo.records import Experience
+from flowgrpo.sampling import rollout
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -171,7 +172,7 @@ def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
     watch, provider = made
     parts, config = provider.parts, provider.config
     recorder = Silent(watch)
-    parts.policy.graphs = graphs = capture.Graphs(parts.policy, recorder)
+    parts.policy.graphs = graphs = cuda_graphs.Graphs(parts.policy, recorder)
     parts = changed(parts, micro_step=train.MicroStep(parts.policy, graphs))
     try:
         with on_meta.watching(watch):

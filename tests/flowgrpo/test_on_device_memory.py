@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowgrpo import budget
+from flowgrpo import plan
 from flowgrpo.config import replace
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -40,13 +40,13 @@ def test_the_plan_is_what_an_iteration_holds(name):
     provider, case = CASES[name]
     context, make = bench_counted.build(provider, case)
     with context as watch:
-        counted = bench_counted.peak(make, watch)[2] / budget.GIB
+        counted = bench_counted.peak(make, watch)[2] / plan.GIB
     config = bench_counted.ours.config(case, "meta", **bench_counted.CHANGES[provider])
-    clip = budget.KNOWN[IDS[case.model.name]].clip_tokens
+    clip = plan.KNOWN[IDS[case.model.name]].clip_tokens
     lengths = {"policy.max_sequence_length": case.model.text_tokens - clip}
-    found = budget.memory(replace(config, **lengths), budget.KNOWN[IDS[case.model.name]])
+    found = plan.memory(replace(config, **lengths), plan.KNOWN[IDS[case.model.name]])
     # The text encoders and the CUDA context are not counted.
-    encoders = 2 * budget.KNOWN[IDS[case.model.name]].encoders / budget.GIB
+    encoders = 2 * plan.KNOWN[IDS[case.model.name]].encoders / plan.GIB
     planned = found["total"] - encoders - found["overhead"]
     if found["rollout"] > found["update"]:
         # The decoder's fourth map is inside a kernel of the GPU, where nothing is counted.

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from flowgrpo import pictures
+from flowgrpo.evaluation import pictures
 
 
 def colour(name: str) -> tuple[int, int, int]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 import trainers
 
-from flowgrpo import prefix, train
+from flowgrpo import train
 from flowgrpo.config import replace
+from flowgrpo.sampling import shared_prefix
 
 SHARED = {"sample.shared_noise": True, "sample.prompts_per_iteration": 4}
 CASES = {
@@ -86,7 +87,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
         lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
-    assert prefix.sizes(24, 4) == [3, 6, 12, 24] and set(rows) <= {3, 6, 12, 24}
+    assert shared_prefix.sizes(24, 4) == [3, 6, 12, 24] and set(rows) <= {3, 6, 12, 24}
     assert {24} < set(rows) and min(rows) <= 6
     # A compiled model has one: each number of rows is compiled by itself.
     rows.clear()
@@ -106,7 +107,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
 def test_where_nothing_is_shared_it_is_not_used(pixel_model, tmp_path, changes, monkeypatch):
     config = trainers.config(pixel_model, tmp_path, **{**SHARED, **changes})
     parts = trainers.parts(config)
-    monkeypatch.setattr(prefix, "rollout", None)
+    monkeypatch.setattr(shared_prefix, "rollout", None)
     found = train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
     assert found.latents.isfinite().all() and len(found.latents) == config.sample.steps + 1
 

@@ -12,10 +12,11 @@ import trainers
 from recorded import Silent, assert_equal, eager, evaluate, made
 from test_prefix import CASES, SHARED
 
-from flowgrpo import capture, prefix, train
+from flowgrpo import cuda_graphs, train
 from flowgrpo.config import replace
 from flowgrpo.policies import lora
-from flowgrpo.rollout import table_rows
+from flowgrpo.sampling import shared_prefix
+from flowgrpo.sampling.rollout import table_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -62,7 +63,7 @@ def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
     assert len(starts) > 2 and captures[1] == captures[-1]
-    allowed = prefix.sizes(config.sample.batch_size, prefix.SIZES)
+    allowed = shared_prefix.sizes(config.sample.batch_size, shared_prefix.SIZES)
     assert set(step_graphs(policy)) <= set(allowed) and captures[-1] <= len(allowed)
 
 
@@ -87,7 +88,7 @@ def test_captured_rollout_and_update(pixel_model, tmp_path):
     assert metrics[0] == metrics[1] and metrics[0][0]["max_ratio_error"] == 0.0
     assert all(map(torch.equal, *weights))
     # Sizes of 3, 2 and 1 rows, the update, and two evaluations; room for more.
-    assert policy.graphs.recorder.captures == len(policy.graphs.recordings) == 6 < capture.LIMIT
+    assert policy.graphs.recorder.captures == len(policy.graphs.recordings) == 6 < cuda_graphs.LIMIT
 
 
 def test_a_short_last_chunk_keeps_the_rows_of_an_update(pixel_model, tmp_path):
@@ -97,7 +98,7 @@ def test_a_short_last_chunk_keeps_the_rows_of_an_update(pixel_model, tmp_path):
     positions = torch.tensor([[1] * 4 + [3] * 4, [2] * 4 + [4] * 4])
 
     def run():
-        return prefix.rollout(
+        return shared_prefix.rollout(
             policy,
             policy.encode(trainers.TEXTS[:2]),
             parts.plan,
@@ -151,7 +152,7 @@ def test_a_rollout_waits_for_nothing_but_its_inputs():
     with on_meta.watching() as watch:
         provider = ours.Ours(Case(models.TINY_SD3, 2, 8, 2.0, 2, 0.0, 4), "meta")
         policy = provider.parts.policy
-        for graphs in (None, capture.Graphs(policy, Silent(watch))):
+        for graphs in (None, cuda_graphs.Graphs(policy, Silent(watch))):
             found, policy.graphs = {}, graphs
             for end in (3, 7):
                 config = replace(provider.config, **changes, **{"sample.window_range": (0, end)})

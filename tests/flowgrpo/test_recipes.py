@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from flowgrpo import budget, cli
+from flowgrpo import plan
+from flowgrpo.cli import main
 from flowgrpo.config import Config, ConfigError, from_json, to_json
-from flowgrpo.data import NAMES
-from flowgrpo.prompts import load
+from flowgrpo.prompts.load import load
+from flowgrpo.prompts.sets import NAMES
 from flowgrpo.recipes import BETA, RECIPES, paper, recipe
 from flowgrpo.rewards import Scorer
 
@@ -104,11 +105,11 @@ def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
 
 
 def test_overrides_and_the_command_line(monkeypatch):
-    monkeypatch.setattr(budget, "gpu_memory", lambda: 80.0)
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 80.0)
     found = recipe("sd35m_ocr", steps=7, **{"sample.batch_size": 4, "optim.lr": 1e-5})
     assert (found.run.steps, found.sample.batch_size, found.optim.lr) == (7, 4, 1e-5)
     line = "sd35m_geneval_1gpu --policy.model /models/sd35 --optim.lr 1e-4"
-    found = cli.parse_train(line.split())
+    found = main.parse_train(line.split())
     assert (found.policy.model, found.optim.lr) == ("/models/sd35", 1e-4)
     assert found.sample == recipe("sd35m_geneval_1gpu").sample
     for words, message in (
@@ -116,4 +117,4 @@ def test_overrides_and_the_command_line(monkeypatch):
         ("--optim.updates-per-iteration 5", "5 does not divide the 16 chunks"),
     ):
         with pytest.raises(ConfigError, match=message):
-            cli.parse_train(["sd35m_geneval_1gpu", *words.split()])
+            main.parse_train(["sd35m_geneval_1gpu", *words.split()])

@@ -9,8 +9,10 @@ import shell
 import torch
 from rich.console import Console
 
-from flowgrpo import display, prompts, reports, rewards, train
+from flowgrpo import rewards, train
 from flowgrpo.config import replace
+from flowgrpo.prompts import load
+from flowgrpo.runs import display, monitor
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
     def dies(images, prompts, metadata):
         if lines.exists() and '"iteration": 3, "kind": "train"' in lines.read_text():
             raise ConnectionError("the machine is gone")
-        return red(images, prompts, metadata)
+        return red(images, load, metadata)
 
     monkeypatch.setattr(shell, "red", dies)
     with pytest.raises(rewards.RewardError, match="the machine is gone"):
@@ -66,7 +68,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
 
 def flat(images, prompts, metadata):
     """Equal inside a group, whatever is drawn."""
-    return torch.tensor([float(len(text)) for text in prompts])
+    return torch.tensor([float(len(text)) for text in load])
 
 
 def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
@@ -81,15 +83,15 @@ def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
 
 def test_which_sets_hold_prompts_out(tmp_path):
     for name in ("nano", "geneval", "hub:a/b", str(tmp_path)):
-        assert prompts.has_splits(name)
-    assert not prompts.has_splits(str(tmp_path / "p.txt"))
+        assert load.has_splits(name)
+    assert not load.has_splits(str(tmp_path / "p.txt"))
 
 
 def test_what_takes_longer_the_first_time():
     policy = types.SimpleNamespace(compiled=False, graphs=None)
-    assert reports.first_time(policy) == ""
+    assert monitor.first_time(policy) == ""
     policy.compiled, policy.graphs = True, object()
-    assert reports.first_time(policy) == (
+    assert monitor.first_time(policy) == (
         "In the first evaluation and iteration blocks are compiled, which takes minutes and "
         "CUDA graphs are recorded."
     )

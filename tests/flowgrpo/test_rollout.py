@@ -8,7 +8,7 @@ import trainers
 
 from flowgrpo import train
 from flowgrpo.config import replace
-from flowgrpo.rollout import (
+from flowgrpo.sampling.rollout import (
     chunks,
     ode_schedule,
     rollout,

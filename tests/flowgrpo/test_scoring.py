@@ -14,7 +14,7 @@ import trainers
 
 from flowgrpo import rewards, train
 from flowgrpo.records import Prompts
-from flowgrpo.scoring import Scoring, Worker
+from flowgrpo.rewards.background import Scoring, Worker
 
 CPU = torch.device("cpu")
 PROMPTS = Prompts.of([f"prompt {k}" for k in range(4)], [{"place": k} for k in range(4)])

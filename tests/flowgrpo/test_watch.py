@@ -12,8 +12,11 @@ import shell
 import torch
 from rich.console import Console
 
-from flowgrpo import display, evaluate, rewards, rollout
+from flowgrpo import rewards
+from flowgrpo.evaluation import evaluate
 from flowgrpo.policies import Policy
+from flowgrpo.runs import display
+from flowgrpo.sampling import rollout
 
 CALLS: list = []
 

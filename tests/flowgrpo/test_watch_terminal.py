@@ -10,7 +10,9 @@ import types
 import shell
 from rich.console import Console
 
-from flowgrpo import cli, commands, display, train
+from flowgrpo import train
+from flowgrpo.cli import commands, main
+from flowgrpo.runs import display
 
 
 class Pseudo:
@@ -80,7 +82,7 @@ def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
 def test_the_command_shows_it_and_stays_silent_where_the_run_did(tmp_path):
     config = shell.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0, "run.progress": "auto"})
     train.run(config)
-    options = cli.Evaluate(target=str(config.out_dir), out=str(tmp_path / "e"), device="cpu")
+    options = main.Evaluate(target=str(config.out_dir), out=str(tmp_path / "e"), device="cpu")
     for progress, shown in (("auto", True), ("none", False)):
         path = config.out_dir / "config.json"
         text = path.read_text()

@@ -7,7 +7,7 @@ import torch
 
 from flowgrpo.nano import MODEL_DIR, prompts, verify
 from flowgrpo.policies import Policy
-from flowgrpo.rollout import sample
+from flowgrpo.sampling.rollout import sample
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from flowgrpo.config.validation import ConfigError
 from flowgrpo.nano import prompts
-from flowgrpo.validation import ConfigError
 
 
 @pytest.mark.parametrize(

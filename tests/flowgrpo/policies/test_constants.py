@@ -10,7 +10,7 @@ import trainers
 from recorded import assert_equal, eager, evaluate, made
 
 from flowgrpo import train
-from flowgrpo.policies import Policy, constants
+from flowgrpo.policies import Policy, modulation
 
 KINDS = ("sd3.5-medium", "sd3", "flux")
 SIGMAS = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])
@@ -30,7 +30,7 @@ def sample_of(policy, rows):
 def spoil(transformer):
     """No forward can compute constants any more without being found out."""
     with torch.no_grad():
-        for norm in constants.norms(transformer):
+        for norm in modulation.norms(transformer):
             norm.linear.weight.fill_(torch.nan)
         for name in ("time_text_embed", "context_embedder"):
             for parameter in getattr(transformer, name).parameters():
@@ -114,9 +114,9 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
     # Of the time's embedding, the pooled text's and every norm's modulation, and of nothing else.
     monkeypatch.setattr(torch.nn.functional, "silu", counted)
     policy.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(len(inside)))
-    tables, table = [], constants.table
+    tables, table = [], modulation.table
     monkeypatch.setattr(
-        constants, "table", lambda model, c: tables.append(len(c)) or table(model, c)
+        modulation, "table", lambda model, c: tables.append(len(c)) or table(model, c)
     )
     for parts.state.iteration in range(2):
         metrics = train.update(parts, trainers.experience(parts, config), config)

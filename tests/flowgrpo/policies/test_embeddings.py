@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import Policy, embeddings
+from flowgrpo.policies import Policy, text_cache
 
 TEXTS = ["a red circle", "two blue square", "a red circle", ""]
 
@@ -126,7 +126,7 @@ def test_a_full_disk_costs_the_cache_only(latent_model, tmp_path, caplog, monkey
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embeddings, "save_file", full)
+    monkeypatch.setattr(text_cache, "save_file", full)
     policy = load(latent_model, tmp_path)
     assert same(policy.encode(TEXTS), load(latent_model, "").encode(TEXTS))
     (message,) = warnings(caplog)
@@ -154,20 +154,20 @@ def test_fingerprint_of_large_files(tmp_path):
     part = tmp_path / "text_encoder"
     part.mkdir()
     path = part / "model.safetensors"
-    path.write_bytes(bytes(3 * embeddings.WHOLE))
-    found = {embeddings.fingerprint(tmp_path, ["text_encoder"])}
+    path.write_bytes(bytes(3 * text_cache.WHOLE))
+    found = {text_cache.fingerprint(tmp_path, ["text_encoder"])}
     status = path.stat()
-    path.write_bytes(bytes(embeddings.WHOLE) + b"\x01" + bytes(2 * embeddings.WHOLE - 1))
-    found.add(embeddings.fingerprint(tmp_path, ["text_encoder"]))
-    path.write_bytes(bytes(3 * embeddings.WHOLE - 1) + b"\x01")
+    path.write_bytes(bytes(text_cache.WHOLE) + b"\x01" + bytes(2 * text_cache.WHOLE - 1))
+    found.add(text_cache.fingerprint(tmp_path, ["text_encoder"]))
+    path.write_bytes(bytes(3 * text_cache.WHOLE - 1) + b"\x01")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    found.add(embeddings.fingerprint(tmp_path, ["text_encoder"]))
+    found.add(text_cache.fingerprint(tmp_path, ["text_encoder"]))
     assert len(found) == 3
     for digest in ("a" * 64, "b" * 64):
         (tmp_path / digest).write_bytes(b"")
         path.unlink()
         path.symlink_to(tmp_path / digest)
-        found.add(embeddings.fingerprint(tmp_path, ["text_encoder"]))
+        found.add(text_cache.fingerprint(tmp_path, ["text_encoder"]))
     assert len(found) == 5
 
 

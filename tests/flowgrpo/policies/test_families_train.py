@@ -12,9 +12,13 @@ import trainers
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from flowgrpo import cli, commands, evaluate, rollout, runs, train
+from flowgrpo import train
+from flowgrpo.cli import commands, main
 from flowgrpo.config import Config, replace
-from flowgrpo.weights import load_trained
+from flowgrpo.evaluation import evaluate
+from flowgrpo.runs import directory
+from flowgrpo.runs.state import load_trained
+from flowgrpo.sampling import rollout
 from flowgrpo_kernels import initial_noise
 
 # FLUX is told its guidance value instead of a second forward.
@@ -93,7 +97,7 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
     train.run(config)
     # The text cache and the encoders' place may change, as they change no number.
     changes = {"run.steps": 3, "policy.text_cache": "", "policy.offload_text_encoders": True}
-    train.run(replace(runs.resume_config(tmp_path / "run"), **changes))
+    train.run(replace(directory.resume_config(tmp_path / "run"), **changes))
     for kind in ("train", "eval"):
         assert metrics(tmp_path / "run", kind) == metrics(trained.folder, kind)
 
@@ -101,13 +105,13 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
 def test_evaluate_and_sample(trained, tmp_path):
     quiet = Console(quiet=True)
     found = commands.evaluate_run(
-        cli.Evaluate(str(trained.folder), out=str(tmp_path / "out"), device="cpu"), quiet
+        main.Evaluate(str(trained.folder), out=str(tmp_path / "out"), device="cpu"), quiet
     )
     # The final evaluation of the run, by another process's path: the same figures.
     accuracy = found["reports"]["iteration 3"]["accuracy"]
     assert accuracy == trained.summary["after"]["accuracy"]
     assert found["reports"]["base"]["accuracy"] != accuracy
-    options = cli.Sample(
+    options = main.Sample(
         ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
     )
     assert commands.sample_pictures(options, quiet).stat().st_size > 0
@@ -116,7 +120,7 @@ def test_evaluate_and_sample(trained, tmp_path):
 def own(trained: Trained):
     """Our policy with the averaged weights of the last checkpoint."""
     policy = commands.load_policy(trained.config)
-    runs.add_adapter(policy.transformer, trained.config.policy)
+    directory.add_adapter(policy.transformer, trained.config.policy)
     load_trained(policy.transformer, trained.folder / "checkpoints" / "step-000003")
     return policy
 
@@ -175,7 +179,7 @@ def test_model_card(trained):
 
 
 def test_base_model_of_the_card_is_a_hub_repository(trained, tmp_path):
-    from flowgrpo import model_card
+    from flowgrpo.runs import model_card
 
     config = replace(trained.config, **{"policy.model": "acme/model"})
     model_card.write(tmp_path, config, own(trained).transformer, 7)

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from flowgrpo import rollout
 from flowgrpo.config import PolicyConfig
 from flowgrpo.policies import Policy
+from flowgrpo.sampling import rollout
 from flowgrpo_kernels import initial_noise
 
 TEXTS = ["a red circle", "two blue square", "the dark triangle"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import Conditioning, Policy, fused
+from flowgrpo.policies import Conditioning, Policy, blocks
 
 KINDS = ("sd3.5-medium", "sd3", "flux")
 FUSED = {"policy.fused": True}
@@ -144,7 +144,7 @@ def test_names_and_the_kept_reference_stay(kinds, tmp_path):
     assert list(ours.transformer.state_dict()) == list(theirs.transformer.state_dict())
     copies = [policy._frozen.transformer_blocks[0] for policy in (ours, theirs)]
     assert (
-        copies[0].forward.__func__ is fused._sd3_block and copies[0].forward.__self__ is copies[0]
+        copies[0].forward.__func__ is blocks._sd3_block and copies[0].forward.__self__ is copies[0]
     )
     with torch.no_grad(), ours.reference(), theirs.reference():
         close = {"rtol": 1e-5, "atol": 3e-6}
@@ -174,7 +174,7 @@ def test_unknown_modules(kinds, tmp_path, kind, name, module):
     owner, _, last = name.rpartition(".")
     setattr(transformer.get_submodule(owner), last, module)
     with pytest.raises(ConfigError, match=rf"{name} is a .* set policy.fused to false"):
-        fused.fuse(transformer)
+        blocks.fuse(transformer)
     assert "forward" not in vars(transformer.transformer_blocks[0])
 
 

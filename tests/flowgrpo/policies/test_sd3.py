@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from flowgrpo import rollout, runs
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.policies.base import choose_dtype
+from flowgrpo.runs import directory
+from flowgrpo.sampling import rollout
 from flowgrpo_kernels import initial_noise
 
 TEXTS = ["a red circle", "two blue square", "the dark triangle"]
@@ -152,7 +153,7 @@ def test_reference_is_the_model_before_training(pixel_model):
     base = policy.velocity(*arguments)
     with pytest.raises(RuntimeError, match="neither adapters nor a kept"), policy.reference():
         pass
-    trained = runs.add_adapter(policy.transformer, PolicyConfig(lora_rank=2, lora_alpha=2))
+    trained = directory.add_adapter(policy.transformer, PolicyConfig(lora_rank=2, lora_alpha=2))
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(0.3)

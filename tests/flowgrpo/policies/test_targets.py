@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from flowgrpo import weights
 from flowgrpo.config import PolicyConfig
+from flowgrpo.runs import state
 
 SD35_MEDIUM = dict(
     num_layers=24,
@@ -37,8 +37,8 @@ def trained(cls, config, **fields):
     """(number of layers with a matrix, trained parameters) of an architecture on no device."""
     with torch.device("meta"):
         model = cls(**config)
-        parameters = weights.add_adapter(model, PolicyConfig(**fields))
-    names = weights.named_parameters(model)
+        parameters = state.add_adapter(model, PolicyConfig(**fields))
+    names = state.named_parameters(model)
     assert not any("attn2" in name for name in names), "as in flow_grpo, dual attention is left out"
     return len(parameters) // 2, sum(p.numel() for p in parameters)
 

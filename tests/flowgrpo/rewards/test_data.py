@@ -5,24 +5,24 @@ from collections import Counter
 
 import pytest
 
-from flowgrpo import data, prompts
-from flowgrpo.data import generate, geneval_prompts
+from flowgrpo.prompts import load, sets
+from flowgrpo.prompts.sets import generate, geneval_prompts
 from flowgrpo.rewards.ocr import quoted_text
 
 
 def lines(name, part):
-    path = data.folder(name) / f"{part}_metadata.jsonl"
+    path = sets.folder(name) / f"{part}_metadata.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_files_are_what_the_generator_writes():
     for name, found in generate.sets().items():
-        assert (data.folder(name.split("/")[0]).parent / name).read_text("utf-8") == generate.text(
+        assert (sets.folder(name.split("/")[0]).parent / name).read_text("utf-8") == generate.text(
             found
         )
 
 
-@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("name", sets.NAMES)
 def test_parts_share_no_content(name):
     key = generate.GRAMMARS[name].key
     train, test = ({key(line) for line in lines(name, part)} for part in ("train", "test"))
@@ -33,10 +33,10 @@ def test_parts_share_no_content(name):
     assert len(set(everything)) == len(everything)
 
 
-@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("name", sets.NAMES)
 def test_sets_load_by_folder(name):
-    folder = str(data.folder(name))
-    train, test = prompts.load(folder, "train"), prompts.load(folder, "heldout")
+    folder = str(sets.folder(name))
+    train, test = load.load(folder, "train"), load.load(folder, "heldout")
     assert len(train) == len(lines(name, "train"))
     assert test.metadata[0]["prompt"] == test.texts[0]
     assert {entry["tag"] for entry in test.metadata} == {e["tag"] for e in train.metadata}
@@ -44,7 +44,7 @@ def test_sets_load_by_folder(name):
 
 def test_unknown_set():
     with pytest.raises(KeyError):
-        data.folder("imagenet")
+        sets.folder("imagenet")
 
 
 def test_geneval_has_six_tasks_and_no_prompt_of_the_benchmark():

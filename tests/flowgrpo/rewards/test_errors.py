@@ -10,7 +10,7 @@ import shell
 from huggingface_hub import constants
 from servers import Answers, running
 
-from flowgrpo import cli
+from flowgrpo.cli import main
 
 PLACE = {}
 
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 def refused(capsys, *words: str) -> str:
     """The sentence that a training run with these options ends with."""
     line = ["train", "test_errors:recipe", "--run.out", "out", *words]
-    assert cli.main(line) == 2
+    assert main.main(line) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
     return shown.err

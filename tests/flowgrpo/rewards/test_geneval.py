@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowgrpo.data.geneval_prompts import CLASSES, COLORS
+from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip, geneval_detector, load
 from flowgrpo.rewards.geneval import Eyes
 from flowgrpo.rewards.geneval_detector import Detector, Painter

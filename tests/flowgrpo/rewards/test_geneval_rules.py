@@ -200,8 +200,8 @@ def test_metadata_that_is_not_genevals(metadata):
 
 
 def test_the_shipped_prompts_have_genevals_metadata():
-    from flowgrpo import data
+    from flowgrpo.prompts import sets
 
     for part in ("train", "test"):
-        for line in (data.folder("geneval") / f"{part}_metadata.jsonl").read_text().splitlines():
+        for line in (sets.folder("geneval") / f"{part}_metadata.jsonl").read_text().splitlines():
             check(json.loads(line))

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.rollout import Schedule, buffers, chunks, prepared, stepping, trajectory
+from flowgrpo.sampling.rollout import Schedule, buffers, chunks, prepared, stepping, trajectory
 from flowgrpo_kernels import initial_noise
 
 SIZES = 4

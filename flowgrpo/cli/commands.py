@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from flowgrpo import capture, checkpoints, pictures, rewards, runs, seeds, weights
-from flowgrpo import evaluate as evaluation
+from flowgrpo import cuda_graphs, files, rewards, seeds
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.display import Terminal, Watch, comparison, mode_of, show
-from flowgrpo.evaluate import HeldOut, Report
+from flowgrpo.config.validation import require
+from flowgrpo.evaluation import evaluate, pictures
+from flowgrpo.evaluation.evaluate import HeldOut, Report
 from flowgrpo.policies import Policy, lora
 from flowgrpo.recipes import RECIPES, recipe
-from flowgrpo.validation import require
+from flowgrpo.runs import checkpoints, directory, state
+from flowgrpo.runs.display import Terminal, Watch, comparison, mode_of, show
 
 if TYPE_CHECKING:
-    from flowgrpo.cli import Evaluate, Sample
+    from flowgrpo.cli.main import Evaluate, Sample
 
 
 def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         "given too; leave one out, or name the model itself.",
     )
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
-    held = evaluation.held_out(config, options.split)
+    held = evaluate.held_out(config, options.split)
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(held.prompts)
     policy = load_policy(config)
@@ -51,14 +52,14 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         console.print(f"Evaluating {label}: {images}.", soft_wrap=True, markup=False)
         mode, names = mode_of(config, console), list(scorer.weights)
         with Watch(console, mode, label, len(held.seeds), names) as watch:
-            reports[label] = evaluation.evaluate(
+            reports[label] = evaluate.evaluate(
                 policy,
                 held,
                 scorer,
                 steps=config.sample.eval_steps,
                 batch_size=config.sample.batch_size,
                 guidance_scale=guidance,
-                quality=evaluation.quality_of(config.sample.prompts),
+                quality=evaluate.quality_of(config.sample.prompts),
                 watch=watch,
             )
 
@@ -74,9 +75,9 @@ def evaluate_run(options: Evaluate, console: Console | None = None) -> dict[str,
         load_adapter(policy, options.adapter)
         measure("adapter", config.sample.guidance_scale)
     found = _found(options, config, checkpoint, held, reports)
-    evaluation.picture(reports, held, out / "grid.png")
-    checkpoints.write_json(out / "report.json", found)
-    show(console, comparison(reports, evaluation.tolerances_of(config.sample.prompts)))
+    evaluate.picture(reports, held, out / "grid.png")
+    files.write_json(out / "report.json", found)
+    show(console, comparison(reports, evaluate.tolerances_of(config.sample.prompts)))
     if found["change"] is not None:
         _tell(found["change"], reports["base"].label == "accuracy", console)
     console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
@@ -100,7 +101,7 @@ def _found(
         "split": options.split,
         "reports": {label: report.to_dict() for label, report in reports.items()},
         "change": _changes(list(reports.values()), held) if trained else None,
-        "versions": runs.versions(),
+        "versions": directory.versions(),
     }
 
 
@@ -144,8 +145,8 @@ def _changes(reports: list[Report], held: HeldOut) -> dict[str, Any]:
         first, last = (
             r.parts[name].view(shape).mean(dim=1).numpy() for r in (reports[0], reports[-1])
         )
-        change = evaluation.balanced_mean(last - first, held.tags)
-        found[name] = {"change": change, "interval": list(evaluation.bootstrap(last - first, held))}
+        change = evaluate.balanced_mean(last - first, held.tags)
+        found[name] = {"change": change, "interval": list(evaluate.bootstrap(last - first, held))}
     first = next(iter(found.values()))
     return {"accuracy": first["change"], "interval": first["interval"], "scores": found}
 
@@ -187,7 +188,7 @@ def sample_pictures(options: Sample, console: Console | None = None) -> Path:
     drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), each.numpy())
 
     def images() -> torch.Tensor:
-        return evaluation.sample_images(
+        return evaluate.sample_images(
             policy,
             texts,
             torch.from_numpy(drawn),
@@ -241,19 +242,19 @@ def _check_sample(options: Sample) -> None:
 
 def load_policy(config: Config) -> Policy:
     """The model of `config` without adapters."""
-    runs.prepare_process(config)
+    directory.prepare_process(config)
     dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
     policy = Policy.load(
         config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
     )
-    capture.prepare(policy, config)
+    cuda_graphs.prepare(policy, config)
     return policy
 
 
 def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
     """Put the averaged weights of `checkpoint` into the policy."""
-    runs.add_adapter(policy.transformer, config.policy)
-    weights.load_trained(policy.transformer, checkpoint)
+    directory.add_adapter(policy.transformer, config.policy)
+    state.load_trained(policy.transformer, checkpoint)
 
 
 def load_adapter(policy: Policy, adapter: str) -> None:
@@ -330,7 +331,7 @@ def _target(target: str, best: bool) -> tuple[Config, Path | None]:
     checkpoints.verify(checkpoint)
     # checkpoints/step-* lies two folders below the run.
     run = folder if checkpoint != folder else folder.resolve().parents[1]
-    return runs.resume_config(run), checkpoint
+    return directory.resume_config(run), checkpoint
 
 
 def _writable(folder: Path) -> None:

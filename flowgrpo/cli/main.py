@@ -185,15 +185,15 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """``flowgrpo train [RECIPE] [--section.field value ...]``"""
     config = parse_train(argv)
-    from flowgrpo import boards, reports, runs
     from flowgrpo import train as training
+    from flowgrpo.runs import directory, loggers, monitor
 
-    runs.check_directory(config)
-    boards.check(config)
+    directory.check_directory(config)
+    loggers.check(config)
     show_plan(config)
     try:
         summary = training.run(config)
-    except (training.RatioError, reports.DivergedError) as error:
+    except (training.RatioError, monitor.DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.
@@ -212,11 +212,11 @@ def train(argv: list[str]) -> int:
 def show_plan(config: Config) -> None:
     """Print the group arithmetic and expected memory before anything large is loaded; the embedded
     model's are in the banner alone."""
-    from flowgrpo import budget
+    from flowgrpo import plan
 
-    if config.run.progress == "none" or budget.architecture(config.policy.model) is None:
+    if config.run.progress == "none" or plan.architecture(config.policy.model) is None:
         return
-    for name, text in budget.plan(config, budget.gpu_memory()).items():
+    for name, text in plan.plan(config, plan.gpu_memory()).items():
         print(f"{name}: {text}")
 
 
@@ -226,9 +226,9 @@ def parse_train(argv: list[str]) -> Config:
     name, options = (argv[0], argv[1:]) if named else ("nano", argv)
     folder = _option(options, "--run.resume")
     if folder is not None:
-        from flowgrpo import runs
+        from flowgrpo.runs import directory
 
-        base = runs.resume_config(folder)
+        base = directory.resume_config(folder)
         if named and name != base.recipe:
             raise ConfigError(
                 f"the recipe is {name!r}, but the run in {folder} was started with "
@@ -334,18 +334,18 @@ def _option(argv: list[str], name: str) -> str | None:
 def evaluate(argv: list[str]) -> int:
     """``flowgrpo evaluate RUN_DIR``"""
     options = parse(Evaluate, argv, "flowgrpo evaluate")
-    from flowgrpo import commands
+    from flowgrpo.cli import commands as cli_commands
 
-    commands.evaluate_run(options)
+    cli_commands.evaluate_run(options)
     return 0
 
 
 def sample(argv: list[str]) -> int:
     """``flowgrpo sample PROMPT ...``"""
     options = parse(Sample, argv, "flowgrpo sample")
-    from flowgrpo import commands
+    from flowgrpo.cli import commands as cli_commands
 
-    commands.sample_pictures(options)
+    cli_commands.sample_pictures(options)
     return 0
 
 
@@ -367,7 +367,7 @@ def doctor(argv: list[str]) -> int:
             "usage: flowgrpo doctor\n\nShow versions, devices, backends, and what is off and why."
         )
         return 0
-    from flowgrpo.doctor import doctor as examine
+    from flowgrpo.cli.doctor import doctor as examine
 
     examine()
     return 0

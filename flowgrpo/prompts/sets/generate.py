@@ -1,4 +1,4 @@
-"""Writes the prompt sets of this folder: python -m flowgrpo.data.generate [FOLDER]
+"""Writes the prompt sets of this folder: python -m flowgrpo.prompts.sets.generate [FOLDER]
 
 Every set is a choice from all the prompts that its grammar can make. The choice is by a hash of the
 content, so the files are the same on any machine and any version of Python.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.data import general_prompts, geneval_prompts, ocr_prompts
+from flowgrpo.prompts.sets import general_prompts, geneval_prompts, ocr_prompts
 
 Line = dict[str, Any]
 

@@ -18,7 +18,7 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.data import words
+from flowgrpo.prompts.sets import words
 
 CLASSES = words(
     "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;"

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowgrpo import runs
 from flowgrpo.nano import MODEL_DIR
+from flowgrpo.runs import directory
 
 # Optional packages and what is off without them.
 OPTIONAL = {
@@ -39,7 +39,7 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
     """Print what was found, and return it."""
     console = console or Console(highlight=False)
     found = {
-        "versions": runs.versions(),
+        "versions": directory.versions(),
         "cpu": cpu(),
         "gpus": gpus(),
         "bfloat16": {device: bfloat16(device) for device in devices()},
@@ -190,14 +190,14 @@ def at_hand(model: str) -> bool:
 
 def recipe_states(memory: float | None = None) -> dict[str, str]:
     """Recipe -> expected memory against that of the GPU here, `memory` GiB; and their models."""
-    from flowgrpo import budget, recipes
+    from flowgrpo import plan, recipes
 
-    memory = memory or budget.gpu_memory()
+    memory = memory or plan.gpu_memory()
     found = {"GPU": f"{memory:.0f} GiB" if memory else "none here; recipes are made for 80 GiB"}
     models = {}
     for name in sorted(set(recipes.RECIPES) - {"nano"}):
         config = recipes.recipe(name, memory=memory)
-        need = budget.memory(config, budget.KNOWN[config.policy.model])["total"]
+        need = plan.memory(config, plan.KNOWN[config.policy.model])["total"]
         little = ", more than there is" if memory and need > memory else ""
         rows = config.sample.batch_size
         images = f"{rows} image{'s' * (rows > 1)} a forward"

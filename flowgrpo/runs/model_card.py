@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from flowgrpo import checkpoints
+from flowgrpo import files
 from flowgrpo.config import Config
 from flowgrpo.policies.base import family_of
 
@@ -56,7 +56,7 @@ def write(
         parts += ["## Before and after", _numbers(summary)]
     parts += ["## Load it", f"```python\n{load_lines(config, transformer)}\n```"]
     path = folder / FILE
-    checkpoints.write_text(path, "\n\n".join(parts) + "\n")
+    files.write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

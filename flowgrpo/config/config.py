@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.sections import OptimConfig as OptimConfig
-from flowgrpo.sections import PolicyConfig as PolicyConfig
-from flowgrpo.sections import RewardConfig as RewardConfig
-from flowgrpo.sections import RunConfig as RunConfig
-from flowgrpo.sections import SampleConfig as SampleConfig
-from flowgrpo.validation import ConfigError as ConfigError
-from flowgrpo.validation import build, check_types, require
-from flowgrpo.validation import replace as replace
+from flowgrpo.config.sections import OptimConfig as OptimConfig
+from flowgrpo.config.sections import PolicyConfig as PolicyConfig
+from flowgrpo.config.sections import RewardConfig as RewardConfig
+from flowgrpo.config.sections import RunConfig as RunConfig
+from flowgrpo.config.sections import SampleConfig as SampleConfig
+from flowgrpo.config.validation import ConfigError as ConfigError
+from flowgrpo.config.validation import build, check_types, require
+from flowgrpo.config.validation import replace as replace
 
 
 @dataclass(frozen=True)

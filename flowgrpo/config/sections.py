@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.validation import check_positive, check_types, require
+from flowgrpo.config.validation import check_positive, check_types, require
 
 
 @dataclass(frozen=True)

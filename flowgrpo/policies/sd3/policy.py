@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import embeddings, loading, vae
+from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -63,7 +63,7 @@ class SD3Policy(Policy):
         self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
         encoders = self._find_encoders(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
-        loading.place(self.pipeline, device, encoders if offload else ())
+        pipelines.place(self.pipeline, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
@@ -75,17 +75,17 @@ class SD3Policy(Policy):
         if encode is not None:
             self._texts = encode
             return
-        cached = embeddings.open_cache(
+        cached = text_cache.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
-        self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
+        self._texts = text_cache.Texts(self._encode_one, encoders, device, cached, offload)
 
     def _set_size(self, resolution: int) -> None:
         config, factor = self.transformer.config, 1
         if self.pipeline.vae is not None:
             factor = self.pipeline.vae_scale_factor
         multiple = factor * config.patch_size
-        self.resolution = loading.check_resolution(
+        self.resolution = pipelines.check_resolution(
             resolution,
             config.sample_size * factor,
             multiple,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from flowgrpo.data import words
+from flowgrpo.prompts.sets import words
 
 ANIMALS = words("fox owl tortoise heron badger seal goat crow lynx otter camel moose", " ")
 THINGS = words(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import embeddings, loading, vae
+from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -79,13 +79,13 @@ class FluxPolicy(Policy):
         self._check_parts(*(TEXT_PARTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
-        loading.place(self.pipeline, device, encoders if offload else ())
+        pipelines.place(self.pipeline, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
-        self.resolution = loading.check_resolution(
+        self.resolution = pipelines.check_resolution(
             config.resolution, default, PATCH * factor, None, name
         )
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
@@ -96,10 +96,10 @@ class FluxPolicy(Policy):
         if encode is not None:
             self._texts = encode
             return
-        cached = embeddings.open_cache(
+        cached = text_cache.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
-        self._texts = embeddings.Texts(self._encode_one, encoders, device, cached, offload)
+        self._texts = text_cache.Texts(self._encode_one, encoders, device, cached, offload)
 
     def _check_parts(self, *needed: str) -> None:
         lacking = [part for part in needed if getattr(self.pipeline, part) is None]

@@ -1,10 +1,10 @@
 """Prompt sets -> K prompts x G samples, each sample with its own seeds.
 
-A set is "nano" (the embedded one), one of those in flowgrpo/data, a text file with one prompt a
+A set is "nano" (the embedded one), one of those in prompts/sets, a text file with one prompt a
 line, a JSONL file with an object {"prompt": ..., anything the reward needs} a line, or a folder
 with train and test files of either kind, as flow_grpo's data sets have: train.txt or
 train_metadata.jsonl, test.txt or test_metadata.jsonl; or "hub:OWNER/NAME", a data set on the
-Hugging Face Hub (data/hub.py).
+Hugging Face Hub (hub.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo import data, seeds
+from flowgrpo import seeds
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.data import hub
+from flowgrpo.config.validation import require
+from flowgrpo.prompts import hub, sets
 from flowgrpo.records import Prompts
-from flowgrpo.validation import require
 
 HELD_OUT = ("heldout", "test")
 """Names of the split that training does not see."""
@@ -41,12 +41,12 @@ def load(name: str, split: str = "train") -> Prompts:
     )
     if name.startswith(hub.PREFIX):
         return Prompts.of(*hub.load(name, split))
-    path = data.folder(name) if name in data.NAMES else Path(name)
+    path = sets.folder(name) if name in sets.NAMES else Path(name)
     if path.is_dir():
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
-            f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(data.NAMES)} "
+            f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
             "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
             "file, a folder with both splits, or hub:OWNER/NAME."
         )
@@ -64,7 +64,7 @@ def load(name: str, split: str = "train") -> Prompts:
 
 def has_splits(name: str) -> bool:
     """Whether the set holds prompts out; a single file is the same in every split."""
-    return name in ("nano", *data.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
 
 
 def _file_of_split(folder: Path, split: str) -> Path:

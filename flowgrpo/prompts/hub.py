@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flowgrpo.validation import ConfigError, require
+from flowgrpo.config.validation import ConfigError, require
 
 PREFIX = "hub:"
 COLUMNS = ("prompt", "caption", "text")

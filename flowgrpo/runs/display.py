@@ -25,7 +25,7 @@ from rich.text import Text
 from flowgrpo.config import Config
 
 if TYPE_CHECKING:
-    from flowgrpo.evaluate import Report
+    from flowgrpo.evaluation.evaluate import Report
 
 PLAIN_LINES = 40
 QUIET = 30.0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from flowgrpo.data import words
+from flowgrpo.prompts.sets import words
 
 SURFACES = (
     'A wooden sign at the edge of a pine forest that reads "{}"',

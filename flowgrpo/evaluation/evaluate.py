@@ -27,11 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo import checkpoints, pictures, prompts, rewards, seeds
+from flowgrpo import files, rewards, seeds
 from flowgrpo.config import Config
+from flowgrpo.evaluation import pictures
 from flowgrpo.policies import Policy
+from flowgrpo.prompts import load
 from flowgrpo.records import Prompts
-from flowgrpo.rollout import sample
+from flowgrpo.sampling.rollout import sample
 
 Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
 Watch = Callable[[str, int], None]
@@ -113,16 +115,16 @@ class Report:
         """Write what `Report.load` reads: report.json and images.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {"seconds": self.seconds, **self.to_dict()}
-        checkpoints.write_tensors(
+        files.write_tensors(
             folder / "images.safetensors", {"shown": self.shown, "per_image": self.per_image}
         )
-        checkpoints.write_text(folder / "report.json", json.dumps(values, indent=2) + "\n")
+        files.write_text(folder / "report.json", json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Report:
         """The report that `save` wrote."""
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        tensors = checkpoints.read_tensors(folder / "images.safetensors")
+        tensors = files.read_tensors(folder / "images.safetensors")
         values["interval"] = tuple(values["interval"])
         values["intervals"] = {n: tuple(b) for n, b in values.get("intervals", {}).items()}
         return cls(**values, **tensors)
@@ -133,7 +135,7 @@ def held_out(config: Config, split: str = "heldout") -> HeldOut:
 
     The tasks take turns, so each has the same number of entries.
     """
-    found = select(prompts.load(config.sample.prompts, split), config.run.eval_prompts)
+    found = select(load.load(config.sample.prompts, split), config.run.eval_prompts)
     places, occurrence = found.indices.numpy(), np.zeros(len(found), dtype=np.int64)
     seen: dict[int, int] = {}
     for row, place in enumerate(places.tolist()):

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo import checkpoints
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
+from flowgrpo.config.validation import require
 from flowgrpo.policies.base import family_of
 from flowgrpo.policies.lora import shorten
-from flowgrpo.validation import require
+from flowgrpo.runs import checkpoints
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"

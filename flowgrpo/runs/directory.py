@@ -35,13 +35,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo import __version__, boards, checkpoints, model_card
+from flowgrpo import __version__, files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
-from flowgrpo.weights import EMA as EMA
-from flowgrpo.weights import State as State
-from flowgrpo.weights import add_adapter as add_adapter
-from flowgrpo.weights import export
-from flowgrpo.weights import make_optimizer as make_optimizer
+from flowgrpo.runs import checkpoints, loggers, model_card
+from flowgrpo.runs.state import EMA as EMA
+from flowgrpo.runs.state import State as State
+from flowgrpo.runs.state import add_adapter as add_adapter
+from flowgrpo.runs.state import export
+from flowgrpo.runs.state import make_optimizer as make_optimizer
 
 log = logging.getLogger("flowgrpo")
 MAY_CHANGE = {
@@ -66,7 +67,7 @@ class Run:
         self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, folder)
-        self.boards = boards.Boards(config, folder)
+        self.boards = loggers.Boards(config, folder)
 
     @classmethod
     def open(cls, config: Config) -> Run:
@@ -77,7 +78,7 @@ class Run:
                 configuration or is in use. Nothing is left behind or changed then.
         """
         folder = config.out_dir
-        boards.check(config)
+        loggers.check(config)
         if config.run.resume:
             _same_config(config, resume_config(folder))
             found = checkpoints.found(folder / "checkpoints")
@@ -95,7 +96,7 @@ class Run:
         values: Mapping[str, Any],
         seconds: Mapping[str, float] | float | None = None,
         kind: str = "train",
-        pictures: boards.Pictures | None = None,
+        pictures: loggers.Pictures | None = None,
     ) -> None:
         """Append one line to metrics.jsonl, and the same numbers to TensorBoard with `pictures`.
 
@@ -106,9 +107,9 @@ class Run:
             kind: "train", "eval", or "guided" (the base model with guidance).
             pictures: name -> picture; metrics.jsonl has none of them.
         """
-        line = {"iteration": iteration, "kind": kind, **checkpoints.plain(values)}
+        line = {"iteration": iteration, "kind": kind, **files.plain(values)}
         if seconds is not None:
-            line["seconds"] = checkpoints.plain(seconds)
+            line["seconds"] = files.plain(seconds)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         self.boards.write(line, kind, pictures or {})
@@ -124,7 +125,7 @@ class Run:
         (the evaluation's accuracy, if there was one at this iteration)."""
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        record = {**checkpoints.plain(state.counters()), "score": score, "versions": versions()}
+        record = {**files.plain(state.counters()), "score": score, "versions": versions()}
         lora = self.config.policy.adapter == "lora"
 
         def adapter(folder: Path) -> None:
@@ -168,7 +169,7 @@ class Run:
         model_card.write(beside, self.config, transformer, state.iteration, summary)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
-        checkpoints.write_json(self.dir / "summary.json", summary)
+        files.write_json(self.dir / "summary.json", summary)
 
     def close(self) -> None:
         """Flush and release the directory."""
@@ -249,7 +250,7 @@ def _create(folder: Path, config: Config) -> None:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(folder / "config.json", to_json(config))
+        files.write_text(folder / "config.json", to_json(config))
     except OSError as error:
         if made:
             shutil.rmtree(made[-1], ignore_errors=True)

@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from flowgrpo import evaluate, pictures, prompts, rewards, runs
+from flowgrpo import rewards
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.display import Display, within
-from flowgrpo.evaluate import Report
+from flowgrpo.evaluation import evaluate, pictures
+from flowgrpo.evaluation.evaluate import Report
 from flowgrpo.policies import Policy
+from flowgrpo.prompts import load
+from flowgrpo.runs import directory
+from flowgrpo.runs.display import Display, within
 
 
 class DivergedError(RuntimeError):
@@ -56,7 +59,7 @@ def first_time(policy: Policy) -> str:
 class Reports:
     """Logs, evaluates, draws and saves one run. Made by `Reports.open`; a context manager."""
 
-    def __init__(self, config: Config, policy: Policy, state: runs.State) -> None:
+    def __init__(self, config: Config, policy: Policy, state: directory.State) -> None:
         self.config, self.policy, self.state = config, policy, state
         self.held = evaluate.held_out(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported)
@@ -69,10 +72,10 @@ class Reports:
         self.before: dict[str, Report] = {}
         self._saved: int | None = None
         self._since = time.perf_counter()
-        self.run: runs.Run
+        self.run: directory.Run
 
     @classmethod
-    def open(cls, config: Config, policy: Policy, state: runs.State) -> Reports:
+    def open(cls, config: Config, policy: Policy, state: directory.State) -> Reports:
         """Check what is evaluated, make or take up the run directory, restore `state`, show the
         banner, and evaluate the untrained model (or read what was found then).
 
@@ -86,7 +89,7 @@ class Reports:
                 is left behind then.
         """
         reports = cls(config, policy, state)
-        reports.run = runs.Run.open(config)
+        reports.run = directory.Run.open(config)
         try:
             restored = reports.run.restore(state)
             reports._connect(restored)
@@ -218,7 +221,7 @@ class Reports:
             "dropped_groups": self.state.totals.get("dropped_groups", 0),
             "backend": backend(self.policy.device),
             "device": device_name(self.policy.device),
-            "versions": runs.versions(),
+            "versions": directory.versions(),
         }
 
     def _before(self, name: str, guidance: float, restored: bool) -> Report:
@@ -318,7 +321,7 @@ class Reports:
         return before + time.perf_counter() - self._since
 
 
-def banner(config: Config, policy: Policy, state: runs.State, folder: Path) -> dict[str, str]:
+def banner(config: Config, policy: Policy, state: directory.State, folder: Path) -> dict[str, str]:
     """Model, backend, group arithmetic and length of a run, one line each."""
     sample, optim, run = config.sample, config.optim, config.run
     trained = sum(p.numel() for p in state.parameters.values())
@@ -351,7 +354,7 @@ def _evaluated(config: Config, held: evaluate.HeldOut) -> str:
     text = (
         f"{len(held.prompts)} prompts x {held.samples} images in {config.sample.eval_steps} steps"
     )
-    if prompts.has_splits(config.sample.prompts):
+    if load.has_splits(config.sample.prompts):
         return f"{text}, prompts held out"
     return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"
 

@@ -1,0 +1,1 @@
+"""Held-out prompts -> images -> scores, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Prompt sets -> K prompts x G samples."""

@@ -1,0 +1,1 @@
+"""A run on disk and on the terminal: directory, checkpoints, progress, records."""

@@ -1,0 +1,1 @@
+"""Noise -> T steps of the transition -> latents: the sampler and its schedules."""
