@@ -104,15 +104,17 @@ def micro_step(made: Any, rollout: Any) -> tuple[AbstractContextManager, Callabl
     """(where an update does it, one forward and backward)."""
     if isinstance(made, family.Family):
         return nullcontext(), lambda: made.micro_step(rollout[0], 0)[0].backward()
-    from flowgrpo import losses
+    from flowgrpo import objectives, update
     from flowgrpo.records import Experience
 
     parts, rows = made.parts, made.case.rows
     values = [torch.ones(rows, device=on_meta.DEVICE) for _ in range(2)]
     experience = Experience(rollout, made.conditioning, parts.uncond, *values)
-    experience = losses.as_rolled_out(parts.policy, parts.plan, experience)
-    batch = losses.gather(parts.plan, experience, slice(0, made.case.batch), range(1))
-    inputs = (parts.policy, losses.grpo, batch, made.config, 1)
+    experience = update.with_prepared_conditioning(parts.policy, parts.schedule, experience)
+    batch = objectives.gather_trained_steps(
+        parts.schedule, experience, slice(0, made.case.batch), range(1)
+    )
+    inputs = (batch, made.config, 1)
     return parts.micro_step.accumulating(), lambda: parts.micro_step(*inputs)
 
 

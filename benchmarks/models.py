@@ -27,7 +27,7 @@ def nano() -> Model:
     """The embedded model, its weights read from the package."""
     from flowgrpo.nano import recipe
     from flowgrpo.policies import Policy
-    from flowgrpo.runs.directory import quiet_loading
+    from flowgrpo.runs.process import quiet_loading
 
     quiet_loading()
     policy = Policy.load("nano", device="cpu", dtype="float32")

@@ -23,7 +23,8 @@ import records  # noqa: E402
 from rapidfuzz.distance import Levenshtein  # noqa: E402
 from renders import FONTS, SIZES, renders  # noqa: E402
 
-from flowgrpo.prompts import load, sets  # noqa: E402
+from flowgrpo.prompts import sets  # noqa: E402
+from flowgrpo.prompts.load import load_prompts  # noqa: E402
 from flowgrpo.rewards import ocr  # noqa: E402
 from flowgrpo.rewards.images import to_pil  # noqa: E402
 
@@ -33,7 +34,7 @@ LIBRARIES = ("rapidocr", "onnxruntime", "rapidfuzz", "pillow", "matplotlib")
 def main(count: int) -> None:
     """Score, print the means and write the record."""
     folder = str(sets.folder("ocr"))
-    texts = [*load.load(folder, "test").texts, *load.load(folder, "train").texts][:count]
+    texts = [*load_prompts(folder, "test").texts, *load_prompts(folder, "train").texts][:count]
     wanted = [ocr.quoted_text(text) for text in texts]
     read = ocr.ENGINES["rapidocr"]()
     images = [to_pil(image) for image in renders(wanted)]

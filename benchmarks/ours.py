@@ -15,12 +15,13 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from flowgrpo import train
+from flowgrpo import train, update
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
 from flowgrpo.policies import Conditioning, base
+from flowgrpo.prompts.batches import prompt_batch
 from flowgrpo.records import Experience, Trajectory
-from flowgrpo.rewards.background import Scoring
+from flowgrpo.rewards.background import BackgroundScoring
 
 # A deviation of the ratio is recorded here; the trainer would stop.
 ANY = 1e9
@@ -89,7 +90,7 @@ class Ours:
         self.case, self.config = case, config(case, device, **changes)
         made = given(case.model, device, self.config.policy.dtype, whole)
         self.parts = train.setup(self.config, **made)
-        self.prompts = train.prompts.batch(self.parts.prompts, self.config, 0)
+        self.prompts = prompt_batch(self.parts.prompts, self.config, 0)
         self.conditioning = self.parts.policy.encode(self.prompts.texts)
 
     def rollout(self) -> Trajectory:
@@ -107,13 +108,21 @@ class Ours:
         weights = torch.ones(self.case.rows) if weights is None else weights
         parts = self.parts
         experience = Experience(trajectory, self.conditioning, parts.uncond, gains, weights)
-        metrics = train.update(parts, experience.to(parts.policy.device), self.config)
+        metrics = update.update(
+            parts.schedule,
+            parts.state,
+            parts.micro_step,
+            experience.to(parts.policy.device),
+            self.config,
+        )
         return metrics["max_ratio_error"]
 
     def iteration(self) -> float:
         """The body of the trainer's loop; the largest |ratio - 1| before its update."""
         parts = self.parts
-        scoring = Scoring(parts.scorer, self.prompts, self.case.group_size, parts.worker)
+        scoring = BackgroundScoring(
+            parts.scorer, self.prompts, self.case.group_size, parts.reward_thread
+        )
         trajectory = train.collect(parts, self.conditioning, self.config, scoring)
         scores = scoring.finish()
         gains, weights = advantages(scores.total.view(-1, self.case.group_size), self.config.optim)

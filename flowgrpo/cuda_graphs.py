@@ -210,7 +210,7 @@ class Graphs:
         try:
             self.recorder.warm_up(body)
             warm = True
-            with compiled.settled() if self.policy.compiled else nullcontext():
+            with compiled.no_recompile() if self.policy.compiled else nullcontext():
                 replay, result = self.recorder.capture(body)
         except Exception as error:
             first = problems[0] if problems else error
@@ -321,8 +321,8 @@ def _switches(policy: Policy) -> tuple[Any, ...]:
             found.append((module.disable_adapters, ready, *names, *module.scaling.items()))
             if ready and matrices is not module._fixed:
                 raise RuntimeError(
-                    "a graph was asked for inside Policy.steady, whose matrices will be let go; "
-                    "set policy.graphs first, or enter steady with fixed=True"
+                    "a graph was asked for inside Policy.frozen_weights, whose matrices will be "
+                    "let go; set policy.graphs first, or enter frozen_weights with fixed=True"
                 )
     return tuple(found)
 

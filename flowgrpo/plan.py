@@ -140,7 +140,7 @@ KNOWN = {
 """Hub id -> sizes."""
 
 
-def architecture(model: str) -> Architecture | None:
+def sizes_of(model: str) -> Architecture | None:
     """The sizes of a pipeline, known by its Hub id or read from its folder; None if neither."""
     if model in KNOWN:
         return KNOWN[model]
@@ -184,7 +184,7 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def memory(config: Config, arch: Architecture) -> dict[str, float]:
+def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     """GiB of each part at its largest, and under "total" the expected peak."""
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
@@ -233,17 +233,21 @@ def _reward_models(config: Config) -> dict[str, float]:
     return {model: n for name in names for model, n in REWARD_MODELS.get(name, {}).items()}
 
 
-def fitted(config: Config, available: float | None = None) -> Config:
+def fit_batch_size(config: Config, available: float | None = None) -> Config:
     """`config` with as many rows a forward as `available` GiB allow (default: this machine's GPU,
     or else 80): a divisor of the rows of one update, at most MOST_ROWS; 1 where none fits."""
     available = available or gpu_memory() or 80.0
-    arch, sample = architecture(config.policy.model), config.sample
+    arch, sample = sizes_of(config.policy.model), config.sample
     share = sample.rows // config.optim.updates_per_iteration
     best = config
     for rows in range(1, MOST_ROWS + 1):
         if share % rows == 0:
             trial = replace(config, **{"sample.batch_size": rows})
-            if rows == 1 or arch is None or memory(trial, arch)["total"] <= FILL * available:
+            if (
+                rows == 1
+                or arch is None
+                or expected_memory(trial, arch)["total"] <= FILL * available
+            ):
                 best = trial
     return best
 
@@ -257,7 +261,7 @@ def gpu_memory() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
-def plan(config: Config, available: float | None = None) -> dict[str, str]:
+def plan_lines(config: Config, available: float | None = None) -> dict[str, str]:
     """The group arithmetic and the expected memory of a run, a line each."""
     sample, optim = config.sample, config.optim
     lines = {
@@ -267,10 +271,10 @@ def plan(config: Config, available: float | None = None) -> dict[str, str]:
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{sample.trained_steps} steps",
     }
-    arch = architecture(config.policy.model)
+    arch = sizes_of(config.policy.model)
     if arch is None or config.policy.adapter == "full":
         return lines
-    found = memory(config, arch)
+    found = expected_memory(config, arch)
     parts = ", ".join(f"{n} {v:.1f}" for n, v in found.items() if n != "total" and v >= 0.05)
     text = f"about {found['total']:.0f} GiB"
     if available is not None:

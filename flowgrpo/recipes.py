@@ -104,7 +104,7 @@ def _finished(config: Config, memory: float | None, overrides: dict[str, Any]) -
     config = replace(config, **named)
     if rows is not None:
         return replace(config, **{"sample.batch_size": rows})
-    return plan.fitted(config, memory)
+    return plan.fit_batch_size(config, memory)
 
 
 def paper(

@@ -63,10 +63,10 @@ class Trajectory:
     """float32 [T+1, B, C, H, W]: latents[i] is what step i was fed, latents[T] the result."""
     log_probs: Tensor
     """float32 [T, B]: log-probability of latents[i+1] given latents[i]; 0 for an ODE step."""
-    steps: Tensor
+    table_rows: Tensor
     """int64 [W, B]: rows of the transition table for the trained steps."""
-    positions: Tensor
-    """int64 [W, B]: the same steps as places i in `latents`."""
+    trained_steps: Tensor
+    """int64 [W, B]: the same steps as indices i of `latents`."""
     groups: Tensor
     """int64 [B]: the prompt of each row, as a place in the K embeddings."""
     seeds: Tensor
@@ -106,7 +106,7 @@ class Batch:
     sigma: Tensor
     """float32 [M]."""
     transitions: Transitions
-    step: Tensor
+    table_row: Tensor
     """int64 [M]: rows of the transition table."""
     conditioning: Conditioning
     """M rows."""
@@ -121,7 +121,7 @@ class Batch:
     weights: Tensor
     """float32 [M]."""
     step_weights: Tensor
-    """float32 [M]: see `rollout.step_weights`."""
+    """float32 [M]: see `schedule.step_weights`."""
 
 
 @dataclass(frozen=True)

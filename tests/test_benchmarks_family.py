@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrpo import train
+from flowgrpo import update
 from flowgrpo.records import Experience
 from flowgrpo_kernels import initial_noise
 from flowgrpo_kernels.philox import normals
@@ -104,7 +104,7 @@ def test_same_losses_and_gradients(pair):
     gains, weights = theirs.advantages, torch.ones(case.rows)
     experience = Experience(trajectory, mine.conditioning, mine.parts.uncond, gains, weights)
     before = {n: p.detach().clone() for n, p in mine.parts.state.parameters.items()}
-    metrics = train.update(mine.parts, experience, mine.config)
+    metrics = update.update(mine.parts, experience, mine.config)
     with torch.no_grad():
         for name, parameter in mine.parts.state.parameters.items():
             assert not torch.equal(parameter, before[name])

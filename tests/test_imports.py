@@ -17,7 +17,17 @@ KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
 TRAINER = ROOT / "flowgrpo"
 
 # One training step in the order of the data: a stage may use what comes before it, never after it.
-STAGES = ("prompts", "policies", "sampling", "rewards", "advantages", "losses", "train", "cli")
+STAGES = (
+    "prompts",
+    "policies",
+    "sampling",
+    "rewards",
+    "advantages",
+    "objectives",
+    "update",
+    "train",
+    "cli",
+)
 
 # What `import transformers, diffusers` reach only when a model is imported.
 PROBE = """

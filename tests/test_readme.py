@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flowgrpo import nano, rewards, train
-from flowgrpo.cli import main
+from flowgrpo.cli import options
+from flowgrpo.cli.train import parse_train
 from flowgrpo.records import Prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def test_the_reward_of_the_readme(monkeypatch):
     exec(block("@configurable"), module.__dict__)
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     [line] = [line for line in LINES if "my_rewards:score.weight" in line]
-    config = main.parse_train(shlex.split(line)[2:])
+    config = parse_train(shlex.split(line)[2:])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     images[1, 2] = 255
     assert config.reported == ("nano_strict", "nano_partial", "my_rewards:score")
@@ -91,7 +92,7 @@ def test_training_commands_parse(line, tmp_path, monkeypatch):
     words = shlex.split(line[line.index("flowgrpo train") :])[2:]
     if "--run.resume" in words:
         monkeypatch.setattr("flowgrpo.runs.directory.resume_config", lambda folder: nano.recipe())
-    assert main.parse_train(words).run.steps > 0
+    assert parse_train(words).run.steps > 0
 
 
 def test_other_commands_are_there():
@@ -99,9 +100,11 @@ def test_other_commands_are_there():
         if line.startswith("flowgrpo ") and not line.startswith("flowgrpo train"):
             words = shlex.split(line)
             assert words[1] in ("evaluate", "sample", "doctor", "serve-reward"), line
-            known = {"evaluate": main.Evaluate, "sample": main.Sample}.get(words[1])
+            known = {"evaluate": options.EvaluateOptions, "sample": options.SampleOptions}.get(
+                words[1]
+            )
             if known is not None:
-                assert main.parse(known, words[2:], line)
+                assert options.parse(known, words[2:], line)
 
 
 def test_links_resolve():

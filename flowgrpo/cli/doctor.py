@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowgrpo.nano import MODEL_DIR
-from flowgrpo.runs import directory
+from flowgrpo.runs.process import versions
 
 # Optional packages and what is off without them.
 OPTIONAL = {
@@ -39,7 +39,7 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
     """Print what was found, and return it."""
     console = console or Console(highlight=False)
     found = {
-        "versions": directory.versions(),
+        "versions": versions(),
         "cpu": cpu(),
         "gpus": gpus(),
         "bfloat16": {device: bfloat16(device) for device in devices()},
@@ -197,7 +197,7 @@ def recipe_states(memory: float | None = None) -> dict[str, str]:
     models = {}
     for name in sorted(set(recipes.RECIPES) - {"nano"}):
         config = recipes.recipe(name, memory=memory)
-        need = plan.memory(config, plan.KNOWN[config.policy.model])["total"]
+        need = plan.expected_memory(config, plan.KNOWN[config.policy.model])["total"]
         little = ", more than there is" if memory and need > memory else ""
         rows = config.sample.batch_size
         images = f"{rows} image{'s' * (rows > 1)} a forward"

@@ -229,6 +229,8 @@ class RewardConfig:
 class OptimConfig:
     """The loss and the optimizer."""
 
+    objective: str = "grpo"
+    """What is learned from the rewards, a row of objectives.py: grpo."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)

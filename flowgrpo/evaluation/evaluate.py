@@ -30,13 +30,14 @@ from torch import Tensor
 from flowgrpo import files, rewards, seeds
 from flowgrpo.config import Config
 from flowgrpo.evaluation import pictures
+from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
 from flowgrpo.policies import Policy
-from flowgrpo.prompts import load
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.records import Prompts
-from flowgrpo.sampling.rollout import sample
+from flowgrpo.sampling.rollout import sample_images
 
 Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
-Watch = Callable[[str, int], None]
+OnProgress = Callable[[str, int], None]
 """Told how far an evaluation is: f("sampling", images there), then f("scoring", all of them)."""
 
 QUALITY = {"nano": "flowgrpo.nano.verify:quality"}
@@ -47,7 +48,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvaluationSet:
     """What is evaluated: prompts that training never sees, each with its seeds."""
 
     prompts: Prompts
@@ -64,7 +65,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Report:
+class Evaluation:
     """The result of one evaluation."""
 
     accuracy: float
@@ -121,7 +122,7 @@ class Report:
         files.write_text(folder / "report.json", json.dumps(values, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Report:
+    def load(cls, folder: Path) -> Evaluation:
         """The report that `save` wrote."""
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tensors = files.read_tensors(folder / "images.safetensors")
@@ -130,12 +131,12 @@ class Report:
         return cls(**values, **tensors)
 
 
-def held_out(config: Config, split: str = "heldout") -> HeldOut:
+def evaluation_set(config: Config, split: str = "heldout") -> EvaluationSet:
     """The prompts and seeds that `config` evaluates: `run.eval_prompts` of the set's split.
 
     The tasks take turns, so each has the same number of entries.
     """
-    found = select(load.load(config.sample.prompts, split), config.run.eval_prompts)
+    found = select(load_prompts(config.sample.prompts, split), config.run.eval_prompts)
     places, occurrence = found.indices.numpy(), np.zeros(len(found), dtype=np.int64)
     seen: dict[int, int] = {}
     for row, place in enumerate(places.tolist()):
@@ -143,7 +144,7 @@ def held_out(config: Config, split: str = "heldout") -> HeldOut:
         seen[place] = seen.get(place, 0) + 1
     number = occurrence[:, None] * config.run.eval_samples + np.arange(config.run.eval_samples)
     drawn = seeds.sample_seeds(0, seeds.EVALUATION, places[:, None], number)
-    return HeldOut(found, torch.from_numpy(drawn.reshape(-1)), config.run.eval_samples)
+    return EvaluationSet(found, torch.from_numpy(drawn.reshape(-1)), config.run.eval_samples)
 
 
 def select(found: Prompts, count: int) -> Prompts:
@@ -185,15 +186,15 @@ def tolerances_of(prompt_set: str) -> dict[str, float]:
 
 def evaluate(
     policy: Policy,
-    held: HeldOut,
+    held: EvaluationSet,
     scorer: rewards.Scorer,
     *,
     steps: int,
     batch_size: int,
     guidance_scale: float = 1.0,
     quality: Quality | None = None,
-    watch: Watch | None = None,
-) -> Report:
+    watch: OnProgress | None = None,
+) -> Evaluation:
     """Sample and score the held-out prompts with the policy's present weights.
 
     Args:
@@ -204,7 +205,7 @@ def evaluate(
         watch: told how far it is, for example a `display.Watch`.
     """
     started = time.perf_counter()
-    images = sample_images(
+    images = generate_images(
         policy,
         held.prompts.texts,
         held.seeds,
@@ -222,12 +223,15 @@ def evaluate(
         for name, values in parts.items()
     }
     first = next(iter(per_prompt))
-    intervals = {name: bootstrap(values, held) for name, values in per_prompt.items()}
+    intervals = {
+        name: bootstrap(values, held.tags, held.prompts.indices)
+        for name, values in per_prompt.items()
+    }
     metadata = [entry for entry in held.prompts.metadata for _ in range(held.samples)]
     figures = {"diversity": diversity(images, held.samples)} if held.samples > 1 else {}
     figures |= dict(quality(images.cpu(), metadata)) if quality else {}
     shown = images[:: held.samples][:SHOWN].cpu()
-    return Report(
+    return Evaluation(
         accuracy=balanced_mean(per_prompt[first], held.tags),
         interval=intervals[first],
         tasks=task_means(per_prompt[first], held.tags),
@@ -245,7 +249,7 @@ def evaluate(
     )
 
 
-def sample_images(
+def generate_images(
     policy: Policy,
     texts: Sequence[str],
     seeds: Tensor,
@@ -254,7 +258,7 @@ def sample_images(
     steps: int,
     batch_size: int,
     guidance_scale: float = 1.0,
-    watch: Watch | None = None,
+    watch: OnProgress | None = None,
 ) -> Tensor:
     """uint8 [N * samples, 3, H, W]: `samples` images of each text, by the deterministic sampler."""
     texts = list(texts)
@@ -268,7 +272,7 @@ def sample_images(
             torch.cuda.synchronize(policy.device)
         watch("sampling", count)
 
-    return sample(
+    return sample_images(
         policy,
         conditioning,
         steps=steps,
@@ -281,51 +285,7 @@ def sample_images(
     )
 
 
-def task_means(per_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
-    """Mean of each task in the order of first appearance; prompts whose reward failed are left
-    out. Empty if the prompts have no tasks."""
-    names = list(dict.fromkeys(tags))
-    if names == [""]:
-        return {}
-    of = np.asarray(tags)
-    return {name: float(np.nanmean(per_prompt[of == name])) for name in names}
-
-
-def balanced_mean(per_prompt: np.ndarray, tags: Sequence[str]) -> float:
-    """The mean over tasks of their means; over prompts if there are no tasks."""
-    means = task_means(per_prompt, tags)
-    return float(np.nanmean(list(means.values()) if means else per_prompt))
-
-
-def bootstrap(per_prompt: np.ndarray, held: HeldOut, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of `balanced_mean`: prompts are drawn anew within their tasks.
-
-    Entries that repeat a prompt are one unit, as they are not independent of each other.
-    """
-    generator = np.random.default_rng(0)
-    tags, places = np.asarray(held.tags), held.prompts.indices.numpy()
-    means = []
-    for tag in dict.fromkeys(held.tags):
-        rows = (tags == tag) & np.isfinite(per_prompt)
-        units, place = np.unique(places[rows], return_inverse=True)
-        if not len(units):
-            continue
-        sums = np.bincount(place, weights=per_prompt[rows])
-        counts = np.bincount(place)
-        drawn = generator.integers(len(units), size=(draws, len(units)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def diversity(images: Tensor, samples: int) -> float:
-    """Mean root-mean-square distance of two images of one prompt, for pixels in [0, 1]."""
-    pixels = images.view(-1, samples, images[0].numel()).float() / 255
-    distances = torch.cdist(pixels, pixels) / pixels.shape[-1] ** 0.5
-    return float(distances.sum() / (len(pixels) * samples * (samples - 1)))
-
-
-def grid(reports: Mapping[str, Report], held: HeldOut) -> Image.Image:
+def grid(reports: Mapping[str, Evaluation], held: EvaluationSet) -> Image.Image:
     """The images of `reports` (label -> report): the same prompts and seeds, one row each."""
     texts = held.prompts.texts[: len(next(iter(reports.values())).shown)]
     rows = {label: report.shown for label, report in reports.items()}
@@ -333,6 +293,6 @@ def grid(reports: Mapping[str, Report], held: HeldOut) -> Image.Image:
     return pictures.grid(rows, texts, marks)
 
 
-def picture(reports: Mapping[str, Report], held: HeldOut, path: Path) -> Path:
+def picture(reports: Mapping[str, Evaluation], held: EvaluationSet, path: Path) -> Path:
     """Write the `grid` of `reports`."""
     return pictures.save(grid(reports, held), path)

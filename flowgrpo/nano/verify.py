@@ -43,7 +43,7 @@ TOLERANCES = {"palette": 0.02, "background": 0.02, "junk": 0.03, "diversity": -0
 
 
 @dataclass(frozen=True)
-class Found:
+class Detected:
     """One object of an image: its names (None where unrecognisable), centroid and box sides in
     pixels."""
 
@@ -101,7 +101,7 @@ def _classify(alpha: np.ndarray, center: np.ndarray, area: float) -> str | None:
     return best
 
 
-def find_objects(image: np.ndarray) -> list[Found]:
+def find_objects(image: np.ndarray) -> list[Detected]:
     """Objects of one image, uint8 [3, 24, 24], in the order of their first pixel."""
     pixels = image.astype(np.float32).transpose(1, 2, 0) / 255
     offset = pixels - _BACKGROUND
@@ -135,17 +135,17 @@ def find_objects(image: np.ndarray) -> list[Found]:
         error = float(errors[nearest])
         shape = _classify(alpha, center, area) if area >= MIN_AREA else None
         name = _COLOR_NAMES[nearest] if error <= COLOR_DISTANCE else None
-        found.append(Found(shape, name, (float(center[0]), float(center[1])), extent, error))
+        found.append(Detected(shape, name, (float(center[0]), float(center[1])), extent, error))
     return found
 
 
-def _junk(mask: np.ndarray) -> Found:
+def _junk(mask: np.ndarray) -> Detected:
     rows, cols = np.nonzero(mask)
     extent = (float(np.ptp(cols) + 1), float(np.ptp(rows) + 1))
-    return Found(None, None, (float(cols.mean()) + 0.5, float(rows.mean()) + 0.5), extent, 1.0)
+    return Detected(None, None, (float(cols.mean()) + 0.5, float(rows.mean()) + 0.5), extent, 1.0)
 
 
-def _score_one(objects: list[Found], metadata: dict) -> tuple[float, float]:
+def _score_one(objects: list[Detected], metadata: dict) -> tuple[float, float]:
     """(strict, partial) of one image's objects against one GenEval-style record."""
     groups, terms = [], []
     for wanted in metadata["include"]:
@@ -169,7 +169,7 @@ def _score_one(objects: list[Found], metadata: dict) -> tuple[float, float]:
     return strict, partial
 
 
-def _holds(name: str, group: list[Found], others: list[Found]) -> bool:
+def _holds(name: str, group: list[Detected], others: list[Detected]) -> bool:
     if not group or not others:
         return False
     a, b = group[0], others[0]

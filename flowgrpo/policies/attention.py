@@ -51,7 +51,7 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         )
     for layer in joint:
         layer.set_processor(JointAttention())
-        lora.one_input(layer, OWN, ADDED)
+        lora.share_input(layer, OWN, ADDED)
     backend = None if name == PLAIN else _backend(name)
     if backend in KERNELS:
         _leave_switches_alone(backend)
@@ -64,7 +64,7 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
         # says so before the first image.
         parts = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
         out = attend(*parts, backend).sum()
-        with deterministic.repeatable():
+        with deterministic.deterministic_backward():
             out.backward()
     except Exception as error:
         raise ConfigError(
@@ -183,7 +183,7 @@ class JointAttention:
 
 def projections(attn: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """Query, key and value of the tokens x [B, N, C], by the layers of these names: [B, N, H D]."""
-    return lora.together([getattr(attn, name) for name in names], x)
+    return lora.joint_projection([getattr(attn, name) for name in names], x)
 
 
 def _sd3_layers(transformer: nn.Module) -> list[Attention]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import compiled, lora, modulation, pipelines
+from flowgrpo.policies import compiled as policies_compiled
+from flowgrpo.policies import lora, modulation, pipelines
 from flowgrpo.policies.conditioning import Conditioning as Conditioning
 
 
@@ -126,10 +127,10 @@ class Policy(ABC):
 
         policy.attention = attention.pin(policy.transformer, config.attention, device, dtype)
         if config.compile:
-            compiled.compile_blocks(policy.transformer)
+            policies_compiled.compile_blocks(policy.transformer)
             policy.compiled = True
         else:
-            modulation.accept(policy.transformer)
+            modulation.install(policy.transformer)
         if config.fused:
             from flowgrpo.policies import blocks as policies_blocks
 
@@ -150,24 +151,23 @@ class Policy(ABC):
         float32 sigma [B]: the same bits with gradients and without."""
         if not self.compiled or torch.is_grad_enabled():
             return self._velocity(sample, sigma, conditioning)
-        with compiled.training_form():
+        with policies_compiled.as_training_forward():
             return self._velocity(sample, sigma, conditioning).detach()
 
     @abstractmethod
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
-    def varying(self) -> str | None:
+    def why_not_precomputed(self) -> str | None:
         """Why each forward has to compute what `prepare` would; None: it does not."""
         if self.compiled:
             # Each block would have its own place in the table, and so its own compilation.
             return "policy.compile is on"
-        return modulation.hindrance(self.transformer)
+        return modulation.why_not(self.transformer)
 
-    @property
-    def form(self) -> str:
-        """How the forward is computed, for the reader of a run."""
+    def describe(self) -> str:
+        """Say how the forward is computed, for the reader of a run."""
         blocks = "compiled" if self.compiled else "fused" if self.fused else "diffusers'"
-        why = self.varying()
+        why = self.why_not_precomputed()
         times = "once a rollout" if why is None else f"in every forward ({why})"
         return f"attention {self.attention}, blocks {blocks}, modulation {times}"
 
@@ -178,7 +178,7 @@ class Policy(ABC):
 
         As it was, if it has them already, or if trained weights or adapters have a part in them.
         """
-        if conditioning.prepared or self.varying():
+        if conditioning.prepared or self.why_not_precomputed():
             return conditioning
         steps, rows = len(sigmas) - 1, len(conditioning)
         sigma = sigmas[:-1].repeat_interleave(rows)
@@ -186,20 +186,20 @@ class Policy(ABC):
         return Conditioning(
             self.transformer.context_embedder(conditioning.embeds),
             conditioning.pooled,
-            modulation.table(self.transformer, embedded).view(steps, rows, -1),
+            modulation.precompute(self.transformer, embedded).view(steps, rows, -1),
         )
 
     @abstractmethod
     def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
         """[R, D]: what the transformer makes of the time [R] and the pooled text [R, P]."""
 
-    def _told(self, conditioning: Conditioning) -> AbstractContextManager[None]:
+    def _with_precomputed(self, conditioning: Conditioning) -> AbstractContextManager[None]:
         """Inside, the transformer takes from `conditioning` what `prepare` has put there."""
         if conditioning.table is not None:
             raise ValueError("conditioning: of all steps; take one by its at or rows_at")
         if conditioning.modulation is None:
             return nullcontext()
-        return modulation.given(
+        return modulation.using(
             self.transformer,
             time_text_embed=conditioning.modulation,
             context_embedder=conditioning.embeds,
@@ -227,7 +227,7 @@ class Policy(ABC):
             finally:
                 self.transformer = trained
             return
-        layers = lora.layers(self.transformer)
+        layers = lora.lora_layers(self.transformer)
         if not layers:
             raise RuntimeError(
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
@@ -236,13 +236,14 @@ class Policy(ABC):
         with lora.switched_off(layers):
             yield
 
-    def steady(self, fixed: bool = False) -> AbstractContextManager[None]:
+    def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
         """Inside, no parameter changes, so what `velocity` makes of them alone is made once.
 
         With `graphs`, or if `fixed`, it lies in the same memory every time, and graphs recorded
-        inside read it there. Graphs that enter `steady` themselves make it anew in each replay.
+        inside read it there. Graphs that enter `frozen_weights` themselves make it anew in each
+        replay.
         """
-        return lora.held(lora.layers(self.transformer), fixed or self.graphs is not None)
+        return lora.merged(lora.lora_layers(self.transformer), fixed or self.graphs is not None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import lora
 from flowgrpo.policies.attention import ADDED, OWN, JointAttention, attend, projections
-from flowgrpo.policies.compiled import blocks
+from flowgrpo.policies.compiled import transformer_blocks
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
 
@@ -43,7 +43,7 @@ def fuse(transformer: nn.Module) -> None:
             changed then.
     """
     _check_sizes(transformer)
-    forwards, found = {}, set(blocks(transformer))
+    forwards, found = {}, set(transformer_blocks(transformer))
     for name, module in transformer.named_modules():
         if module in found:
             if type(module) not in BLOCKS:
@@ -55,7 +55,7 @@ def fuse(transformer: nn.Module) -> None:
     for module, forward in forwards.items():
         module.forward = MethodType(forward, module)
         if isinstance(getattr(module, "attn", None), flux.FluxAttention):
-            lora.one_input(module.attn, OWN, ADDED)
+            lora.share_input(module.attn, OWN, ADDED)
 
 
 def _norm_out(self: nn.Module, x: Tensor, conditioning_embedding: Tensor) -> Tensor:

@@ -32,12 +32,12 @@ def compile_blocks(transformer: nn.Module) -> None:
 
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
-    for block in blocks(transformer):
+    for block in transformer_blocks(transformer):
         # Off by default, but TORCHINDUCTOR_CUDAGRAPHS in the environment would turn them on.
         block.compile(fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
 
 
-def blocks(transformer: nn.Module) -> list[nn.Module]:
+def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of a diffusers transformer, those of one stream (FLUX) after those of two."""
     return [
         *transformer.transformer_blocks,
@@ -45,13 +45,13 @@ def blocks(transformer: nn.Module) -> list[nn.Module]:
     ]
 
 
-def settled() -> AbstractContextManager[None]:
+def no_recompile() -> AbstractContextManager[None]:
     """Inside, a block that was not compiled for what it is given raises RuntimeError."""
     return torch.compiler.set_stance("fail_on_recompile")
 
 
 @contextmanager
-def training_form() -> Iterator[None]:
+def as_training_forward() -> Iterator[None]:
     """Inside, a forward is computed as for training, but nothing is kept for a backward."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _refuse):
         yield

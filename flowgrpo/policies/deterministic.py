@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
+def deterministic_backward() -> Iterator[None]:
     """For a backward pass: inside, attention's gradients have the same bits every time, where
     `runs.prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
     adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
@@ -20,7 +20,7 @@ def repeatable() -> Iterator[None]:
         yield
 
 
-def as_in_the_forward() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For a forward that a `repeatable` backward pass runs again (`context_fn` of torch's
     checkpoint): nothing for the first time, and the settings of now for the second. Under others
     PyTorch refuses some attention kernels (cuDNN's), and torch.compile would compile once more."""

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 Matrices = tuple[Tensor, Tensor, Tensor | None]
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def lora_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that PEFT has put an adapter into, in the model's order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -53,7 +53,7 @@ def switched_off(these: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def held(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
+def merged(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
     """Inside, A and [W, s B] are made once and not in every call: no parameter may change.
 
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
@@ -71,14 +71,14 @@ def held(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
             layer._matrices = None
 
 
-def one_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
+def share_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
     """Say that `module` calls each of these groups of its layers by `together`."""
     module._one_input = groups
 
 
-def shorten(model: nn.Module) -> None:
+def install(model: nn.Module) -> None:
     """Give every plain LoRA linear layer of `model` the forward of this file; leave the others."""
-    for layer in layers(model):
+    for layer in lora_layers(model):
         if _is_plain(layer):
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
@@ -96,7 +96,7 @@ def shorten(model: nn.Module) -> None:
                 group[0]._leads = group
 
 
-def together(these: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def joint_projection(these: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """[layer(x) for layer in these], from one product if their module has said so (`one_input`)
     and all of them have their adapters; the results are slices of it."""
     leader, group = these[0], tuple(these)
@@ -129,8 +129,8 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
     if self.disable_adapters or self.merged:
         return self.base_layer(x)
     group = (self,)
-    held = self._matrices if self._leads == group else None
-    return _product(group, held or _matrices(group), x)[0]
+    merged = self._matrices if self._leads == group else None
+    return _product(group, merged or _matrices(group), x)[0]
 
 
 def _product(

@@ -30,7 +30,7 @@ from types import MethodType
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowgrpo.policies.compiled import blocks
+from flowgrpo.policies.compiled import transformer_blocks
 
 BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 """Blocks that use c for their norms alone."""
@@ -41,7 +41,7 @@ NORMS = (
 """Norms that use c in linear(silu(c)) alone."""
 
 
-class Given(nn.Module):
+class Constant(nn.Module):
     """Stands in for a module whose result is known."""
 
     def __init__(self, value: object) -> None:
@@ -53,12 +53,12 @@ class Given(nn.Module):
 
 
 @contextmanager
-def given(model: nn.Module, **values: object) -> Iterator[None]:
+def using(model: nn.Module, **values: object) -> Iterator[None]:
     """Inside, the children of `model` by these names return these values."""
     own = {name: getattr(model, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(model, name, Given(value))
+            setattr(model, name, Constant(value))
         yield
     finally:
         for name, module in own.items():
@@ -70,7 +70,7 @@ def norms(transformer: nn.Module) -> list[nn.Module]:
     return [m for m in transformer.modules() if type(m).__name__ in NORMS]
 
 
-def accept(transformer: nn.Module) -> None:
+def install(transformer: nn.Module) -> None:
     """Let the norms take a row of the table in place of c. Before adapters are added."""
     found = norms(transformer)
     wide, start = sum(norm.linear.out_features for norm in found), 0
@@ -94,11 +94,11 @@ def _linear(self: nn.Module, c: Tensor) -> Tensor:
     return F.linear(c, self.weight, self.bias)
 
 
-def hindrance(transformer: nn.Module) -> str | None:
+def why_not(transformer: nn.Module) -> str | None:
     """Why modulations and text projection are no constants of this transformer; None: they are."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for block in blocks(transformer):
+    for block in transformer_blocks(transformer):
         if type(block).__name__ not in BLOCKS:
             return f"{type(block).__name__} may use the time in other ways"
     roots = [(name, getattr(transformer, name)) for name in ("time_text_embed", "context_embedder")]
@@ -112,7 +112,7 @@ def hindrance(transformer: nn.Module) -> str | None:
     return None
 
 
-def table(transformer: nn.Module, c: Tensor) -> Tensor:
+def precompute(transformer: nn.Module, c: Tensor) -> Tensor:
     """[R, M]: the modulations of all norms for c [R, D]."""
     found = norms(transformer)
     out = c.new_empty(len(c), found[0].linear._wide)

@@ -39,7 +39,7 @@ WHOLE = 1 << 20
 """Bytes up to which a file's content counts whole in the cache's key."""
 
 
-class Texts:
+class TextEncoder:
     """Conditioning of texts by `encode`, which is given one text and returns one row.
 
     With `offload` the `encoders` are on `device` only while texts are being encoded.
@@ -50,7 +50,7 @@ class Texts:
         encode: Callable[[str], Conditioning],
         encoders: Sequence[nn.Module],
         device: torch.device,
-        cache: Cache | None = None,
+        cache: TextCache | None = None,
         offload: bool = False,
     ) -> None:
         self._encode, self._encoders, self._device = encode, encoders, device
@@ -85,7 +85,7 @@ class Texts:
                 encoder.to("cpu")
 
 
-class Cache:
+class TextCache:
     """Embeddings in the folder `folder`; `identity` holds what they depend on beside the text."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -147,7 +147,7 @@ def open_cache(
     dtype: torch.dtype,
     max_length: int,
     device: torch.device,
-) -> Cache | None:
+) -> TextCache | None:
     """The cache that `policy.text_cache` names, for the text parts of the pipeline in `folder`.
 
     Args:
@@ -167,7 +167,7 @@ def open_cache(
         "device": on,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
-    return Cache((home if setting == "auto" else Path(setting)).expanduser(), identity)
+    return TextCache((home if setting == "auto" else Path(setting)).expanduser(), identity)
 
 
 def fingerprint(folder: Path, parts: Iterable[str]) -> str:

@@ -12,12 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from flowgrpo import seeds
-from flowgrpo.config import Config, ConfigError
+from flowgrpo.config import ConfigError
 from flowgrpo.config.validation import require
 from flowgrpo.prompts import hub, sets
 from flowgrpo.records import Prompts
@@ -29,7 +24,7 @@ TABLES = (".json", ".csv", ".tsv")
 """Files of text whose lines would be taken for prompts."""
 
 
-def load(name: str, split: str = "train") -> Prompts:
+def load_prompts(name: str, split: str = "train") -> Prompts:
     """The prompts of a set, "train" or another split. A single file is the same in every split."""
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
@@ -112,39 +107,3 @@ def _read_jsonl(path: Path) -> Prompts:
         texts.append(entry["prompt"])
         metadata.append(entry)
     return Prompts.of(texts, metadata)
-
-
-def check(prompts: Prompts, count: int) -> None:
-    """Raise unless the set has the `count` prompts of an iteration."""
-    if count > len(prompts):
-        raise ConfigError(
-            f"sample.prompts_per_iteration is {count}, but the prompt set has only {len(prompts)} "
-            "prompts; lower it or add prompts."
-        )
-
-
-def batch(prompts: Prompts, config: Config, iteration: int) -> Prompts:
-    """The K prompts of an iteration, all different.
-
-    The set is shuffled once per epoch and cut into batches; what is left over at the end of an
-    epoch waits for the next shuffle.
-    """
-    count = config.sample.prompts_per_iteration
-    check(prompts, count)
-    epoch, place = divmod(iteration, len(prompts) // count)
-    order = seeds.permutation(len(prompts), config.run.seed, seeds.PROMPTS, epoch)
-    return prompts.take(order[place * count : (place + 1) * count])
-
-
-def row_seeds(count: int, config: Config, iteration: int) -> tuple[Tensor, Tensor]:
-    """int64 [B] twice, for `count` groups: seeds of the steps' noise and of the initial noise.
-
-    With `sample.shared_noise` the rows of one group start from the same latent.
-    """
-    rows = np.arange(count * config.sample.group_size)
-    own = torch.from_numpy(seeds.sample_seeds(config.run.seed, seeds.ROW, iteration, rows))
-    if not config.sample.shared_noise:
-        return own, own
-    groups = rows // config.sample.group_size
-    shared = seeds.sample_seeds(config.run.seed, seeds.GROUP, iteration, groups)
-    return own, torch.from_numpy(shared)

@@ -27,7 +27,7 @@ from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards import Scorer
 
 
-class Worker:
+class RewardThread:
     """The thread that computes rewards, and its stream. One for a run."""
 
     def __init__(self, device: torch.device, waiting: int) -> None:
@@ -87,7 +87,7 @@ def _answer(
         future.set_result(found)
 
 
-class Scoring:
+class BackgroundScoring:
     """The rewards of one iteration.
 
     scoring = Scoring(scorer, prompts, group_size, worker)
@@ -96,7 +96,7 @@ class Scoring:
     """
 
     def __init__(
-        self, scorer: Scorer, prompts: Prompts, group_size: int, worker: Worker | None = None
+        self, scorer: Scorer, prompts: Prompts, group_size: int, worker: RewardThread | None = None
     ) -> None:
         self.scorer, self.prompts = scorer, prompts
         self.group_size, self.worker = group_size, worker

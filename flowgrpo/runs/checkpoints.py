@@ -75,7 +75,7 @@ def save(
     return final
 
 
-def found(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, oldest first."""
     if not folder.is_dir():
         return []
@@ -87,7 +87,7 @@ def latest(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if (run_dir / STATE).is_file():
         return run_dir
-    checkpoints = found(run_dir / "checkpoints")
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
         raise ConfigError(
             f"{run_dir} holds no checkpoint, but a run directory with checkpoints/step-* or one "
@@ -99,7 +99,7 @@ def latest(run_dir: str | Path) -> Path:
 def best(run_dir: str | Path) -> Path:
     """The checkpoint of a run directory with the best score; the newest if none has one."""
     newest = latest(run_dir)
-    candidates = found(newest.parent)
+    candidates = list_checkpoints(newest.parent)
     scores = {path: read_state(path)["record"].get("score") for path in candidates}
     scored = [path for path in candidates if scores[path] is not None]
     return max(scored, key=lambda path: scores[path]) if scored else newest
@@ -156,7 +156,7 @@ def restore(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> N
 
 def prune(folder: Path, keep: int = 2) -> None:
     """Remove all checkpoints but the last `keep` and the one with the best score."""
-    checkpoints = found(folder)
+    checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
     kept = {*checkpoints[-keep:], best(folder.parent)}

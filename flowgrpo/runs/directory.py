@@ -17,31 +17,24 @@ generator. Two equal runs write equal metrics.jsonl except under the key "second
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import platform
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from flowgrpo import __version__, files
+from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.policies.adapters import add_adapter as add_adapter
 from flowgrpo.runs import checkpoints, loggers, model_card
+from flowgrpo.runs.export import export
+from flowgrpo.runs.process import versions
 from flowgrpo.runs.state import EMA as EMA
 from flowgrpo.runs.state import State as State
-from flowgrpo.runs.state import add_adapter as add_adapter
-from flowgrpo.runs.state import export
 from flowgrpo.runs.state import make_optimizer as make_optimizer
 
 log = logging.getLogger("flowgrpo")
@@ -56,10 +49,9 @@ MAY_CHANGE = {
     "sample": ("overlap",),
 }
 """Section -> fields in which a continuation may differ: they do not change its numbers."""
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
 
-class Run:
+class RunDirectory:
     """A run directory that this process writes to. Made by `Run.open`, closed by `close`."""
 
     def __init__(self, config: Config, folder: Path, checkpoint: Path | None) -> None:
@@ -67,10 +59,10 @@ class Run:
         self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, folder)
-        self.boards = loggers.Boards(config, folder)
+        self.boards = loggers.Loggers(config, folder)
 
     @classmethod
-    def open(cls, config: Config) -> Run:
+    def open(cls, config: Config) -> RunDirectory:
         """Create the directory of a new run, or take up the one that `config.run.resume` names.
 
         Raises:
@@ -81,7 +73,7 @@ class Run:
         loggers.check(config)
         if config.run.resume:
             _same_config(config, resume_config(folder))
-            found = checkpoints.found(folder / "checkpoints")
+            found = checkpoints.list_checkpoints(folder / "checkpoints")
             run = cls(config, folder, found[-1] if found else None)
         else:
             _create(folder, config)
@@ -176,7 +168,7 @@ class Run:
         self.boards.close()
         self._metrics.close()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -273,98 +265,3 @@ def _lock(file: Any, folder: Path) -> None:
             f"run directory {str(folder)!r} is in use by another process, but one process at a "
             "time writes it; stop that one or choose another --run.out."
         ) from error
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and the libraries that decide the numbers."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "flowgrpo": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    # The package's version does not always name the build, such as +cu130; the module's does.
-    found["torch"] = str(torch.__version__)
-    return found
-
-
-def quiet_loading() -> None:
-    """Turn off the bars that diffusers and transformers show while they read a model from disk;
-    downloads have their own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-def prepare_process(config: Config) -> None:
-    """Threads, deterministic algorithms, and an allocator that keeps its memory."""
-    quiet_loading()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    if torch.cuda.is_available():
-        # cuBLAS reads this when it starts; without it its results may differ between two runs.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        # glibc hands freed blocks above 128 KiB back to the kernel, and page faults on getting them
-        # again were half of nano's time. M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; old glibc
-        # refuses more than 32 MiB for the last.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 1 << 30), libc.mallopt(-2, 1 << 26)
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
-    except (OSError, AttributeError):
-        pass
-
-
-@dataclass
-class Stop:
-    """Whether the run was asked to stop."""
-
-    requested: bool = False
-
-
-def _leave_terminal() -> None:
-    """Write to nowhere what would go to a terminal that is gone, which is an error from now on."""
-    for number in (1, 2):
-        with suppress(OSError):
-            if os.isatty(number):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-
-
-@contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Let the first Ctrl-C (SIGTERM, or the end of the terminal) only set `stop.requested`; the
-    second one aborts.
-
-    The loop looks at `stop.requested` after each iteration, so that what it started is finished and
-    saved. Outside the main thread, where Python delivers no signals, nothing is changed.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        if number == getattr(signal, "SIGHUP", None):
-            _leave_terminal()
-        # os.write, because print may be the very call that the signal interrupted; and whoever read
-        # it may be gone.
-        with suppress(OSError):
-            os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # Under nohup it is ignored, and stays so.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

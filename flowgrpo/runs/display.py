@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
 from flowgrpo.config import Config
+from flowgrpo.evaluation.table import comparison, show
 
 if TYPE_CHECKING:
-    from flowgrpo.evaluation.evaluate import Report
+    from flowgrpo.evaluation.evaluate import Evaluation
 
 PLAIN_LINES = 40
 QUIET = 30.0
@@ -139,12 +139,12 @@ class Display:
         mean = sum(times) / len(times)
         return max(run.steps - done, 0) * mean + max(evaluations, 0) * self._evaluation
 
-    def evaluating(self, label: str, images: int, rewards: Iterable[str]) -> Watch:
+    def evaluating(self, label: str, images: int, rewards: Iterable[str]) -> EvaluationProgress:
         """The progress of an evaluation that begins, in place of the bar."""
         self.pause()
-        return Watch(self.console, self.mode, label, images, rewards)
+        return EvaluationProgress(self.console, self.mode, label, images, rewards)
 
-    def evaluation(self, iteration: int, label: str, report: Report) -> None:
+    def evaluation(self, iteration: int, label: str, report: Evaluation) -> None:
         """Show an evaluation in one line."""
         self._evaluation = report.seconds
         low, high = report.interval
@@ -153,7 +153,7 @@ class Display:
             f"({low:.3f} to {high:.3f}), {report.images} images in {report.seconds:.1f} s"
         )
 
-    def table(self, reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> None:
+    def table(self, reports: Mapping[str, Evaluation], tolerances: Mapping[str, float]) -> None:
         """The table of `comparison`."""
         if self.mode != "none":
             self.pause()
@@ -190,7 +190,7 @@ def mode_of(config: Config, console: Console) -> str:
     return ("bar" if console.is_terminal else "plain") if mode == "auto" else mode
 
 
-class Watch:
+class EvaluationProgress:
     """The progress of one evaluation, as `evaluate.evaluate` tells it::
 
         with Watch(console, mode, "base", 2212, ["geneval_strict"]) as watch:
@@ -208,7 +208,7 @@ class Watch:
         self._images, self._left, self._scoring = 0, "", False
         self._tenth = 0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> EvaluationProgress:
         self._started = self._told = time.monotonic()
         # The seconds and images that the speed is measured from.
         self._since = (self._started, 0)
@@ -290,69 +290,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def show(console: Console, table: Table) -> None:
-    """Print a table in full: rich would leave out columns and cut figures off where the terminal is
-    narrow, and takes a file for 80 characters wide."""
-    wide = console.options.update(width=1000)
-    wide = wide.update(width=console.measure(table, options=wide).maximum)
-    console.print(Segments(console.render(table, wide)), crop=False, end="")
-
-
-def comparison(reports: Mapping[str, Report], tolerances: Mapping[str, float]) -> Table:
-    """Reports side by side: accuracy, tasks, other rewards, quality, with their intervals.
-
-    Args:
-        reports: label -> report, the base first; the last one is compared with it.
-        tolerances: quality figure -> largest allowed change, above 0 for a rise and below 0 for a
-            fall; a figure outside is marked.
-    """
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for label in reports:
-        table.add_column(label, justify="right", no_wrap=True)
-    both = len(reports) > 1
-    if both:
-        table.add_column("change", justify="right")
-    columns = list(reports.values())
-    first, last = columns[0], columns[-1]
-
-    def row(name: str, values: list[float], scale: float, form: str, style: str = "") -> None:
-        cells = [form.format(scale * value) for value in values]
-        if both:
-            cells.append(f"{scale * (values[-1] - values[0]):+.{form[-3]}f}")
-        table.add_row(name, *cells, style=style)
-
-    share = all(r.label == "accuracy" for r in columns)
-    scale, form = (100, "{:.1f}") if share else (1, "{:.3f}")
-    name = "accuracy, %" if share else next(iter(first.scores))
-    row(name, [r.accuracy for r in columns], scale, form, "bold")
-    bounds = [[form.format(scale * bound) for bound in r.interval] for r in columns]
-    table.add_row("  95 % interval", *(" to ".join(pair) for pair in bounds), style="dim")
-    for task in first.tasks:
-        values = [r.tasks.get(task, float("nan")) for r in columns]
-        row(f"  {task.replace('_', ' ')}", values, scale, form)
-    for name in list(first.scores)[1:]:
-        row(name, [r.scores.get(name, float("nan")) for r in columns], 1, "{:.3f}")
-        bounds = [[f"{bound:.3f}" for bound in r.intervals.get(name, ())] for r in columns]
-        if all(bounds):
-            table.add_row("  95 % interval", *(" to ".join(pair) for pair in bounds), style="dim")
-    for name in first.quality:
-        beyond = both and not within(name, first.quality, last.quality, tolerances)
-        values = [r.quality.get(name, float("nan")) for r in columns]
-        row(f"quality: {name}", values, 1, "{:.3f}", "red" if beyond else "")
-    return table
-
-
-def within(
-    name: str,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    tolerances: Mapping[str, float],
-) -> bool:
-    """Whether a quality figure changed by no more than its tolerance (True without one)."""
-    if name not in tolerances:
-        return True
-    change, allowed = after[name] - before[name], tolerances[name]
-    return change <= allowed if allowed >= 0 else change >= allowed

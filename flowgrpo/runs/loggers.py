@@ -32,7 +32,7 @@ class Board:
     close: Callable[[], None]
 
 
-class Boards:
+class Loggers:
     """All boards of the run in `folder`."""
 
     def __init__(self, config: Config, folder: Path) -> None:

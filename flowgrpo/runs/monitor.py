@@ -26,11 +26,14 @@ from PIL import Image
 from flowgrpo import rewards
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.evaluation import evaluate, pictures
-from flowgrpo.evaluation.evaluate import Report
+from flowgrpo.evaluation.evaluate import Evaluation
+from flowgrpo.evaluation.table import within
 from flowgrpo.policies import Policy
-from flowgrpo.prompts import load
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import directory
-from flowgrpo.runs.display import Display, within
+from flowgrpo.runs.display import Display
+from flowgrpo.runs.process import versions
+from flowgrpo.runs.state import State
 
 
 class DivergedError(RuntimeError):
@@ -56,12 +59,12 @@ def first_time(policy: Policy) -> str:
     return f"In the first evaluation and iteration {' and '.join(done)}." if done else ""
 
 
-class Reports:
+class Monitor:
     """Logs, evaluates, draws and saves one run. Made by `Reports.open`; a context manager."""
 
-    def __init__(self, config: Config, policy: Policy, state: directory.State) -> None:
+    def __init__(self, config: Config, policy: Policy, state: State) -> None:
         self.config, self.policy, self.state = config, policy, state
-        self.held = evaluate.held_out(config)
+        self.held = evaluate.evaluation_set(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported)
         self.scorer.prepare(self.held.prompts)
         self.quality = evaluate.quality_of(config.sample.prompts)
@@ -69,13 +72,13 @@ class Reports:
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.held.prompts.texts)
         self.display = Display(config)
-        self.before: dict[str, Report] = {}
+        self.before: dict[str, Evaluation] = {}
         self._saved: int | None = None
         self._since = time.perf_counter()
-        self.run: directory.Run
+        self.run: directory.RunDirectory
 
     @classmethod
-    def open(cls, config: Config, policy: Policy, state: directory.State) -> Reports:
+    def open(cls, config: Config, policy: Policy, state: State) -> Monitor:
         """Check what is evaluated, make or take up the run directory, restore `state`, show the
         banner, and evaluate the untrained model (or read what was found then).
 
@@ -89,7 +92,7 @@ class Reports:
                 is left behind then.
         """
         reports = cls(config, policy, state)
-        reports.run = directory.Run.open(config)
+        reports.run = directory.RunDirectory.open(config)
         try:
             restored = reports.run.restore(state)
             reports._connect(restored)
@@ -108,7 +111,7 @@ class Reports:
         self.display.pause()
         self.run.close()
 
-    def __enter__(self) -> Reports:
+    def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -221,10 +224,10 @@ class Reports:
             "dropped_groups": self.state.totals.get("dropped_groups", 0),
             "backend": backend(self.policy.device),
             "device": device_name(self.policy.device),
-            "versions": directory.versions(),
+            "versions": versions(),
         }
 
-    def _before(self, name: str, guidance: float, restored: bool) -> Report:
+    def _before(self, name: str, guidance: float, restored: bool) -> Evaluation:
         """The untrained model's report: read if the run is taken up again, else made."""
         folder, label = _step(0) if name == "base" else name, _label(name, guidance)
         report = self._load(folder) if restored else None
@@ -245,12 +248,12 @@ class Reports:
         self.display.evaluation(0, label, report)
         return report
 
-    def _load(self, folder: str) -> Report | None:
+    def _load(self, folder: str) -> Evaluation | None:
         with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
-            return Report.load(self.run.dir / "evaluations" / folder)
+            return Evaluation.load(self.run.dir / "evaluations" / folder)
         return None
 
-    def _measure(self, label: str, guidance: float) -> Report:
+    def _measure(self, label: str, guidance: float) -> Evaluation:
         rewards = list(self.scorer.weights)
         with self.display.evaluating(label, len(self.held.seeds), rewards) as watch:
             return evaluate.evaluate(
@@ -264,7 +267,7 @@ class Reports:
                 watch=watch,
             )
 
-    def _evaluate(self, final: bool) -> Report:
+    def _evaluate(self, final: bool) -> Evaluation:
         """Evaluate the averaged weights, log it, and renew the pictures."""
         done = self.state.iteration
         with self.state.ema.swapped():
@@ -321,7 +324,7 @@ class Reports:
         return before + time.perf_counter() - self._since
 
 
-def banner(config: Config, policy: Policy, state: directory.State, folder: Path) -> dict[str, str]:
+def banner(config: Config, policy: Policy, state: State, folder: Path) -> dict[str, str]:
     """Model, backend, group arithmetic and length of a run, one line each."""
     sample, optim, run = config.sample, config.optim, config.run
     trained = sum(p.numel() for p in state.parameters.values())
@@ -336,7 +339,7 @@ def banner(config: Config, policy: Policy, state: directory.State, folder: Path)
         f"{dtype} on {device_name(policy.device)}, {policy.resolution} pixels a side",
         "trained": f"{lora}{_count(trained)} parameters",
         "kernels": backend(policy.device),
-        "forward": policy.form,
+        "forward": policy.describe(),
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
         f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
         f"steps of {sample.transition}, trained: {window}",
@@ -349,12 +352,12 @@ def banner(config: Config, policy: Policy, state: directory.State, folder: Path)
     }
 
 
-def _evaluated(config: Config, held: evaluate.HeldOut) -> str:
+def _evaluated(config: Config, held: evaluate.EvaluationSet) -> str:
     """What is evaluated, and whether training sees it."""
     text = (
         f"{len(held.prompts)} prompts x {held.samples} images in {config.sample.eval_steps} steps"
     )
-    if load.has_splits(config.sample.prompts):
+    if has_splits(config.sample.prompts):
         return f"{text}, prompts held out"
     return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"
 

@@ -17,83 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
-from flowgrpo.config.validation import require
-from flowgrpo.policies.base import family_of
-from flowgrpo.policies.lora import shorten
+from flowgrpo.config import ConfigError, OptimConfig
+from flowgrpo.policies.adapters import trained_parameters
 from flowgrpo.runs import checkpoints
-
-ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> list[nn.Parameter]:
-    """Make `transformer` trainable and return its trained parameters, float32.
-
-    With `config.adapter` "lora", LoRA matrices go into the linear layers named by
-    `config.lora_targets` (by default those of the model's family) through diffusers and PEFT;
-    everything else is frozen. A is drawn on the CPU from `seed`, so it is the same on every device;
-    B is 0, so the model starts as its base. With "full" the whole transformer is trained.
-
-    Raises:
-        ConfigError: an ending of `config.lora_targets` matches no layer of the model, or a model
-            to be trained whole is not float32.
-    """
-    if config.adapter == "full":
-        dtypes = {str(p.dtype) for p in transformer.parameters()} - {"torch.float32"}
-        require(
-            not dtypes,
-            f"policy.adapter is full and the model's weights are {', '.join(sorted(dtypes))}, but "
-            "weights that are trained must be float32; set policy.dtype to float32.",
-        )
-        transformer.requires_grad_(True)
-        return list(transformer.parameters())
-    from peft import LoraConfig
-
-    transformer.requires_grad_(False)
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    targets = config.lora_targets
-    if targets is None:
-        targets = family_of(transformer)[1].lora_targets
-    for target in targets:
-        require(
-            any(name == target or name.endswith(f".{target}") for name in names),
-            f"policy.lora_targets names {target!r}, but endings of the model's linear layers are "
-            f"expected, for example {_endings(names)}; correct it.",
-        )
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(targets),
-    )
-    transformer.add_adapter(lora, adapter_name=ADAPTER)
-    _draw_lora(transformer, config, seed)
-    shorten(transformer)
-    return list(named_parameters(transformer).values())
-
-
-def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({".".join(name.split(".")[2:]) or name for name in names})[:6])
-
-
-def _draw_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in named_parameters(transformer).items():
-        values = torch.zeros(parameter.shape, dtype=torch.float32)
-        if ".lora_A." in name and config.lora_init == "gaussian":
-            values.normal_(0.0, 1.0 / config.lora_rank, generator=generator)
-        elif ".lora_A." in name:
-            # kaiming_uniform_ with a = sqrt(5), PEFT's and nn.Linear's default.
-            bound = 1.0 / math.sqrt(parameter.shape[1])
-            values.uniform_(-bound, bound, generator=generator)
-        # PEFT makes the matrices in the layer's dtype. A 16-bit adapter would lose updates of the
-        # size that a learning rate of 1e-4 makes.
-        parameter.data = values.to(parameter.device)
-
-
-def named_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in the model's order."""
-    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -177,7 +103,7 @@ class State:
     @classmethod
     def create(cls, transformer: nn.Module, config: OptimConfig) -> State:
         """The state before the first iteration of a transformer that `add_adapter` prepared."""
-        parameters = named_parameters(transformer)
+        parameters = trained_parameters(transformer)
         optimizer = make_optimizer(list(parameters.values()), config)
         ema = EMA(parameters, config.ema_decay, config.ema_every)
         return cls(parameters, optimizer, config, ema)
@@ -244,29 +170,3 @@ class State:
                 )
             moments.setdefault(index[name], {})[slot] = value
         return moments
-
-
-def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path) -> None:
-    """Write the averaged weights for diffusers: a file for `pipe.load_lora_weights(folder)`, or for
-    full fine-tuning a folder for `from_pretrained(folder)` of the transformer's class."""
-    with ema.swapped():
-        if config.adapter == "full":
-            transformer.save_pretrained(folder)
-            return
-        import diffusers
-        from peft.utils import get_peft_model_state_dict
-
-        getattr(diffusers, family_of(transformer)[0]).save_lora_weights(
-            save_directory=folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
-        )
-
-
-def load_trained(transformer: nn.Module, checkpoint: Path) -> None:
-    """Put the averaged weights of `checkpoint` into a transformer that `add_adapter` prepared."""
-    stem = "ema" if checkpoints.load(checkpoint, "ema") else "weights"
-    values = checkpoints.load(checkpoint, stem)
-    parameters = {n: p.detach() for n, p in named_parameters(transformer).items()}
-    checkpoints.check(parameters, values, checkpoint / f"{stem}.safetensors")
-    checkpoints.restore(parameters, values)

@@ -27,121 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo import seeds as random
-from flowgrpo.config import Config, ConfigError, SampleConfig
 from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Trajectory
-from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, initial_noise, ode, sde_step
-
-TRANSITIONS = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a sampler, computed once in float64 and put on the device."""
-
-    sigmas: Tensor
-    """float32 [T+1]: what the model is told at each step."""
-    transitions: Transitions
-    """Row i: step i by the SDE; row T + i: step i by the ODE."""
-    weights: Tensor
-    """float32 [T]: C / |B| of the SDE's steps, see `step_weights`."""
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.sigmas.numel() - 1
-
-
-def schedule(policy: Policy, sample: SampleConfig, kl: str = "std_dev") -> Schedule:
-    """The training sampler of a policy."""
-    sigmas = policy.sigmas(sample.steps)
-    stochastic = TRANSITIONS[sample.transition](sigmas, sample.noise_level, kl=kl)
-    both = Transitions.cat(stochastic, ode(sigmas))
-    low, high = sample.window_bounds
-    return Schedule(
-        sigmas.to(policy.device, torch.float32),
-        both.to(policy.device),
-        step_weights(stochastic, low, high).to(policy.device),
-    )
-
-
-def ode_schedule(policy: Policy, steps: int) -> Schedule:
-    """The deterministic sampler of `steps` steps."""
-    sigmas = policy.sigmas(steps)
-    return Schedule(
-        sigmas.to(policy.device, torch.float32),
-        ode(sigmas).to(policy.device),
-        torch.zeros(steps, device=policy.device),
-    )
-
-
-def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
-    """float32 [T]: C / |B|, of mean 1 over the steps [low, high).
-
-    The gradient of log_prob in the velocity is (B / C) eps / D, so these weights give every step
-    the same scale of gradient.
-    """
-    table = transitions.table.to("cpu", torch.float64)
-    weights = table[:, 2] / table[:, 1].abs()
-    return (weights / weights[low:high].mean()).to(torch.float32)
-
-
-def windows(groups: int, config: Config, iteration: int) -> Tensor:
-    """int64 [W, B]: the trained steps of each row, the same for all rows of a group."""
-    low, high = config.sample.window_bounds
-    length = config.sample.trained_steps
-    count, number = high - low - length + 1, np.arange(groups)
-    start = low + random.below(count, config.run.seed, random.WINDOW, iteration, number)
-    start = torch.from_numpy(start).repeat_interleave(config.sample.group_size)
-    return start[None, :] + torch.arange(length)[:, None]
-
-
-def table_rows(positions: Tensor, steps: int) -> Tensor:
-    """int64 [T, B]: the table row of each step, stochastic at `positions` [W, B], else ODE.
-
-    Raises:
-        ConfigError: a position is no step of the schedule.
-    """
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < steps:
-        raise ConfigError(
-            f"a window covers the steps {int(positions.min())} to {int(positions.max())}, but the "
-            f"schedule has the steps 0 to {steps - 1}; change sample.window_range or sample.steps."
-        )
-    rows = torch.arange(steps)[:, None].expand(steps, positions.shape[1]) + steps
-    return rows.clone().scatter_(0, positions, positions)
-
-
-def velocity(
-    policy: Policy,
-    sample: Tensor,
-    sigma: Tensor,
-    conditioning: Conditioning,
-    uncond: Conditioning | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The conditional and, with `uncond`, the unconditional velocity, from one batch of 2B rows."""
-    if uncond is None:
-        return policy.velocity(sample, sigma, conditioning), None
-    both = policy.velocity(
-        torch.cat([sample, sample]),
-        torch.cat([sigma, sigma]),
-        uncond.expand(sample.shape[0]).then(conditioning),
-    )
-    unconditional, conditional = both.chunk(2)
-    return conditional, unconditional
-
-
-def guided(conditional: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
-    """The velocity that a step is made by."""
-    if uncond is None:
-        return conditional
-    # In float32 and in the order of the kernels: GRPO-Guard compares it bit for bit.
-    uncond = uncond.float()
-    return uncond + (conditional.float() - uncond) * guidance_scale
+from flowgrpo.sampling.schedule import Schedule, ode_schedule
+from flowgrpo_kernels import Transitions, initial_noise, sde_step
 
 
 def chunks(rows: int, batch_size: int) -> list[slice]:
@@ -149,12 +42,12 @@ def chunks(rows: int, batch_size: int) -> list[slice]:
     return [slice(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
 
 
-def prepared(
-    policy: Policy, plan: Schedule, conditioning: Conditioning, uncond: Conditioning | None
+def prepare_both(
+    policy: Policy, schedule: Schedule, conditioning: Conditioning, uncond: Conditioning | None
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Both by `Policy.prepare`, for the steps of `plan`; what is prepared already stays."""
-    without = None if uncond is None else policy.prepare(uncond, plan.sigmas)
-    return policy.prepare(conditioning, plan.sigmas), without
+    """Both by `Policy.prepare`, for the steps of `schedule`; what is prepared already stays."""
+    without = None if uncond is None else policy.prepare(uncond, schedule.sigmas)
+    return policy.prepare(conditioning, schedule.sigmas), without
 
 
 @dataclass(frozen=True)
@@ -168,8 +61,8 @@ class Chunk:
     sigmas: Tensor
     """float32 [T+1]."""
     transitions: Transitions
-    steps: Tensor
-    """int64 [T, b]: rows of the table."""
+    table_rows: Tensor
+    """int64 [T, b]: of the transition table."""
     seeds: Tensor
     """int64 [b]: of the steps' noise."""
     noise_seeds: Tensor
@@ -180,8 +73,8 @@ class Chunk:
 def rollout(
     policy: Policy,
     conditioning: Conditioning,
-    plan: Schedule,
-    steps: Tensor,
+    schedule: Schedule,
+    table_rows: Tensor,
     *,
     groups: Tensor,
     seeds: Tensor,
@@ -189,42 +82,42 @@ def rollout(
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
-    positions: Tensor | None = None,
+    trained_steps: Tensor | None = None,
     keep: bool = True,
     keep_velocities: bool = False,
-    done: Callable[[Tensor], None] | None = None,
+    on_chunk: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample one latent for each row.
 
     Args:
         conditioning: of the prompts; `groups` [B] says which one a row has.
-        plan: sigmas and transition table.
-        steps: int64 [T, B], the table row of each step and row.
+        schedule: sigmas and transition table.
+        table_rows: int64 [T, B], the row of the transition table that each step of a row takes.
         seeds: int64 [B], of the steps' noise; `noise_seeds` of the initial one (default: the same).
         batch_size: rows of one forward.
         uncond: embeddings of the empty prompt, for guidance.
-        positions: int64 [W, B], the trained steps, recorded in the result.
+        trained_steps: int64 [W, B], the trained steps, recorded in the result.
         keep: keep all states; otherwise `latents` has two, of which latents[-1] is the result.
         keep_velocities: keep the (guided) velocities too.
-        done: called with the results [b, C, H, W] of each chunk as soon as it is launched.
+        on_chunk: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
     device, rows = policy.device, seeds.numel()
-    sample_chunk = _form(policy, keep)
-    seeds, groups, steps = seeds.to(device), groups.to(device), steps.to(device)
+    sample_chunk = chunk_sampler(policy, keep)
+    seeds, groups, table_rows = seeds.to(device), groups.to(device), table_rows.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
-    found = buffers(policy, len(steps), rows, uncond is not None, keep, keep_velocities)
+    found = make_buffers(policy, len(table_rows), rows, uncond is not None, keep, keep_velocities)
     if keep:
         # Of all prompts at once, as the update does; an evaluation may have too many for that.
-        conditioning, uncond = prepared(policy, plan, conditioning, uncond)
+        conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
     whole = torch.arange(min(batch_size, rows), device=device)
     for part in chunks(rows, batch_size):
         # A short last chunk repeats its last row, also without a graph: fewer may mean other bits.
         place = (whole + part.start).clamp(max=rows - 1)
         chunk = Chunk(
-            *prepared(policy, plan, conditioning.rows(groups[place]), uncond),
-            plan.sigmas,
-            plan.transitions,
-            steps[:, place],
+            *prepare_both(policy, schedule, conditioning.rows(groups[place]), uncond),
+            schedule.sigmas,
+            schedule.transitions,
+            table_rows[:, place],
             seeds[place],
             noise_seeds[place],
         )
@@ -232,27 +125,27 @@ def rollout(
         for into, value in zip(found, made, strict=True):
             if into is not None:
                 into[:, part] = value[:, : part.stop - part.start]
-        if done is not None:
-            done(found[0][-1, part])
-    return trajectory(found, steps, positions, groups, seeds)
+        if on_chunk is not None:
+            on_chunk(found[0][-1, part])
+    return make_trajectory(found, table_rows, trained_steps, groups, seeds)
 
 
-def trajectory(
+def make_trajectory(
     found: tuple[Tensor, Tensor, Tensor | None],
-    steps: Tensor,
-    positions: Tensor | None,
+    table_rows: Tensor,
+    trained_steps: Tensor | None,
     groups: Tensor,
     seeds: Tensor,
 ) -> Trajectory:
     """The record of what is in the `buffers`, with the table rows of the trained steps."""
-    if positions is None:
-        positions = torch.empty(0, steps.shape[1], dtype=torch.int64)
-    positions = positions.to(steps.device)
-    trained = steps.gather(0, positions)
-    return Trajectory(*found[:2], trained, positions, groups, seeds, found[2])
+    if trained_steps is None:
+        trained_steps = torch.empty(0, table_rows.shape[1], dtype=torch.int64)
+    trained_steps = trained_steps.to(table_rows.device)
+    trained = table_rows.gather(0, trained_steps)
+    return Trajectory(*found[:2], trained, trained_steps, groups, seeds, found[2])
 
 
-def buffers(
+def make_buffers(
     policy: Policy, steps: int, rows: int, guidance: bool, keep: bool, keep_velocities: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Uninitialised latents [T+1 or 2, rows, ...], log_probs [T, rows], velocities or None."""
@@ -265,7 +158,7 @@ def buffers(
     return latents, torch.empty(steps, rows, device=device), velocities
 
 
-def advance(
+def sampler_step(
     policy: Policy,
     sample: Tensor,
     sigma: Tensor,
@@ -285,8 +178,8 @@ def advance(
 
     sigma [b] and steps [b], rows of the table, belong to the rows of `sample`.
     """
-    conditional, unconditional = velocity(policy, sample, sigma, conditioning, uncond)
-    used = guided(conditional, unconditional, guidance_scale) if keep_velocity else None
+    conditional, unconditional = velocities(policy, sample, sigma, conditioning, uncond)
+    used = guide(conditional, unconditional, guidance_scale) if keep_velocity else None
     made = sde_step(
         conditional, sample, transitions, steps, seeds=seeds, uncond_velocity=unconditional,
         guidance_scale=guidance_scale, out=out, log_prob_out=log_prob_out,
@@ -294,11 +187,11 @@ def advance(
     return *made, used
 
 
-def stepping(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
-    """`advance`, or with `policy.graphs` its replayed form: a graph for each number of rows, to be
-    used inside `Policy.steady`, whose result the next call overwrites."""
+def step_function(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """Return `sampler_step`, or with `policy.graphs` its replayed form: a graph for each number of
+    rows, to be used inside `Policy.frozen_weights`, whose result the next call overwrites."""
     if policy.graphs is None:
-        return advance
+        return sampler_step
 
     def step(policy, sample, sigma, conditioning, uncond, transitions, steps, *rest, **buffers):
         # Row b of the table is what row b of the batch does: one shape for any number of steps.
@@ -307,7 +200,7 @@ def stepping(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor | Non
         kinds = tuple(dict.fromkeys(transitions.kinds))
         rows = Transitions(transitions.table[steps], None, kinds, index)
         inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
-        found = policy.graphs(advance, policy, *inputs)
+        found = policy.graphs(sampler_step, policy, *inputs)
         for name, value in zip(("out", "log_prob_out"), found, strict=False):
             if name in buffers:
                 buffers[name].copy_(value)
@@ -322,16 +215,18 @@ def denoise(
     guidance_scale: float,
     keep: bool,
     keep_velocities: bool,
-    step: Callable[..., object] = advance,
+    step: Callable[..., object] = sampler_step,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Latents, log_probs and velocities of the rows of one chunk, as `buffers` describes them."""
-    total, rows = chunk.steps.shape
+    total, rows = chunk.table_rows.shape
     guidance = chunk.uncond is not None
-    latents, log_probs, velocities = buffers(policy, total, rows, guidance, keep, keep_velocities)
+    latents, log_probs, velocities = make_buffers(
+        policy, total, rows, guidance, keep, keep_velocities
+    )
     # Places counted so that the result is the last one, in a full buffer and in one of two.
     states = [latents[(i - total - 1) % len(latents)] for i in range(total + 1)]
     states[0].copy_(initial_noise(chunk.noise_seeds, states[0].shape[1:]))
-    with policy.steady():
+    with policy.frozen_weights():
         for i in range(total):
             used = step(
                 policy,
@@ -340,7 +235,7 @@ def denoise(
                 chunk.conditioning.at(i),
                 None if chunk.uncond is None else chunk.uncond.at(i),
                 chunk.transitions,
-                chunk.steps[i],
+                chunk.table_rows[i],
                 chunk.seeds,
                 guidance_scale,
                 keep_velocities,
@@ -352,14 +247,14 @@ def denoise(
     return latents, log_probs, velocities
 
 
-def _form(policy: Policy, keep: bool) -> Callable[..., tuple]:
+def chunk_sampler(policy: Policy, keep: bool) -> Callable[..., tuple]:
     """`denoise`, or the form of it that replays graphs."""
     if policy.graphs is None:
         return denoise
-    return partial(policy.graphs, denoise) if keep else partial(denoise, step=stepping(policy))
+    return partial(policy.graphs, denoise) if keep else partial(denoise, step=step_function(policy))
 
 
-def sample(
+def sample_images(
     policy: Policy,
     conditioning: Conditioning,
     *,
@@ -375,11 +270,11 @@ def sample(
 
     watch: told after each chunk how many images there are, or on a GPU will be.
     """
-    plan = ode_schedule(policy, steps)
+    schedule = ode_schedule(policy, steps)
     table = torch.arange(steps)[:, None].expand(steps, seeds.numel())
     images: list[Tensor] = []
 
-    def done(latents: Tensor) -> None:
+    def on_chunk(latents: Tensor) -> None:
         images.append(policy.decode(latents))
         if watch is not None:
             watch(sum(map(len, images)))
@@ -387,7 +282,7 @@ def sample(
     rollout(
         policy,
         conditioning,
-        plan,
+        schedule,
         table,
         groups=groups,
         seeds=seeds,
@@ -395,6 +290,6 @@ def sample(
         uncond=uncond,
         guidance_scale=guidance_scale,
         keep=False,
-        done=done,
+        on_chunk=on_chunk,
     )
     return torch.cat(images)

@@ -36,7 +36,14 @@ from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.sampling.rollout import Schedule, buffers, chunks, prepared, stepping, trajectory
+from flowgrpo.sampling.rollout import (
+    chunks,
+    make_buffers,
+    make_trajectory,
+    prepare_both,
+    step_function,
+)
+from flowgrpo.sampling.schedule import Schedule
 from flowgrpo_kernels import initial_noise
 
 SIZES = 4
@@ -54,11 +61,11 @@ class Forward(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(
+def rollout_shared_prefix(
     policy: Policy,
     conditioning: Conditioning,
-    plan: Schedule,
-    steps: Tensor,
+    schedule: Schedule,
+    table_rows: Tensor,
     *,
     groups: Tensor,
     seeds: Tensor,
@@ -66,35 +73,36 @@ def rollout(
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
-    positions: Tensor,
+    trained_steps: Tensor,
     keep_velocities: bool = False,
-    done: Callable[[Tensor], None] | None = None,
+    on_chunk: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample one latent for each row. Arguments as for `rollout.rollout`.
 
     Rows of a group follow each other, and share window (consecutive steps) and initial noise.
     """
-    total, rows, device = len(steps), seeds.numel(), policy.device
+    total, rows, device = len(table_rows), seeds.numel(), policy.device
     # Each size costs a compilation of every kind of block; then one has to do.
     allowed = sizes(min(batch_size, rows), 1 if policy.compiled else SIZES)
-    host, leaders, parts = positions.cpu(), _leaders(groups.cpu()), chunks(rows, batch_size)
+    host, leaders, parts = trained_steps.cpu(), _leaders(groups.cpu()), chunks(rows, batch_size)
     own_stages = (_own_steps(host, part, total, allowed) for part in parts)
     shared, *own = _sent([_shared_steps(host[0], leaders, allowed), *own_stages], device)
-    groups, seeds, steps = groups.to(device), seeds.to(device), steps.to(device)
-    found = buffers(policy, total, rows, uncond is not None, True, keep_velocities)
-    conditioning, uncond = prepared(policy, plan, conditioning, uncond)
-    latents, step = found[0], stepping(policy)
+    groups, seeds = groups.to(device), seeds.to(device)
+    table_rows = table_rows.to(device)
+    found = make_buffers(policy, total, rows, uncond is not None, True, keep_velocities)
+    conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
+    latents, step = found[0], step_function(policy)
 
     def forward(one: Forward) -> None:
         b, i, kept = one.rows, one.places, slice(one.kept)
         made = step(
             policy,
             latents[i, b],
-            plan.sigmas[i],
+            schedule.sigmas[i],
             conditioning.rows_at(groups[b], i),
             None if uncond is None else uncond.rows_at(torch.zeros_like(i), i),
-            plan.transitions,
-            steps[i, b],
+            schedule.transitions,
+            table_rows[i, b],
             seeds[b],
             guidance_scale,
             keep_velocities,
@@ -104,16 +112,16 @@ def rollout(
                 into[place[kept], b[kept]] = value[kept]
 
     latents[0] = initial_noise(noise_seeds.to(device), policy.latent_shape)
-    with policy.steady():
+    with policy.frozen_weights():
         for one in shared:
             forward(one)
         _spread(found, int(host[0].max()), leaders.to(device))
         for part, these in zip(parts, own, strict=True):
             for one in these:
                 forward(one)
-            if done is not None:
-                done(latents[-1, part])
-    return trajectory(found, steps, positions, groups, seeds)
+            if on_chunk is not None:
+                on_chunk(latents[-1, part])
+    return make_trajectory(found, table_rows, trained_steps, groups, seeds)
 
 
 def sizes(batch_size: int, count: int) -> list[int]:
@@ -138,12 +146,12 @@ def _spread(found: tuple[Tensor | None, ...], end: int, leaders: Tensor) -> None
         state.copy_(state[leaders])
 
 
-def _own_steps(positions: Tensor, part: slice, total: int, allowed: list[int]) -> list[Forward]:
+def _own_steps(trained_steps: Tensor, part: slice, total: int, allowed: list[int]) -> list[Forward]:
     """Parts 2 and 3 of one chunk."""
     row = torch.arange(part.start, part.stop)
     # Exactly the rows of the update's forward, also in a last chunk that is short.
-    found = [Forward(row, place, len(row)) for place in positions[:, part]]
-    ends = positions[-1, part] + 1
+    found = [Forward(row, place, len(row)) for place in trained_steps[:, part]]
+    ends = trained_steps[-1, part] + 1
     for i in range(int(ends.min()), total):
         after = row[ends <= i]
         found += _filled(after, torch.full_like(after, i), allowed)

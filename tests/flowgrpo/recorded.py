@@ -22,8 +22,8 @@ from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
 from flowgrpo.records import Trajectory
-from flowgrpo.sampling.rollout import sample
-from flowgrpo.train import Parts
+from flowgrpo.sampling.rollout import sample_images
+from flowgrpo.train import Components
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select}
@@ -143,7 +143,7 @@ def as_without_modes(transformer) -> None:
         block._compiled_call_impl = call
 
 
-def made(model, folder, **changes) -> tuple[Parts, Config]:
+def made(model, folder, **changes) -> tuple[Components, Config]:
     """Parts whose policy is captured by a `Recorder`, and their config."""
     config = trainers.config(model, folder, **{"sample.share_prefix": False, **changes})
     parts = trainers.parts(config)
@@ -162,7 +162,7 @@ def eager(policy: Policy, call):
 
 def evaluate(policy: Policy, steps: int = 5, rows: int = 6, scale: float = 1.0) -> torch.Tensor:
     """Images by the deterministic sampler."""
-    return sample(
+    return sample_images(
         policy,
         policy.encode(trainers.TEXTS[:3]),
         steps=steps,

@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 
-from flowgrpo.cli import commands, main
+from flowgrpo.cli import main, sample
 from flowgrpo.policies import Policy
 
 
@@ -72,7 +72,7 @@ def test_the_base_is_the_same_with_and_without_an_adapter(folders, tmp_path, mon
         assert main.main([*line, *more]) == 0
         found.append(json.loads((tmp_path / "report.json").read_text())["reports"]["base"])
     assert found[0] == found[1]
-    monkeypatch.setattr(commands.evaluation, "sample_images", None)
+    monkeypatch.setattr(sample.evaluate, "generate_images", None)
     assert main.main([*line, "--adapter", str(model)]) == 2
 
 

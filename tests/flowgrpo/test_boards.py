@@ -53,7 +53,7 @@ def test_a_board_that_is_not_installed_is_refused_before_anything_is_written(tmp
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     config = replace(Config(), **{"run.wandb": "p", "run.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"install flowgrpo\[wandb\]"):
-        directory.Run.open(config)
+        directory.RunDirectory.open(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,9 +83,9 @@ def test_a_resumed_run_goes_on_in_the_same_record(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.wandb": "project", "run.out": str(tmp_path / "run")})
-    with directory.Run.open(config) as run:
+    with directory.RunDirectory.open(config) as run:
         run.log(1, {"reward": torch.tensor(0.5)}, {"update": 2.0})
-    with directory.Run.open(directory.resume_config(tmp_path / "run")) as run:
+    with directory.RunDirectory.open(directory.resume_config(tmp_path / "run")) as run:
         run.log(2, {"reward": 0.75})
     first, one, end, second, two, _ = fake.calls
     assert (first["project"], first["name"]) == ("project", "run")
@@ -150,7 +150,9 @@ def test_samples_and_learning_rates_of_a_resumed_run_are_those_of_a_whole_one(
 def test_what_is_logged_can_be_read_at_once(tmp_path):
     """A process that is killed writes nothing any more."""
     picture = Image.new("RGB", (5, 3), (1, 200, 30))
-    with directory.Run.open(replace(Config(), **{"run.out": str(tmp_path / "run")})) as run:
+    with directory.RunDirectory.open(
+        replace(Config(), **{"run.out": str(tmp_path / "run")})
+    ) as run:
         run.log(3, {"x": 0.5}, kind="eval", pictures={"samples": picture})
         found = read(run.dir)
         assert [(e.step, e.value) for e in found.Scalars("eval/x")] == [(3, 0.5)]

@@ -14,8 +14,8 @@ from flowgrpo.cli import main
 from flowgrpo.config import Config, PolicyConfig, replace
 from flowgrpo.policies import attention
 from flowgrpo.policies import blocks as policies_blocks
+from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.recipes import recipe
-from flowgrpo.runs.state import add_adapter
 
 
 def count(make) -> int:
@@ -170,7 +170,7 @@ def test_a_folder_has_the_sizes_of_its_files(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     folder = tiny.save_latent_pipeline(tmp_path / "model")
-    found = plan.architecture(str(folder))
+    found = plan.sizes_of(str(folder))
     parts = StableDiffusion3Pipeline.from_pretrained(folder).components
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items() if is_model(m)}
     # A file has the table of positions too, which is no parameter.
@@ -181,7 +181,7 @@ def test_a_folder_has_the_sizes_of_its_files(tmp_path):
     )
     assert (found.joint, found.dual, found.width) == (2, 0, 16)
     for other in ("nano", str(tmp_path), "someone/else"):
-        assert plan.architecture(other) is None
+        assert plan.sizes_of(other) is None
 
 
 def is_model(part) -> bool:
@@ -194,7 +194,7 @@ def test_memory_moves_with_what_it_is_made_of():
 
     def parts(**changes):
         names = {name.replace("__", "."): value for name, value in changes.items()}
-        return plan.memory(replace(base, **names), arch)
+        return plan.expected_memory(replace(base, **names), arch)
 
     whole = parts(sample__batch_size=8)
     # 2.24 + 5.58 + 0.08 billion parameters of 2 bytes.
@@ -223,11 +223,11 @@ def test_rows_of_a_forward_fit_and_divide(memory):
     rows = found.sample.batch_size
     arch = plan.KNOWN[found.policy.model]
     assert 96 % rows == 0 and rows <= plan.MOST_ROWS
-    assert plan.memory(found, arch)["total"] <= 0.8 * memory
+    assert plan.expected_memory(found, arch)["total"] <= 0.8 * memory
     larger = [r for r in range(rows + 1, plan.MOST_ROWS + 1) if 96 % r == 0]
     for more in larger[:1]:
         trial = replace(found, **{"sample.batch_size": more})
-        assert plan.memory(trial, arch)["total"] > 0.8 * memory
+        assert plan.expected_memory(trial, arch)["total"] > 0.8 * memory
 
 
 def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
@@ -246,4 +246,4 @@ def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_
 
 
 def test_a_model_of_unknown_size_has_arithmetic_only():
-    assert set(plan.plan(Config())) == {"images", "updates"}
+    assert set(plan.plan_lines(Config())) == {"images", "updates"}

@@ -16,7 +16,8 @@ from recorded import Recorder, assert_equal, eager, evaluate, made
 
 from flowgrpo import cuda_graphs, train
 from flowgrpo.config import replace
-from flowgrpo.sampling.rollout import rollout, schedule, table_rows
+from flowgrpo.sampling.rollout import rollout
+from flowgrpo.sampling.schedule import table_rows, training_schedule
 
 CASES = {
     "plain": {},
@@ -49,13 +50,15 @@ def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
         conditioning = policy.encode(trainers.TEXTS[parts.state.iteration :][:2])
         found = train.collect(parts, conditioning, config)
         assert_equal(found, eager(policy, partial(train.collect, parts, conditioning, config)))
-        starts.add(tuple(found.positions[0].tolist()))
+        starts.add(tuple(found.trained_steps[0].tolist()))
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.01)
         if parts.state.iteration == 2:
             quieter = replace(config, **{"sample.noise_level": 0.4})
-            parts = train.Parts(**{**vars(parts), "plan": schedule(policy, quieter.sample)})
+            parts = train.Components(
+                **{**vars(parts), "schedule": training_schedule(policy, quieter.sample)}
+            )
     assert policy.graphs.recorder.captures == 1 and policy.graphs.recorder.replays == 4 * 4
     assert len(starts) > 1 or config.sample.window_size == 0
 
@@ -82,12 +85,12 @@ def test_a_short_chunk_is_filled_up(parts, shared):
         return rollout(
             policy,
             policy.encode(trainers.TEXTS[:2]),
-            parts.plan,
+            parts.schedule,
             table_rows(positions, config.sample.steps),
             groups=torch.arange(rows) // 5,
             seeds=torch.arange(rows) + 5,
             batch_size=3,
-            positions=positions,
+            trained_steps=positions,
         )
 
     found, expected = run(7), eager(policy, lambda: run(9))

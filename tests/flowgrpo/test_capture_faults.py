@@ -12,7 +12,7 @@ from recorded import Recorder, assert_equal, eager, evaluate, made
 from flowgrpo import cuda_graphs, train
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import lora
-from flowgrpo.sampling.rollout import table_rows
+from flowgrpo.sampling.schedule import table_rows
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_moved_storage_means_a_new_graph(pixel_model, tmp_path, how, caplog, m
         assert torch.equal(evaluate(policy), before)
     assert torch.equal(evaluate(policy), expected)
     assert policy.graphs.recorder.captures == 2 and len(policy.graphs.recordings) == 1
-    assert f"advance is captured again, because the storage of {name} moved" in caplog.text
+    assert f"sampler_step is captured again, because the storage of {name} moved" in caplog.text
 
 
 def test_a_function_that_synchronises(parts, shared):
@@ -126,12 +126,15 @@ def test_another_shape_is_another_graph_and_the_oldest_goes(parts, caplog):
 
 def test_matrices_that_will_be_let_go_are_refused(parts):
     policy = parts.policy
-    layers = lora.layers(policy.transformer)
-    with lora.held(layers), pytest.raises(RuntimeError, match=r"inside Policy\.steady, whose"):
+    layers = lora.lora_layers(policy.transformer)
+    with (
+        lora.merged(layers),
+        pytest.raises(RuntimeError, match=r"inside Policy\.frozen_weights, whose"),
+    ):
         policy.graphs(lambda policy: None, policy)
     assert policy.graphs.recordings == {}
     # Those of a policy with graphs stay where they are.
-    with policy.steady():
+    with policy.frozen_weights():
         assert torch.equal(evaluate(policy), eager(policy, lambda: evaluate(policy)))
 
 

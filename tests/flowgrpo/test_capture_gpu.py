@@ -13,8 +13,9 @@ import torch
 import trainers
 from recorded import assert_equal, eager, evaluate
 
-from flowgrpo import cuda_graphs, train
-from flowgrpo.rewards.background import Scoring
+from flowgrpo import cuda_graphs, objectives, train, update
+from flowgrpo.prompts.batches import prompt_batch
+from flowgrpo.rewards.background import BackgroundScoring
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +60,7 @@ def test_rollout_and_update_have_the_eager_bits(pixel_model, tmp_path, case):
         for parts.state.iteration in range(3):
             experience = trainers.experience(parts, config).to(parts.policy.device)
             paths.append(experience.trajectory)
-            metrics.append(train.update(parts, experience, config))
+            metrics.append(trainers.update(parts, experience, config))
             assert metrics[-1]["max_ratio_error"] == 0.0
         found.append((metrics, paths, list(parts.state.parameters.values())))
     (one, first, trained), (two, second, again) = found
@@ -93,13 +94,13 @@ def test_nothing_waits_for_the_gpu(pixel_model, tmp_path):
     train.collect(parts, conditioning, config)
     policy.graphs = graphs
     experience = trainers.experience(parts, config).to(policy.device)
-    experience = train.losses.as_rolled_out(policy, parts.plan, experience)
-    for micro in (parts.micro_step, train.MicroStep(policy, None)):
-        batch = train.losses.gather(parts.plan, experience, slice(0, 3), range(1))
+    experience = update.with_prepared_conditioning(policy, parts.schedule, experience)
+    for micro in (parts.micro_step, update.MicroStep(policy, parts.objective, None)):
+        batch = objectives.gather_trained_steps(parts.schedule, experience, slice(0, 3), range(1))
         for watch in (contextlib.nullcontext, no_waiting):
             with watch():
                 with micro.accumulating():
-                    micro(policy, train.losses.grpo, batch, config, 4)
+                    micro(batch, config, 4)
                 parts.state.step()
 
 
@@ -147,11 +148,11 @@ def faults(model, folder):
 def test_rewards_on_their_own_stream(pixel_model, tmp_path):
     """Scores of images that are decoded while the worker reads earlier ones."""
     parts, config = made(pixel_model, tmp_path)
-    batch = train.prompts.batch(parts.prompts, config, 0)
+    batch = prompt_batch(parts.prompts, config, 0)
     conditioning = parts.policy.encode(batch.texts)
     totals = []
-    for worker in (None, parts.worker, parts.worker):
-        scoring = Scoring(parts.scorer, batch, config.sample.group_size, worker)
+    for worker in (None, parts.reward_thread, parts.reward_thread):
+        scoring = BackgroundScoring(parts.scorer, batch, config.sample.group_size, worker)
         train.collect(parts, conditioning, config, scoring)
         totals.append(scoring.finish().total)
     assert torch.equal(totals[0], totals[1]) and torch.equal(totals[0], totals[2])

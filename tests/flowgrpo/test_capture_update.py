@@ -7,7 +7,7 @@ import torch
 import trainers
 from recorded import Recorder
 
-from flowgrpo import cuda_graphs, train
+from flowgrpo import cuda_graphs, train, update
 
 CASES = {
     "plain": {},
@@ -26,15 +26,15 @@ def made(model, folder, record: bool, **changes):
     parts = trainers.parts(config)
     if record:
         parts.policy.graphs = cuda_graphs.Graphs(parts.policy, Recorder())
-        micro = train.MicroStep(parts.policy, parts.policy.graphs)
-        parts = train.Parts(**{**vars(parts), "micro_step": micro})
+        micro = update.MicroStep(parts.policy, parts.objective, parts.policy.graphs)
+        parts = train.Components(**{**vars(parts), "micro_step": micro})
     return parts, config
 
 
 def iterations(parts, config, count=2):
     found = []
     for parts.state.iteration in range(count):
-        found.append(train.update(parts, trainers.experience(parts, config), config))
+        found.append(trainers.update(parts, trainers.experience(parts, config), config))
     return found
 
 
@@ -61,9 +61,9 @@ def test_gradients_survive_a_new_capture(pixel_model, tmp_path, caplog):
     for these in (eager, parts):
         weight = these.policy.transformer.transformer_blocks[0].ff.net[2].base_layer.weight
         micro = Moving(these.micro_step, weight)
-        iterations(train.Parts(**{**vars(these), "micro_step": micro}), config, 1)
+        iterations(train.Components(**{**vars(these), "micro_step": micro}), config, 1)
         assert micro.calls == 8
-    assert "micro_step is captured again" in caplog.text
+    assert "run_micro_step is captured again" in caplog.text
     for name, parameter in parts.state.parameters.items():
         assert torch.equal(parameter, eager.state.parameters[name]), name
 
@@ -74,6 +74,7 @@ class Moving:
     def __init__(self, micro, weight):
         self.micro, self.weight, self.calls = micro, weight, 0
         self.accumulating = micro.accumulating
+        self.policy, self.objective = micro.policy, micro.objective
 
     def __call__(self, *arguments):
         self.calls += 1
@@ -92,10 +93,10 @@ def test_a_loss_that_synchronises(pixel_model, tmp_path):
         with_kwargs=True,
     )
     with pytest.raises(
-        cuda_graphs.CaptureError, match=r"graph of micro_step .* set optim.capture to"
+        cuda_graphs.CaptureError, match=r"graph of run_micro_step .* set optim.capture to"
     ):
-        train.update(parts, experience, config)
+        trainers.update(parts, experience, config)
     hook.remove()
     assert all(torch.equal(p, before[n]) for n, p in parts.state.parameters.items())
     assert all(not g.any() for g in parts.micro_step.gradients)
-    assert train.update(parts, experience, config)["max_ratio_error"] == 0.0
+    assert trainers.update(parts, experience, config)["max_ratio_error"] == 0.0

@@ -12,7 +12,7 @@ import torch
 
 from flowgrpo.config import ConfigError, OptimConfig
 from flowgrpo.runs import checkpoints
-from flowgrpo.runs import state as runs_state
+from flowgrpo.runs.state import State
 
 
 def state_of(seed=0, updates=3, **changes):
@@ -20,7 +20,7 @@ def state_of(seed=0, updates=3, **changes):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
     config = OptimConfig(**{"lr": 0.1, "ema_every": 1, "warmup": 4, **changes})
-    state = runs_state.State.create(model, config)
+    state = State.create(model, config)
     use(state, model, updates, seed)
     return state, model
 
@@ -120,7 +120,7 @@ def test_another_model_is_refused_and_nothing_is_changed(tmp_path):
         "weights.safetensors differs in 0.bias": [torch.nn.Linear(3, 5, dtype=torch.bfloat16), two],
     }
     for words, layers in models.items():
-        state = runs_state.State.create(torch.nn.Sequential(*layers), OptimConfig())
+        state = State.create(torch.nn.Sequential(*layers), OptimConfig())
         before = bits(state)
         with pytest.raises(ConfigError) as caught:
             state.restore(path)
@@ -146,7 +146,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
         use(state, model, 1)
         save(state, tmp_path, score)
         checkpoints.prune(tmp_path / "checkpoints")
-    names = [path.name for path in checkpoints.found(tmp_path / "checkpoints")]
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-000002", "step-000005", "step-000006"]
     assert checkpoints.best(tmp_path).name == "step-000002"
     assert checkpoints.latest(tmp_path).name == "step-000006"
@@ -171,7 +171,7 @@ def test_a_failed_save_leaves_nothing_behind_that_counts(tmp_path):
 
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, 3, state.tensors(), state.counters(), fail)
-    assert checkpoints.found(tmp_path) == []
+    assert checkpoints.list_checkpoints(tmp_path) == []
     checkpoints.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -188,7 +188,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     for number in range(6):
         folder = tmp_path / str(number)
         process = shell.Fork(tmp_path / f"log{number}", _save_for_ever, folder)
-        while not checkpoints.found(folder / "checkpoints"):
+        while not checkpoints.list_checkpoints(folder / "checkpoints"):
             time.sleep(0.001)
         time.sleep(0.02 + 0.0037 * number)
         process.kill(signal.SIGKILL)

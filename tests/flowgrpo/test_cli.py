@@ -10,7 +10,8 @@ import shell
 from PIL import Image
 
 from flowgrpo import __version__, nano, train
-from flowgrpo.cli import commands, main
+from flowgrpo.cli import main, sample
+from flowgrpo.cli.train import parse_train
 from flowgrpo.config import ConfigError, to_json
 
 
@@ -19,7 +20,7 @@ def test_options_are_fields_of_the_recipe():
         "nano --sample.steps 8 --sample.window-range 0 5 --optim.betas 0.9 0.95 --optim.guard "
         "--reward.weights nano_strict 0.25 a:b 2 --run.out x --policy.lora_targets attn.to_q"
     )
-    config = main.parse_train(line.split())
+    config = parse_train(line.split())
     base = nano.recipe()
     assert (config.sample.steps, config.sample.window_range) == (8, (0, 5))
     assert (config.optim.betas, config.optim.guard) == ((0.9, 0.95), True)
@@ -27,7 +28,7 @@ def test_options_are_fields_of_the_recipe():
     assert config.policy.lora_targets == ("attn.to_q",)
     assert config.run.out == "x" and config.recipe == "nano"
     assert (config.optim.lr, config.sample.group_size) == (base.optim.lr, base.sample.group_size)
-    assert main.parse_train([]) == base
+    assert parse_train([]) == base
 
 
 def test_resume_takes_the_configuration_of_the_run(tmp_path):
@@ -35,13 +36,13 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))
     for words in (["--run.resume", str(tmp_path / "run")], [f"--run.resume={tmp_path / 'run'}"]):
-        found = main.parse_train([*words, "--run.steps", "9"])
+        found = parse_train([*words, "--run.steps", "9"])
         assert found.sample == config.sample and found.recipe == "tiny"
         assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
     with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
-        main.parse_train(["nano", "--run.resume", str(tmp_path / "run")])
+        parse_train(["nano", "--run.resume", str(tmp_path / "run")])
     with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
-        main.parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
+        parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
 
 
 def test_help_and_version(capsys):
@@ -137,7 +138,7 @@ def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, ca
 def test_sample_finds_what_is_wrong_with_out_before_it_samples(
     trained, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(commands.evaluation, "sample_images", None)
+    monkeypatch.setattr(sample.evaluate, "generate_images", None)
     line = ["sample", "a red circle", "--model", str(trained.parent / "model"), "--out"]
     for out, words in (
         (tmp_path, "which is a folder, but the file of a picture"),

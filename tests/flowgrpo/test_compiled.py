@@ -10,9 +10,9 @@ import trainers
 from recorded import Recorder, as_without_modes, assert_equal
 from torch._dynamo.utils import counters
 
-from flowgrpo import cuda_graphs, train
+from flowgrpo import cuda_graphs, train, update
 from flowgrpo.policies import compiled
-from flowgrpo.runs import directory
+from flowgrpo.runs.state import State
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -42,14 +42,14 @@ def test_captured_it_has_the_bits_of_uncaptured_code(pixel_model, tmp_path):
         with torch.no_grad():
             for parameter, value in zip(policy.parameters(), state, strict=True):
                 parameter.copy_(value)
-        policy.graphs, micro = made, train.MicroStep(policy, made)
-        again = directory.State.create(policy.transformer, config.optim)
-        parts = train.Parts(**{**vars(parts), "micro_step": micro, "state": again})
+        policy.graphs, micro = made, update.MicroStep(policy, parts.objective, made)
+        again = State.create(policy.transformer, config.optim)
+        parts = train.Components(**{**vars(parts), "micro_step": micro, "state": again})
         metrics, paths = [], []
         for again.iteration in range(2):
             experience = trainers.experience(parts, config)
             paths.append(experience.trajectory)
-            metrics.append(train.update(parts, experience, config))
+            metrics.append(trainers.update(parts, experience, config))
         found.append((metrics, [p.detach().clone() for p in policy.parameters()]))
         if made is not None:
             captured, count = paths, graphs()
@@ -97,7 +97,7 @@ def test_first_ratios_are_exactly_one(pixel_model, tmp_path):
     conditioning = policy.encode(["a circle", "two square", "a dark triangle"])
     x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.3, 0.1])
-    with policy.steady():
+    with policy.frozen_weights():
         with_gradients = policy.velocity(x, sigma, conditioning)
         with torch.no_grad():
             without = policy.velocity(x, sigma, conditioning)
@@ -108,13 +108,13 @@ def test_first_ratios_are_exactly_one(pixel_model, tmp_path):
     error = (without.float() - expected.float()).norm() / expected.float().norm()
     assert 0 < error < 0.02, "the compiled kernels run, and compute the same function"
 
-    metrics = train.update(parts, trainers.experience(parts, config), config)
+    metrics = trainers.update(parts, trainers.experience(parts, config), config)
     assert metrics["max_ratio_error"] == 0.0
 
 
 def test_training_form_keeps_nothing():
     layer = torch.nn.Linear(4, 4)
-    with torch.no_grad(), compiled.training_form():
+    with torch.no_grad(), compiled.as_training_forward():
         y = layer(torch.ones(2, 4)).square().sum()
     assert y.requires_grad
     with pytest.raises(RuntimeError, match="keeps nothing"):
@@ -124,7 +124,7 @@ def test_training_form_keeps_nothing():
 def test_all_blocks_are_compiled_one_by_one(pixel_model, tmp_path):
     config = trainers.config(pixel_model, tmp_path, **{"policy.compile": True})
     transformer = trainers.parts(config).policy.transformer
-    found = compiled.blocks(transformer)
+    found = compiled.transformer_blocks(transformer)
     assert found == list(transformer.transformer_blocks)
     assert all(block._compiled_call_impl is not None for block in found)
     assert transformer._compiled_call_impl is None

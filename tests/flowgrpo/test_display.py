@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from flowgrpo.config import Config, replace
-from flowgrpo.evaluation.evaluate import Report
-from flowgrpo.runs.display import Display, clock, comparison, within
+from flowgrpo.evaluation.evaluate import Evaluation
+from flowgrpo.evaluation.table import comparison, within
+from flowgrpo.runs.display import Display, clock
 
 
 def display(width: int = 100, terminal: bool = False, **run) -> Display:
@@ -24,7 +25,7 @@ def text(shown: Display) -> str:
     return shown.console.file.getvalue()
 
 
-def report(accuracy: float, **changes) -> Report:
+def report(accuracy: float, **changes) -> Evaluation:
     values = {
         "accuracy": accuracy,
         "interval": (accuracy - 0.1, accuracy + 0.1),
@@ -39,7 +40,7 @@ def report(accuracy: float, **changes) -> Report:
         "per_image": torch.zeros(4),
         "shown": torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
     }
-    return Report(**{**values, **changes})
+    return Evaluation(**{**values, **changes})
 
 
 METRICS = {

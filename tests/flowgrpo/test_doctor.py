@@ -53,7 +53,7 @@ def test_doctor_asks_the_server_of_a_remote_reward(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("FLOWGRPO_REWARD_HTTP_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr("flowgrpo.rewards.http.score._reward", None)
+    monkeypatch.setattr("flowgrpo.rewards.remote.http.score._reward", None)
     assert "cannot be reached" in doctor.reward_states()["http"]
 
 

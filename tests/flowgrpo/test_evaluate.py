@@ -12,6 +12,7 @@ import torch
 from flowgrpo import rewards
 from flowgrpo.config import replace
 from flowgrpo.evaluation import evaluate
+from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
 from flowgrpo.policies import Policy
 from flowgrpo.records import Prompts
 
@@ -21,8 +22,8 @@ def tagged(**counts: int) -> Prompts:
     return Prompts.of(*zip(*entries, strict=True))
 
 
-def held(prompts: Prompts, samples: int = 1) -> evaluate.HeldOut:
-    return evaluate.HeldOut(prompts, torch.arange(len(prompts) * samples), samples)
+def held(prompts: Prompts, samples: int = 1) -> evaluate.EvaluationSet:
+    return evaluate.EvaluationSet(prompts, torch.arange(len(prompts) * samples), samples)
 
 
 def test_tasks_take_turns_and_short_ones_repeat():
@@ -43,8 +44,8 @@ def test_without_tasks_no_prompt_repeats():
 
 def test_seeds_belong_to_prompts_and_are_the_same_for_every_run(tmp_path):
     config = shell.make(tmp_path, **{"run.eval_prompts": 9, "run.eval_samples": 3})
-    one = evaluate.held_out(config)
-    other = evaluate.held_out(
+    one = evaluate.evaluation_set(config)
+    other = evaluate.evaluation_set(
         replace(config, **{"run.seed": 5, "optim.lr": 1.0, "run.eval_prompts": 0})
     )
     assert len(set(one.seeds.tolist())) == 27
@@ -59,10 +60,10 @@ def test_seeds_belong_to_prompts_and_are_the_same_for_every_run(tmp_path):
 def test_accuracy_gives_every_task_the_same_weight():
     values = np.array([1.0, 1.0, 0.0, 1.0, np.nan, 0.5])
     tags = ["a", "a", "a", "b", "b", "c"]
-    assert evaluate.task_means(values, tags) == {"a": 2 / 3, "b": 1.0, "c": 0.5}
-    assert evaluate.balanced_mean(values, tags) == pytest.approx((2 / 3 + 1 + 0.5) / 3)
-    assert evaluate.task_means(values, [""] * 6) == {}
-    assert evaluate.balanced_mean(values, [""] * 6) == pytest.approx(0.7)
+    assert task_means(values, tags) == {"a": 2 / 3, "b": 1.0, "c": 0.5}
+    assert balanced_mean(values, tags) == pytest.approx((2 / 3 + 1 + 0.5) / 3)
+    assert task_means(values, [""] * 6) == {}
+    assert balanced_mean(values, [""] * 6) == pytest.approx(0.7)
 
 
 def test_interval_agrees_with_theory_and_covers():
@@ -72,7 +73,9 @@ def test_interval_agrees_with_theory_and_covers():
     inside = 0
     for _ in range(40):
         values = np.concatenate([generator.random(400) < 0.8, generator.random(100) < 0.4])
-        low, high = evaluate.bootstrap(values.astype(float), prompts, draws=500)
+        low, high = bootstrap(
+            values.astype(float), prompts.tags, prompts.prompts.indices, draws=500
+        )
         inside += low <= 0.6 <= high
         error = 0.5 * np.sqrt(0.8 * 0.2 / 400 + 0.4 * 0.6 / 100)
         assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
@@ -82,8 +85,9 @@ def test_interval_agrees_with_theory_and_covers():
 def test_repeats_of_a_prompt_do_not_narrow_the_interval():
     prompts = tagged(a=20)
     values = (np.arange(20) % 3 == 0).astype(float)
-    once = evaluate.bootstrap(values, held(prompts))
-    again = evaluate.bootstrap(np.tile(values, 4), held(prompts.take(list(range(20)) * 4)))
+    once = bootstrap(values, held(prompts).tags, prompts.indices)
+    again = held(prompts.take(list(range(20)) * 4))
+    again = bootstrap(np.tile(values, 4), again.tags, again.prompts.indices)
     assert again == pytest.approx(once, abs=1e-12)
 
 
@@ -94,10 +98,8 @@ def test_diversity_is_the_mean_distance_of_pairs():
     pairs = [
         (p[i] - p[j]).square().mean().sqrt() for p in pixels for i, j in ((0, 1), (0, 2), (1, 2))
     ]
-    assert evaluate.diversity(images, 3) == pytest.approx(
-        float(torch.stack(pairs).mean()), rel=1e-5
-    )
-    assert evaluate.diversity(images[:1].repeat(4, 1, 1, 1), 2) == pytest.approx(0.0, abs=1e-6)
+    assert diversity(images, 3) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-5)
+    assert diversity(images[:1].repeat(4, 1, 1, 1), 2) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def tiny_policy(tmp_path_factory):
 def measure(config, policy, **changes):
     scorer = rewards.Scorer({"shell:red": 1.0, "test_evaluate:green": 1.0}, retries=0)
     options = {"steps": 3, "batch_size": 4, **changes}
-    return evaluate.evaluate(policy, evaluate.held_out(config), scorer, **options)
+    return evaluate.evaluate(policy, evaluate.evaluation_set(config), scorer, **options)
 
 
 def green(images, prompts, metadata):
@@ -126,22 +128,22 @@ def test_report_is_the_rewards_of_the_sampled_images(tiny_policy, tmp_path):
         return {"brightness": images.double().mean() / 255}
 
     report = measure(config, policy, quality=quality)
-    found = evaluate.held_out(config)
-    images = evaluate.sample_images(
+    found = evaluate.evaluation_set(config)
+    images = evaluate.generate_images(
         policy, found.prompts.texts, found.seeds, 2, steps=3, batch_size=4
     )
     scores = shell.red(images, None, None).double()
     assert torch.equal(report.per_image, scores)
     assert torch.equal(report.shown, images[::2])
     assert report.marks == scores[::2].tolist()
-    means = evaluate.task_means(scores.view(-1, 2).mean(1).numpy(), found.tags)
+    means = task_means(scores.view(-1, 2).mean(1).numpy(), found.tags)
     assert report.tasks == means and report.accuracy == pytest.approx(np.mean(list(means.values())))
     assert report.interval[0] <= report.accuracy <= report.interval[1]
     assert list(report.scores) == ["shell:red", "test_evaluate:green"]
     assert figures == [((10, 3, 8, 8), 10)]
     assert set(report.quality) == {"diversity", "brightness"}
     report.save(tmp_path / "r")
-    again = evaluate.Report.load(tmp_path / "r")
+    again = evaluate.Evaluation.load(tmp_path / "r")
     assert again.to_dict() == report.to_dict() and torch.equal(again.shown, report.shown)
     assert torch.equal(again.per_image, report.per_image) and again.seconds == report.seconds
 

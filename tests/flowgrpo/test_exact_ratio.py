@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainers
 
-from flowgrpo import losses, train
+from flowgrpo import objectives, update
 from flowgrpo.config import replace
 from flowgrpo.runs import monitor
 from flowgrpo.sampling.rollout import chunks
@@ -33,11 +33,13 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
     config = trainers.config(pixel_model, tmp_path, **{"policy.dtype": dtype, **CASES[case]})
     parts = trainers.parts(config)
     experience = trainers.experience(parts, config)
-    experience = losses.as_rolled_out(parts.policy, parts.plan, experience)
+    experience = update.with_prepared_conditioning(parts.policy, parts.schedule, experience)
     every = chunks(config.sample.rows, config.sample.batch_size)
     for rows, turn in itertools.product(every, range(config.sample.trained_steps)):
-        batch = losses.gather(parts.plan, experience, rows, range(turn, turn + 1))
-        out = losses.grpo(parts.policy, batch, config)
+        batch = objectives.gather_trained_steps(
+            parts.schedule, experience, rows, range(turn, turn + 1)
+        )
+        out = objectives.grpo(parts.policy, batch, config)
         assert torch.equal(out.ratio, torch.ones_like(out.ratio))
         out.loss.backward()
     assert sum(p.grad.abs().sum() for p in parts.state.parameters.values()) > 0
@@ -48,7 +50,7 @@ def test_full_fine_tuning(pixel_model, tmp_path, beta):
     changes = {"policy.adapter": "full", "policy.dtype": "auto", "optim.beta": beta}
     config = trainers.config(pixel_model, tmp_path, **changes)
     parts = trainers.parts(config)
-    metrics = train.update(parts, trainers.experience(parts, config), config)
+    metrics = trainers.update(parts, trainers.experience(parts, config), config)
     assert metrics["max_ratio_error"] == 0.0
     # The weights were moved after the reference was taken, so they differ from it.
     assert (metrics["kl"] > 0) == (beta > 0)
@@ -57,7 +59,7 @@ def test_full_fine_tuning(pixel_model, tmp_path, beta):
 def test_latent_model_with_three_encoders(latent_model, tmp_path):
     config = trainers.config(latent_model, tmp_path, **{"policy.dtype": "bfloat16"})
     parts = trainers.parts(config)
-    metrics = train.update(parts, trainers.experience(parts, config), config)
+    metrics = trainers.update(parts, trainers.experience(parts, config), config)
     assert metrics["max_ratio_error"] == 0.0 and metrics["kl"] > 0
 
 
@@ -66,7 +68,7 @@ def test_every_iteration_starts_at_one(pixel_model, tmp_path):
     config = trainers.config(pixel_model, tmp_path, **{"optim.lr": 1e-2})
     parts = trainers.parts(config)
     for _ in range(3):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0 and metrics["clip_fraction"] > 0
         parts.state.iteration += 1
     assert parts.state.updates == 6
@@ -78,19 +80,21 @@ def test_a_mismatch_raises(pixel_model, tmp_path):
     experience = trainers.experience(parts, config)
     with torch.no_grad():
         next(iter(parts.state.parameters.values())).mul_(1.5)
-    with pytest.raises(train.RatioError, match=r"ratio - 1\| up to .* but at most 0 is allowed"):
-        train.update(parts, experience, config)
+    with pytest.raises(update.RatioError, match=r"ratio - 1\| up to .* but at most 0 is allowed"):
+        trainers.update(parts, experience, config)
     loose = replace(config, **{"optim.ratio_tolerance": 10.0})
-    assert train.update(parts, trainers.experience(parts, config), loose)["max_ratio_error"] == 0.0
+    assert (
+        trainers.update(parts, trainers.experience(parts, config), loose)["max_ratio_error"] == 0.0
+    )
 
 
 @pytest.mark.parametrize("error", [float("inf"), 2e-7])
 def test_check_ratio(error):
-    with pytest.raises(train.RatioError):
-        train.check_ratio(error, 1e-7)
-    train.check_ratio(1e-7, 1e-7)
+    with pytest.raises(update.RatioError):
+        update.check_ratio(error, 1e-7)
+    update.check_ratio(1e-7, 1e-7)
 
 
 def test_ratios_that_are_nan_are_no_fault_of_the_kernels():
     with pytest.raises(monitor.DivergedError, match=r"NaN, but finite .* lower optim\.lr"):
-        train.check_ratio(float("nan"), 10.0)
+        update.check_ratio(float("nan"), 10.0)

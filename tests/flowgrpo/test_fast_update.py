@@ -8,7 +8,7 @@ import torch
 import trainers
 from recorded import Operations
 
-from flowgrpo import train
+from flowgrpo import objectives, train, update
 from flowgrpo.config import ConfigError, replace
 
 GUARD = {"optim.guard": True, "sample.guidance_scale": 2.0, "optim.beta": 0.0}
@@ -36,12 +36,12 @@ def test_replay_anchors_the_ratio(pixel_model, tmp_path, changes):
         # As if the rollout had run with other kernels.
         for parameter in parts.policy.parameters():
             parameter.mul_(1 + 1e-3)
-    with pytest.raises(train.RatioError, match="ratio_tolerance"):
-        train.update(parts, experience, config)
+    with pytest.raises(update.RatioError, match="ratio_tolerance"):
+        trainers.update(parts, experience, config)
     forwards = []
     parts.policy.transformer.register_forward_hook(lambda *_: forwards.append(1))
     plain = replace(config, **{"optim.ratio_tolerance": 1e9})
-    train.update(parts, trainers.experience(parts, config), plain)
+    trainers.update(parts, trainers.experience(parts, config), plain)
     without = len(forwards)
     forwards.clear()
     replay = replace(config, **{"optim.anchor": "replay"})
@@ -50,7 +50,7 @@ def test_replay_anchors_the_ratio(pixel_model, tmp_path, changes):
         for parameter in parts.policy.parameters():
             parameter.mul_(1 + 1e-3)
     before = experience.trajectory.log_probs.clone()
-    assert train.update(parts, experience, replay)["max_ratio_error"] == 0.0
+    assert trainers.update(parts, experience, replay)["max_ratio_error"] == 0.0
     assert torch.equal(before, experience.trajectory.log_probs)
     assert len(forwards) == without + 4 * 2
 
@@ -69,7 +69,7 @@ def test_several_steps_in_one_forward(pixel_model, tmp_path, no_step, changes):
         )
         options = {"optim.steps_per_forward": count, "optim.anchor": "replay"}
         parts.state.optimizer.zero_grad()
-        metrics = train.update(parts, experience, replace(config, **options))
+        metrics = trainers.update(parts, experience, replace(config, **options))
         hook.remove()
         assert metrics["max_ratio_error"] == 0.0
         found[count] = (metrics, gradients(parts), sizes)
@@ -105,7 +105,7 @@ def test_recomputed_activations_change_no_bit(pixel_model, tmp_path, no_step):
         experience = trainers.experience(parts, config)
         # Before, because the second time a block is left when nothing more of it is needed.
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        metrics = train.update(parts, experience, config)
+        metrics = trainers.update(parts, experience, config)
         found.append((metrics, gradients(parts), len(calls)))
     (one, kept, few), (two, again, many) = found
     # 4 chunks at 2 steps: reference and forward, and once more in the backward pass.
@@ -119,12 +119,12 @@ def test_a_forward_that_is_run_again_has_its_own_settings(pixel_model, tmp_path)
     config = trainers.config(pixel_model, tmp_path, **{"policy.gradient_checkpointing": True})
     made, seen, level = trainers.parts(config), [], torch.get_deterministic_debug_mode
     experience = trainers.experience(made, config)
-    batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
+    batch = objectives.gather_trained_steps(made.schedule, experience, slice(0, 3), range(1))
     block = made.policy.transformer.transformer_blocks[0]
     block.attn.register_forward_pre_hook(lambda *_: seen.append(level()))
     try:
         torch.set_deterministic_debug_mode("warn")
-        train.micro_step(made.policy, train.losses.grpo, batch, config, 1)
+        update.run_micro_step(batch, config, 1)
         assert level() == 1
     finally:
         torch.set_deterministic_debug_mode("default")
@@ -139,11 +139,11 @@ def test_small_gradients_survive_float16(pixel_model, tmp_path):
         config = trainers.config(pixel_model, tmp_path, **{"policy.dtype": dtype})
         made = trainers.parts(config)
         experience = trainers.experience(made, config)
-        batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
-        micro, scale = made.micro_step, train.loss_scale(made.policy, 3, share)
+        batch = objectives.gather_trained_steps(made.schedule, experience, slice(0, 3), range(1))
+        micro, scale = made.micro_step, update.loss_scale(made.policy, 3, share)
         assert scale == (1.0 if dtype == "float32" else 2.0**21)
         with micro.accumulating(scale):
-            micro(made.policy, train.losses.grpo, batch, config, share)
+            micro(batch, config, share)
         parameters = made.state.parameters.values()
         found[dtype] = torch.cat([p.grad.flatten() for p in parameters])
     exact, half = found.values()
@@ -166,7 +166,7 @@ def test_an_update_reads_the_device_once(pixel_model, tmp_path, changes):
     parts = trainers.parts(config)
     experience = trainers.experience(parts, config)
     with Operations():
-        metrics = train.update(parts, experience, config)
+        metrics = trainers.update(parts, experience, config)
     assert metrics["max_ratio_error"] == 0.0
     with pytest.raises(RuntimeError, match="not permitted"), Operations():
         experience.advantages.sum().item()

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from flowgrpo.config import ConfigError
-from flowgrpo.prompts import load
+from flowgrpo.prompts.load import load_prompts
 
 ROWS = [
     {"prompt": "a red dog", "tag": "colors", "include": [{"class": "dog", "count": 1}]},
@@ -28,11 +28,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_rows_become_prompts_and_metadata(folder):
-    train = load.load(f"hub:{folder}")
+    train = load_prompts(f"hub:{folder}")
     assert train.texts == ("a red dog", "two cats")
     assert train.metadata[1]["include"] == [{"class": "cat", "count": 2}]
-    assert load.load(f"hub:{folder}", "heldout").texts == ("a red dog",)
-    assert load.load(f"hub:{folder}:tag").texts == ("colors", "counting")
+    assert load_prompts(f"hub:{folder}", "heldout").texts == ("a red dog",)
+    assert load_prompts(f"hub:{folder}:tag").texts == ("colors", "counting")
 
 
 def test_parquet_with_pictures(folder):
@@ -57,7 +57,7 @@ def test_parquet_with_pictures(folder):
     parquet.write_table(
         table.replace_schema_metadata({"huggingface": about}), made / "train.parquet"
     )
-    found = load.load(f"hub:{made}")
+    found = load_prompts(f"hub:{made}")
     assert found.texts == ("one", "two")
     assert found.metadata[0] == {"caption": "one", "prompt": "one"}
 
@@ -70,7 +70,7 @@ def test_errors_are_one_sentence(folder):
         (f"hub:{folder.parent / 'absent'}", "train", "cannot be loaded .*check the name"),
     ):
         with pytest.raises(ConfigError, match=message) as info:
-            load.load(name, split)
+            load_prompts(name, split)
         assert "\n" not in str(info.value)
 
 
@@ -84,4 +84,4 @@ def test_without_the_library(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'flowgrpo\[data\]'"):
-        load.load("hub:someone/prompts")
+        load_prompts("hub:someone/prompts")

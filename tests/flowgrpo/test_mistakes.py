@@ -10,7 +10,7 @@ import pytest
 import shell
 from safetensors import SafetensorError
 
-from flowgrpo import train
+from flowgrpo import train, update
 from flowgrpo.cli import main
 from flowgrpo.runs import monitor
 
@@ -67,7 +67,7 @@ def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypa
         assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [train.RatioError, monitor.DivergedError])
+@pytest.mark.parametrize("error", [update.RatioError, monitor.DivergedError])
 def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))

@@ -8,9 +8,11 @@ from huggingface_hub import ModelCard
 
 from flowgrpo.config import OptimConfig, replace
 from flowgrpo.policies import Policy
+from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.recipes import recipe
 from flowgrpo.runs import model_card
-from flowgrpo.runs import state as runs_state
+from flowgrpo.runs.export import export
+from flowgrpo.runs.state import State
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +21,10 @@ def saved(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("nano") / "adapter", recipe("nano")
     policy = Policy.load("nano", device="cpu", dtype="float32", config=config.policy)
     with torch.no_grad():
-        for parameter in runs_state.add_adapter(policy.transformer, config.policy):
+        for parameter in add_adapter(policy.transformer, config.policy):
             parameter.add_(0.01)
-    state = runs_state.State.create(policy.transformer, OptimConfig())
-    runs_state.export(policy.transformer, state.ema, config.policy, folder)
+    state = State.create(policy.transformer, OptimConfig())
+    export(policy.transformer, state.ema, config.policy, folder)
     return folder, policy, config
 
 

@@ -10,18 +10,22 @@ tiny ones of the same classes.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import replace as changed
 from pathlib import Path
 
 import pytest
 import torch
+import trainers
 from recorded import Silent
 
-from flowgrpo import cuda_graphs, losses, train
+from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
+from flowgrpo.policies.load import recompute
 from flowgrpo.records import Experience
 from flowgrpo.sampling import rollout
+from flowgrpo.sampling.schedule import ode_schedule
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -75,10 +79,13 @@ def quiet(monkeypatch, made):
     for module, name in (
         (rollout, "denoise"),
         (type(made[1].parts.policy), "decode"),
-        (losses, "gather"),
-        (train, "micro_step"),
+        (update, "run_micro_step"),
     ):
         monkeypatch.setattr(module, name, observed(getattr(module, name)))
+    micro_step = made[1].parts.micro_step
+    objective = micro_step.objective
+    objective = dataclasses.replace(objective, gather=observed(objective.gather))
+    monkeypatch.setattr(micro_step, "objective", objective)
     watch.restart()
     return found
 
@@ -99,9 +106,9 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
         assert len(watch.waits) <= 5 and all("rollout.py" in line for line in watch.waits)
         batch = experience(provider, trajectory)
         watch.restart()
-        metrics = train.update(provider.parts, batch, provider.config)
+        metrics = trainers.update(provider.parts, batch, provider.config)
         # Everything that is logged is read at once.
-        assert len(watch.waits) == 1 and "train.py" in watch.waits[0], watch.waits
+        assert len(watch.waits) == 1 and "update.py" in watch.waits[0], watch.waits
     # Two chunks, one trained step of each.
     assert quiet == {"calls": 2 + 2 + 2, "waits": []}
     assert metrics["max_ratio_error"] == 0
@@ -128,7 +135,7 @@ def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
         trajectory = train.collect(parts, provider.conditioning, config)
         batch = experience(provider, trajectory)
         watch.restart()
-        train.update(parts, batch, config)
+        trainers.update(parts, batch, config)
         assert len(watch.waits) == 1, watch.waits
     assert quiet["waits"] == []
 
@@ -137,11 +144,11 @@ def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
 def test_recomputed_activations_wait_for_nothing(made, quiet):
     watch, provider = made
     transformer = provider.parts.policy.transformer
-    train.recompute(transformer)
+    recompute(transformer)
     try:
         with on_meta.watching(watch):
             batch = experience(provider, provider.rollout())
-            train.update(provider.parts, batch, provider.config)
+            trainers.update(provider.parts, batch, provider.config)
     finally:
         transformer.disable_gradient_checkpointing()
     assert quiet["waits"] == []
@@ -152,7 +159,7 @@ def test_images_of_an_evaluation_are_made_without_waiting(made, quiet):
     watch, provider = made
     policy = provider.parts.policy
     with on_meta.watching(watch):
-        images = rollout.sample(
+        images = rollout.sample_images(
             policy,
             provider.conditioning,
             steps=4,
@@ -173,17 +180,17 @@ def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
     parts, config = provider.parts, provider.config
     recorder = Silent(watch)
     parts.policy.graphs = graphs = cuda_graphs.Graphs(parts.policy, recorder)
-    parts = changed(parts, micro_step=train.MicroStep(parts.policy, graphs))
+    parts = changed(parts, micro_step=update.MicroStep(parts.policy, parts.objective, graphs))
     try:
         with on_meta.watching(watch):
             batch = experience(provider, train.collect(parts, provider.conditioning, config))
-            train.update(parts, batch, config)
+            trainers.update(parts, batch, config)
             assert recorder.captures == 2 and len(graphs.recordings) == 2
             watch.restart()
             rollout.rollout(
                 parts.policy,
                 provider.conditioning,
-                rollout.ode_schedule(parts.policy, 4),
+                ode_schedule(parts.policy, 4),
                 torch.arange(4)[:, None].expand(4, 3),
                 groups=torch.zeros(3, dtype=torch.int64),
                 seeds=torch.arange(3),

@@ -44,7 +44,7 @@ def test_the_plan_is_what_an_iteration_holds(name):
     config = bench_counted.ours.config(case, "meta", **bench_counted.CHANGES[provider])
     clip = plan.KNOWN[IDS[case.model.name]].clip_tokens
     lengths = {"policy.max_sequence_length": case.model.text_tokens - clip}
-    found = plan.memory(replace(config, **lengths), plan.KNOWN[IDS[case.model.name]])
+    found = plan.expected_memory(replace(config, **lengths), plan.KNOWN[IDS[case.model.name]])
     # The text encoders and the CUDA context are not counted.
     encoders = 2 * plan.KNOWN[IDS[case.model.name]].encoders / plan.GIB
     planned = found["total"] - encoders - found["overhead"]

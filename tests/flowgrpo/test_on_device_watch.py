@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 from pathlib import Path
@@ -120,7 +121,6 @@ def test_attention_has_no_matrix_of_scores():
 @pytest.mark.parametrize("place", ["velocity", "loss"])
 def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
     """The mutations that test_on_device.py is there for."""
-    from flowgrpo import losses
 
     provider_case = Case(models.TINY_SD3, 2, 3, window=1)
     with on_meta.watching() as watch:
@@ -132,8 +132,8 @@ def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
             float(sigma[0])
             return own(self, sample, sigma, conditioning)
 
-        def mixing(plan, experience, rows, turns):
-            batch = gather(plan, experience, rows, turns)
+        def mixing(schedule, experience, rows, turns):
+            batch = gather(schedule, experience, rows, turns)
             return type(batch)(**{**vars(batch), "weights": torch.ones(len(batch.weights))})
 
         if place == "velocity":
@@ -142,8 +142,10 @@ def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
             provider.rollout()
             assert sum("_local_scalar_dense" in line for line in watch.waits) == 3
             return
-        gather = losses.gather
+        micro_step = provider.parts.micro_step
+        gather = micro_step.objective.gather
         trajectory = provider.rollout()
-        monkeypatch.setattr(losses, "gather", mixing)
+        objective = dataclasses.replace(micro_step.objective, gather=mixing)
+        monkeypatch.setattr(micro_step, "objective", objective)
         with pytest.raises((on_meta.MixedDevices, ValueError), match="cpu"):
             provider.update(trajectory)

@@ -35,14 +35,14 @@ def test_it_is_the_plain_rollout_but_for_rounding(pixel_model, tmp_path, case):
     close = {"rtol": 0, "atol": 2e-2 if case == "bfloat16" else 1e-5}
     for parts.state.iteration in range(3):
         shared, plain = both(parts, config)
-        starts |= set(shared.positions[0].tolist())
+        starts |= set(shared.trained_steps[0].tolist())
         torch.testing.assert_close(shared.latents, plain.latents, **close)
         # A log-probability is a squared deviation over 2 C^2, which is small in late steps.
         torch.testing.assert_close(shared.log_probs, plain.log_probs, rtol=1e-4, atol=1e-3)
-        for name in ("positions", "steps", "groups", "seeds"):
+        for name in ("trained_steps", "table_rows", "groups", "seeds"):
             assert torch.equal(getattr(shared, name), getattr(plain, name))
         if config.optim.guard:
-            place, row = shared.positions, torch.arange(24).expand_as(shared.positions)
+            place, row = shared.trained_steps, torch.arange(24).expand_as(shared.trained_steps)
             trained = (x.velocities[place, row] for x in (shared, plain))
             torch.testing.assert_close(*trained, **close)
     assert len(starts) > 2
@@ -53,7 +53,7 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case):
     config = trainers.config(pixel_model, tmp_path, **{**SHARED, **CASES[case]})
     parts = trainers.parts(config)
     for parts.state.iteration in range(2):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0
 
 
@@ -67,7 +67,7 @@ def test_fewer_rows_go_through_the_model(pixel_model, tmp_path):
     )
     conditioning = parts.policy.encode(trainers.TEXTS[:4])
     found = train.collect(parts, conditioning, config)
-    starts = found.positions[0, ::6]
+    starts = found.trained_steps[0, ::6]
     assert starts.max() > 0
     assert sum(rows) == int((starts + 6 * (6 - starts)).sum()) < 24 * 6
     assert max(rows) == config.sample.batch_size
@@ -107,7 +107,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
 def test_where_nothing_is_shared_it_is_not_used(pixel_model, tmp_path, changes, monkeypatch):
     config = trainers.config(pixel_model, tmp_path, **{**SHARED, **changes})
     parts = trainers.parts(config)
-    monkeypatch.setattr(shared_prefix, "rollout", None)
+    monkeypatch.setattr(shared_prefix, "rollout_shared_prefix", None)
     found = train.collect(parts, parts.policy.encode(trainers.TEXTS[:4]), config)
     assert found.latents.isfinite().all() and len(found.latents) == config.sample.steps + 1
 

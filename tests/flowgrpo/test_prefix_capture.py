@@ -12,11 +12,11 @@ import trainers
 from recorded import Silent, assert_equal, eager, evaluate, made
 from test_prefix import CASES, SHARED
 
-from flowgrpo import cuda_graphs, train
+from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
 from flowgrpo.policies import lora
 from flowgrpo.sampling import shared_prefix
-from flowgrpo.sampling.rollout import table_rows
+from flowgrpo.sampling.schedule import table_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -58,8 +58,8 @@ def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
         collect = partial(train.collect, parts, conditioning, config)
         found = collect()
         assert_equal(found, eager(policy, collect))
-        starts.add(tuple(found.positions[0, ::6].tolist()))
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        starts.add(tuple(found.trained_steps[0, ::6].tolist()))
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
     assert len(starts) > 2 and captures[1] == captures[-1]
@@ -76,10 +76,12 @@ def test_captured_rollout_and_update(pixel_model, tmp_path):
         policy = parts.policy
         graphs = policy.graphs if record else None
         policy.graphs = graphs
-        parts = train.Parts(**{**vars(parts), "micro_step": train.MicroStep(policy, graphs)})
+        parts = train.Components(
+            **{**vars(parts), "micro_step": update.MicroStep(policy, parts.objective, graphs)}
+        )
         found = []
         for parts.state.iteration in range(2):
-            found.append(train.update(parts, trainers.experience(parts, config), config))
+            found.append(trainers.update(parts, trainers.experience(parts, config), config))
             with policy.reference():
                 found.append(evaluate(policy, scale=2.0).float().mean().item())
             found.append(evaluate(policy).float().mean().item())
@@ -98,16 +100,16 @@ def test_a_short_last_chunk_keeps_the_rows_of_an_update(pixel_model, tmp_path):
     positions = torch.tensor([[1] * 4 + [3] * 4, [2] * 4 + [4] * 4])
 
     def run():
-        return shared_prefix.rollout(
+        return shared_prefix.rollout_shared_prefix(
             policy,
             policy.encode(trainers.TEXTS[:2]),
-            parts.plan,
+            parts.schedule,
             table_rows(positions, config.sample.steps),
             groups=torch.arange(8) // 4,
             seeds=torch.arange(8),
             noise_seeds=torch.arange(8) // 4,
             batch_size=3,
-            positions=positions,
+            trained_steps=positions,
         )
 
     found = run()
@@ -129,7 +131,7 @@ def test_matrices_are_made_once_and_in_place(pixel_model, tmp_path, monkeypatch)
     policy, calls, make = parts.policy, [], lora._matrices
     monkeypatch.setattr(lora, "_matrices", lambda *a: calls.append(a[0]) or make(*a))
     conditioning = policy.encode(trainers.TEXTS[:4])
-    layers = [layer for layer in lora.layers(policy.transformer) if lora._is_short(layer)]
+    layers = [layer for layer in lora.lora_layers(policy.transformer) if lora._is_short(layer)]
     # Query, key and value have theirs together.
     layers = [layer for layer in layers if layer._leads]
     places = []

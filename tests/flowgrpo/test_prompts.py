@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.prompts import load
+from flowgrpo.prompts import batches as prompts_batches
+from flowgrpo.prompts.batches import check_count, row_seeds
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.records import Prompts
 
 
@@ -25,7 +27,7 @@ def config(**changes) -> Config:
 def test_text_file(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("a red circle\n\n  zwei Äpfel  \n", encoding="utf-8")
-    found = load.load(str(path))
+    found = load_prompts(str(path))
     assert found.texts == ("a red circle", "zwei Äpfel")
     assert found.metadata == ({}, {}) and found.indices.tolist() == [0, 1]
 
@@ -37,7 +39,7 @@ def test_a_file_as_windows_writes_it(tmp_path, name):
     if name != "p.txt":
         lines = [json.dumps({"prompt": line}) for line in lines]
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert load.load(str(tmp_path / name)).texts == ("a red circle", "zwei Äpfel")
+    assert load_prompts(str(tmp_path / name)).texts == ("a red circle", "zwei Äpfel")
 
 
 def test_jsonl_file_and_folder(tmp_path):
@@ -47,10 +49,10 @@ def test_jsonl_file_and_folder(tmp_path):
             json.dumps(entry | {"split": split}, ensure_ascii=False) for entry in lines
         )
         (tmp_path / f"{split}_metadata.jsonl").write_text(text + "\n", encoding="utf-8")
-    train = load.load(str(tmp_path))
+    train = load_prompts(str(tmp_path))
     assert train.texts == ("one\u2028line", "b")
     assert train.metadata[1] == {"prompt": "b", "include": [1], "split": "train"}
-    assert load.load(str(tmp_path), "heldout").metadata[0]["split"] == "test"
+    assert load_prompts(str(tmp_path), "heldout").metadata[0]["split"] == "test"
 
 
 @pytest.mark.parametrize(
@@ -70,22 +72,22 @@ def test_bad_files(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
-        load.load(str(path))
+        load_prompts(str(path))
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(ConfigError, match="neither one of nano, geneval, ocr, general"):
-        load.load(str(tmp_path / "absent.txt"))
+        load_prompts(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
-        load.load(str(tmp_path), "heldout")
+        load_prompts(str(tmp_path), "heldout")
     for name in ("nano", "geneval", "hub:a/b"):
         with pytest.raises(ConfigError, match="the split is 'trian', but one of train"):
-            load.load(name, "trian")
+            load_prompts(name, "trian")
 
 
 @pytest.mark.parametrize("name", ["geneval", "ocr", "general"])
 def test_sets_of_the_package(name):
-    train, test = load.load(name, "train"), load.load(name, "test")
+    train, test = load_prompts(name, "train"), load_prompts(name, "test")
     assert len(train) > len(test) > 50
     assert not set(train.texts) & set(test.texts)
 
@@ -98,26 +100,26 @@ def test_metadata_must_match():
 def test_an_epoch_covers_the_set_once():
     found = Prompts.of([str(i) for i in range(11)])
     for epoch in range(3):
-        batches = [load.batch(found, config(), 3 * epoch + i) for i in range(3)]
+        batches = [prompts_batches.prompt_batch(found, config(), 3 * epoch + i) for i in range(3)]
         indices = torch.cat([batch.indices for batch in batches]).tolist()
         assert len(set(indices)) == 9
         assert [str(i) for i in indices] == [t for batch in batches for t in batch.texts]
-    orders = [load.batch(found, config(), i).texts for i in range(0, 30, 3)]
+    orders = [prompts_batches.prompt_batch(found, config(), i).texts for i in range(0, 30, 3)]
     assert len(set(orders)) > 5
 
 
 def test_too_many_prompts_for_the_set():
     with pytest.raises(ConfigError, match=r"prompts_per_iteration is 3, but .* only 2 prompts"):
-        load.check(Prompts.of(["a", "b"]), 3)
+        check_count(Prompts.of(["a", "b"]), 3)
 
 
 def test_row_seeds():
-    own, initial = load.row_seeds(3, config(), 5)
+    own, initial = row_seeds(3, config(), 5)
     assert torch.equal(own, initial) and own.dtype == torch.int64 and len(own.unique()) == 12
-    own_shared, shared = load.row_seeds(3, config(**{"sample.shared_noise": True}), 5)
+    own_shared, shared = row_seeds(3, config(**{"sample.shared_noise": True}), 5)
     assert torch.equal(own, own_shared)
     assert torch.equal(shared.view(3, 4), shared[::4, None].expand(3, 4))
     assert len(shared.unique()) == 3 and not set(shared.tolist()) & set(own.tolist())
     # The first rows do not depend on how many prompts follow.
-    assert torch.equal(load.row_seeds(2, config(), 5)[0], own[:8])
-    assert not torch.equal(load.row_seeds(3, config(), 6)[0], own)
+    assert torch.equal(row_seeds(2, config(), 5)[0], own[:8])
+    assert not torch.equal(row_seeds(3, config(), 6)[0], own)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flowgrpo import plan
-from flowgrpo.cli import main
+from flowgrpo.cli import train
 from flowgrpo.config import Config, ConfigError, from_json, to_json
-from flowgrpo.prompts.load import load
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import NAMES
 from flowgrpo.recipes import BETA, RECIPES, paper, recipe
 from flowgrpo.rewards import Scorer
@@ -91,11 +91,11 @@ def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
     found = recipe(name, memory=80.0)
     assert found.recipe == name and from_json(to_json(found)) == found
     assert found.sample.prompts in NAMES
-    prompts = load(found.sample.prompts)
+    prompts = load_prompts(found.sample.prompts)
     assert len(prompts) >= found.sample.prompts_per_iteration
     scorer = Scorer(dict.fromkeys((*found.reward.weights, *found.reported), 1.0))
     for reward in scorer.rewards.values():
-        for part in (prompts, load(found.sample.prompts, "heldout")):
+        for part in (prompts, load_prompts(found.sample.prompts, "heldout")):
             for text, entry in zip(part.texts, part.metadata, strict=True):
                 assert reward.check is None or reward.check(text, entry) != ""
     assert found.reported[0] == next(iter(found.reward.weights)) + "_strict" * ("geneval" in name)
@@ -109,7 +109,7 @@ def test_overrides_and_the_command_line(monkeypatch):
     found = recipe("sd35m_ocr", steps=7, **{"sample.batch_size": 4, "optim.lr": 1e-5})
     assert (found.run.steps, found.sample.batch_size, found.optim.lr) == (7, 4, 1e-5)
     line = "sd35m_geneval_1gpu --policy.model /models/sd35 --optim.lr 1e-4"
-    found = main.parse_train(line.split())
+    found = train.parse_train(line.split())
     assert (found.policy.model, found.optim.lr) == ("/models/sd35", 1e-4)
     assert found.sample == recipe("sd35m_geneval_1gpu").sample
     for words, message in (
@@ -117,4 +117,4 @@ def test_overrides_and_the_command_line(monkeypatch):
         ("--optim.updates-per-iteration 5", "5 does not divide the 16 chunks"),
     ):
         with pytest.raises(ConfigError, match=message):
-            main.parse_train(["sd35m_geneval_1gpu", *words.split()])
+            train.parse_train(["sd35m_geneval_1gpu", *words.split()])

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from flowgrpo import rewards, train
 from flowgrpo.config import replace
-from flowgrpo.prompts import load
+from flowgrpo.policies.load import load_policy
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import display, monitor
 
 
@@ -32,7 +33,7 @@ def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
     def dies(images, prompts, metadata):
         if lines.exists() and '"iteration": 3, "kind": "train"' in lines.read_text():
             raise ConnectionError("the machine is gone")
-        return red(images, load, metadata)
+        return red(images, prompts, metadata)
 
     monkeypatch.setattr(shell, "red", dies)
     with pytest.raises(rewards.RewardError, match="the machine is gone"):
@@ -53,7 +54,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     config = shell.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0})
     train.run(config)
     text = shown.export_text()
-    policy = train.load_policy(config)
+    policy = load_policy(config)
     frozen = sum(p.numel() for p in policy.transformer.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in policy.parameters())
     assert f"{frozen / 1e3:.2f} k parameters" in text and f"{trained / 1e3:.2f} k param" in text
@@ -68,7 +69,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
 
 def flat(images, prompts, metadata):
     """Equal inside a group, whatever is drawn."""
-    return torch.tensor([float(len(text)) for text in load])
+    return torch.tensor([float(len(text)) for text in prompts])
 
 
 def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
@@ -83,8 +84,8 @@ def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
 
 def test_which_sets_hold_prompts_out(tmp_path):
     for name in ("nano", "geneval", "hub:a/b", str(tmp_path)):
-        assert load.has_splits(name)
-    assert not load.has_splits(str(tmp_path / "p.txt"))
+        assert has_splits(name)
+    assert not has_splits(str(tmp_path / "p.txt"))
 
 
 def test_what_takes_longer_the_first_time():

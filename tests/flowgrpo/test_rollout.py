@@ -8,14 +8,12 @@ import trainers
 
 from flowgrpo import train
 from flowgrpo.config import replace
-from flowgrpo.sampling.rollout import (
-    chunks,
+from flowgrpo.sampling.rollout import chunks, rollout, sample_images
+from flowgrpo.sampling.schedule import (
     ode_schedule,
-    rollout,
-    sample,
-    schedule,
     step_weights,
     table_rows,
+    training_schedule,
     windows,
 )
 
@@ -33,13 +31,13 @@ def run(made, positions, rows=12, keep=True, **changes):
         "groups": torch.arange(rows) // 6,
         "seeds": torch.arange(rows) + 100,
         "batch_size": 3,
-        "positions": positions,
+        "trained_steps": positions,
         "keep": keep,
         **changes,
     }
     conditioning = parts.policy.encode(trainers.TEXTS[:2])
     table = table_rows(positions, config.sample.steps)
-    return rollout(parts.policy, conditioning, parts.plan, table, **arguments)
+    return rollout(parts.policy, conditioning, parts.schedule, table, **arguments)
 
 
 def window(*starts: int, length: int = 2) -> torch.Tensor:
@@ -70,7 +68,7 @@ def test_outside_the_window_steps_are_ode_steps(made):
     parts, _ = made
     positions = window(*[0] * 3, *[1] * 3, *[4] * 3, *[2] * 3)
     found = run(made, positions)
-    sigmas = parts.plan.sigmas
+    sigmas = parts.schedule.sigmas
     for row, start in enumerate(positions[0].tolist()):
         for i in range(6):
             inside = start <= i < start + 2
@@ -85,8 +83,8 @@ def test_outside_the_window_steps_are_ode_steps(made):
                 )[row % 3]
                 x = found.latents[5, row] + (sigmas[6] - sigmas[5]) * velocity
                 torch.testing.assert_close(found.latents[6, row], x, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found.positions, positions)
-    assert torch.equal(found.steps, positions)
+    assert torch.equal(found.trained_steps, positions)
+    assert torch.equal(found.table_rows, positions)
 
 
 def test_mixed_windows_equal_each_groups_own_batch(made):
@@ -133,9 +131,9 @@ def test_sampling_is_the_ode_and_batches_do_not_mix(made):
     conditioning = parts.policy.encode(trainers.TEXTS[:3])
     arguments = {"steps": 5, "groups": torch.tensor([0, 1, 2, 0, 1]), "batch_size": 2}
     seeds = torch.arange(5)
-    images = sample(parts.policy, conditioning, seeds=seeds, **arguments)
+    images = sample_images(parts.policy, conditioning, seeds=seeds, **arguments)
     assert images.dtype == torch.uint8 and images.shape == (5, 3, 8, 8)
-    again = sample(parts.policy, conditioning, seeds=seeds, **{**arguments, "batch_size": 5})
+    again = sample_images(parts.policy, conditioning, seeds=seeds, **{**arguments, "batch_size": 5})
     assert (images.int() - again.int()).abs().amax() <= 1
     assert ode_schedule(parts.policy, 5).transitions.deterministic
 
@@ -150,7 +148,7 @@ def test_step_weights_equalise_the_gradient(made, transition):
     """Weight x |d log_prob / d v| is the same for every trained step: B / C x C / |B|."""
     parts, config = made
     config = replace(config, **{"sample.transition": transition, "sample.window_size": 0})
-    plan = schedule(parts.policy, config.sample)
+    plan = training_schedule(parts.policy, config.sample)
     b, c, k = plan.transitions.table[:5, 1:4].double().unbind(1)
     weights = plan.weights[:5].double()
     torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))

@@ -14,6 +14,8 @@ import torch
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, replace, to_json
 from flowgrpo.runs import checkpoints, directory
+from flowgrpo.runs.process import stoppable, versions
+from flowgrpo.runs.state import State
 
 
 def config_for(folder: Path, **changes) -> Config:
@@ -24,20 +26,20 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def small_state(config: Config) -> tuple[directory.State, torch.nn.Module]:
+def small_state(config: Config) -> tuple[State, torch.nn.Module]:
     """A state whose transformer is not one: export is tested in test_weights.py."""
     model = torch.nn.Linear(2, 2)
-    return directory.State.create(model, config.optim), model
+    return State.create(model, config.optim), model
 
 
-def save(run: directory.Run, state: directory.State, score: float | None = None) -> None:
-    record = {**state.counters(), "score": score, "versions": directory.versions()}
+def save(run: directory.RunDirectory, state: State, score: float | None = None) -> None:
+    record = {**state.counters(), "score": score, "versions": versions()}
     checkpoints.save(run.checkpoints, state.iteration, state.tensors(), record)
 
 
 def test_a_new_run_holds_its_configuration(tmp_path):
     config = config_for(tmp_path / "a" / "run")
-    with directory.Run.open(config) as run:
+    with directory.RunDirectory.open(config) as run:
         assert (run.dir / "config.json").read_text() == to_json(config)
         assert tree(run.dir) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
     resumed = directory.resume_config(tmp_path / "a" / "run")
@@ -46,7 +48,7 @@ def test_a_new_run_holds_its_configuration(tmp_path):
 
 def test_a_directory_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    for call in (directory.check_directory, directory.Run.open):
+    for call in (directory.check_directory, directory.RunDirectory.open):
         with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
             call(config_for(tmp_path))
     assert tree(tmp_path) == {"note.txt"}
@@ -59,7 +61,7 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
         with pytest.raises(
             ConfigError, match=r"cannot be written \(.+\).*choose another --run.out"
         ):
-            directory.Run.open(config_for(out))
+            directory.RunDirectory.open(config_for(out))
     assert tree(tmp_path) == {"file"}
 
 
@@ -69,18 +71,18 @@ def test_a_folder_made_for_a_run_that_cannot_be_written_goes_again(tmp_path, mon
 
     monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(ConfigError, match="No space left"):
-        directory.Run.open(config_for(tmp_path / "a" / "b" / "run"))
+        directory.RunDirectory.open(config_for(tmp_path / "a" / "b" / "run"))
     assert tree(tmp_path) == set()
 
 
 def test_one_process_at_a_time(tmp_path):
     config = config_for(tmp_path / "run")
     with (
-        directory.Run.open(config) as run,
+        directory.RunDirectory.open(config) as run,
         pytest.raises(ConfigError, match="in use by another process"),
     ):
-        directory.Run.open(directory.resume_config(run.dir))
-    directory.Run.open(directory.resume_config(tmp_path / "run")).close()
+        directory.RunDirectory.open(directory.resume_config(run.dir))
+    directory.RunDirectory.open(directory.resume_config(tmp_path / "run")).close()
 
 
 @pytest.mark.parametrize(
@@ -94,18 +96,20 @@ def test_one_process_at_a_time(tmp_path):
     ],
 )
 def test_going_on_with_another_configuration_is_refused(tmp_path, changes, words):
-    directory.Run.open(config_for(tmp_path / "run")).close()
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
     with pytest.raises(ConfigError, match=words):
-        directory.Run.open(replace(directory.resume_config(tmp_path / "run"), **changes))
+        directory.RunDirectory.open(replace(directory.resume_config(tmp_path / "run"), **changes))
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
 
 
 def test_what_does_not_change_the_numbers_may_change(tmp_path):
-    directory.Run.open(config_for(tmp_path / "run")).close()
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
     changes = {"run.steps": 7, "run.eval_every": 1, "run.threads": 1, "run.progress": "none"}
     changes |= {"policy.offload_text_encoders": True, "sample.overlap": 0}
-    again = directory.Run.open(replace(directory.resume_config(tmp_path / "run"), **changes))
+    again = directory.RunDirectory.open(
+        replace(directory.resume_config(tmp_path / "run"), **changes)
+    )
     again.close()
     assert again.config.run.steps == 7 and again.config.sample.overlap == 0
 
@@ -119,7 +123,7 @@ def test_resuming_what_is_no_run_is_refused(tmp_path, content):
 
 
 def test_metrics_are_plain_json_and_times_stand_apart(tmp_path):
-    with directory.Run.open(config_for(tmp_path / "run")) as run:
+    with directory.RunDirectory.open(config_for(tmp_path / "run")) as run:
         values = {
             "a": torch.tensor(1.5),
             "nested": {"b": [torch.tensor([1, 2]), 3]},
@@ -146,7 +150,7 @@ def test_metrics_are_plain_json_and_times_stand_apart(tmp_path):
 def test_tensorboard_reads_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with directory.Run.open(config_for(tmp_path / "run")) as run:
+    with directory.RunDirectory.open(config_for(tmp_path / "run")) as run:
         for iteration in (1, 2):
             run.log(iteration, {"reward": iteration / 8, "rewards": {"x": 2.0}}, {"update": 1.0})
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -159,7 +163,7 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
 
 def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
     config = config_for(tmp_path / "run")
-    with directory.Run.open(config) as run:
+    with directory.RunDirectory.open(config) as run:
         state, _ = small_state(config)
         assert not run.restore(state)
         run.log(0, {"accuracy": 0.5}, kind="eval")
@@ -170,7 +174,7 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + b'{"iteration": 4, "ki')
-    with directory.Run.open(directory.resume_config(run.dir)) as run:
+    with directory.RunDirectory.open(directory.resume_config(run.dir)) as run:
         state, _ = small_state(config)
         assert run.restore(state) and state.iteration == 2
         assert path.read_bytes() == b"".join(whole[:3])
@@ -180,14 +184,14 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
 
 def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
     config = config_for(tmp_path / "run")
-    with directory.Run.open(config) as run:
+    with directory.RunDirectory.open(config) as run:
         state, _ = small_state(config)
         run.log(1, {"x": 1})
         save(run, state)
     before = (run.dir / "metrics.jsonl").read_bytes()
     (run.checkpoints / "step-000000" / "ema.safetensors").write_bytes(b"\0" * 100)
     with (
-        directory.Run.open(directory.resume_config(run.dir)) as run,
+        directory.RunDirectory.open(directory.resume_config(run.dir)) as run,
         pytest.raises(ConfigError, match="ema"),
     ):
         run.restore(small_state(config)[0])
@@ -203,7 +207,7 @@ def default_sigint():
 
 
 def test_first_signal_asks_and_second_aborts(capfd, default_sigint):
-    with directory.stoppable() as stop:
+    with stoppable() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested and "Finishing this iteration" in capfd.readouterr().err
@@ -220,12 +224,12 @@ def test_the_end_of_the_terminal_asks_too(default_sigint):
     os.close(reader)
     try:
         os.dup2(writer, 2)
-        with directory.stoppable() as stop:
+        with stoppable() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with directory.stoppable() as stop:
+        with stoppable() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested
     finally:
@@ -239,7 +243,7 @@ def test_stoppable_in_a_thread_changes_no_handler():
     before, found = signal.getsignal(signal.SIGINT), []
 
     def work():
-        with directory.stoppable() as stop:
+        with stoppable() as stop:
             found.append((stop.requested, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)

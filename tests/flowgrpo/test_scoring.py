@@ -14,7 +14,7 @@ import trainers
 
 from flowgrpo import rewards, train
 from flowgrpo.records import Prompts
-from flowgrpo.rewards.background import Scoring, Worker
+from flowgrpo.rewards.background import BackgroundScoring, RewardThread
 
 CPU = torch.device("cpu")
 PROMPTS = Prompts.of([f"prompt {k}" for k in range(4)], [{"place": k} for k in range(4)])
@@ -33,8 +33,8 @@ def scorer(monkeypatch):
 
 
 def score(scorer, waiting, chunk=5):
-    worker = Worker(CPU, waiting) if waiting else None
-    scoring = Scoring(scorer, PROMPTS, 6, worker)
+    worker = RewardThread(CPU, waiting) if waiting else None
+    scoring = BackgroundScoring(scorer, PROMPTS, 6, worker)
     for start in range(0, 24, chunk):
         scoring.add(IMAGES[start : start + chunk])
     return scoring.finish()
@@ -92,7 +92,7 @@ def test_the_queue_is_bounded_and_a_slow_reward_does_not_hold_up(scorer):
         assert go.wait(10)
         return [1.0] * len(images)
 
-    scoring = Scoring(scorer(slow), PROMPTS, 6, Worker(CPU, 2))
+    scoring = BackgroundScoring(scorer(slow), PROMPTS, 6, RewardThread(CPU, 2))
 
     def sampling():
         for k in range(4):
@@ -111,7 +111,7 @@ def test_the_queue_is_bounded_and_a_slow_reward_does_not_hold_up(scorer):
 
 def aborted(seconds):
     """A run that is given up while one reward is being computed and another waits."""
-    worker, started = Worker(CPU, 2), threading.Event()
+    worker, started = RewardThread(CPU, 2), threading.Event()
     for _ in range(2):
         worker.submit(lambda images: (started.set(), time.sleep(seconds)), IMAGES)
     assert started.wait(10)
@@ -125,7 +125,7 @@ def test_a_process_does_not_wait_for_rewards_that_nobody_wants(tmp_path):
 
 
 def test_the_thread_ends_with_its_worker():
-    worker = Worker(CPU, 1)
+    worker = RewardThread(CPU, 1)
     thread, gone = worker.thread, weakref.ref(worker)
     assert worker.submit(lambda images: len(images), IMAGES).result(10) == 24
     del worker
@@ -134,7 +134,7 @@ def test_the_thread_ends_with_its_worker():
 
 
 def test_missing_images_are_noticed(scorer):
-    scoring = Scoring(scorer(lambda i, p, m: [1.0] * len(i)), PROMPTS, 6)
+    scoring = BackgroundScoring(scorer(lambda i, p, m: [1.0] * len(i)), PROMPTS, 6)
     scoring.add(IMAGES[:15])
     with pytest.raises(ValueError, match="2 groups of images were added and 3 images beyond"):
         scoring.finish()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import trainers
 
-from flowgrpo import rewards, train
+from flowgrpo import objectives, rewards, train, update
 from flowgrpo.config import ConfigError, replace
 
 FAST = {
@@ -47,11 +47,11 @@ def test_the_backward_alone_is_strict(pixel_model, tmp_path):
     config = trainers.config(pixel_model, tmp_path)
     made = trainers.parts(config)
     experience = trainers.experience(made, config)
-    batch = train.losses.gather(made.plan, experience, slice(0, 3), range(1))
+    batch = objectives.gather_trained_steps(made.schedule, experience, slice(0, 3), range(1))
     seen, level = [], torch.get_deterministic_debug_mode
 
     def objective(policy, batch, config):
-        out = train.losses.grpo(policy, batch, config)
+        out = objectives.grpo(policy, batch, config)
         out.loss.register_hook(lambda gradient: seen.append(level()))
         seen.append(level())
         return out
@@ -59,7 +59,7 @@ def test_the_backward_alone_is_strict(pixel_model, tmp_path):
     try:
         for mode in ("default", "warn"):
             torch.set_deterministic_debug_mode(mode)
-            train.micro_step(made.policy, objective, batch, config, 1)
+            update.run_micro_step(made.policy, objective, batch, config, 1)
             seen.append(level())
     finally:
         torch.set_deterministic_debug_mode("default")
@@ -168,12 +168,12 @@ def test_the_loop_fits_one_screen():
     lines = inspect.getsource(train.run).splitlines()
     assert len(lines) <= 40
     stages = (
-        "prompts.batch",
+        "prompt_batch(",
         "collect(",
         "scoring.",
-        "advantages(",
+        ".weigh(",
         "update(",
-        "reports.iteration",
+        "monitor.iteration",
     )
     places = [next(i for i, line in enumerate(lines) if stage in line) for stage in stages]
     assert places == sorted(places)

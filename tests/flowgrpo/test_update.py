@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import trainers
 
-from flowgrpo import train
+from flowgrpo import objectives
 from flowgrpo.config import replace
 from flowgrpo.policies import lora
 from flowgrpo.records import Experience
@@ -82,7 +83,7 @@ def expected_loss(model, base, parts, experience: Experience, rows, config):
         return uncond + config.sample.guidance_scale * (conditional - uncond)
 
     for row in range(rows.start, rows.stop):
-        for i in trajectory.positions[:, row].tolist():
+        for i in trajectory.trained_steps[:, row].tolist():
             x, x_next = (trajectory.latents[j, row : row + 1].double() for j in (i, i + 1))
             step = (sigmas[i], sigmas[i + 1], sigmas[1], config)
             std, mean, noise = std_and_mean(guided(model, row, i), x, *step)
@@ -112,10 +113,10 @@ def expected_loss(model, base, parts, experience: Experience, rows, config):
 def double_copies(parts):
     """The transformer in float64 with PEFT's own forward: with adapters on, and off."""
     model = copy.deepcopy(parts.policy.transformer).double()
-    for layer in lora.layers(model):
+    for layer in lora.lora_layers(model):
         del layer.forward
     base = copy.deepcopy(model)
-    for layer in lora.layers(base):
+    for layer in lora.lora_layers(base):
         layer.enable_adapters(False)
     return model, base
 
@@ -143,7 +144,7 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(type(parts.state), "step", record)
-    metrics = train.update(parts, experience, replace(config, **{"optim.ratio_tolerance": 1e9}))
+    metrics = trainers.update(parts, experience, replace(config, **{"optim.ratio_tolerance": 1e9}))
     losses = []
     for number, gradients in enumerate(found):
         model.zero_grad()
@@ -169,22 +170,22 @@ def test_update_takes_the_chunks_in_order(pixel_model, tmp_path, monkeypatch):
     """Two updates of two chunks each, every chunk at each of its trained steps, the loss scaled."""
     config = trainers.config(pixel_model, tmp_path, **{"sample.window_size": 3})
     parts = trainers.parts(config)
-    calls, gather = [], train.losses.gather
+    calls, gather = [], objectives.gather_trained_steps
 
-    def gathered(plan, experience, rows, turns):
+    def gathered(schedule, experience, rows, turns):
         calls.append((len(steps), rows, turns))
-        return gather(plan, experience, rows, turns)
+        return gather(schedule, experience, rows, turns)
 
-    def objective(policy, batch, config):
+    def loss(policy, batch, config):
         leaf = torch.ones((), requires_grad=True)
         leaf.register_hook(lambda g: scales.append(g.item()))
-        return train.losses.Loss(leaf * 1.0, {"loss": torch.ones(())}, torch.ones(3))
+        return objectives.Loss(leaf * 1.0, {"loss": torch.ones(())}, torch.ones(3))
 
     steps, scales = [], []
-    monkeypatch.setattr(train.losses, "gather", gathered)
-    monkeypatch.setitem(train.OBJECTIVES, "grpo", objective)
+    row = dataclasses.replace(parts.objective, gather=gathered, loss=loss)
+    monkeypatch.setattr(parts.micro_step, "objective", row)
     monkeypatch.setattr(type(parts.state), "step", lambda s: (steps.append(1), torch.ones(()))[1])
-    metrics = train.update(parts, trainers.experience(parts, config), config)
+    metrics = trainers.update(parts, trainers.experience(parts, config), config)
     chunks = [(u, slice(r, r + 3)) for u in (0, 1) for r in (6 * u, 6 * u + 3)]
     order = [(*chunk, range(w, w + 1)) for chunk in chunks for w in range(3)]
     assert calls == order and metrics["loss"] == 1.0 and metrics["grad_norm"] == [1.0, 1.0]
@@ -200,7 +201,7 @@ def test_equal_rewards_change_nothing_without_kl(pixel_model, tmp_path):
     experience = trainers.experience(parts, config)
     experience = Experience(**{**vars(experience), "advantages": torch.zeros(12)})
     before = [p.detach().clone() for p in parts.state.parameters.values()]
-    metrics = train.update(parts, experience, config)
+    metrics = trainers.update(parts, experience, config)
     assert metrics["grad_norm"] == [0.0, 0.0] and metrics["policy_loss"] == 0.0
     assert all(map(torch.equal, before, parts.state.parameters.values()))
 
@@ -212,5 +213,5 @@ def test_beta_0_never_computes_the_reference(pixel_model, tmp_path, monkeypatch)
     forwards = []
     parts.policy.transformer.register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(type(parts.policy), "reference", None)
-    train.update(parts, experience, config)
+    trainers.update(parts, experience, config)
     assert len(forwards) == 4 * 2

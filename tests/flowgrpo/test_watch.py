@@ -17,6 +17,7 @@ from flowgrpo.evaluation import evaluate
 from flowgrpo.policies import Policy
 from flowgrpo.runs import display
 from flowgrpo.sampling import rollout
+from flowgrpo.sampling.schedule import ode_schedule
 
 CALLS: list = []
 
@@ -39,12 +40,12 @@ def tiny_policy(tmp_path_factory):
 )
 def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_size, told):
     config, policy = tiny_policy
-    held = evaluate.held_out(config)
+    held = evaluate.evaluation_set(config)
     conditioning, uncond = policy.encode(list(held.prompts.texts)), policy.encode([""])
     whole = rollout.rollout(
         policy,
         conditioning,
-        rollout.ode_schedule(policy, 3),
+        ode_schedule(policy, 3),
         torch.arange(3)[:, None].expand(3, 10),
         groups=torch.arange(5).repeat_interleave(2),
         seeds=held.seeds[:10],
@@ -54,7 +55,7 @@ def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_s
     ).latents[-1]
     whole = torch.cat([policy.decode(part) for part in whole.split(batch_size)])
     seen = []
-    images = evaluate.sample_images(
+    images = evaluate.generate_images(
         policy,
         held.prompts.texts,
         held.seeds[:10],
@@ -74,7 +75,7 @@ def test_all_batches_replay_one_graph(pixel_model, tmp_path):
 
     def images():
         options = {"steps": 3, "batch_size": 4, "guidance_scale": 2.0}
-        return evaluate.sample_images(policy, texts, seeds, 2, **options)
+        return evaluate.generate_images(policy, texts, seeds, 2, **options)
 
     found, recorder = images(), policy.graphs.recorder
     assert recorder.captures == 1
@@ -83,7 +84,7 @@ def test_all_batches_replay_one_graph(pixel_model, tmp_path):
 
 def test_scoring_is_told_before_the_rewards_and_changes_nothing(tiny_policy):
     config, policy = tiny_policy
-    held, scorer = evaluate.held_out(config), rewards.Scorer({"test_watch:slow": 1.0})
+    held, scorer = evaluate.evaluation_set(config), rewards.Scorer({"test_watch:slow": 1.0})
     CALLS.clear()
     options = {"steps": 3, "batch_size": 10}
     watched = evaluate.evaluate(
@@ -115,7 +116,7 @@ def clock(monkeypatch):
 def plain(total: int, seconds: float, clock: Clock, batch: int = 1) -> list[str]:
     """The lines of an evaluation whose batches take `seconds` each, and the rewards ten."""
     console = Console(file=io.StringIO(), width=60)
-    with display.Watch(console, "plain", "base", total, ["a", "b[red]"]) as watch:
+    with display.EvaluationProgress(console, "plain", "base", total, ["a", "b[red]"]) as watch:
         for images in range(batch, total + 1, batch):
             clock.now += seconds
             watch("sampling", images)
@@ -144,7 +145,7 @@ def test_a_short_evaluation_is_silent_and_one_of_a_minute_nearly_so(clock):
 
 def test_the_first_batch_does_not_count_for_the_time_left(clock):
     console = Console(file=io.StringIO(), width=100)
-    with display.Watch(console, "plain", "base", 40, ["a"]) as watch:
+    with display.EvaluationProgress(console, "plain", "base", 40, ["a"]) as watch:
         for seconds, images in ((300, 10), (20, 20), (20, 30)):
             clock.now += seconds
             watch("sampling", images)
@@ -161,12 +162,15 @@ def test_what_takes_long_without_a_batch_says_so_by_itself(monkeypatch):
     console = Console(file=io.StringIO(), width=60)
     monkeypatch.setattr(console, "print", lambda text, **options: (said.set(), found.append(text)))
     found: list[str] = []
-    with display.Watch(console, "plain", "base", 4, ["a"]) as watch:
+    with display.EvaluationProgress(console, "plain", "base", 4, ["a"]) as watch:
         assert said.wait(20)
         timer = watch._timer
     assert re.fullmatch(r"base  0/4 images  0:0\d passed", found[0])
     assert not timer.is_alive()
-    with pytest.raises(KeyError), display.Watch(console, "plain", "base", 4, ["a"]) as watch:
+    with (
+        pytest.raises(KeyError),
+        display.EvaluationProgress(console, "plain", "base", 4, ["a"]) as watch,
+    ):
         timer = watch._timer
         raise KeyError
     assert not timer.is_alive()
@@ -175,7 +179,7 @@ def test_what_takes_long_without_a_batch_says_so_by_itself(monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_none_is_silent(terminal, clock):
     console = Console(file=io.StringIO(), force_terminal=terminal)
-    with display.Watch(console, "none", "base", 10, ["a"]) as watch:
+    with display.EvaluationProgress(console, "none", "base", 10, ["a"]) as watch:
         for images in range(1, 11):
             clock.now += 100
             watch("sampling", images)

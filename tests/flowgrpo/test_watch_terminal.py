@@ -11,7 +11,8 @@ import shell
 from rich.console import Console
 
 from flowgrpo import train
-from flowgrpo.cli import commands, main
+from flowgrpo.cli import evaluate
+from flowgrpo.cli import options as cli_options
 from flowgrpo.runs import display
 
 
@@ -52,7 +53,9 @@ def test_on_a_terminal_a_bar_that_is_taken_down():
     config = types.SimpleNamespace(run=types.SimpleNamespace(progress="auto"))
     mode = display.mode_of(config, terminal.console)
     assert mode == "bar"
-    with display.Watch(terminal.console, mode, "base, CFG 4.5", 12, ["a", "b[red]"]) as watch:
+    with display.EvaluationProgress(
+        terminal.console, mode, "base, CFG 4.5", 12, ["a", "b[red]"]
+    ) as watch:
         for stage, images in (("sampling", 4), ("sampling", 12), ("scoring", 12)):
             watch(stage, images)
             watch._progress.refresh()
@@ -82,14 +85,16 @@ def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
 def test_the_command_shows_it_and_stays_silent_where_the_run_did(tmp_path):
     config = shell.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0, "run.progress": "auto"})
     train.run(config)
-    options = main.Evaluate(target=str(config.out_dir), out=str(tmp_path / "e"), device="cpu")
+    options = cli_options.EvaluateOptions(
+        target=str(config.out_dir), out=str(tmp_path / "e"), device="cpu"
+    )
     for progress, shown in (("auto", True), ("none", False)):
         path = config.out_dir / "config.json"
         text = path.read_text()
         path.write_text(re.sub(r'"progress": "\w+"', f'"progress": "{progress}"', text))
         assert f'"progress": "{progress}"' in path.read_text()
         terminal = Pseudo()
-        commands.evaluate_run(options, terminal.console)
+        evaluate.evaluate_run(options, terminal.console)
         text = terminal.text()
         for words in ("0/12 images", "base: scoring by shell:red", "iteration 1: scoring by"):
             assert (words in text) == shown

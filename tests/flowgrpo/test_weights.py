@@ -9,7 +9,9 @@ import tiny
 import torch
 
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
-from flowgrpo.runs import state as runs_state
+from flowgrpo.policies.adapters import add_adapter, trained_parameters
+from flowgrpo.runs.export import export
+from flowgrpo.runs.state import EMA, State, learning_rate
 
 CONFIG = PolicyConfig(lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "ff.net.2"))
 
@@ -59,8 +61,8 @@ def train(state, model, steps):
 def test_adapter_is_float32_on_the_named_layers_and_starts_as_the_base(folder, dtype):
     model = transformer(folder, dtype)
     before = forward(model)
-    parameters = runs_state.add_adapter(model, CONFIG, seed=1)
-    names = runs_state.named_parameters(model)
+    parameters = add_adapter(model, CONFIG, seed=1)
+    names = trained_parameters(model)
     assert [id(p) for p in parameters] == [id(p) for p in names.values()]
     assert all(p.dtype == torch.float32 for p in parameters)
     assert all(".attn.to_q.lora_" in n or ".ff.net.2.lora_" in n for n in names)
@@ -75,14 +77,12 @@ def test_adapter_is_drawn_from_its_seed_alone(folder, init):
     for seed in (5, 5, 6):
         torch.manual_seed(len(drawn))
         model = transformer(folder)
-        runs_state.add_adapter(model, config, seed)
+        add_adapter(model, config, seed)
         drawn.append(
             torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         )
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    a = torch.cat(
-        [p.flatten() for n, p in runs_state.named_parameters(model).items() if "_A." in n]
-    )
+    a = torch.cat([p.flatten() for n, p in trained_parameters(model).items() if "_A." in n])
     # The layers have 16 inputs: U(-1/4, 1/4) has std 1/4 / sqrt(3).
     expected = 1 / 8 if init == "gaussian" else 0.25 / math.sqrt(3)
     assert a.std().item() == pytest.approx(expected, rel=0.05)
@@ -90,25 +90,25 @@ def test_adapter_is_drawn_from_its_seed_alone(folder, init):
 
 def test_a_target_that_no_layer_has_is_refused(folder):
     with pytest.raises(ConfigError, match=r"names 'attn.to_x', .* attn.to_k"):
-        runs_state.add_adapter(transformer(folder), PolicyConfig(lora_targets=("attn.to_x",)))
+        add_adapter(transformer(folder), PolicyConfig(lora_targets=("attn.to_x",)))
 
 
 def test_full_training_needs_float32(folder):
     config = PolicyConfig(adapter="full")
     with pytest.raises(ConfigError, match=r"torch.bfloat16.*set policy.dtype to float32"):
-        runs_state.add_adapter(transformer(folder), config)
+        add_adapter(transformer(folder), config)
     model = transformer(folder, torch.float32)
-    assert len(runs_state.add_adapter(model, config)) == len(list(model.parameters()))
+    assert len(add_adapter(model, config)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_exported_adapter_is_what_diffusers_loads(folder, tmp_path, decay):
     model = transformer(folder, torch.float32)
-    runs_state.add_adapter(model, CONFIG)
-    state = runs_state.State.create(model, OptimConfig(lr=1e-2, ema_decay=decay, ema_every=1))
+    add_adapter(model, CONFIG)
+    state = State.create(model, OptimConfig(lr=1e-2, ema_decay=decay, ema_every=1))
     train(state, model, 3)
     kept = {n: p.detach().clone() for n, p in state.parameters.items()}
-    runs_state.export(model, state.ema, CONFIG, tmp_path / "adapter")
+    export(model, state.ema, CONFIG, tmp_path / "adapter")
     assert all(torch.equal(kept[n], p) for n, p in state.parameters.items())
     with state.ema.swapped():
         expected = forward(model)
@@ -126,10 +126,10 @@ def test_exported_full_model_is_what_diffusers_loads(folder, tmp_path):
 
     config = PolicyConfig(adapter="full")
     model = transformer(folder, torch.float32)
-    runs_state.add_adapter(model, config)
-    state = runs_state.State.create(model, OptimConfig(lr=1e-3, ema_every=1))
+    add_adapter(model, config)
+    state = State.create(model, OptimConfig(lr=1e-3, ema_every=1))
     train(state, model, 2)
-    runs_state.export(model, state.ema, config, tmp_path / "model")
+    export(model, state.ema, config, tmp_path / "model")
     with state.ema.swapped():
         expected = forward(model)
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "model")
@@ -138,14 +138,14 @@ def test_exported_full_model_is_what_diffusers_loads(folder, tmp_path):
 
 def test_warm_up_is_linear_and_ends_at_lr():
     config = OptimConfig(lr=0.4, warmup=4)
-    rates = [runs_state.learning_rate(config, n) for n in range(6)]
+    rates = [learning_rate(config, n) for n in range(6)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert runs_state.learning_rate(OptimConfig(lr=0.4), 0) == 0.4
+    assert learning_rate(OptimConfig(lr=0.4), 0) == 0.4
 
 
 def test_learning_rate_falls_to_a_tenth_and_stays():
     config = OptimConfig(lr=1.0, warmup=2, decay=10)
-    rates = [runs_state.learning_rate(config, n) for n in (0, 1, 5, 10, 1000)]
+    rates = [learning_rate(config, n) for n in (0, 1, 5, 10, 1000)]
     assert rates == pytest.approx([0.5, 0.91, 0.55, 0.1, 0.1])
 
 
@@ -154,7 +154,7 @@ def test_step_is_clipped_adamw_in_float64():
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3, bias=False)
     config = OptimConfig(lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, warmup=2, max_grad_norm=0.5)
-    state = runs_state.State.create(model, config)
+    state = State.create(model, config)
     p = model.weight.detach().double().clone()
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for n in range(5):
@@ -174,8 +174,8 @@ def test_step_is_clipped_adamw_in_float64():
 
 def test_average_follows_its_formula_and_swaps_the_bits_back():
     model = torch.nn.Linear(4, 4)
-    named = runs_state.named_parameters(model)
-    ema = runs_state.EMA(named, decay=0.6, every=2)
+    named = trained_parameters(model)
+    ema = EMA(named, decay=0.6, every=2)
     shadow = model.weight.detach().double().clone()
     for n in range(1, 9):
         with torch.no_grad():
@@ -194,7 +194,7 @@ def test_average_follows_its_formula_and_swaps_the_bits_back():
 
 def test_without_decay_the_average_is_the_parameters():
     model = torch.nn.Linear(2, 2)
-    ema = runs_state.EMA(runs_state.named_parameters(model), decay=0.0)
+    ema = EMA(trained_parameters(model), decay=0.0)
     with torch.no_grad():
         model.weight.add_(1)
     ema.update()

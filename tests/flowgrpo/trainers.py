@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from flowgrpo import train
+from flowgrpo import update as updates
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
+from flowgrpo.prompts.batches import prompt_batch
 from flowgrpo.records import Experience
 
 TEXTS = (
@@ -52,7 +54,7 @@ def config(model: Path, folder: Path, **changes) -> Config:
     return replace(Config(), **{**base, **changes})
 
 
-def parts(config: Config, spread: float = 0.1) -> train.Parts:
+def parts(config: Config, spread: float = 0.1) -> train.Components:
     """`train.setup` with trained weights moved away from the base model by `spread`."""
     made = train.setup(config)
     generator = torch.Generator().manual_seed(1)
@@ -63,9 +65,14 @@ def parts(config: Config, spread: float = 0.1) -> train.Parts:
     return made
 
 
-def experience(made: train.Parts, config: Config) -> Experience:
+def update(made: train.Components, experience: Experience, config: Config) -> dict:
+    """The metrics of one update by `experience`."""
+    return updates.update(made.schedule, made.state, made.micro_step, experience, config)
+
+
+def experience(made: train.Components, config: Config) -> Experience:
     """One rollout with random rewards."""
-    batch = train.prompts.batch(made.prompts, config, made.state.iteration)
+    batch = prompt_batch(made.prompts, config, made.state.iteration)
     conditioning = made.policy.encode(batch.texts)
     trajectory = train.collect(made, conditioning, config)
     generator = torch.Generator().manual_seed(2)

@@ -99,7 +99,7 @@ class FluxPolicy(Policy):
         cached = text_cache.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
-        self._texts = text_cache.Texts(self._encode_one, encoders, device, cached, offload)
+        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_parts(self, *needed: str) -> None:
         lacking = [part for part in needed if getattr(self.pipeline, part) is None]
@@ -139,7 +139,7 @@ class FluxPolicy(Policy):
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
-        with self._rotary.inside(self.transformer), self._told(conditioning):
+        with self._rotary.inside(self.transformer), self._with_precomputed(conditioning):
             return self.transformer(
                 hidden_states=sample.to(self.dtype),
                 timestep=self._timestep(sigma),

@@ -78,7 +78,7 @@ class SD3Policy(Policy):
         cached = text_cache.open_cache(
             config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
         )
-        self._texts = text_cache.Texts(self._encode_one, encoders, device, cached, offload)
+        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _set_size(self, resolution: int) -> None:
         config, factor = self.transformer.config, 1
@@ -157,7 +157,7 @@ class SD3Policy(Policy):
         return ids
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._told(conditioning):
+        with self._with_precomputed(conditioning):
             return self.transformer(
                 hidden_states=sample.to(self.dtype),
                 timestep=self._timestep(sigma),

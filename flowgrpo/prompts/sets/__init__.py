@@ -17,7 +17,7 @@ NAMES = ("geneval", "ocr", "general")
 
 
 def folder(name: str) -> Path:
-    """The folder of a prompt set, as `flowgrpo.prompts.load.load` reads one.
+    """The folder of a prompt set, as `flowgrpo.prompts.load.load_prompts` reads one.
 
     Raises:
         KeyError: there is no such set.

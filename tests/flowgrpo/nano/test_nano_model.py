@@ -7,7 +7,7 @@ import torch
 
 from flowgrpo.nano import MODEL_DIR, prompts, verify
 from flowgrpo.policies import Policy
-from flowgrpo.sampling.rollout import sample
+from flowgrpo.sampling.rollout import sample_images
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_folder_is_small_and_has_no_pickle():
 
 def test_ode_sampling_draws_mostly_known_objects(policy):
     records = prompts.balanced("train", 12)
-    images = sample(
+    images = sample_images(
         policy,
         policy.encode([m["prompt"] for m in records]),
         steps=20,

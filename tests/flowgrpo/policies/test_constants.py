@@ -114,12 +114,12 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
     # Of the time's embedding, the pooled text's and every norm's modulation, and of nothing else.
     monkeypatch.setattr(torch.nn.functional, "silu", counted)
     policy.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(len(inside)))
-    tables, table = [], modulation.table
+    tables, table = [], modulation.precompute
     monkeypatch.setattr(
-        modulation, "table", lambda model, c: tables.append(len(c)) or table(model, c)
+        modulation, "precompute", lambda model, c: tables.append(len(c)) or table(model, c)
     )
     for parts.state.iteration in range(2):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0
     # All steps of the 2 prompts in one product, as many rows in the update as in the rollout.
     one = sorted([6 * 2] + [6] * (config.sample.guidance_scale != 1))
@@ -142,11 +142,11 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
 def test_what_is_trained_is_no_constant(kinds, tmp_path, changes, reason, fused):
     parts, config = parts_of(kinds, "sd3", tmp_path, **changes, **{"policy.fused": fused})
     policy = parts.policy
-    assert reason in policy.form and "in every forward" in policy.form
+    assert reason in policy.describe() and "in every forward" in policy.describe()
     text = policy.encode(trainers.TEXTS[:2])
     assert policy.prepare(text, SIGMAS) is text
     for parts.state.iteration in range(2):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
 
 
@@ -156,7 +156,7 @@ def test_one_graph_serves_all_prompts(kinds, tmp_path, kind):
     model, own = kinds[kind]
     parts, config = made(model, tmp_path, **own)
     policy = parts.policy
-    assert "modulation once a rollout" in policy.form
+    assert "modulation once a rollout" in policy.describe()
     for parts.state.iteration in range(2):
         conditioning = policy.encode(trainers.TEXTS[3 * parts.state.iteration :][:2])
         found = train.collect(parts, conditioning, config)

@@ -13,12 +13,18 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from flowgrpo import train
-from flowgrpo.cli import commands, main
+from flowgrpo.cli import targets
+from flowgrpo.cli.evaluate import evaluate_run
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions
+from flowgrpo.cli.sample import sample_pictures
 from flowgrpo.config import Config, replace
 from flowgrpo.evaluation import evaluate
+from flowgrpo.policies.adapters import add_adapter
+from flowgrpo.policies.load import load_policy
 from flowgrpo.runs import directory
-from flowgrpo.runs.state import load_trained
+from flowgrpo.runs.export import load_trained
 from flowgrpo.sampling import rollout
+from flowgrpo.sampling.schedule import ode_schedule
 from flowgrpo_kernels import initial_noise
 
 # FLUX is told its guidance value instead of a second forward.
@@ -75,7 +81,7 @@ def latents(policy, config: Config, steps: int = 6) -> torch.Tensor:
     return rollout.rollout(
         policy,
         policy.encode(trainers.TEXTS[:3]),
-        rollout.ode_schedule(policy, steps),
+        ode_schedule(policy, steps),
         torch.arange(steps)[:, None].expand(steps, 3),
         groups=torch.arange(3),
         seeds=torch.tensor([3, 4, 5]),
@@ -104,23 +110,23 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
 
 def test_evaluate_and_sample(trained, tmp_path):
     quiet = Console(quiet=True)
-    found = commands.evaluate_run(
-        main.Evaluate(str(trained.folder), out=str(tmp_path / "out"), device="cpu"), quiet
+    found = evaluate_run(
+        EvaluateOptions(str(trained.folder), out=str(tmp_path / "out"), device="cpu"), quiet
     )
     # The final evaluation of the run, by another process's path: the same figures.
     accuracy = found["reports"]["iteration 3"]["accuracy"]
     assert accuracy == trained.summary["after"]["accuracy"]
     assert found["reports"]["base"]["accuracy"] != accuracy
-    options = main.Sample(
+    options = SampleOptions(
         ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
     )
-    assert commands.sample_pictures(options, quiet).stat().st_size > 0
+    assert sample_pictures(options, quiet).stat().st_size > 0
 
 
 def own(trained: Trained):
     """Our policy with the averaged weights of the last checkpoint."""
-    policy = commands.load_policy(trained.config)
-    directory.add_adapter(policy.transformer, trained.config.policy)
+    policy = targets.load_base(trained.config)
+    add_adapter(policy.transformer, trained.config.policy)
     load_trained(policy.transformer, trained.folder / "checkpoints" / "step-000003")
     return policy
 
@@ -198,7 +204,7 @@ def test_base_model_of_the_card_is_a_hub_repository(trained, tmp_path):
 def test_flux_ratios_are_exactly_one(flux_model, tmp_path, changes):
     config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
     parts = trainers.parts(config)
-    measured = train.update(parts, trainers.experience(parts, config), config)
+    measured = trainers.update(parts, trainers.experience(parts, config), config)
     assert measured["max_ratio_error"] == 0.0 and measured["grad_norm"][0] > 0
 
 
@@ -209,7 +215,7 @@ def test_flux_full_fine_tuning(flux_model, tmp_path):
     config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
     summary = train.run(config)
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 1
-    policy = train.load_policy(config)
+    policy = load_policy(config)
     base = latents(policy, config)
     load_trained(policy.transformer, tmp_path / "run" / "checkpoints" / "step-000001")
     ours = latents(policy, config)
@@ -222,8 +228,8 @@ def test_flux_full_fine_tuning(flux_model, tmp_path):
 
 def test_pictures_of_flux_are_pictures(flux_model, tmp_path):
     config = trainers.config(flux_model, tmp_path, **COMMON)
-    policy = commands.load_policy(config)
-    images = evaluate.sample_images(
+    policy = targets.load_base(config)
+    images = evaluate.generate_images(
         policy, ["a red circle"], torch.arange(4), 4, steps=2, batch_size=3
     )
     assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8

@@ -9,6 +9,7 @@ import torch
 from flowgrpo.config import PolicyConfig
 from flowgrpo.policies import Policy
 from flowgrpo.sampling import rollout
+from flowgrpo.sampling.schedule import ode_schedule
 from flowgrpo_kernels import initial_noise
 
 TEXTS = ["a red circle", "two blue square", "the dark triangle"]
@@ -93,7 +94,7 @@ def test_latents_and_images_are_diffusers_own(flux_model, embedded, true_cfg):
     ours = rollout.rollout(
         policy,
         policy.encode(TEXTS),
-        rollout.ode_schedule(policy, 8),
+        ode_schedule(policy, 8),
         torch.arange(8)[:, None].expand(8, 3),
         groups=torch.arange(3),
         seeds=seeds,

@@ -106,7 +106,7 @@ def test_three_iterations_with_ratio_one(kinds, tmp_path, kind, case):
     config = trainers.config(model, tmp_path, **{**own, **FUSED, **TRAINED[case]})
     parts = trainers.parts(config)
     for parts.state.iteration in range(3):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         assert (metrics.get("kl", 0) > 0) == (config.optim.beta > 0)
 
@@ -130,9 +130,9 @@ def test_nano_trains(tmp_path):
     changes |= {"sample.batch_size": 2, "sample.steps": 3, "sample.window_size": 1}
     config = trainers.config("nano", tmp_path, **changes, **FUSED)
     parts = trainers.parts(config)
-    assert "blocks fused" in parts.policy.form
+    assert "blocks fused" in parts.policy.describe()
     for parts.state.iteration in range(2):
-        metrics = train.update(parts, trainers.experience(parts, config), config)
+        metrics = trainers.update(parts, trainers.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
 
 

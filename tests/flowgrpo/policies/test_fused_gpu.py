@@ -9,8 +9,6 @@ import torch
 import trainers
 from recorded import assert_equal, eager, evaluate
 
-from flowgrpo import train
-
 pytestmark = pytest.mark.gpu
 
 KINDS = ("sd3.5-medium", "sd3", "flux")
@@ -53,7 +51,7 @@ def test_training(kinds, tmp_path, kind, capture):
         experience = trainers.experience(parts, config)
         again = eager(policy, partial(trainers.experience, parts, config))
         assert_equal(experience.trajectory, again.trajectory)
-        metrics = train.update(parts, experience.to(policy.device), config)
+        metrics = trainers.update(parts, experience.to(policy.device), config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
     images = partial(evaluate, policy, scale=2.0)
     assert torch.equal(images(), eager(policy, images))

@@ -85,7 +85,8 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     theirs = train.setup(trainers.config(folder, tmp_path, **changes))
     assert mine.policy.transformer is bare.transformer
     found = [
-        train.update(parts, trainers.experience(parts, config), config) for parts in (mine, theirs)
+        trainers.update(parts, trainers.experience(parts, config), config)
+        for parts in (mine, theirs)
     ]
     assert found[0] == found[1] and found[0]["max_ratio_error"] == 0.0
     assert [""] in asked and len(asked) == 2

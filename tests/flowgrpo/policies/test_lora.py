@@ -30,7 +30,7 @@ def test_value_and_gradients(dtype, bound, shape):
     """As close to PEFT's forward in float64 as the dtype allows, and PEFT's own is no closer."""
     peft = model(dtype)
     short = copy.deepcopy(peft)
-    lora.shorten(short)
+    lora.install(short)
     exact = copy.deepcopy(peft).double()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     cotangent = torch.randn(*shape[:-1], 5, generator=torch.Generator().manual_seed(2))
@@ -52,8 +52,8 @@ def test_value_and_gradients(dtype, bound, shape):
 
 def test_switched_off_is_the_base():
     net = model(torch.float32)
-    lora.shorten(net)
-    (layer,) = lora.layers(net)
+    lora.install(net)
+    (layer,) = lora.lora_layers(net)
     x = torch.randn(4, 20)
     on = net(x)
     base = net[1](layer.base_layer(x))
@@ -74,14 +74,14 @@ def test_switched_off_is_the_base():
 )
 def test_other_kinds_keep_pefts_forward(options):
     net = model(torch.float32, **options)
-    lora.shorten(net)
-    (layer,) = lora.layers(net)
+    lora.install(net)
+    (layer,) = lora.lora_layers(net)
     assert "forward" not in vars(layer)
 
 
 def test_bits_do_not_depend_on_gradients():
     net = model(torch.bfloat16)
-    lora.shorten(net)
+    lora.install(net)
     x = torch.randn(50, 20).bfloat16()
     with torch.no_grad():
         expected = net(x)
@@ -90,10 +90,10 @@ def test_bits_do_not_depend_on_gradients():
 
 def test_a_frozen_input_gets_no_gradient_and_the_base_weight_never():
     net = model(torch.float32)
-    lora.shorten(net)
+    lora.install(net)
     x = torch.randn(4, 20)
     net(x).sum().backward()
-    (layer,) = lora.layers(net)
+    (layer,) = lora.lora_layers(net)
     assert x.grad is None and layer.base_layer.weight.grad is None
     grads = [p.grad.clone() for p in net.parameters() if p.requires_grad]
     net.zero_grad()
@@ -106,15 +106,15 @@ def test_a_frozen_input_gets_no_gradient_and_the_base_weight_never():
 def test_names_stay():
     net = model(torch.float32)
     before = list(net.state_dict())
-    lora.shorten(net)
+    lora.install(net)
     assert list(net.state_dict()) == before
 
 
 def test_held_matrices_give_the_same_bits_and_are_let_go():
     """Values and gradients as without; after the block a changed parameter counts again."""
     net = model(torch.bfloat16)
-    lora.shorten(net)
-    (layer,) = lora.layers(net)
+    lora.install(net)
+    (layer,) = lora.lora_layers(net)
     x = torch.randn(6, 20, dtype=torch.bfloat16)
 
     def results() -> list[torch.Tensor]:
@@ -124,7 +124,7 @@ def test_held_matrices_give_the_same_bits_and_are_let_go():
         return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
 
     plain = results()
-    with lora.held([layer]):
+    with lora.merged([layer]):
         assert all(map(torch.equal, plain, results()))
         with torch.no_grad():
             layer.lora_B["default"].weight.add_(1.0)
@@ -134,8 +134,8 @@ def test_held_matrices_give_the_same_bits_and_are_let_go():
 
 def test_held_lets_go_after_an_error():
     net = model(torch.float32)
-    lora.shorten(net)
-    (layer,) = lora.layers(net)
-    with pytest.raises(RuntimeError, match="inside"), lora.held([layer]):
+    lora.install(net)
+    (layer,) = lora.lora_layers(net)
+    with pytest.raises(RuntimeError, match="inside"), lora.merged([layer]):
         raise RuntimeError("inside")
     assert layer._matrices is None

@@ -24,14 +24,14 @@ class Heads(nn.Module):
             self.add_module(name, nn.Linear(12, width, bias=has))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return lora.together([getattr(self, name) for name in NAMES], x)
+        return lora.joint_projection([getattr(self, name) for name in NAMES], x)
 
 
 def model(dtype=torch.float32, joint=True, targets=NAMES, short=True, **options) -> nn.Module:
     torch.manual_seed(0)
     net = Heads(**options).to(dtype).requires_grad_(False)
     if joint:
-        lora.one_input(net, NAMES)
+        lora.share_input(net, NAMES)
     pattern = {name: rank for name, rank in zip(NAMES, (3, 2, 4), strict=True) if name in targets}
     config = LoraConfig(r=3, lora_alpha=7, target_modules=list(targets), rank_pattern=pattern)
     net = inject_adapter_in_model(config, net)
@@ -39,7 +39,7 @@ def model(dtype=torch.float32, joint=True, targets=NAMES, short=True, **options)
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape) * 0.3
     if short:
-        lora.shorten(net)
+        lora.install(net)
     return net
 
 
@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_gradients_or_held_matrices():
     with torch.no_grad():
         assert all(map(torch.equal, net(x), expected))
     for fixed in (False, True):
-        with lora.held(lora.layers(net), fixed):
+        with lora.merged(lora.lora_layers(net), fixed):
             assert all(map(torch.equal, net(x), expected))
 
 
@@ -97,7 +97,7 @@ def test_held_matrices_are_made_once_and_can_stay_in_place():
     x = torch.randn(4, 12).bfloat16()
     addresses = set()
     for _ in range(2):
-        with lora.held(lora.layers(net), fixed=True):
+        with lora.merged(lora.lora_layers(net), fixed=True):
             assert all(layer._matrices is None for layer in others)
             addresses.add(tuple(t.data_ptr() for t in leader._matrices))
             before = net(x)
@@ -108,7 +108,7 @@ def test_held_matrices_are_made_once_and_can_stay_in_place():
         after = net(x)
         assert not any(map(torch.equal, after, before))
     assert len(addresses) == 1
-    with lora.held(lora.layers(net), fixed=True):
+    with lora.merged(lora.lora_layers(net), fixed=True):
         assert all(map(torch.equal, net(x), after))
 
 
@@ -116,7 +116,7 @@ def test_a_layer_by_itself_is_itself():
     net, apart = model(), model(joint=False)
     x = torch.randn(4, 12)
     for within in (False, True):
-        with lora.held(lora.layers(net) if within else []):
+        with lora.merged(lora.lora_layers(net) if within else []):
             for name in NAMES:
                 assert torch.equal(getattr(net, name)(x), getattr(apart, name)(x))
 
@@ -124,7 +124,7 @@ def test_a_layer_by_itself_is_itself():
 def test_switched_off_it_is_the_base():
     net = model()
     x = torch.randn(4, 12)
-    with lora.switched_off(lora.layers(net)):
+    with lora.switched_off(lora.lora_layers(net)):
         for y, name in zip(net(x), NAMES, strict=True):
             assert torch.equal(y, getattr(net, name).base_layer(x))
     on = net(x)

@@ -8,8 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.base import choose_dtype
-from flowgrpo.runs import directory
 from flowgrpo.sampling import rollout
 from flowgrpo_kernels import initial_noise
 
@@ -111,7 +111,7 @@ def test_images_are_diffusers_own(which, guidance, request):
     uncond = policy.encode([""])
     text = policy.encode(TEXTS)
     arguments = {"groups": torch.arange(3), "seeds": seeds, "batch_size": 3, "steps": 8}
-    ours = rollout.sample(
+    ours = rollout.sample_images(
         policy, text, uncond=uncond if guidance != 1 else None, guidance_scale=guidance, **arguments
     )
     latents = policy.pipeline(
@@ -153,7 +153,7 @@ def test_reference_is_the_model_before_training(pixel_model):
     base = policy.velocity(*arguments)
     with pytest.raises(RuntimeError, match="neither adapters nor a kept"), policy.reference():
         pass
-    trained = directory.add_adapter(policy.transformer, PolicyConfig(lora_rank=2, lora_alpha=2))
+    trained = add_adapter(policy.transformer, PolicyConfig(lora_rank=2, lora_alpha=2))
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(0.3)

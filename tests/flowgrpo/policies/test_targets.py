@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from flowgrpo.config import PolicyConfig
-from flowgrpo.runs import state
+from flowgrpo.policies.adapters import add_adapter, trained_parameters
 
 SD35_MEDIUM = dict(
     num_layers=24,
@@ -37,8 +37,8 @@ def trained(cls, config, **fields):
     """(number of layers with a matrix, trained parameters) of an architecture on no device."""
     with torch.device("meta"):
         model = cls(**config)
-        parameters = state.add_adapter(model, PolicyConfig(**fields))
-    names = state.named_parameters(model)
+        parameters = add_adapter(model, PolicyConfig(**fields))
+    names = trained_parameters(model)
     assert not any("attn2" in name for name in names), "as in flow_grpo, dual attention is left out"
     return len(parameters) // 2, sum(p.numel() for p in parameters)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flowgrpo.rewards.serve import bind
+from flowgrpo.rewards.remote.serve import bind
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from flowgrpo.prompts import load, sets
+from flowgrpo.prompts import sets
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import generate, geneval_prompts
 from flowgrpo.rewards.ocr import quoted_text
 
@@ -36,7 +37,7 @@ def test_parts_share_no_content(name):
 @pytest.mark.parametrize("name", sets.NAMES)
 def test_sets_load_by_folder(name):
     folder = str(sets.folder(name))
-    train, test = load.load(folder, "train"), load.load(folder, "heldout")
+    train, test = load_prompts(folder, "train"), load_prompts(folder, "heldout")
     assert len(train) == len(lines(name, "train"))
     assert test.metadata[0]["prompt"] == test.texts[0]
     assert {entry["tag"] for entry in test.metadata} == {e["tag"] for e in train.metadata}

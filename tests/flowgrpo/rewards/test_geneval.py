@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
-from flowgrpo.rewards import RewardError, clip, geneval_detector, load
-from flowgrpo.rewards.geneval import Eyes
-from flowgrpo.rewards.geneval_detector import Detector, Painter
-from flowgrpo.rewards.geneval_rules import Detection
+from flowgrpo.rewards import RewardError, clip, load
+from flowgrpo.rewards.geneval import detector as geneval_detector
+from flowgrpo.rewards.geneval.detector import ColorClassifier, Detector
+from flowgrpo.rewards.geneval.reward import CachedDetector
+from flowgrpo.rewards.geneval.rules import Detection
 from flowgrpo.rewards.images import to_pil
 
 DOG, CAR = CLASSES.index("dog"), CLASSES.index("car")
@@ -135,7 +136,7 @@ def test_the_image_is_prepared_as_in_mmdetection():
 
 def test_colors_are_clips_choice_for_the_object_alone(clip_folder, pictures):
     model = clip.load(str(clip_folder), device="cpu")
-    painter = Painter(model)
+    painter = ColorClassifier(model)
     mask = torch.zeros(48, 48, dtype=torch.bool)
     mask[10:30, 5:45] = True
     box = (5.0, 10.0, 45.0, 30.0)
@@ -206,8 +207,8 @@ def test_the_same_images_are_looked_at_once(clip_folder, pictures):
             Counting.looks += 1
             return super().__call__(images)
 
-    eyes = Eyes(
-        Counting(tiny_detector(), 8, 64), Painter(clip.load(str(clip_folder), device="cpu"))
+    eyes = CachedDetector(
+        Counting(tiny_detector(), 8, 64), ColorClassifier(clip.load(str(clip_folder), device="cpu"))
     )
     wish = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
     first = eyes.look(pictures, [wish] * 5)

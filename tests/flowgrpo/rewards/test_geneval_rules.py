@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from flowgrpo.rewards import RewardError, geneval_rules
-from flowgrpo.rewards.geneval_rules import Detection, check, keep, partial, relations, strict
+from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.geneval import rules
+from flowgrpo.rewards.geneval.rules import Detection, check, keep, partial, relations, strict
 
 
 def seen(*found):
@@ -127,7 +128,7 @@ def test_duplicate_boxes_stay_at_the_benchmarks_overlap(monkeypatch):
     found = seen(("dog", BOX, 0.9), ("dog", BOX, 0.8), ("dog", (11.0, 10.0, 50.0, 50.0), 0.7))
     assert keep(found, "counting") == {}
     assert len(keep(found, "two_object")["dog"]) == 3
-    monkeypatch.setattr(geneval_rules, "MAX_OVERLAP", 0.9)
+    monkeypatch.setattr(rules, "MAX_OVERLAP", 0.9)
     kept = keep(found, "two_object")["dog"]
     assert [d.score for d in kept] == [0.9]
     # Another class does not suppress.
@@ -136,8 +137,8 @@ def test_duplicate_boxes_stay_at_the_benchmarks_overlap(monkeypatch):
 
 def test_overlap_counts_whole_pixels():
     # 11 x 11 pixels each, 6 x 11 in common.
-    assert geneval_rules.overlap((0, 0, 10, 10), (5, 0, 15, 10)) == 66 / (2 * 121 - 66)
-    assert geneval_rules.overlap((0, 0, 10, 10), (20, 20, 30, 30)) == 0
+    assert rules.overlap((0, 0, 10, 10), (5, 0, 15, 10)) == 66 / (2 * 121 - 66)
+    assert rules.overlap((0, 0, 10, 10), (20, 20, 30, 30)) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from servers import Answers, running
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import RewardError, Scorer, load
 from flowgrpo.rewards.images import from_png
-from flowgrpo.rewards.remote import RemoteError
+from flowgrpo.rewards.remote.server import RemoteError
 
 IMAGES = torch.randint(0, 256, (5, 3, 16, 12), dtype=torch.uint8)
 PROMPTS = ["one", "zwei", "trois", "τέσσερα", "five"]
@@ -59,7 +59,7 @@ def test_batches_come_back_in_order_with_bounded_concurrency():
 
 
 def test_order_is_kept():
-    from flowgrpo.rewards.serve import app
+    from flowgrpo.rewards.remote.serve import app
 
     with running(app(lambda images, p, metadata: [m["n"] for m in metadata], "n")) as url:
         assert ask(url, batch_size=2, concurrency=3) == [0, 1, 2, 3, 4]
@@ -134,14 +134,14 @@ def test_an_address_that_is_none(url):
 
 def test_the_scorer_drops_the_group_that_keeps_failing(monkeypatch):
     """Through the trainer's scorer: one image of one group never gets a number."""
-    from flowgrpo.rewards.serve import app
+    from flowgrpo.rewards.remote.serve import app
 
     def reward(images, prompts, metadata):
         return [float("nan") if m["n"] == 3 else float(m["n"]) for m in metadata]
 
     with running(app(reward, "flaky")) as url:
         monkeypatch.setenv("FLOWGRPO_REWARD_HTTP_URL", url)
-        monkeypatch.setattr("flowgrpo.rewards.http.score._reward", None)
+        monkeypatch.setattr("flowgrpo.rewards.remote.http.score._reward", None)
         scorer = Scorer({"http": 1.0}, retries=1)
         found = scorer(IMAGES.repeat(2, 1, 1, 1), Prompts.of(PROMPTS, METADATA), 2)
     assert found.dropped.tolist() == [False, False, False, True, False]

@@ -11,8 +11,8 @@ from servers import Answers, running
 
 from flowgrpo.rewards import RewardError, load
 from flowgrpo.rewards.images import from_png
-from flowgrpo.rewards.judges import axes_score, final_score
-from flowgrpo.rewards.remote import RemoteError
+from flowgrpo.rewards.remote.judges import axes_score, final_score
+from flowgrpo.rewards.remote.server import RemoteError
 
 IMAGES = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
 FAST = {"retries": 1, "backoff": 0.01, "timeout": 5.0, "concurrency": 1}

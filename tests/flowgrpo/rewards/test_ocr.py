@@ -6,8 +6,8 @@ import pytest
 import torch
 from renders import renders
 
-from flowgrpo.prompts import load as prompt_files
 from flowgrpo.prompts import sets
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.rewards import RewardError, load
 from flowgrpo.rewards.images import to_pil
 from flowgrpo.rewards.ocr import ENGINES, quoted_text, similarity
@@ -69,7 +69,7 @@ CHOSEN = (0, 5, 7, 10, 14, 15, 18, 21)
 def test_clean_renders_are_read_and_others_are_not(monkeypatch):
     """The bounds of the project; benchmarks/ocr.py measures them on some hundred renders."""
     pytest.importorskip("rapidocr")
-    lines = list(prompt_files.load(str(sets.folder("ocr")), "heldout").texts[:24])
+    lines = list(load_prompts(str(sets.folder("ocr")), "heldout").texts[:24])
     texts = [quoted_text(line) for line in lines]
     images, read = renders(texts)[list(CHOSEN)], {}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from servers import Answers, running
 
-from flowgrpo.cli import main
+from flowgrpo.cli import train
 from flowgrpo.config import ConfigError, RewardConfig
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import RewardError, Scorer, load
@@ -160,8 +160,8 @@ def test_a_file_of_the_users_own_in_the_working_directory(tmp_path):
 
 def test_the_command_line_takes_options():
     line = "nano --reward.options a.b 1 http://h:1/x.token t --reward.normalize group"
-    found = main.parse_train(line.split()).reward
+    found = train.parse_train(line.split()).reward
     assert found.options == {"a.b": "1", "http://h:1/x.token": "t"}
     assert found.normalize == "group"
     with pytest.raises(ConfigError, match=r"NAME\.OPTION VALUE, repeated"):
-        main.parse_train(["nano", "--reward.options", "a.b"])
+        train.parse_train(["nano", "--reward.options", "a.b"])

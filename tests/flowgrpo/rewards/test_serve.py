@@ -19,9 +19,9 @@ from PIL import Image
 from servers import running
 
 from flowgrpo.rewards import RewardError, load
-from flowgrpo.rewards import serve as rewards_server
 from flowgrpo.rewards.images import to_png
-from flowgrpo.rewards.serve import app, bind, is_loopback, serve
+from flowgrpo.rewards.remote import serve as server
+from flowgrpo.rewards.remote.serve import app, bind, is_loopback, serve
 
 pytest.importorskip("fastapi")
 
@@ -98,7 +98,7 @@ def test_limits():
 
 
 def test_a_refused_request_that_does_not_end_is_cut_off(monkeypatch):
-    monkeypatch.setattr(rewards_server, "LINGER", 0.2)
+    monkeypatch.setattr(server, "LINGER", 0.2)
     head = b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 20001\r\n\r\n"
     with running(app(means, "means", max_bytes=20_000)) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -187,7 +187,7 @@ def test_errors_before_it_listens():
 
 def test_serve_in_a_process_of_its_own(monkeypatch):
     """It tells its address, which with port 0 nobody else knows."""
-    code = "from flowgrpo.rewards.serve import serve; serve('jpeg_compressibility', port=0)"
+    code = "from flowgrpo.rewards.remote.serve import serve; serve('jpeg_compressibility', port=0)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], **pipes)
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowgrpo.rewards import load
-from flowgrpo.rewards.serve import bind
+from flowgrpo.rewards.remote.serve import bind
 
 pytest.importorskip("openai", reason="`transformers serve` needs transformers[serving]")
 pytest.importorskip("uvicorn", reason="`transformers serve` needs transformers[serving]")

@@ -1,4 +1,4 @@
-"""Serves a reward to other machines, by the protocol of flowgrpo.rewards.http.
+"""Serves a reward to other machines, by the protocol of flowgrpo.rewards.remote.http.
 
     POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]}
                     -> {"scores": [...]}
@@ -153,10 +153,10 @@ def app(
             raise fastapi.HTTPException(500, f"{problem} for {len(images)} images")
         return Reply(scores=[v if math.isfinite(v) else None for v in values.tolist()])
 
-    return Gate(api, token, max_bytes)
+    return AuthMiddleware(api, token, max_bytes)
 
 
-class Gate:
+class AuthMiddleware:
     """ASGI middleware in front of /score: token and length, before the body is read."""
 
     def __init__(self, application: Any, token: str | None, max_bytes: int) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip
-from flowgrpo.rewards.geneval_rules import THRESHOLD, Detection
+from flowgrpo.rewards.geneval.rules import THRESHOLD, Detection
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -125,7 +125,7 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
     return float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1)
 
 
-class Painter:
+class ColorClassifier:
     """Names the colours of objects by CLIP."""
 
     def __init__(self, model: clip.Clip) -> None:

@@ -25,16 +25,17 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.rewards import clip, geneval_rules, models
-from flowgrpo.rewards.geneval_detector import Detector, Painter
-from flowgrpo.rewards.geneval_rules import Objects
+from flowgrpo.rewards import clip, models
+from flowgrpo.rewards.geneval import rules
+from flowgrpo.rewards.geneval.detector import ColorClassifier, Detector
+from flowgrpo.rewards.geneval.rules import Objects
 from flowgrpo.rewards.options import configurable
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
 
 
-@configurable("geneval", check=lambda prompt, entry: geneval_rules.check(entry))
+@configurable("geneval", check=lambda prompt, entry: rules.check(entry))
 def partial(
     *,
     model: str = DETECTOR,
@@ -44,10 +45,10 @@ def partial(
     edge: int = 800,
 ):
     """flow_grpo's reward, at most 1. edge: pixels of the shorter edge that the detector sees."""
-    return _reward(geneval_rules.partial, model, clip_model, device, batch_size, edge)
+    return _reward(rules.partial, model, clip_model, device, batch_size, edge)
 
 
-@configurable("geneval", check=lambda prompt, entry: geneval_rules.check(entry))
+@configurable("geneval", check=lambda prompt, entry: rules.check(entry))
 def strict(
     *,
     model: str = DETECTOR,
@@ -59,7 +60,7 @@ def strict(
     """The benchmark's judgement, 0 or 1."""
 
     def judge(objects: Objects, metadata: Mapping[str, Any]) -> float:
-        return float(geneval_rules.strict(objects, metadata)[0])
+        return float(rules.strict(objects, metadata)[0])
 
     return _reward(judge, model, clip_model, device, batch_size, edge)
 
@@ -76,7 +77,7 @@ def _reward(
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         for entry in metadata:
-            geneval_rules.check(entry)
+            rules.check(entry)
         seen = eyes.look(images, metadata)
         return [judge(objects, entry) for objects, entry in zip(seen, metadata, strict=True)]
 
@@ -84,17 +85,19 @@ def _reward(
 
 
 @cache
-def _eyes(model: str, clip_model: str, device: str, batch_size: int, edge: int) -> Eyes:
+def _eyes(model: str, clip_model: str, device: str, batch_size: int, edge: int) -> CachedDetector:
     """One pair of models for both rewards."""
     found = models.pretrained("Mask2FormerForUniversalSegmentation", model, models.device(device))
-    return Eyes(Detector(found, batch_size, edge), Painter(clip.load(clip_model, device=device)))
+    return CachedDetector(
+        Detector(found, batch_size, edge), ColorClassifier(clip.load(clip_model, device=device))
+    )
 
 
-class Eyes:
+class CachedDetector:
     """Detector and colours, with the result of the last look: both rewards are often asked about
     the same images, one after the other."""
 
-    def __init__(self, detector: Detector, painter: Painter) -> None:
+    def __init__(self, detector: Detector, painter: ColorClassifier) -> None:
         self.detector, self.painter = detector, painter
         self._last: tuple[Any, int, list[dict[str, Any]], list[Objects]] | None = None
 
@@ -115,7 +118,7 @@ class Eyes:
 
     def _paint(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
         seen = [
-            geneval_rules.keep(found, entry["tag"])
+            rules.keep(found, entry["tag"])
             for found, entry in zip(self.detector(images), metadata, strict=True)
         ]
         colored = [

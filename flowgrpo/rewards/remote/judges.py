@@ -36,7 +36,7 @@ from torch import Tensor
 from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.options import configurable
-from flowgrpo.rewards.remote import RemoteError, Server
+from flowgrpo.rewards.remote.server import RemoteError, Server
 
 log = logging.getLogger("flowgrpo")
 

@@ -5,7 +5,7 @@
     -> {"scores": [number, ...]}
 
 one prompt, metadata and score for each image, all images of one size. PNG keeps every bit, and JSON
-runs nothing on either side. `flowgrpo.rewards.serve` is the other end for any reward of this
+runs nothing on either side. `flowgrpo.rewards.remote.serve` is the other end for any reward of this
 package. An address without a path gets /score.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.options import configurable
-from flowgrpo.rewards.remote import RemoteError, Server
+from flowgrpo.rewards.remote.server import RemoteError, Server
 
 
 @configurable("http")

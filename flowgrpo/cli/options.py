@@ -1,0 +1,198 @@
+"""Options of the commands, and how a command line is read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from flowgrpo.config import (
+    ConfigError,
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    RunConfig,
+    SampleConfig,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train by the recipe; every option is a field of the configuration."""
+
+    policy: PolicyConfig
+    sample: SampleConfig
+    reward: RewardConfig
+    optim: OptimConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate a trained model against its base on held-out prompts, with the same seeds."""
+
+    target: Annotated[str, tyro.conf.Positional]
+    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
+    adapter: str | None = None
+    """LoRA weights in diffusers' format to compare with a recipe's or a bare model."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
+    rewards: tuple[str, ...] = ()
+    """Rewards to report, the first as the accuracy; default: as in training."""
+    reward_options: dict[str, str] = field(default_factory=dict)
+    """Options of rewards: NAME.OPTION VALUE."""
+    prompt_set: str | None = None
+    """Prompt set; default: as in training."""
+    split: str = "heldout"
+    """Part of the prompt set: heldout or train; of nano also tune."""
+    prompts: int | None = None
+    """Number of prompts; 0: all; default: as in training."""
+    samples: int | None = None
+    """Images for each prompt; default: as in training."""
+    steps: int | None = None
+    """Sampling steps; default: as in training, or 40."""
+    cfg: float | None = None
+    """Guidance scale of all images; default: as in training, or none."""
+    guidance: float = 1.0
+    """Also evaluate the base model with this guidance scale; 1: do not."""
+    resolution: int | None = None
+    """Pixels on each side; default: as in training, or the model's own."""
+    batch_size: int | None = None
+    """Rows of one forward; default: as in training, or 8."""
+    out: str | None = None
+    """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    device: str = "auto"
+    """Torch device."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Write pictures of prompts, by the deterministic sampler."""
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Prompts, each in quotation marks."""
+    run: str | None = None
+    """Run directory or checkpoint: shows the base model's images above the trained model's."""
+    model: str = "nano"
+    """Model to sample from without --run: "nano", a folder or a Hub id."""
+    adapter: str | None = None
+    """LoRA weights in diffusers' format for --model, shown below the base model's images."""
+    out: str = "sample.png"
+    """The picture to write."""
+    count: int = 4
+    """Images for each prompt."""
+    steps: int | None = None
+    """Sampling steps; default: the run's for evaluation, or 40."""
+    guidance: float | None = None
+    """Classifier-free guidance scale, 1: none; default: the run's, or 1."""
+    resolution: int | None = None
+    """Pixels on each side; default: the run's, or the model's own."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """Torch device."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Serve a reward by HTTP, for `--reward.weights http://HOST:PORT 1.0` on another machine."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A reward's name, or package.module:function."""
+    host: str = "127.0.0.1"
+    """Address to listen on; other than loopback only with a token."""
+    port: int = 8400
+    """Port to listen on."""
+    token: str | None = None
+    """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
+
+
+def parse(cls: type[T], argv: list[str], prog: str, default: Any = None) -> T:
+    """Parse `argv` by tyro. A ConfigError that a field raised comes out as it is; tyro prints its
+    own errors and exits with 2."""
+    arguments: dict[str, Any] = {"args": argv, "prog": prog, "registry": _registry()}
+    if default is not None:
+        arguments["default"] = default
+    # Quietly first, because tyro would print a ConfigError's sentence in a box.
+    unseen = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+            return tyro.cli(cls, **arguments)
+    except SystemExit as stop:
+        for error in _chain(stop):
+            if isinstance(error, ConfigError):
+                raise error from None
+    return tyro.cli(cls, **arguments)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Reads dict[str, float] as NAME WEIGHT NAME WEIGHT ..., and dict[str, str] in the same way;
+    tyro fixes a default's keys."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def once(names: list[str]) -> None:
+        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        if twice:
+            raise ConfigError(f"{twice[0]!r} is given twice, but once is expected; leave one out.")
+
+    def weights(words: list[str]) -> dict[str, float]:
+        once(words[::2])
+        try:
+            pairs = zip(words[::2], map(float, words[1::2]), strict=True)
+            return dict(pairs)
+        except ValueError as error:
+            raise ConfigError(
+                f"the weights are {' '.join(words)!r}, but NAME WEIGHT, repeated, is expected; "
+                "write, for example, nano_strict 0.5 nano_partial 0.5."
+            ) from error
+
+    def options(words: list[str]) -> dict[str, str]:
+        if len(words) % 2:
+            raise ConfigError(
+                f"the options are {' '.join(words)!r}, but NAME.OPTION VALUE, repeated, is "
+                "expected; write, for example, geneval.batch_size 16."
+            )
+        once(words[::2])
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    readers = {
+        dict[str, float]: ("NAME WEIGHT ...", weights),
+        dict[str, str]: ("NAME.OPTION VALUE ...", options),
+    }
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type not in readers:
+            return None
+        metavar, read = readers[info.type]
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=metavar,
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [w for pair in value.items() for w in map(str, pair)],
+        )
+
+    return registry
+
+
+def option_value(argv: list[str], name: str) -> str | None:
+    """The value of `name VALUE` or `name=VALUE`, or None."""
+    for place, word in enumerate(argv):
+        if word == name and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None

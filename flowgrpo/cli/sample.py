@@ -1,0 +1,104 @@
+"""flowgrpo sample: pictures of prompts, by the deterministic sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from flowgrpo import seeds
+from flowgrpo.cli.options import SampleOptions
+from flowgrpo.cli.targets import (
+    check_numbers,
+    check_writable,
+    config_of_model,
+    load_base,
+    resolve_target,
+)
+from flowgrpo.config import (
+    replace,
+)
+from flowgrpo.config.validation import require
+from flowgrpo.evaluation import evaluate, pictures
+from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.runs.display import Terminal
+from flowgrpo.runs.export import add_trained
+
+
+def sample_pictures(options: SampleOptions, console: Console | None = None) -> Path:
+    """Write one picture with `count` images of each prompt; with a run, base above trained."""
+    console = console or Terminal(highlight=False)
+    _check_sample(options)
+    config, checkpoint = config_of_model(options.model), None
+    if options.run is not None:
+        config, checkpoint = resolve_target(options.run, best=False)
+    given = {
+        "policy.device": options.device,
+        "policy.resolution": options.resolution,
+        "sample.eval_steps": options.steps,
+        "sample.guidance_scale": options.guidance,
+    }
+    config = replace(config, **{name: v for name, v in given.items() if v is not None})
+    policy, out = load_base(config), Path(options.out)
+    texts = list(options.prompts)
+    # All of these before the base model's images, which may take minutes.
+    policy.check_texts(texts)
+    if options.adapter is not None:
+        check_adapter(policy, options.adapter)
+    check_writable(out.parent)
+    number = torch.arange(len(texts)).repeat_interleave(options.count)
+    each = torch.arange(options.count).repeat(len(texts))
+    drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), each.numpy())
+
+    def images() -> torch.Tensor:
+        return evaluate.generate_images(
+            policy,
+            texts,
+            torch.from_numpy(drawn),
+            options.count,
+            steps=config.sample.eval_steps,
+            batch_size=config.sample.batch_size,
+            guidance_scale=config.sample.guidance_scale,
+        ).cpu()
+
+    rows = {"base": images()}
+    if checkpoint is not None:
+        add_trained(policy, config, checkpoint)
+        rows["trained"] = images()
+    if options.adapter is not None:
+        load_adapter(policy, options.adapter)
+        rows["trained"] = images()
+    captions = [text for text in texts for _ in range(options.count)]
+    pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
+    console.print(f"Written: {out}", soft_wrap=True, markup=False)
+    return out
+
+
+def _check_sample(options: SampleOptions) -> None:
+    """Raise ConfigError for options that no model is needed to find wrong."""
+    require(
+        bool(options.prompts),
+        "no prompt was given, but at least one in quotation marks is expected; write, for example, "
+        'flowgrpo sample "three red circles".',
+    )
+    require(
+        options.count > 0,
+        f"--count is {options.count}, but at least one image is expected; raise it.",
+    )
+    check_numbers(options, "steps", "guidance")
+    check_numbers(options, "seed", "resolution", zero=True)
+    require(
+        options.seed < 2**63,
+        f"--seed is {options.seed}, but it must be below 2^63; lower it.",
+    )
+    require(
+        options.run is None or options.adapter is None,
+        f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
+        "given too; leave one out.",
+    )
+    require(
+        not Path(options.out).is_dir(),
+        f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
+        f"one, for example {Path(options.out) / 'sample.png'}.",
+    )

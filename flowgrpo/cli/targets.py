@@ -1,0 +1,78 @@
+"""What a command line points at: a run, a checkpoint, a recipe, a model; and where it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowgrpo import cuda_graphs
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions
+from flowgrpo.config import Config, ConfigError, replace
+from flowgrpo.config.validation import require
+from flowgrpo.policies import Policy
+from flowgrpo.recipes import RECIPES, recipe
+from flowgrpo.runs import checkpoints, directory
+from flowgrpo.runs.process import prepare_process
+
+
+def load_base(config: Config) -> Policy:
+    """The model of `config` without adapters."""
+    prepare_process(config)
+    dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
+    policy = Policy.load(
+        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
+    )
+    cuda_graphs.prepare(policy, config)
+    return policy
+
+
+def check_numbers(
+    options: EvaluateOptions | SampleOptions, *names: str, zero: bool = False
+) -> None:
+    """Raise unless the named options, where given, are finite and > 0 (>= 0 with `zero`)."""
+    for name in names:
+        value, rule = getattr(options, name), "at least 0" if zero else "greater than 0"
+        # Written so that NaN fails it as well.
+        good = value is None or (0 <= value < float("inf") and (zero or value != 0))
+        require(good, f"--{name.replace('_', '-')} is {value}, but it must be {rule}; change it.")
+
+
+def config_of_model(model: str) -> Config:
+    """The configuration for a model without a run."""
+    base = Config(recipe=Path(model).name)
+    # The embedded model is small, whatever else there is may be large.
+    rows = base.sample.batch_size if model == "nano" else 8
+    return replace(base, **{"policy.model": model, "sample.batch_size": rows})
+
+
+def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
+    """(configuration, checkpoint) of a run directory or checkpoint folder; (configuration, None) of
+    a recipe's name or a model."""
+    folder = Path(target)
+    if not folder.exists() and target in RECIPES:
+        return recipe(target), None
+    hub = not folder.exists() and not target.startswith(("/", ".")) and target.count("/") == 1
+    if hub or (folder / "model_index.json").is_file():
+        return config_of_model(target), None
+    require(
+        folder.is_dir(),
+        f"{target!r} is neither a run directory nor a recipe ({', '.join(RECIPES)}) nor a model, "
+        "but one of these is expected; name a directory that `flowgrpo train` wrote.",
+    )
+    checkpoint = checkpoints.best(folder) if best else checkpoints.latest(folder)
+    checkpoints.verify(checkpoint)
+    # checkpoints/step-* lies two folders below the run.
+    run = folder if checkpoint != folder else folder.resolve().parents[1]
+    return directory.resume_config(run), checkpoint
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".flowgrpo-probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}), but a folder for the results is "
+            "expected; choose another --out."
+        ) from error

@@ -1,0 +1,80 @@
+"""flowgrpo train: a run by a recipe and what the command line says otherwise."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from flowgrpo.cli.options import TrainOptions, option_value, parse
+from flowgrpo.config import (
+    Config,
+    ConfigError,
+)
+from flowgrpo.recipes import recipe
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def train(argv: list[str]) -> int:
+    """Run ``flowgrpo train [RECIPE] [--section.field value ...]``."""
+    config = parse_train(argv)
+    from flowgrpo import train as flowgrpo_train
+    from flowgrpo import update
+    from flowgrpo.runs import directory, loggers, monitor
+
+    directory.check_directory(config)
+    loggers.check(config)
+    show_plan(config)
+    try:
+        summary = flowgrpo_train.run(config)
+    except (update.RatioError, monitor.DivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # safetensors has an error of its own for a disk that is full.
+    except Exception as error:
+        if getattr(error, "errno", None) not in FULL and "No space left" not in str(error):
+            raise
+        print(
+            f"error: the disk of run.out {str(config.out_dir)!r} is full ({error}); free some "
+            f"space and go on with --run.resume {config.out_dir}.",
+            file=sys.stderr,
+        )
+        return 1
+    return 130 if summary.get("interrupted") else 0
+
+
+def show_plan(config: Config) -> None:
+    """Print the group arithmetic and expected memory before anything large is loaded; the embedded
+    model's are in the banner alone."""
+    from flowgrpo import plan
+
+    if config.run.progress == "none" or plan.sizes_of(config.policy.model) is None:
+        return
+    for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
+        print(f"{name}: {text}")
+
+
+def parse_train(argv: list[str]) -> Config:
+    """The configuration that a `train` command line asks for."""
+    named = bool(argv) and not argv[0].startswith("-")
+    name, options = (argv[0], argv[1:]) if named else ("nano", argv)
+    folder = option_value(options, "--run.resume")
+    if folder is not None:
+        from flowgrpo.runs import directory
+
+        base = directory.resume_config(folder)
+        if named and name != base.recipe:
+            raise ConfigError(
+                f"the recipe is {name!r}, but the run in {folder} was started with "
+                f"{base.recipe!r}; leave the recipe out."
+            )
+    else:
+        base = recipe(name)
+    sections = TrainOptions(base.policy, base.sample, base.reward, base.optim, base.run)
+    given = parse(TrainOptions, options, f"flowgrpo train {base.recipe}", sections)
+    if folder is not None and given.run.out != base.run.out:
+        raise ConfigError(
+            f"run.out is {given.run.out!r} with run.resume {folder!r}, but a run goes on in its "
+            "own directory; leave --run.out out."
+        )
+    return Config(base.recipe, given.policy, given.sample, given.reward, given.optim, given.run)

@@ -1,0 +1,1 @@
+"""Rewards behind HTTP: the client, the server, and judges with an OpenAI-compatible API."""

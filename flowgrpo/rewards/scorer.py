@@ -1,0 +1,205 @@
+"""The weighted sum of several rewards, and what happens when one fails.
+
+`Scorer` is the weighted sum of several. A reward that raises or returns scores that are not finite
+is asked again, group by group; a group that fails every time is dropped and counted, never scored 0
+in silence. A wrong number of scores is a mistake that no repetition mends, and raises.
+
+Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
+by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
+before the weights, with s the scores of one reward, [K, G], and only rows that are kept:
+
+    std      s / sqrt(mean_k var_g(s))         its std inside the groups; how a prompt's groups
+                                               differ plays no part, as advantages have none of it
+    group    (s - mean_g s) / std_g(s)         GDPO (arXiv 2601.05242), and MixGRPO's advantage_aggr
+
+After "group" a reward counts the same in every group, however little it varies there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrpo.config import RewardConfig
+from flowgrpo.records import Prompts, Scores
+from flowgrpo.rewards.errors import RewardError, describe_error
+from flowgrpo.rewards.table import Reward, load, options_of
+
+EPS = 1e-8
+"""Added to a std before it divides: a reward that is the same everywhere stays finite."""
+
+
+log = logging.getLogger("flowgrpo")
+
+
+class Scorer:
+    """The weighted sum of rewards over K groups of images."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        retries: int = 2,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout: float = 0.0,
+        normalize: str = "none",
+    ) -> None:
+        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs."""
+        self.weights = dict(weights)
+        self.retries, self.normalize = retries, normalize
+        self.rewards = {}
+        for name in self.weights:
+            own = dict((options or {}).get(name, {}))
+            if timeout and "timeout" in getattr(load(name), "defaults", {}):
+                own.setdefault("timeout", timeout)
+            self.rewards[name] = load(name, own)
+        self.problems: dict[str, str] = {}
+        """Why each reward failed last."""
+
+    @classmethod
+    def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
+        """The rewards that `config` trains with; or those `reported`, each by itself."""
+        weights = dict.fromkeys(reported, 1.0) or config.weights
+        names = dict.fromkeys((*config.weights, *config.report, *weights))
+        return cls(
+            weights,
+            config.retries,
+            options=options_of(config.options, names),
+            timeout=config.timeout,
+            normalize=config.normalize,
+        )
+
+    def prepare(self, prompts: Prompts) -> None:
+        """Find out before the first image what cannot work: look at the prompts, load what the
+        rewards need, call remote ones.
+
+        Raises:
+            RewardError: a reward cannot judge images of a prompt; or a model, a library or a
+                server is missing.
+        """
+        for reward in self.rewards.values():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
+                    check(text, entry)
+        for reward in self.rewards.values():
+            if hasattr(reward, "build"):
+                reach = getattr(reward.build(), "reach", None)
+                if reach is not None:
+                    reach()
+
+    def __call__(self, images: Tensor, prompts: Prompts, group_size: int) -> Scores:
+        """Score K * G images, G for each of the K prompts in turn.
+
+        Raises:
+            RewardError: a reward returned a wrong number of scores, or failed for every group.
+        """
+        return self.combine(self.parts(images, prompts, group_size), group_size)
+
+    def parts(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
+        """float64 scores of each reward for some of the groups, NaN in those that failed.
+
+        Raises:
+            RewardError: a reward returned a wrong number of scores.
+        """
+        return {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
+
+    def combine(self, parts: dict[str, Tensor], group_size: int) -> Scores:
+        """The weighted sum over all groups, from what `parts` returned for them in turn.
+
+        Raises:
+            RewardError: a reward failed for every group.
+        """
+        for name, scores in parts.items():
+            if len(_failed(scores, group_size)) * group_size == len(scores):
+                raise RewardError(
+                    f"reward {name!r} failed for all {len(scores) // group_size} groups after "
+                    f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
+                    "scores are expected; mend it."
+                )
+        kept = torch.stack(list(parts.values())).isfinite().all(dim=0)
+        kept = kept.view(-1, group_size).all(dim=1)
+        total = sum(
+            weight * normalize(parts[name].view(-1, group_size), kept, self.normalize).flatten()
+            for name, weight in self.weights.items()
+        )
+        dropped = total.isnan().view(-1, group_size).any(dim=1)
+        total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
+        return Scores(total, parts, dropped)
+
+    def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
+        """float64 [B] scores of one reward, NaN in the groups that failed every attempt."""
+        scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
+        problems = ["it returned scores that are not finite"]
+
+        def attempt(rows: slice, these: Prompts) -> None:
+            try:
+                scores[rows] = _call(self.rewards[name], name, images[rows], these, group_size)
+            except RewardError:
+                raise
+            # A reward is the user's code or a remote service: anything may come out of it.
+            except Exception as error:
+                problems.append(describe_error(error))
+
+        attempt(slice(None), prompts)
+        for _ in range(self.retries):
+            for group in _failed(scores, group_size):
+                rows = slice(group * group_size, (group + 1) * group_size)
+                attempt(rows, prompts.take([group]))
+        failed = _failed(scores, group_size)
+        if failed:
+            self.problems[name] = problems[-1]
+            message = "reward %r failed for %d of %d groups, which are dropped (%s)"
+            log.warning(message, name, len(failed), len(prompts), problems[-1])
+        for group in failed:
+            scores[group * group_size : (group + 1) * group_size] = torch.nan
+        return scores
+
+
+def normalize(scores: Tensor, kept: Tensor, how: str) -> Tensor:
+    """One reward's scores [K, G] as the weighted sum takes them, see the top of this file.
+
+    kept: bool [K], groups that no reward failed for; the others take no part.
+    """
+    if how == "std":
+        inside = scores[kept].var(dim=1, correction=0).mean().sqrt()
+        return scores / (inside + EPS)
+    if how == "group":
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        return centred / (scores.std(dim=1, correction=0, keepdim=True) + EPS)
+    return scores
+
+
+def _failed(scores: Tensor, group_size: int) -> list[int]:
+    """The groups with a score that is not finite."""
+    bad = ~scores.isfinite().view(-1, group_size).all(dim=1)
+    return bad.nonzero()[:, 0].tolist()
+
+
+def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
+    """float64 scores of `images` on the CPU; the count is checked."""
+    texts = [text for text in prompts.texts for _ in range(group_size)]
+    metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
+    out = reward(images, texts, metadata)
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
+        raise RewardError(
+            f"reward {name!r} returned a tuple of scores and a dict, as flow_grpo's rewards do, "
+            "but the scores alone are expected; return the first of the two."
+        )
+    if isinstance(out, Tensor):
+        out = out.detach().to("cpu", torch.float64).numpy()
+    elif isinstance(out, list | tuple):
+        # Of numbers of any library, 0-dim tensors among them.
+        out = [float(score) for score in out]
+    scores = torch.from_numpy(np.array(out, dtype=np.float64))
+    if scores.shape != (len(images),):
+        raise RewardError(
+            f"reward {name!r} returned scores of shape {tuple(scores.shape)} for {len(images)} "
+            f"images, but one score an image, shape ({len(images)},), is expected; correct it."
+        )
+    return scores
