@@ -152,6 +152,7 @@ def grpo_loss_sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
+    """Writes a block's sums of d d, e e and h h; one program a block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
@@ -357,6 +358,7 @@ def grpo_loss_backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
+    """Writes a block of the gradients; one program a block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
@@ -518,7 +520,8 @@ class LossInOnePass(torch.autograd.Function):
             # Not compared through the class, where another thread may write, too.
             asked = LossInOnePass.expected = grad_loss.item()
         if ready is not None and ready[0] == asked:
-            dv, du = ready[1], (ready[2] if ctx.uncond_grad else None)
+            _, dv, du = ready
+            du = du if ctx.uncond_grad else None
         else:
             dv, du = _gradients(ctx, saved, grad_loss)
         return dv, du, None, None
@@ -548,7 +551,7 @@ def _save(
 
 
 def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Computes those of velocity and uncond_velocity, from what `_save` saved."""
+    """Computes the gradients of both velocities from what `_save` saved."""
     coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = saved
     dv, du = backward_op(
         grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,

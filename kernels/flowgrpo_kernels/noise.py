@@ -47,6 +47,7 @@ def initial_noise_kernel(
     num_blocks,
     ALIGN: tl.constexpr,
 ):
+    """Writes a block of normals; one program a block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     seed = tl.load(seeds_ptr + row)
     step = tl.full([], INITIAL_STEP_C, tl.uint32)

@@ -69,6 +69,7 @@ def sde_step_kernel(
     NOISE: tl.constexpr,  # "none", "seeds" or "tensor"
     SINGLE: tl.constexpr,
 ):
+    """Writes a block of x' and its sum of squares, or the row's log_prob; one program a block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
@@ -76,9 +77,8 @@ def sde_step_kernel(
     c = coefficient(table_ptr, step, num_steps, COL_C)
     if NOISE == "seeds":
         seed = tl.load(seeds_ptr + row)
-        noise_step = (
-            coefficient(table_ptr, step, num_steps, COL_NOISE_STEP).to(tl.int32).to(tl.uint32)
-        )
+        noise_step = coefficient(table_ptr, step, num_steps, COL_NOISE_STEP)
+        noise_step = noise_step.to(tl.int32).to(tl.uint32)
 
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):

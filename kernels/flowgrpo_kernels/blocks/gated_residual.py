@@ -72,6 +72,7 @@ def gated_residual_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes out of one token."""
     batch, token = token_of(tokens)
     x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
     y = load_row(token_at(y_ptr, batch, y_batch, token, y_token, ALIGN), WIDTH, LANES)
@@ -103,6 +104,7 @@ def gated_residual_backward_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes dy of one token, and dy2."""
     batch, token = token_of(tokens)
     grad = load_row(token_at(grad_ptr, batch, grad_batch, token, grad_token, ALIGN), WIDTH, LANES)
     gate = load_row(sample_at(gate_ptr, batch, gate_batch, ALIGN), WIDTH, LANES)

@@ -200,6 +200,7 @@ def joint_heads_kernel(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes out of one token."""
     batch, token = token_of(tokens)
     p_out = out_ptr + tl.program_id(0).to(tl.int64) * (HEADS * SIZE)
     tables = ()
@@ -239,6 +240,7 @@ def joint_heads_backward_kernel(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes the gradient of one token, into that of its stream."""
     batch, token = token_of(tokens)
     p_grad = token_at(grad_ptr, batch, grad_batch, token, grad_token, ALIGN)
     tables = ()

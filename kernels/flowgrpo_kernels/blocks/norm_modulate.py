@@ -91,6 +91,7 @@ def norm_modulate_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes y of one token, and y2, mean and rstd where they are asked for."""
     batch, token = token_of(tokens)
     out = tl.program_id(0).to(tl.int64)
     x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
@@ -141,6 +142,7 @@ def norm_modulate_backward_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes dx of one token."""
     batch, token = token_of(tokens)
     out = tl.program_id(0).to(tl.int64)
     p_dy = token_at(dy_ptr, batch, dy_batch, token, dy_token, ALIGN)
