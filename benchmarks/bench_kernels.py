@@ -39,15 +39,8 @@ import profiles
 import records
 import torch
 
-from flowgrpo_kernels import (
-    Transitions,
-    _ops,
-    backend_info,
-    flow_sde,
-    grpo_loss,
-    log_prob,
-    sde_step,
-)
+from flowgrpo_kernels import Transitions, backend_info, flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
@@ -156,7 +149,7 @@ def family(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> No
 
 def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[Buffers], None]]:
     def with_backend(name: str, b: Buffers) -> None:
-        with _ops.use_backend(name):
+        with dispatch.use_backend(name):
             ours(case, b)
 
     found = {

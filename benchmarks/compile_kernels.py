@@ -6,13 +6,12 @@
 
 Writes benchmarks/results/compile.json: registers a thread, bytes of shared memory, lines of PTX or
 AMD assembly, bytes of stack and local memory. Exits with 1 when a kernel has float64 arithmetic, a
-fused multiply-add, local memory or no 128-bit accesses (see flowgrpo_kernels/aot.py).
+fused multiply-add, local memory or no 128-bit accesses (see flowgrpo_kernels/aot).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 
@@ -21,7 +20,6 @@ os.environ["TRITON_INTERPRET"] = "0"
 import records
 
 from flowgrpo_kernels import aot
-from flowgrpo_kernels.blocks import aot as blocks
 
 PATH = records.RESULTS / "compile.json"
 UNITS = {
@@ -35,7 +33,7 @@ UNITS = {
 def compiled(target: str, kernels: str) -> tuple[list[dict], list[str]]:
     """(rows, problems) of every variant on one target whose name contains `kernels`."""
     rows, problems = [], []
-    for variant in itertools.chain(aot.variants(), blocks.variants()):
+    for variant in aot.all_variants():
         if kernels not in variant.name:
             continue
         report = aot.compile_variant(variant, aot.TARGETS[target])

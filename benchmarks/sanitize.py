@@ -17,7 +17,8 @@ import sys
 
 import torch
 
-from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
 SHAPES = ((1,), (3, 5, 7), (4097,), (16, 32, 32))
@@ -65,7 +66,7 @@ def block_once(batch: int, tokens: int, heads: int, size: int, dtype: torch.dtyp
 
 def main(device: str) -> None:
     backend = "triton" if device == "cuda" else "reference"
-    with _ops.use_backend(backend):
+    with dispatch.use_backend(backend):
         for number, shape in enumerate(SHAPES):
             turned = DTYPES[number % 3 :] + DTYPES[: number % 3]
             for rows, (v, x) in itertools.product((1, 3), zip(DTYPES, turned, strict=True)):

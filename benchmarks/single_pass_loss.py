@@ -37,20 +37,32 @@ import torch
 import triton
 import triton.language as tl
 
-from flowgrpo_kernels import _ops, _triton, flow_sde, grpo_loss, sde_step
-from flowgrpo_kernels._grpo_kernels import clipped_policy
-from flowgrpo_kernels._triton import (
+from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
+from flowgrpo_kernels.backends import dispatch
+from flowgrpo_kernels.backends.triton import (
+    COL_A,
+    COL_B,
+    COL_BIG_K,
+    COL_C,
+    COL_C0,
+    COL_K,
     LANES_C,
+    LAUNCH,
+    alignment,
     coefficient,
     count,
     jit,
+    load,
     narrow,
+    num_blocks,
     ordered_sum,
     pair_tree,
     residual,
     score,
+    second_pass,
     store,
 )
+from flowgrpo_kernels.grpo_loss import clipped_policy
 
 # Programs that an H200 holds at once, at up to 128 registers a thread.
 RESIDENT = 132 * 4
@@ -76,11 +88,11 @@ def _single_pass_kernel(
     base = tl.multiple_of(row.to(tl.int64) * size, ALIGN) + start
     remaining = size - start
     step = tl.load(step_ptr + row * step_stride)
-    a = coefficient(table_ptr, step, num_steps, 0)
-    b = coefficient(table_ptr, step, num_steps, 1)
-    c = coefficient(table_ptr, step, num_steps, 2)
-    k = coefficient(table_ptr, step, num_steps, 3)
-    c0 = coefficient(table_ptr, step, num_steps, 4)
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    c = coefficient(table_ptr, step, num_steps, COL_C)
+    k = coefficient(table_ptr, step, num_steps, COL_K)
+    c0 = coefficient(table_ptr, step, num_steps, COL_C0)
     o = tl.arange(0, LANES_C)
 
     # Written out: Triton has no array of register tiles, and each must outlive the wait below.
@@ -92,10 +104,10 @@ def _single_pass_kernel(
     programs = rows.to(tl.int64) * num_blocks
     tl.store(sums_ptr + ticket, pair_tree(d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3, LANES_C))
     if REF:
-        v0 -= _triton.load(ref_ptr + base, o, remaining)
-        v1 -= _triton.load(ref_ptr + base, o1, remaining)
-        v2 -= _triton.load(ref_ptr + base, o2, remaining)
-        v3 -= _triton.load(ref_ptr + base, o3, remaining)
+        v0 -= load(ref_ptr + base, o, remaining)
+        v1 -= load(ref_ptr + base, o1, remaining)
+        v2 -= load(ref_ptr + base, o2, remaining)
+        v3 -= load(ref_ptr + base, o3, remaining)
         ee = pair_tree(v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3, LANES_C)
         tl.store(sums_ptr + programs + ticket, ee)
 
@@ -116,7 +128,7 @@ def _single_pass_kernel(
     kl = tl.zeros_like(adv)
     g0, g1, g2, g3 = c_d * d0, c_d * d1, c_d * d2, c_d * d3
     if REF:
-        big_k = coefficient(table_ptr, step, num_steps, 5) * (b * b)
+        big_k = coefficient(table_ptr, step, num_steps, COL_BIG_K) * (b * b)
         kl = big_k * tl.div_rn(ordered_sum(p_sum + programs, num_blocks, WIDTH), n)
         c_e = loss_scale * tl.div_rn((weight * kl_weight) * (2.0 * big_k), n)
         g0, g1, g2, g3 = g0 + c_e * v0, g1 + c_e * v1, g2 + c_e * v2, g3 + c_e * v3
@@ -136,7 +148,7 @@ def _single_pass_kernel(
 def single_pass(v, x, x_prev, old, adv, transitions, step, ref, beta, clip, loss_scale=1.0):
     """(terms [3, B], log_prob, ratio, gradient in v); the totals over rows are left out."""
     rows, elements = x.shape[0], x.shape[1:].numel()
-    blocks = _triton.num_blocks(elements)
+    blocks = num_blocks(elements)
     if blocks > RESIDENT:
         raise ValueError(f"a row of {blocks} blocks does not fit on the device at once")
     new = {"dtype": torch.float32, "device": x.device}
@@ -146,8 +158,8 @@ def single_pass(v, x, x_prev, old, adv, transitions, step, ref, beta, clip, loss
     _single_pass_kernel[(rows * blocks,)](
         counters, v, x, x_prev, ref, dv, sums, old, adv, lp, ratio, terms, transitions.table, step,
         loss_scale, beta, 1.0 - clip, 1.0 + clip, 5.0, elements, rows, transitions.num_steps,
-        step.stride(0), blocks, ALIGN=_triton.alignment(rows, elements),
-        WIDTH=_triton.second_pass(blocks)["WIDTH"], REF=ref is not None, **_triton.LAUNCH,
+        step.stride(0), blocks, ALIGN=alignment(rows, elements),
+        WIDTH=second_pass(blocks)["WIDTH"], REF=ref is not None, **LAUNCH,
     )  # fmt: skip
     return terms, lp, ratio, dv
 
@@ -172,7 +184,7 @@ def two_passes(v, x, out, old, adv, transitions, step, ref, beta, clip):
 
 def check(rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """The one pass gives the log_probs and the gradient of the two, bit for bit."""
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         args = (*inputs(rows, shape, dtype, device), 0.1, 1e-2)
         result, grad = two_passes(*args)
         _, lp, ratio, dv = single_pass(*args)
@@ -184,8 +196,10 @@ def compile_report() -> None:
     from flowgrpo_kernels import aot
 
     flags = {"ALIGN": 16, "WIDTH": 16, "REF": True}
-    variant = aot.Variant("single pass", _single_pass_kernel, "bf16", "fp32", flags)
-    report = aot.compile_variant(variant, aot.TARGETS["sm_90"], {"counters_ptr": "*i32"})
+    variant = aot.op_variant(
+        "single pass", _single_pass_kernel, "bf16", "fp32", flags, types={"counters_ptr": "*i32"}
+    )
+    report = aot.compile_variant(variant, aot.TARGETS["sm_90"])
     print(f"single pass on sm_90: {report.registers} registers, {aot.problems(report) or 'clean'}")
 
 

@@ -9,8 +9,8 @@
 The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
 """
 
+from .backends.info import backend_info
 from .grpo_loss import GrpoLoss, grpo_loss
-from .info import backend_info
 from .log_prob import log_prob
 from .noise import initial_noise
 from .sde_step import sde_step

@@ -1,4 +1,4 @@
-"""The clipped GRPO loss of a stored step, forward and backward straight to the velocities.
+"""GRPO loss of a stored step, clipped; forward and backward straight to the velocities.
 
     log_prob = as in log_prob.py
     ratio    = exp(log_prob - old_log_prob)
@@ -14,9 +14,10 @@ gradient.
 Shapes and dtypes as in sde_step.py. K is picked where the transitions are made (kl="std_dev" or
 "gaussian"), and kl_weight with it. Bytes per element: every latent given is read once forward and
 once backward, and the gradients are written; nothing of the size of a latent is stored between the
-two. The native backend reads every latent once in all: it computes the gradient together with the
-loss, for the grad_loss of the last backward (1, or 1/4 of loss / 4), and keeps it until backward.
-When grad_loss turns out to be another value, backward reads everything again.
+two. Triton takes three launches forward (block sums, everything per row, totals over rows) and one
+backward. The native backend reads every latent once in all: it computes the gradient together with
+the loss, for the grad_loss of the last backward (1, or 1/4 of loss / 4), and keeps it until
+backward. When grad_loss turns out to be another value, backward reads everything again.
 """
 
 from __future__ import annotations
@@ -27,18 +28,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# _grpo_kernels registers the Triton launchers.
-from . import _checks, _grpo_kernels, _ops  # noqa: F401
-from ._autograd import once_differentiable
+from . import checks, reference
+from .autograd import once_differentiable
+from .backends import dispatch, triton
+from .backends.triton import (
+    CHUNKS_C,
+    COL_A,
+    COL_ABS_DT,
+    COL_B,
+    COL_BIG_K,
+    COL_C,
+    COL_C0,
+    COL_K,
+    LANES_C,
+    coefficient,
+    constant,
+    count,
+    guided,
+    jit,
+    load,
+    ordered_sum,
+    pair_tree,
+    position,
+    residual,
+    score,
+    store_gradient,
+    sum_over_rows,
+    term,
+    tl,
+)
+from .reference import LossArguments
 from .transitions import Transitions
 
-_forward = _ops.op("grpo_loss_forward")
-_backward = _ops.op("grpo_loss_backward")
-_gradient = _ops.op("grpo_loss_gradient")
+# Sums of a row that the forward pass leaves: of d d, e e and h h (see reference.py).
+SUM_DD, SUM_EE, SUM_HH = constant(0), constant(1), constant(2)
 
 
 class GrpoLoss(NamedTuple):
-    """Everything stays on the device. Only `loss` carries a gradient."""
+    """Results of grpo_loss, on the device. Only `loss` carries a gradient."""
 
     loss: Tensor  # 0-dim: policy_loss + kl_weight * kl
     policy_loss: Tensor  # 0-dim: mean over rows of row_weight * policy
@@ -48,44 +75,442 @@ class GrpoLoss(NamedTuple):
     clip_fraction: Tensor  # 0-dim: share of rows whose ratio is outside the clip range
 
 
-class _GrpoLoss(torch.autograd.Function):
-    """Backward reads the latents once more."""
+def _fake_forward(*args):
+    sample = LossArguments(*args).sample
+    dtype, rows = reference.compute_dtype(sample), sample.shape[0]
+    loss, policy_loss, kl, clip_fraction = (sample.new_empty((), dtype=dtype) for _ in range(4))
+    log_prob, ratio = (sample.new_empty(rows, dtype=dtype) for _ in range(2))
+    coefs = sample.new_empty((rows, 3), dtype=dtype)
+    return loss, policy_loss, kl, clip_fraction, log_prob, ratio, coefs
+
+
+def _fake_gradient(velocity, uncond, *args):
+    *args, _grad_loss, uncond_grad = args
+    outputs = _fake_forward(velocity, uncond, *args)
+    return *outputs, *reference.empty_gradients(velocity, uncond, uncond_grad)
+
+
+def _fake_backward(
+    grad_loss, coefs, velocity, uncond, scale, sample, prev_sample, table, step, ref, ref_uncond,
+    old, uncond_grad,
+):  # fmt: skip
+    return reference.empty_gradients(velocity, uncond, uncond_grad)
+
+
+_ARGUMENTS = (
+    "Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample, "
+    "Tensor prev_sample, Tensor old_log_prob, Tensor advantages, Tensor table, Tensor step, "
+    "Tensor? ref_velocity, Tensor? ref_uncond_velocity, Tensor? old_velocity, "
+    "Tensor? row_weight, Tensor? kl_row_weight, float kl_weight, float clip_low, float clip_high, "
+    "float adv_clip"
+)
+# loss, policy_loss, kl, clip_fraction, log_prob, ratio, coefs.
+_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+forward_op = dispatch.define(
+    "grpo_loss_forward",
+    f"({_ARGUMENTS}) -> ({_RESULTS})",
+    reference.grpo_loss_forward,
+    _fake_forward,
+)
+gradient_op = dispatch.define(
+    "grpo_loss_gradient",
+    f"({_ARGUMENTS}, float grad_loss, bool uncond_grad) -> ({_RESULTS}, Tensor, Tensor)",
+    reference.grpo_loss_gradient,
+    _fake_gradient,
+)
+backward_op = dispatch.define(
+    "grpo_loss_backward",
+    "(Tensor grad_loss, Tensor coefs, Tensor velocity, Tensor? uncond_velocity, "
+    "float guidance_scale, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, "
+    "Tensor? ref_velocity, Tensor? ref_uncond_velocity, Tensor? old_velocity, bool uncond_grad) "
+    "-> (Tensor, Tensor)",
+    reference.grpo_loss_backward,
+    _fake_backward,
+)
+
+
+@jit
+def grpo_loss_sums_kernel(
+    v_ptr,  # [B, D]
+    u_ptr,  # [B, D] if GUIDED
+    x_ptr,  # [B, D]
+    prev_ptr,  # [B, D]
+    ref_ptr,  # [B, D] if REF
+    ref_u_ptr,  # [B, D] if REF_GUIDED
+    old_ptr,  # [B, D] if OLD
+    sums_ptr,  # [3, B * blocks]: of d d, e e, h h
+    table_ptr,  # [R, columns]
+    step_ptr,  # [B]
+    scale,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    ALIGN: tl.constexpr,
+    GUIDED: tl.constexpr,
+    REF: tl.constexpr,
+    REF_GUIDED: tl.constexpr,
+    OLD: tl.constexpr,
+):
+    """Writes a block's sums of d d, e e and h h; one program a block."""
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    step = tl.load(step_ptr + row * step_stride)
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    b_dd = tl.zeros([LANES_C], dtype=tl.float32)
+    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
+    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
+    for chunk in range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        b_v, b_d = residual(
+            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
+        )
+        b_dd += b_d * b_d
+        if REF:
+            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+            b_ee += b_e * b_e
+        if OLD:
+            b_h = b_v - load(old_ptr + base, o_lane, remaining)
+            b_hh += b_h * b_h
+    programs = tl.num_programs(0).to(tl.int64)
+    p_sum = sums_ptr + tl.program_id(0)
+    tl.store(p_sum + SUM_DD * programs, pair_tree(b_dd, LANES_C))
+    if REF:
+        tl.store(p_sum + SUM_EE * programs, pair_tree(b_ee, LANES_C))
+    if OLD:
+        tl.store(p_sum + SUM_HH * programs, pair_tree(b_hh, LANES_C))
+
+
+@jit
+def clipped_policy(ratio, adv, low, high, adv_clip):
+    """(policy term, its derivative in the ratio, whether the ratio is outside the clip range)."""
+    # Comparisons, not minimum and maximum: a NaN has to get through.
+    adv = tl.where(adv > adv_clip, adv_clip, tl.where(adv < -adv_clip, -adv_clip, adv))
+    outside = (ratio < low) | (ratio > high)
+    unclipped = -adv * ratio
+    clipped = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    active = tl.where(outside & (clipped > unclipped), 0.0, 1.0)
+    return tl.where(clipped > unclipped, clipped, unclipped), -adv * active, outside
+
+
+@jit
+def row_sum(sums_ptr, index, num_blocks, WIDTH: tl.constexpr):
+    """Adds up this program's row of one of the sums [3, B * blocks]."""
+    at = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
+    return ordered_sum(sums_ptr + at * num_blocks, num_blocks, WIDTH)
+
+
+@jit
+def policy_term(
+    advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip,
+    OLD: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """(weighted policy term, its derivative in log_prob, whether the ratio is outside)."""
+    adv = tl.load(advantages_ptr + row).to(tl.float32)
+    policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
+    weight = tl.zeros_like(adv) + 1.0
+    if WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+    g = (tl.div_rn(weight, rows.to(tl.float32)) * slope) * ratio
+    if OLD:
+        policy = tl.div_rn(policy, abs_dt)
+        g = tl.div_rn(g * c, abs_dt)
+    # abs_dt of a quiet row may be anything, and so may be what is multiplied by weight 0.
+    g = tl.where((c == 0.0) | (weight == 0.0), 0.0, g)
+    if WEIGHT:
+        policy = tl.where(weight == 0.0, 0.0, weight * policy)
+    return policy, g, outside
+
+
+@jit
+def kl_term(weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, WEIGHT: tl.constexpr):
+    """(weighted KL, coefficient c_e of its gradient); big_k is K B^2."""
+    kl = tl.where(c == 0.0, 0.0, big_k * mean_e)
+    weight = tl.zeros_like(mean_e) + 1.0
+    if WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+        kl = tl.where(weight == 0.0, 0.0, weight * kl)
+    kl_grad = tl.div_rn(weight, rows.to(tl.float32)) * kl_weight
+    return kl, tl.div_rn(kl_grad * (2.0 * big_k), n)
+
+
+@jit
+def store_three(ptr, stride, x, y, z):
+    """Stores three scalars, `stride` elements apart."""
+    tl.store(ptr, x)
+    tl.store(ptr + stride, y)
+    tl.store(ptr + 2 * stride, z)
+
+
+@jit
+def grpo_loss_rows_kernel(
+    sums_ptr,  # [3, B * blocks]
+    old_log_prob_ptr,  # [B]
+    advantages_ptr,  # [B]
+    weight_ptr,  # [B] if WEIGHT
+    kl_row_weight_ptr,  # [B] if KL_WEIGHT
+    log_prob_ptr,  # [B]
+    ratio_ptr,  # [B]
+    coefs_ptr,  # [B, 3]
+    terms_ptr,  # [3, B]: weighted policy, weighted KL, outside the clip range
+    table_ptr,  # [R, columns]
+    step_ptr,  # [B]
+    kl_weight,
+    low,
+    high,
+    adv_clip,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    WIDTH: tl.constexpr,
+    REF: tl.constexpr,
+    OLD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    KL_WEIGHT: tl.constexpr,
+):
+    """Computes all that happens once a row; one program a row."""
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    step = tl.load(step_ptr + row * step_stride)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    c = coefficient(table_ptr, step, num_steps, COL_C)
+    k = coefficient(table_ptr, step, num_steps, COL_K)
+    c0 = coefficient(table_ptr, step, num_steps, COL_C0)
+    n = count(elements)
+
+    log_prob = score(row_sum(sums_ptr, SUM_DD, num_blocks, WIDTH), elements, k, c0, c)
+    delta = log_prob - tl.load(old_log_prob_ptr + row).to(tl.float32)
+    if OLD:
+        mean_h = tl.div_rn(row_sum(sums_ptr, SUM_HH, num_blocks, WIDTH), n)
+        delta = (delta + (k * (b * b)) * mean_h) * c
+    ratio = tl.exp(delta)
+
+    abs_dt = coefficient(table_ptr, step, num_steps, COL_ABS_DT)
+    policy, g, outside = policy_term(
+        advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip, OLD, WEIGHT
+    )
+    c_d = tl.div_rn(g * (2.0 * (k * b)), n)
+    kl, c_e, c_h = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g)
+    if OLD:
+        c_h = tl.div_rn(g * (2.0 * (k * (b * b))), n)
+    if REF:
+        big_k = coefficient(table_ptr, step, num_steps, COL_BIG_K) * (b * b)
+        mean_e = tl.div_rn(row_sum(sums_ptr, SUM_EE, num_blocks, WIDTH), n)
+        kl, c_e = kl_term(kl_row_weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, KL_WEIGHT)
+
+    tl.store(log_prob_ptr + row, log_prob)
+    tl.store(ratio_ptr + row, ratio)
+    store_three(coefs_ptr + 3 * row, 1, c_d, c_e, c_h)
+    store_three(terms_ptr + row, rows, policy, kl, tl.where(outside, 1.0, 0.0))
+
+
+@jit
+def grpo_loss_totals_kernel(
+    terms_ptr,  # [3, B]
+    loss_ptr,
+    policy_ptr,
+    kl_ptr,
+    fraction_ptr,
+    kl_weight,
+    rows,
+    REF: tl.constexpr,
+):
+    """Sums over rows in their fixed order; one program."""
+    b = tl.cast(rows, tl.float32)
+    policy = tl.div_rn(sum_over_rows(terms_ptr, rows), b)
+    kl = tl.div_rn(sum_over_rows(terms_ptr + rows, rows), b)
+    fraction = tl.div_rn(sum_over_rows(terms_ptr + 2 * rows, rows), b)
+    loss = policy
+    if REF:
+        loss = policy + kl_weight * kl
+    tl.store(loss_ptr, loss)
+    tl.store(policy_ptr, policy)
+    tl.store(kl_ptr, kl)
+    tl.store(fraction_ptr, fraction)
+
+
+@jit
+def grpo_loss_backward_kernel(
+    grad_ptr,  # 0-dim
+    coefs_ptr,  # [B, 3]
+    v_ptr,  # [B, D]
+    u_ptr,  # [B, D] if GUIDED
+    x_ptr,  # [B, D]
+    prev_ptr,  # [B, D]
+    ref_ptr,  # [B, D] if REF
+    ref_u_ptr,  # [B, D] if REF_GUIDED
+    old_ptr,  # [B, D] if OLD
+    dv_ptr,  # [B, D]
+    du_ptr,  # [B, D] if UNCOND_GRAD
+    table_ptr,  # [R, columns]
+    step_ptr,  # [B]
+    scale,
+    uncond_scale,
+    elements,
+    num_steps,
+    step_stride,
+    num_blocks,
+    ALIGN: tl.constexpr,
+    GUIDED: tl.constexpr,
+    REF: tl.constexpr,
+    REF_GUIDED: tl.constexpr,
+    OLD: tl.constexpr,
+    UNCOND_GRAD: tl.constexpr,
+):
+    """Writes a block of the gradients; one program a block."""
+    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    step = tl.load(step_ptr + row * step_stride)
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    grad = tl.load(grad_ptr).to(tl.float32)
+    c_d = grad * tl.load(coefs_ptr + 3 * row)
+    c_e = grad * tl.load(coefs_ptr + 3 * row + 1)
+    c_h = grad * tl.load(coefs_ptr + 3 * row + 2)
+    for chunk in range(CHUNKS_C):
+        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        b_v, b_d = residual(
+            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
+        )
+        b_dv = term(c_d, b_d)
+        if REF:
+            b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+            b_dv += term(c_e, b_v - b_ref)
+        if OLD:
+            b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
+        store_gradient(
+            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
+            GUIDED, UNCOND_GRAD,
+        )  # fmt: skip
+
+
+@triton.launcher("grpo_loss_forward")
+def _launch_forward(
+    velocity, uncond, scale, sample, prev_sample, old_log_prob, advantages, table, step, ref,
+    ref_uncond, old, row_weight, kl_row_weight, kl_weight, clip_low, clip_high, adv_clip,
+):  # fmt: skip
+    """Three launches: block sums, rows, totals."""
+    rows, elements = sample.shape[0], sample.shape[1:].numel()
+    # From the table, which is float32: half the host time of torch.empty with a dtype and device.
+    new = table.new_empty
+    loss, policy, kl, fraction = (new(()) for _ in range(4))
+    log_prob, ratio, coefs = new(rows), new(rows), new((rows, 3))
+    results = (loss, policy, kl, fraction, log_prob, ratio, coefs)
+    if rows == 0:
+        for total in (loss, policy, kl, fraction):
+            total.zero_()
+        return results
+    blocks = triton.num_blocks(elements)
+    sums, terms = new((3, rows * blocks)), new((3, rows))
+    sizes = (elements, table.shape[0], step.stride(0), blocks)
+    flags = {"REF": ref is not None, "OLD": old is not None}
+    with triton.on(sample.device):
+        grpo_loss_sums_kernel[(rows * blocks,)](
+            velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step, scale,
+            *sizes,
+            ALIGN=triton.alignment(rows, elements),
+            GUIDED=uncond is not None,
+            REF_GUIDED=ref_uncond is not None,
+            **flags,
+            **triton.LAUNCH,
+        )  # fmt: skip
+        grpo_loss_rows_kernel[(rows,)](
+            sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
+            terms, table, step, kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes,
+            WEIGHT=row_weight is not None,
+            KL_WEIGHT=kl_row_weight is not None,
+            **flags,
+            **triton.second_pass(blocks),
+        )  # fmt: skip
+        grpo_loss_totals_kernel[(1,)](
+            terms, loss, policy, kl, fraction, kl_weight, rows,
+            REF=ref is not None, **triton.ONE_WARP,
+        )  # fmt: skip
+    return results
+
+
+@triton.launcher("grpo_loss_backward")
+def _launch_backward(
+    grad_loss, coefs, velocity, uncond, scale, sample, prev_sample, table, step, ref, ref_uncond,
+    old, uncond_grad,
+):  # fmt: skip
+    """One launch."""
+    rows, elements = sample.shape[0], sample.shape[1:].numel()
+    dv, du = reference.empty_gradients(velocity, uncond, uncond_grad)
+    if rows == 0 or elements == 0:
+        return dv, du
+    blocks = triton.num_blocks(elements)
+    with triton.on(sample.device):
+        grpo_loss_backward_kernel[(rows * blocks,)](
+            grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
+            du if uncond_grad else None, table, step, scale, 1.0 - scale, elements,
+            table.shape[0], step.stride(0), blocks,
+            ALIGN=triton.alignment(rows, elements),
+            GUIDED=uncond is not None,
+            REF=ref is not None,
+            REF_GUIDED=ref_uncond is not None,
+            OLD=old is not None,
+            UNCOND_GRAD=uncond_grad,
+            **triton.LAUNCH,
+        )  # fmt: skip
+    return dv, du
+
+
+@triton.launcher("grpo_loss_gradient")
+def _launch_gradient(*args):
+    """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
+    *args, grad_loss, uncond_grad = args
+    outputs = _launch_forward(*args)
+    loss, *_, coefs = outputs
+    grad = torch.full_like(loss, grad_loss)
+    shared = LossArguments(*args).of_backward()
+    return *outputs, *_launch_backward(grad, coefs, *shared, uncond_grad)
+
+
+class LossInTwoPasses(torch.autograd.Function):
+    """Loss whose backward reads the latents once more."""
 
     @staticmethod
     def forward(ctx, uncond_grad, *args):
-        outputs = _forward(*args)
-        _keep(ctx, uncond_grad, args, outputs)
-        return tuple(outputs[:6])
+        *results, coefs = forward_op(*args)
+        _save(ctx, uncond_grad, LossArguments(*args), results, coefs)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable("grpo_loss")
     def backward(ctx, grad_loss, *unused):
         if grad_loss is None:
-            return (None,) * 19
-        return None, *_gradients(ctx, ctx.saved_tensors, grad_loss), *[None] * 16
+            dv = du = None
+        else:
+            dv, du = _gradients(ctx, ctx.saved_tensors, grad_loss)
+        # One result for each argument of forward: uncond_grad, the velocities, the constants.
+        constants = [None] * (len(LossArguments._fields) - 2)
+        return None, dv, du, *constants
 
 
-class _GrpoLossInOnePass(torch.autograd.Function):
-    """Forward writes the gradient too. What needs none comes in one tuple: autograd spends time on
-    each argument of its own."""
+class LossInOnePass(torch.autograd.Function):
+    """Loss whose forward writes the gradient too.
+
+    The constants come in one tuple: autograd spends time on each argument of its own.
+    """
 
     # grad_loss of the last backward: a guess at the next one, which changes no result.
     expected = 1.0
 
     @staticmethod
     def forward(ctx, velocity, uncond, uncond_grad, constants):
-        args = velocity, uncond, *constants
-        expected = _GrpoLossInOnePass.expected
-        *outputs, dv, du = _gradient(*args, expected, uncond_grad)
+        args = LossArguments(velocity, uncond, *constants)
+        expected = LossInOnePass.expected
+        *results, coefs, dv, du = gradient_op(*args, expected, uncond_grad)
         ctx.ready = expected, dv, du
-        _keep(ctx, uncond_grad, args, outputs)
-        return tuple(outputs[:6])
+        _save(ctx, uncond_grad, args, results, coefs)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable("grpo_loss")
     def backward(ctx, grad_loss, *unused):
         if grad_loss is None:
-            return (None,) * 4
+            return None, None, None, None
         # Read even if not needed: autograd then refuses what was changed in place meanwhile.
         saved = ctx.saved_tensors
         # Handed out once: whoever gets the gradient may change it in place.
@@ -93,46 +518,50 @@ class _GrpoLossInOnePass(torch.autograd.Function):
         asked = None
         if ready is not None and _readable(grad_loss):
             # Not compared through the class, where another thread may write, too.
-            asked = _GrpoLossInOnePass.expected = grad_loss.item()
+            asked = LossInOnePass.expected = grad_loss.item()
         if ready is not None and ready[0] == asked:
-            dv, du = ready[1], (ready[2] if ctx.uncond_grad else None)
+            _, dv, du = ready
+            du = du if ctx.uncond_grad else None
         else:
             dv, du = _gradients(ctx, saved, grad_loss)
         return dv, du, None, None
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether x has one value: not under vmap or tracing, which may be of the backward alone."""
+    """Tells whether x has one value: not under vmap or tracing, maybe of the backward alone."""
     # autograd.grad(is_grads_batched=True) has a vmap of its own.
     kinds = torch._C._functorch
     batched = kinds.is_functorch_wrapped_tensor(x) or kinds.is_legacy_batchedtensor(x)
     return type(x) is Tensor and not batched
 
 
-def _keep(ctx, uncond_grad: bool, args: tuple, outputs: Sequence[Tensor]) -> None:
-    """What `_gradients` needs. args and outputs are those of the op grpo_loss_forward."""
-    velocity, uncond, scale, sample, prev_sample, _, _, table, step, ref, ref_u, old = args[:12]
+def _save(
+    ctx, uncond_grad: bool, args: LossArguments, results: Sequence[Tensor], coefs: Tensor
+) -> None:
+    """Saves what `_gradients` needs. results: of the op grpo_loss_forward, without coefs."""
     ctx.save_for_backward(
-        outputs[6], velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old
-    )
-    ctx.scale, ctx.uncond_grad = scale, uncond_grad
-    ctx.mark_non_differentiable(*outputs[1:6])
+        coefs, args.velocity, args.uncond_velocity, args.sample, args.prev_sample, args.table,
+        args.step, args.ref_velocity, args.ref_uncond_velocity, args.old_velocity,
+    )  # fmt: skip
+    ctx.scale, ctx.uncond_grad = args.guidance_scale, uncond_grad
+    _loss, *others = results
+    ctx.mark_non_differentiable(*others)
     # The gradients of the other outputs are never used: no zeros are made for them.
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of velocity and uncond_velocity, from what `_keep` saved."""
+    """Computes the gradients of both velocities from what `_save` saved."""
     coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = saved
-    dv, du = _backward(
+    dv, du = backward_op(
         grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,
         ref, ref_u, old, ctx.uncond_grad,
     )  # fmt: skip
     return dv, (du if ctx.uncond_grad else None)
 
 
-def _in_one_pass(velocity: Tensor, sample: Tensor) -> bool:
-    """Whether forward also computes the gradient that backward is expected to be asked for.
+def in_one_pass(velocity: Tensor, sample: Tensor) -> bool:
+    """Tells whether forward also computes the gradient that backward is expected to be asked for.
 
     On the native backend: there a row is still in the cache when its ratio is known. Not under
     tracing, where backward could not ask for the value of grad_loss.
@@ -141,7 +570,7 @@ def _in_one_pass(velocity: Tensor, sample: Tensor) -> bool:
         sample.device.type == "cpu"
         and type(velocity) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and _ops.backend_of("grpo_loss_gradient", "cpu", sample.dtype) == "native"
+        and dispatch.backend_of("grpo_loss_gradient", "cpu", sample.dtype) == "native"
     )
 
 
@@ -166,7 +595,7 @@ def grpo_loss(
     ref_uncond_velocity: Tensor | None = None,
     uncond_grad: bool = False,
 ) -> GrpoLoss:
-    """The loss of one batch of stored steps, differentiable once in velocity.
+    """Computes the loss of one batch of stored steps, differentiable once in velocity.
 
     Args:
         velocity, sample, prev_sample: [B, ...], one shape and device, any mix of float dtypes.
@@ -204,25 +633,26 @@ def grpo_loss(
         "kl_row_weight": kl_row_weight,
     }
     _check(sample, latents, per_row, transitions, guidance_scale, kl_weight, adv_clip)
-    rows = _checks.resolve_step(step, transitions, sample)
-    uncond, uncond_grad = _checks.uncond_half(uncond_velocity, uncond_grad)
-    args = (
-        velocity, uncond, float(guidance_scale), sample, prev_sample, old_log_prob, advantages,
+    rows = checks.resolve_step(step, transitions, sample)
+    uncond, uncond_grad = checks.uncond_half(uncond_velocity, uncond_grad)
+    constants = (
+        float(guidance_scale), sample, prev_sample, old_log_prob, advantages,
         transitions.table, rows, ref_velocity, ref_uncond_velocity, old_velocity,
         row_weight, row_weight if kl_row_weight is None else kl_row_weight,
         float(kl_weight), low, high, float(adv_clip),
     )  # fmt: skip
     if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
-        outputs = _forward(velocity.detach(), *args[1:])
-    elif _in_one_pass(velocity, sample):
-        outputs = _GrpoLossInOnePass.apply(velocity, uncond, uncond_grad, args[2:])
+        *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
+    elif in_one_pass(velocity, sample):
+        results = LossInOnePass.apply(velocity, uncond, uncond_grad, constants)
     else:
-        outputs = _GrpoLoss.apply(uncond_grad, *args)
-    loss, policy, kl, fraction, lp, ratio = outputs[:6]
-    return GrpoLoss(loss, policy, kl, lp, ratio, fraction)
+        results = LossInTwoPasses.apply(uncond_grad, velocity, uncond, *constants)
+    loss, policy_loss, kl, clip_fraction, lp, ratio = results
+    return GrpoLoss(loss, policy_loss, kl, lp, ratio, clip_fraction)
 
 
 def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """Checks the clip range and returns (clip_low, clip_high)."""
     if isinstance(clip_range, (tuple, list)):
         if len(clip_range) != 2:
             raise ValueError(f"clip_range must be a number or (low, high), got {clip_range!r}")
@@ -230,7 +660,7 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
     else:
         low = high = clip_range
     for value in (low, high):
-        _checks.check_numbers(clip_range=value)
+        checks.check_numbers(clip_range=value)
     if not (0.0 <= low <= 1.0 and high >= 0.0):
         raise ValueError(f"clip_range must be low in [0, 1] and high >= 0, got {clip_range!r}")
     return float(low), float(high)
@@ -245,17 +675,17 @@ def _check(
     kl_weight: float,
     adv_clip: float,
 ) -> None:
-    """Everything but step and clip_range."""
-    _checks.check_latents(sample, **latents)
-    _checks.check_guidance(latents["uncond_velocity"], guidance_scale)
-    _checks.check_transitions(transitions, sample)
+    """Checks all arguments but step and clip_range."""
+    checks.check_latents(sample, **latents)
+    checks.check_guidance(latents["uncond_velocity"], guidance_scale)
+    checks.check_transitions(transitions, sample)
     for name, value in per_row.items():
         if value is not None or name in ("old_log_prob", "advantages"):
-            _checks.check_rows(name, value, sample)
+            checks.check_rows(name, value, sample)
     halves = ("velocity", "uncond_velocity")
     constants = {name: value for name, value in latents.items() if name not in halves}
-    _checks.check_constants(sample=sample, **constants, **per_row)
-    _checks.check_numbers(kl_weight=kl_weight, adv_clip=adv_clip)
+    checks.check_constants(sample=sample, **constants, **per_row)
+    checks.check_numbers(kl_weight=kl_weight, adv_clip=adv_clip)
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be >= 0, got {kl_weight}")
     if not adv_clip > 0:

@@ -15,10 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _triton
-from ._autograd import once_differentiable
-from ._triton import (
+from . import checks, reference
+from .autograd import once_differentiable
+from .backends import dispatch, triton
+from .backends.triton import (
     CHUNKS_C,
+    COL_A,
+    COL_B,
+    COL_C,
+    COL_C0,
+    COL_K,
     LANES_C,
     coefficient,
     count,
@@ -34,14 +40,38 @@ from ._triton import (
 from .transitions import Transitions
 
 
+def _fake(velocity, uncond, scale, sample, prev_sample, table, step):
+    return sample.new_empty(sample.shape[0], dtype=reference.compute_dtype(sample))
+
+
+def _fake_backward(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
+    return reference.empty_gradients(velocity, uncond, uncond_grad)
+
+
+log_prob_op = dispatch.define(
+    "log_prob",
+    "(Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample, "
+    "Tensor prev_sample, Tensor table, Tensor step) -> Tensor",
+    reference.log_prob,
+    _fake,
+)
+log_prob_backward_op = dispatch.define(
+    "log_prob_backward",
+    "(Tensor grad, Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample, "
+    "Tensor prev_sample, Tensor table, Tensor step, bool uncond_grad) -> (Tensor, Tensor)",
+    reference.log_prob_backward,
+    _fake_backward,
+)
+
+
 @jit
-def _log_prob_kernel(
+def log_prob_kernel(
     v_ptr,  # [B, D]
     u_ptr,  # [B, D] if GUIDED
     x_ptr,  # [B, D]
     prev_ptr,  # [B, D]
     sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
-    table_ptr,  # [R, COLUMNS]
+    table_ptr,  # [R, columns]
     step_ptr,  # [B]
     scale,
     elements,
@@ -52,10 +82,11 @@ def _log_prob_kernel(
     GUIDED: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
+    """Writes a block's sum of squares, or the row's log_prob; one program a block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
-    a = coefficient(table_ptr, step, num_steps, 0)
-    b = coefficient(table_ptr, step, num_steps, 1)
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
@@ -65,16 +96,16 @@ def _log_prob_kernel(
         b_sum += b_d * b_d
     total = pair_tree(b_sum, LANES_C)
     if SINGLE:
-        k = coefficient(table_ptr, step, num_steps, 3)
-        c0 = coefficient(table_ptr, step, num_steps, 4)
-        c = coefficient(table_ptr, step, num_steps, 2)
+        k = coefficient(table_ptr, step, num_steps, COL_K)
+        c0 = coefficient(table_ptr, step, num_steps, COL_C0)
+        c = coefficient(table_ptr, step, num_steps, COL_C)
         tl.store(sums_ptr + row, score(total, elements, k, c0, c))
     else:
         tl.store(sums_ptr + tl.program_id(0), total)
 
 
 @jit
-def _log_prob_backward_kernel(
+def log_prob_backward_kernel(
     grad_ptr,  # [B]
     v_ptr,  # [B, D]
     u_ptr,  # [B, D] if GUIDED
@@ -82,7 +113,7 @@ def _log_prob_backward_kernel(
     prev_ptr,  # [B, D]
     dv_ptr,  # [B, D]
     du_ptr,  # [B, D] if UNCOND_GRAD
-    table_ptr,  # [R, COLUMNS]
+    table_ptr,  # [R, columns]
     step_ptr,  # [B]
     scale,
     uncond_scale,
@@ -94,11 +125,12 @@ def _log_prob_backward_kernel(
     GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
+    """Writes a block of the gradients; one program a block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
-    a = coefficient(table_ptr, step, num_steps, 0)
-    b = coefficient(table_ptr, step, num_steps, 1)
-    k = coefficient(table_ptr, step, num_steps, 3)
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    k = coefficient(table_ptr, step, num_steps, COL_K)
     grad = tl.load(grad_ptr + row)
     c_d = tl.div_rn(grad * (2.0 * (k * b)), count(elements))
     for chunk in range(CHUNKS_C):
@@ -112,53 +144,49 @@ def _log_prob_backward_kernel(
         )  # fmt: skip
 
 
-@_triton.launcher("log_prob")
+@triton.launcher("log_prob")
 def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     log_prob = table.new_empty(rows)
     if rows == 0:
         return log_prob
-    blocks = _triton.num_blocks(elements)
+    blocks = triton.num_blocks(elements)
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
-    with _triton.on(sample.device):
-        _log_prob_kernel[(rows * blocks,)](
+    with triton.on(sample.device):
+        log_prob_kernel[(rows * blocks,)](
             velocity, uncond, sample, prev_sample, sums, table, step, scale, *sizes,
-            ALIGN=_triton.alignment(rows, elements),
+            ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             SINGLE=blocks == 1,
-            **_triton.LAUNCH,
+            **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            _triton.finish_kernel[(rows,)](
-                sums, log_prob, table, step, *sizes, **_triton.second_pass(blocks)
+            triton.finish_kernel[(rows,)](
+                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
     return log_prob
 
 
-@_triton.launcher("log_prob_backward")
+@triton.launcher("log_prob_backward")
 def _launch_backward(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
     """One launch."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
-    dv, du = _triton.gradients(velocity, uncond, uncond_grad)
+    dv, du = reference.empty_gradients(velocity, uncond, uncond_grad)
     if rows == 0 or elements == 0:
         return dv, du
-    blocks = _triton.num_blocks(elements)
-    with _triton.on(sample.device):
-        _log_prob_backward_kernel[(rows * blocks,)](
+    blocks = triton.num_blocks(elements)
+    with triton.on(sample.device):
+        log_prob_backward_kernel[(rows * blocks,)](
             grad, velocity, uncond, sample, prev_sample, dv, du if uncond_grad else None, table,
             step, scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks,
-            ALIGN=_triton.alignment(rows, elements),
+            ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             UNCOND_GRAD=uncond_grad,
-            **_triton.LAUNCH,
+            **triton.LAUNCH,
         )  # fmt: skip
     return dv, du
-
-
-_log_prob = _ops.op("log_prob")
-_log_prob_backward = _ops.op("log_prob_backward")
 
 
 class _LogProb(torch.autograd.Function):
@@ -166,16 +194,17 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
         ctx.save_for_backward(velocity, uncond, sample, prev_sample, table, step)
         ctx.scale, ctx.uncond_grad = scale, uncond_grad
-        return _log_prob(velocity, uncond, scale, sample, prev_sample, table, step)
+        return log_prob_op(velocity, uncond, scale, sample, prev_sample, table, step)
 
     @staticmethod
     @once_differentiable("log_prob")
     def backward(ctx, grad):
         velocity, uncond, sample, prev_sample, table, step = ctx.saved_tensors
-        dv, du = _log_prob_backward(
+        dv, du = log_prob_backward_op(
             grad, velocity, uncond, ctx.scale, sample, prev_sample, table, step, ctx.uncond_grad
         )
-        return dv, (du if ctx.uncond_grad else None), *[None] * 6
+        du = du if ctx.uncond_grad else None
+        return dv, du, None, None, None, None, None, None
 
 
 def log_prob(
@@ -189,22 +218,23 @@ def log_prob(
     guidance_scale: float = 1.0,
     uncond_grad: bool = False,
 ) -> Tensor:
-    """float32 [B] log-probability of prev_sample, differentiable once in velocity.
+    """Scores prev_sample: float32 [B] log-probability, differentiable once in velocity.
 
     Args:
         velocity, sample, prev_sample, uncond_velocity: [B, ...], one shape and device.
         transitions, step: as for sde_step.
         uncond_grad: also differentiate in uncond_velocity (by default a constant, as in flow_grpo).
     """
-    _checks.check_latents(
+    checks.check_latents(
         sample, velocity=velocity, prev_sample=prev_sample, uncond_velocity=uncond_velocity
     )
-    _checks.check_guidance(uncond_velocity, guidance_scale)
-    _checks.check_transitions(transitions, sample)
-    _checks.check_constants(sample=sample, prev_sample=prev_sample)
-    rows = _checks.resolve_step(step, transitions, sample)
-    uncond, uncond_grad = _checks.uncond_half(uncond_velocity, uncond_grad)
-    args = (velocity, uncond, float(guidance_scale), sample, prev_sample, transitions.table, rows)
+    checks.check_guidance(uncond_velocity, guidance_scale)
+    checks.check_transitions(transitions, sample)
+    checks.check_constants(sample=sample, prev_sample=prev_sample)
+    rows = checks.resolve_step(step, transitions, sample)
+    uncond, uncond_grad = checks.uncond_half(uncond_velocity, uncond_grad)
+    others = (uncond, float(guidance_scale), sample, prev_sample, transitions.table, rows)
     if torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad):
-        return _LogProb.apply(*args, uncond_grad)
-    return _log_prob(velocity.detach(), *args[1:])
+        return _LogProb.apply(velocity, *others, uncond_grad)
+    # The op has no autograd of its own.
+    return log_prob_op(velocity.detach(), *others)

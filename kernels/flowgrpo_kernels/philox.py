@@ -51,7 +51,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox_words(seeds: Tensor, steps: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
-    """The four words of blocks 0 .. num_blocks - 1 for each sample.
+    """Computes the four words of blocks 0 .. num_blocks - 1 for each sample.
 
     seeds, steps: int64 [B]; returns four int64 [B, num_blocks] with values in [0, 2^32).
     """
@@ -61,7 +61,7 @@ def philox_words(seeds: Tensor, steps: Tensor, num_blocks: int) -> tuple[Tensor,
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of broadcastable int64 counter words in [0, 2^32), keyed by 64-bit seeds."""
+    """Computes Philox4x32-10 of broadcastable int64 words in [0, 2^32), keyed by 64-bit seeds."""
     k0, k1 = seeds & _MASK, (seeds >> 32) & _MASK
     for _ in range(PHILOX_ROUNDS):
         # The product of two 32-bit words wraps into the sign of an int64: its bits are right, and
@@ -74,7 +74,7 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seeds: Tensor) ->
 
 
 def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 normals from two words (int64 in [0, 2^32))."""
+    """Makes two float32 normals of two words (int64 in [0, 2^32))."""
     u = radius.to(torch.float32) * 2.0**-32 + 2.0**-33
     # u = (1 + f) 2^e with 1 + f in [sqrt(1/2), sqrt(2)); 0x3F3504F3 are the bits of sqrt(1/2).
     bits = u.view(torch.int32)
@@ -94,7 +94,7 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(seeds: Tensor, steps: Tensor, numel: int) -> Tensor:
-    """float32 [B, numel] standard normals for int64 seeds [B] and steps [B]."""
+    """Draws float32 [B, numel] standard normals for int64 seeds [B] and steps [B]."""
     num_blocks = (numel + 3) // 4
     w0, w1, w2, w3 = philox_words(seeds, steps, num_blocks)
     z0, z1 = box_muller(w0, w1)

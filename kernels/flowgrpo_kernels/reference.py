@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, any float dtype: oracle, fallback and the contract the backends keep.
+"""Reference of every op in plain PyTorch, any float dtype: oracle, fallback, numerical contract.
 
 The numerical contract
 ======================
@@ -84,7 +84,7 @@ LANES = 1024
 
 
 class Coefficients(NamedTuple):
-    """The table row of each sample, each [B] in the compute dtype."""
+    """Table row of each sample, each [B] in the compute dtype."""
 
     A: Tensor
     B: Tensor
@@ -105,7 +105,7 @@ def coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coefficient
 
 
 def ordered_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension of [B, n] in the fixed order of the module docstring: [B]."""
+    """Sums over the last dimension of [B, n] in the fixed order of the module docstring: [B]."""
     rows, n = x.shape
     if n > BLOCK:
         x = F.pad(x, (0, -n % BLOCK)).view(rows, -1, BLOCK // LANES, LANES)
@@ -142,7 +142,8 @@ def _pair_tree(x: Tensor) -> Tensor:
 
 
 def over(x: Tensor, count: int) -> Tensor:
-    """x / count, at least 1. By a number PyTorch would, on a GPU, multiply with its reciprocal."""
+    """Divides by a count, or by 1 if it is 0."""
+    # By a tensor: by a number PyTorch would, on a GPU, multiply with its reciprocal.
     return x / torch.full_like(x, max(count, 1))
 
 
@@ -151,11 +152,13 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1:].numel()).to(dtype)
 
 
-def _compute_dtype(sample: Tensor) -> torch.dtype:
-    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype that an op computes in: float64 for float64 tensors, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _guided(velocity: Tensor, uncond: Tensor | None, guidance_scale: float, dtype) -> Tensor:
+    """v [B, D]: the velocity, combined with the unconditional one where that is there."""
     v = _flat(velocity, dtype)
     if uncond is None:
         return v
@@ -164,7 +167,7 @@ def _guided(velocity: Tensor, uncond: Tensor | None, guidance_scale: float, dtyp
 
 
 def _mean(squares: Tensor) -> Tensor:
-    """Mean over the elements of [B, D], defined as 0 for D = 0."""
+    """Takes the mean over the elements of [B, D], defined as 0 for D = 0."""
     return over(ordered_sum(squares), squares.shape[1])
 
 
@@ -187,7 +190,7 @@ def sde_step(
     log_prob: Tensor,
 ) -> None:
     """Writes x' into prev_sample (dtype of sample) and its log_prob (float32 [B]) into log_prob."""
-    dtype = _compute_dtype(sample)
+    dtype = compute_dtype(sample)
     c = coefficients(table, step, dtype)
     v = _guided(velocity, uncond_velocity, guidance_scale, dtype)
     mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
@@ -205,7 +208,7 @@ def sde_step(
 
 
 def _residual(velocity, uncond, guidance_scale, sample, prev_sample, c) -> tuple[Tensor, Tensor]:
-    """(v, d), each [B, D]."""
+    """(v, d), each [B, D]: the velocity and x' - mu."""
     dtype = c.A.dtype
     v = _guided(velocity, uncond, guidance_scale, dtype)
     mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
@@ -221,22 +224,32 @@ def log_prob(
     table: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """log_prob of a stored x': float32 [B] (float64 for float64 inputs)."""
-    c = coefficients(table, step, _compute_dtype(sample))
+    """Computes log_prob of a stored x': float32 [B] (float64 for float64 inputs)."""
+    c = coefficients(table, step, compute_dtype(sample))
     _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     return _score(c, d)
 
 
 def _term(c: Tensor, x: Tensor) -> Tensor:
-    """c x of each row, 0 where c is 0: there x may be infinite or NaN."""
+    """Multiplies each row by its c, with 0 where c is 0: there x may be infinite or NaN."""
     c = c[:, None]
     return torch.where(c == 0, 0.0, c * x)
+
+
+def empty_gradients(
+    velocity: Tensor, uncond: Tensor | None, uncond_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Allocates the gradients of both halves; the second is empty unless asked for."""
+    dv = velocity.new_empty(velocity.shape)
+    if uncond is None:
+        return dv, velocity.new_empty(0)
+    return dv, uncond.new_empty(uncond.shape if uncond_grad else 0)
 
 
 def _split_gradient(
     dv: Tensor, velocity: Tensor, uncond: Tensor | None, guidance_scale: float, uncond_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """dv [B, D] to the gradients of both halves; the second is empty unless asked for."""
+    """Splits dv [B, D] into the gradients of both halves; the second is empty unless asked for."""
     if uncond is None:
         return dv.to(velocity.dtype).view(velocity.shape), velocity.new_empty(0)
     conditional = (dv * guidance_scale).to(velocity.dtype).view(velocity.shape)
@@ -256,8 +269,8 @@ def log_prob_backward(
     step: Tensor,
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
-    c = coefficients(table, step, _compute_dtype(sample))
+    """Computes the gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
+    c = coefficients(table, step, compute_dtype(sample))
     _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     scale = over(grad.to(d.dtype) * (2 * (c.k * c.B)), d.shape[1])
     dv = _term(scale, d)
@@ -265,7 +278,7 @@ def log_prob_backward(
 
 
 def _weighted_mean(weight: Tensor | None, values: Tensor) -> Tensor:
-    """sum(weight * values) / B with weight 0 silencing a row; 0 for an empty batch."""
+    """Computes sum(weight * values) / B; weight 0 silences a row, an empty batch gives 0."""
     if weight is not None:
         weight = weight.to(values.dtype)
         values = torch.where(weight == 0, 0.0, weight * values)
@@ -273,8 +286,39 @@ def _weighted_mean(weight: Tensor | None, values: Tensor) -> Tensor:
 
 
 def ordered_rows(values: Tensor) -> Tensor:
-    """Sum of [B] in the order of the second pass: 0-dim."""
+    """Sums [B] in the order of the second pass: 0-dim."""
     return _lane_sum(values[None])[0]
+
+
+class LossArguments(NamedTuple):
+    """Arguments of the op grpo_loss_forward, in its order."""
+
+    velocity: Tensor
+    uncond_velocity: Tensor | None
+    guidance_scale: float
+    sample: Tensor
+    prev_sample: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    table: Tensor
+    step: Tensor
+    ref_velocity: Tensor | None
+    ref_uncond_velocity: Tensor | None
+    old_velocity: Tensor | None
+    row_weight: Tensor | None
+    kl_row_weight: Tensor | None
+    kl_weight: float
+    clip_low: float
+    clip_high: float
+    adv_clip: float
+
+    def of_backward(self) -> tuple:
+        """Those that grpo_loss_backward takes too: between its coefs and its uncond_grad."""
+        return (
+            self.velocity, self.uncond_velocity, self.guidance_scale, self.sample,
+            self.prev_sample, self.table, self.step, self.ref_velocity, self.ref_uncond_velocity,
+            self.old_velocity,
+        )  # fmt: skip
 
 
 def grpo_loss_forward(
@@ -297,8 +341,8 @@ def grpo_loss_forward(
     clip_high: float,
     adv_clip: float,
 ) -> tuple[Tensor, ...]:
-    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
-    dtype = _compute_dtype(sample)
+    """Computes (loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+    dtype = compute_dtype(sample)
     c = coefficients(table, step, dtype)
     v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     rows, n = d.shape
@@ -364,8 +408,8 @@ def grpo_loss_backward(
     old_velocity: Tensor | None,
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
-    c = coefficients(table, step, _compute_dtype(sample))
+    """Computes the gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
+    c = coefficients(table, step, compute_dtype(sample))
     v, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     c_d, c_e, c_h = (grad_loss.to(d.dtype) * coefs).unbind(1)
     dv = _term(c_d, d)
@@ -378,20 +422,21 @@ def grpo_loss_backward(
 
 
 def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
-    """The outputs of grpo_loss_forward and of grpo_loss_backward for a grad_loss known beforehand.
+    """Computes what grpo_loss_forward and grpo_loss_backward do, for a grad_loss known beforehand.
 
-    args: grpo_loss_forward's, then grad_loss (a number) and uncond_grad. For backends that save a
-    pass over memory with it.
+    args: LossArguments, then grad_loss (a number) and uncond_grad. For backends that save a pass
+    over memory with it.
     """
     *args, grad_loss, uncond_grad = args
     outputs = grpo_loss_forward(*args)
-    grad = torch.full_like(outputs[0], grad_loss)
-    latents = (*args[:5], *args[7:12])
-    return *outputs, *grpo_loss_backward(grad, outputs[6], *latents, uncond_grad)
+    loss, *_, coefs = outputs
+    grad = torch.full_like(loss, grad_loss)
+    shared = LossArguments(*args).of_backward()
+    return *outputs, *grpo_loss_backward(grad, coefs, *shared, uncond_grad)
 
 
 def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
+    """Draws standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
     steps = torch.full_like(seeds, philox.INITIAL_STEP)
     numel = torch.Size(shape).numel()
     return philox.normals(seeds, steps, numel).to(dtype).view(seeds.shape[0], *shape)

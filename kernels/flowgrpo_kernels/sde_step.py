@@ -14,9 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _triton
-from ._triton import (
+from . import checks, reference
+from .backends import dispatch, triton
+from .backends.triton import (
     CHUNKS_C,
+    COL_A,
+    COL_B,
+    COL_C,
+    COL_C0,
+    COL_K,
+    COL_NOISE_STEP,
     LANES_C,
     coefficient,
     guided,
@@ -32,18 +39,26 @@ from ._triton import (
 )
 from .transitions import Transitions
 
+sde_step_op = dispatch.define(
+    "sde_step",
+    "(Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample, Tensor table, "
+    "Tensor step, Tensor? seeds, Tensor? noise, Tensor(a!) prev_sample, Tensor(b!) log_prob) -> ()",
+    reference.sde_step,
+    fake=lambda *args: None,
+)
+
 
 @jit
-def _sde_step_kernel(
+def sde_step_kernel(
     v_ptr,  # [B, D]
     u_ptr,  # [B, D] if GUIDED
     x_ptr,  # [B, D]
-    noise_ptr,  # [B, D] if NOISE == 2
+    noise_ptr,  # [B, D] if NOISE == "tensor"
     out_ptr,  # [B, D]
     sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
-    table_ptr,  # [R, COLUMNS]
+    table_ptr,  # [R, columns]
     step_ptr,  # [B]
-    seeds_ptr,  # [B] if NOISE == 1
+    seeds_ptr,  # [B] if NOISE == "seeds"
     scale,
     elements,
     num_steps,
@@ -51,26 +66,28 @@ def _sde_step_kernel(
     num_blocks,
     ALIGN: tl.constexpr,
     GUIDED: tl.constexpr,
-    NOISE: tl.constexpr,  # 0 none, 1 from seeds, 2 given
+    NOISE: tl.constexpr,  # "none", "seeds" or "tensor"
     SINGLE: tl.constexpr,
 ):
+    """Writes a block of x' and its sum of squares, or the row's log_prob; one program a block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
-    a = coefficient(table_ptr, step, num_steps, 0)
-    b = coefficient(table_ptr, step, num_steps, 1)
-    c = coefficient(table_ptr, step, num_steps, 2)
-    if NOISE == 1:
+    a = coefficient(table_ptr, step, num_steps, COL_A)
+    b = coefficient(table_ptr, step, num_steps, COL_B)
+    c = coefficient(table_ptr, step, num_steps, COL_C)
+    if NOISE == "seeds":
         seed = tl.load(seeds_ptr + row)
-        noise_step = coefficient(table_ptr, step, num_steps, 7).to(tl.int32).to(tl.uint32)
+        noise_step = coefficient(table_ptr, step, num_steps, COL_NOISE_STEP)
+        noise_step = noise_step.to(tl.int32).to(tl.uint32)
 
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
         b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
-        if NOISE == 1:
+        if NOISE == "seeds":
             b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
-        elif NOISE == 2:
+        elif NOISE == "tensor":
             b_x = b_mu + c * load(noise_ptr + base, o_lane, remaining)
         else:
             b_x = b_mu
@@ -81,38 +98,40 @@ def _sde_step_kernel(
         b_sum += tl.where(o_lane < remaining, b_d * b_d, 0.0)
     total = pair_tree(b_sum, LANES_C)
     if SINGLE:
-        k = coefficient(table_ptr, step, num_steps, 3)
-        c0 = coefficient(table_ptr, step, num_steps, 4)
+        k = coefficient(table_ptr, step, num_steps, COL_K)
+        c0 = coefficient(table_ptr, step, num_steps, COL_C0)
         tl.store(sums_ptr + row, score(total, elements, k, c0, c))
     else:
         tl.store(sums_ptr + tl.program_id(0), total)
 
 
-@_triton.launcher("sde_step")
+@triton.launcher("sde_step")
 def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     if rows == 0:
         return
-    blocks = _triton.num_blocks(elements)
+    source = "none"
+    if noise is not None:
+        source = "tensor"
+    elif seeds is not None:
+        source = "seeds"
+    blocks = triton.num_blocks(elements)
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
-    with _triton.on(sample.device):
-        _sde_step_kernel[(rows * blocks,)](
+    with triton.on(sample.device):
+        sde_step_kernel[(rows * blocks,)](
             velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, scale, *sizes,
-            ALIGN=_triton.alignment(rows, elements),
+            ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
-            NOISE=2 if noise is not None else int(seeds is not None),
+            NOISE=source,
             SINGLE=blocks == 1,
-            **_triton.LAUNCH,
+            **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            _triton.finish_kernel[(rows,)](
-                sums, log_prob, table, step, *sizes, **_triton.second_pass(blocks)
+            triton.finish_kernel[(rows,)](
+                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
-
-
-_sde_step = _ops.op("sde_step")
 
 
 def sde_step(
@@ -128,7 +147,7 @@ def sde_step(
     out: Tensor | None = None,
     log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(prev_sample, log_prob): the next sample [B, ...] in the dtype of sample, float32 [B].
+    """Steps to (prev_sample, log_prob): [B, ...] in the dtype of sample, float32 [B].
 
     Args:
         velocity, uncond_velocity, sample: [B, ...], one shape and device, any mix of float dtypes.
@@ -141,16 +160,16 @@ def sde_step(
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a gradient is asked for.
     """
-    _checks.check_latents(
+    checks.check_latents(
         sample, velocity=velocity, uncond_velocity=uncond_velocity, noise=noise, out=out
     )
-    _checks.check_guidance(uncond_velocity, guidance_scale)
-    _checks.check_transitions(transitions, sample)
-    rows = _checks.resolve_step(step, transitions, sample)
+    checks.check_guidance(uncond_velocity, guidance_scale)
+    checks.check_transitions(transitions, sample)
+    rows = checks.resolve_step(step, transitions, sample)
     if seeds is not None and noise is not None:
         raise ValueError("seeds and noise were both given; give one of them")
     if seeds is not None:
-        _checks.check_seeds(seeds, sample)
+        checks.check_seeds(seeds, sample)
     elif noise is None and not transitions.deterministic:
         raise ValueError("seeds or noise must be given: the transitions are stochastic")
     out, log_prob_out = _outputs(sample, out, log_prob_out)
@@ -158,7 +177,7 @@ def sde_step(
         velocity=velocity, uncond_velocity=uncond_velocity, sample=sample, noise=noise,
         out=out, log_prob_out=log_prob_out,
     )  # fmt: skip
-    _sde_step(
+    sde_step_op(
         velocity,
         uncond_velocity,
         float(guidance_scale),
@@ -174,8 +193,8 @@ def sde_step(
 
 
 def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The given buffers, checked, or new ones."""
-    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    """Checks the buffers to write into, or allocates them."""
+    dtype = reference.compute_dtype(sample)
     if out is None:
         out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     elif out.dtype != sample.dtype or not out.is_contiguous():
@@ -185,14 +204,14 @@ def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tup
     if log_prob is None:
         log_prob = torch.empty(sample.shape[0], dtype=dtype, device=sample.device)
     else:
-        _checks.check_rows("log_prob_out", log_prob, sample)
+        checks.check_rows("log_prob_out", log_prob, sample)
         if log_prob.dtype != dtype or not log_prob.is_contiguous():
             raise ValueError(f"log_prob_out must be contiguous and {dtype}, got {log_prob.dtype}")
     return out, log_prob
 
 
 def _overlap(out: Tensor, sample: Tensor) -> bool:
-    """Whether out, which is contiguous, holds elements of sample; both of one shape and dtype."""
+    """Tells whether out, which is contiguous, holds elements of sample, of its shape and dtype."""
     start, size = out.data_ptr(), out.numel() * out.element_size()
     distance = abs(start - sample.data_ptr())
     # A sample that is not contiguous is copied before anything is written.
@@ -200,6 +219,7 @@ def _overlap(out: Tensor, sample: Tensor) -> bool:
 
 
 def _no_gradient(**tensors: Tensor | None) -> None:
+    """Checks that no gradient is asked for."""
     if not torch.is_grad_enabled():
         return
     for name, value in tensors.items():

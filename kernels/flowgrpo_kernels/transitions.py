@@ -51,7 +51,7 @@ _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
-    """The coefficients of R steps.
+    """Coefficients of R steps.
 
     table: float32 [R, 10], columns as in `COLUMNS`. sigmas: float64 [R + 1] on the CPU, or None for
     concatenated tables. kinds: the name of each row's transition.
@@ -60,9 +60,9 @@ class Transitions:
     table: Tensor
     sigmas: Tensor | None
     kinds: tuple[str, ...]
-    # 0 .. R-1 on the table's device: an int step becomes a view of it, without a copy to the
-    # device.
-    _index: Tensor = field(repr=False)
+    # int64 [R], 0 .. R-1 on the table's device: an int step becomes a view of it, without a copy to
+    # the device.
+    row_numbers: Tensor = field(repr=False)
 
     @classmethod
     def from_table(cls, table: Tensor, sigmas: Tensor | None, kinds: Sequence[str]) -> Transitions:
@@ -78,8 +78,8 @@ class Transitions:
             raise ValueError(f"kinds must name one of {KINDS} for each of {table.shape[0]} rows")
         if not bool(torch.isfinite(table).all()):
             raise ValueError("table must hold finite coefficients, got NaN or infinity")
-        index = torch.arange(table.shape[0], device=table.device)
-        return cls(table.contiguous(), sigmas, tuple(kinds), index)
+        row_numbers = torch.arange(table.shape[0], device=table.device)
+        return cls(table.contiguous(), sigmas, tuple(kinds), row_numbers)
 
     @property
     def num_steps(self) -> int:
@@ -88,42 +88,45 @@ class Transitions:
 
     @property
     def device(self) -> torch.device:
+        """Device of the table."""
         return self.table.device
 
     @property
     def deterministic(self) -> bool:
-        """True when every row is an ODE step, so that no noise is needed."""
+        """Tells whether every row is an ODE step, so that no noise is needed."""
         return all(kind == "ode" for kind in self.kinds)
 
     def column(self, name: str) -> Tensor:
-        """One column of the table by name: float32 [R]."""
+        """Returns one column of the table by name: float32 [R]."""
         if name not in COLUMNS:
             raise ValueError(f"name must be one of {COLUMNS}, got {name!r}")
         return self.table[:, COLUMNS.index(name)]
 
     def to(self, device: torch.device | str) -> Transitions:
-        """The same transitions with the table on `device`; copies, so call it outside a loop."""
+        """Moves the table to `device`; copies, so call it outside a loop."""
         device = torch.device(device)
         if device == self.table.device:
             return self
-        table, index = self.table.to(device), self._index.to(device)
-        return Transitions(table, self.sigmas, self.kinds, index)
+        table, row_numbers = self.table.to(device), self.row_numbers.to(device)
+        return Transitions(table, self.sigmas, self.kinds, row_numbers)
 
     @staticmethod
-    def cat(*parts: Transitions) -> Transitions:
-        """Tables one below another: row i is step i of the first, row R1 + i step i of the second.
+    def cat(*schedules: Transitions) -> Transitions:
+        """Puts tables one below another: row R1 + i is step i of the second.
 
-        The noise counter of a row stays the step within its own part, so a sample draws the same
-        noise whichever part it is stepped by. With this, rows with different windows share a
-        batch.
+        The noise counter of a row stays the step within its own schedule, so a sample draws the
+        same noise whichever schedule it is stepped by. With this, rows with different windows share
+        a batch.
         """
-        if not parts or not all(isinstance(p, Transitions) for p in parts):
+        if not schedules or not all(isinstance(s, Transitions) for s in schedules):
             raise TypeError("Transitions.cat takes one or more Transitions")
-        if len({p.device for p in parts}) > 1:
-            raise ValueError(f"parts must be on one device, got {[str(p.device) for p in parts]}")
-        table = torch.cat([p.table for p in parts])
-        kinds = sum((p.kinds for p in parts), ())
-        return Transitions.from_table(table, parts[0].sigmas if len(parts) == 1 else None, kinds)
+        devices = [str(s.device) for s in schedules]
+        if len(set(devices)) > 1:
+            raise ValueError(f"schedules must be on one device, got {devices}")
+        table = torch.cat([s.table for s in schedules])
+        kinds = [kind for s in schedules for kind in s.kinds]
+        sigmas = schedules[0].sigmas if len(schedules) == 1 else None
+        return Transitions.from_table(table, sigmas, kinds)
 
 
 def flow_sde(sigmas, noise_level: float = 0.7, kl: str = "std_dev") -> Transitions:
@@ -171,7 +174,7 @@ def ode(sigmas) -> Transitions:
 
 
 def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> Transitions:
-    """Rows of `inside` at `steps`, rows of `outside` elsewhere (Flow-GRPO-Fast, MixGRPO)."""
+    """Takes rows of `inside` at `steps`, rows of `outside` elsewhere (Flow-GRPO-Fast, MixGRPO)."""
     if not isinstance(inside, Transitions) or not isinstance(outside, Transitions):
         raise TypeError("inside and outside must be Transitions")
     if inside.num_steps != outside.num_steps or inside.device != outside.device:
@@ -216,7 +219,7 @@ def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
 
 
 def _row(a, b, c, k, c0, big_k, s, i, std) -> list[float]:
-    """One row; a C that is 0 in float32 silences the row's log_prob and KL."""
+    """Makes one row; a C that is 0 in float32 silences the row's log_prob and KL."""
     if float(torch.tensor(c, dtype=torch.float32, device="cpu")) == 0.0:
         c = k = c0 = big_k = 0.0
     return [a, b, c, k, c0, big_k, s[i] - s[i + 1], float(i), std, s[i]]

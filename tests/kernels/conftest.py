@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops
+from flowgrpo_kernels.backends import dispatch
 
 
 def _available(name: str) -> bool:
-    return name == "reference" or bool(_ops.backends()[name]["available"])
+    return name == "reference" or bool(dispatch.backends()[name]["available"])
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,6 @@ def _poison(poisoned_empty):
 def backend(request):
     """The name of a backend that runs CPU tensors. Triton's interpreter: test_triton.py."""
     if not _available(request.param):
-        pytest.skip(f"{request.param}: {_ops.backends()[request.param]['reason']}")
-    with _ops.use_backend(request.param):
+        pytest.skip(f"{request.param}: {dispatch.backends()[request.param]['reason']}")
+    with dispatch.use_backend(request.param):
         yield request.param

@@ -14,10 +14,11 @@ import launch_recorder as recorder
 import oracle
 import torch
 
-from flowgrpo_kernels import _ops, aot, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
-from flowgrpo_kernels.blocks import _heads, _rows
-from flowgrpo_kernels.blocks import aot as blocks_aot
-from flowgrpo_kernels.blocks.norm_modulate import _norm_modulate_kernel
+from flowgrpo_kernels import aot, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch, triton
+from flowgrpo_kernels.blocks.joint_heads import joint_heads_backward_kernel, launch_options
+from flowgrpo_kernels.blocks.norm_modulate import norm_modulate_kernel
+from flowgrpo_kernels.blocks.rows import options
 
 # Four blocks a row, in the dtypes of a trainer.
 SHAPE = (16, 32, 32)
@@ -89,7 +90,7 @@ def block(op, batch=2, tokens=3, attention=False):
     """A block's op forward and backward to its activations, the gradient as attention leaves it."""
     v = block_cases.inputs(op, torch.bfloat16, batch, tokens)
     inputs = [v[n].requires_grad_() for n in ("x", "y", "y2", "first", "second") if n in v]
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         given = [torch.ones_like(o) for o in block_cases.ours(op, v)]
     if attention:
         given = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in given]
@@ -101,7 +102,7 @@ def unallocated(rows, elements):
     b = batch(rows)
     v, x = (z.flatten()[:1].expand(rows, elements) for z in (b.velocity, b.sample))
     step, lp = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
-    launch, table = _ops._triton["sde_step"], TRANSITIONS.table
+    launch, table = triton.launchers["sde_step"], TRANSITIONS.table
     return lambda: launch(v, None, 1.0, x, table, step, b.seeds, None, x, lp)
 
 
@@ -178,7 +179,7 @@ def block_ops():
 
 
 def compiled_ahead():
-    """(name, whether one that was launched is the same to the letter) of variants of aot.py."""
+    """(name, whether one that was launched is the same to the letter) of some variants."""
     names = (
         "sde_step guided",
         "log_prob plain",
@@ -186,16 +187,16 @@ def compiled_ahead():
         "grpo_loss backward guided",
     )
     chosen = [
-        v for v in aot.variants(("bf16", "fp32"))
+        v for v in aot.op_variants(("bf16", "fp32"))
         if (v.velocity, v.sample, v.name in names) == ("bf16", "fp32", True)
         or (v.velocity == "fp32" and (v.name == "initial_noise" or not v.vectorised))
     ]  # fmt: skip
-    row, heads = _rows.options(96), _heads.options(block_cases.HEADS, 32, [])
-    for name, kernel, options in (
-        ("norm_modulate", _norm_modulate_kernel, row),
-        ("joint_heads backward", _heads.joint_heads_backward_kernel, heads),
+    heads = launch_options(block_cases.HEADS, 32, [])
+    for name, kernel, launch in (
+        ("norm_modulate", norm_modulate_kernel, options(96)),
+        ("joint_heads backward", joint_heads_backward_kernel, heads),
     ):
-        chosen.append(blocks_aot.variant(name, kernel, "bf16", options))
+        chosen.append(aot.block_variant(name, kernel, "bf16", launch))
     for variant in chosen:
         ahead = aot.compile_variant(variant, aot.TARGETS["sm_90"]).assembly
         yield variant.name, ahead in recorder.launched(variant.kernel)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from flowgrpo_kernels import _ops
+from flowgrpo_kernels.backends import dispatch, triton
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -126,8 +126,8 @@ class Driver(DriverBase):
 def install() -> None:
     """For the rest of the process: this driver, and Triton's launchers take CPU tensors."""
     driver.set_active(Driver())
-    _ops._interpreting = lambda: True
-    _ops._requested = "triton"
+    triton.interpreting = lambda: True
+    dispatch.request("triton")
 
 
 def variants() -> Counter:

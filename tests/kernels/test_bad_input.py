@@ -12,17 +12,15 @@ import torch
 
 from flowgrpo_kernels import (
     Transitions,
-    _checks,
-    _ops,
-    backend_info,
+    checks,
     cps,
     flow_sde,
     grpo_loss,
-    initial_noise,
     log_prob,
     ode,
     sde_step,
 )
+from flowgrpo_kernels.backends import dispatch
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 B = oracle.batch(3, (4, 5))
@@ -146,11 +144,15 @@ def test_unknowable_step_gives_nan(backend):
     step = torch.tensor([3, 9, -1])
     table, out, lp = TRANSITIONS.table, torch.zeros(3, 4, 5), torch.zeros(3)
     plain = (B.velocity, None, 1.0, B.sample)
-    _ops.op("sde_step")(*plain, table, step, B.seeds, None, out, lp)
+    dispatch.op("sde_step")(*plain, table, step, B.seeds, None, out, lp)
     assert lp.isnan().tolist() == [False, True, True]
     assert out.isnan().all(-1).all(-1).tolist() == [False, True, True]
-    assert _ops.op("log_prob")(*plain, B.old, table, step).isnan().tolist() == [False, True, True]
-    grad, _ = _ops.op("log_prob_backward")(torch.ones(3), *plain, B.old, table, step, False)
+    assert dispatch.op("log_prob")(*plain, B.old, table, step).isnan().tolist() == [
+        False,
+        True,
+        True,
+    ]
+    grad, _ = dispatch.op("log_prob_backward")(torch.ones(3), *plain, B.old, table, step, False)
     assert grad.isnan().all(-1).all(-1).tolist() == [False, True, True]
 
 
@@ -163,58 +165,19 @@ class Elsewhere(torch.Tensor):
 def test_debug_switch_looks_at_steps_on_the_device(monkeypatch):
     sample = B.sample.as_subclass(Elsewhere)
     step = torch.tensor([3, 9, -1]).as_subclass(Elsewhere)
-    monkeypatch.setattr(_checks, "DEBUG", False)
-    assert _checks.resolve_step(step, TRANSITIONS, sample).tolist() == [3, 9, -1]
-    monkeypatch.setattr(_checks, "DEBUG", True)
+    monkeypatch.setattr(checks, "DEBUG", False)
+    assert checks.resolve_step(step, TRANSITIONS, sample).tolist() == [3, 9, -1]
+    monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(ValueError, match=r"step must be in \[0, 8\], got values from -1 to 9"):
-        _checks.resolve_step(step, TRANSITIONS, sample)
-    assert _checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
+        checks.resolve_step(step, TRANSITIONS, sample)
+    assert checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
 
 
 def test_debug_switch_is_read_from_the_environment():
-    code = "from flowgrpo_kernels import _checks; print(_checks.DEBUG)"
+    code = "from flowgrpo_kernels import checks; print(checks.DEBUG)"
     for value in ("0", "1"):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "FLOWGRPO_DEBUG": value},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert done.stdout.strip() == str(value == "1")
-
-
-def first_call(choice: str, caplog) -> list[tuple[str, str]]:
-    """(level, line) logged by two calls under a fresh choice of backend."""
-    caplog.clear()
-    with caplog.at_level("INFO", "flowgrpo_kernels"), _ops.use_backend(choice):
-        _ops._said.clear()
-        for _ in range(2):
-            initial_noise(B.seeds, (3,))
-            sde_step(**STEP, seeds=B.seeds)
-    return [(record.levelname, record.getMessage()) for record in caplog.records]
-
-
-def test_backend_choice_is_loud(caplog, monkeypatch):
-    """One line says what runs; an explicit choice that cannot be met raises and says why."""
-    native = bool(_ops.backends()["native"]["available"])
-    ((level, line),) = first_call("auto", caplog)
-    assert level == ("INFO" if native else "WARNING")
-    assert line.startswith("cpu tensors run on native" if native else "cpu tensors fall back to")
-    ((level, line),) = first_call("reference", caplog)
-    assert (level, line) == ("INFO", "cpu tensors run on reference (FLOWGRPO_KERNELS)")
-    monkeypatch.setattr(_ops, "_interpreting", lambda: False)
-    cases = [("triton", "cannot run initial_noise on cpu: "), ("fast", "must be one of")]
-    for choice, why in cases if native else [*cases, ("native", "cannot run")]:
-        with pytest.raises(RuntimeError, match=f"FLOWGRPO_KERNELS.*{why}"):
-            first_call(choice, caplog)
-        ops = {}
-        with _ops.use_backend(choice):
-            ops = backend_info()["ops"]["cpu"]
-        assert all(value.startswith("error: FLOWGRPO_KERNELS") for value in ops.values())
-
-
-def test_backend_choice_is_read_from_the_environment():
-    env = {**os.environ, "FLOWGRPO_KERNELS": " Reference "}
-    code = "import flowgrpo_kernels as fk; print(fk.backend_info()['requested'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "reference"

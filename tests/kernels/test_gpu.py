@@ -6,7 +6,8 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import _checks, _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import checks, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch
 
 pytestmark = pytest.mark.gpu
 SHAPES = ((3, 24, 24), (16, 64, 64), (3, 5, 7), (4097,), (4, 3, 6, 10), (1,))
@@ -14,7 +15,7 @@ SHAPES = ((3, 24, 24), (16, 64, 64), (3, 5, 7), (4097,), (4, 3, 6, 10), (1,))
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -59,7 +60,7 @@ def micro_step(b, transitions):
 def test_bits_of_the_reference(shape, dtype, sample_dtype):
     b = oracle.batch(5, shape, dtype, sample_dtype)
     transitions = flow_sde(oracle.SIGMAS)
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         exact, close = micro_step(b, transitions)
     got_exact, got_close = micro_step(cuda(b), transitions.to("cuda"))
     for got, expected in zip(got_exact, exact, strict=True):
@@ -68,14 +69,14 @@ def test_bits_of_the_reference(shape, dtype, sample_dtype):
     for got, expected in zip(got_close, close, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=rtol, atol=1e-6)
     noise = initial_noise(b.seeds.cuda(), shape)
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         assert torch.equal(noise.cpu(), initial_noise(b.seeds, shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (16, 12, 20)], ids=str)
 def test_the_reference_gives_its_bits_on_a_gpu_too(shape):
     b, transitions = oracle.batch(5, shape, torch.bfloat16), flow_sde(oracle.SIGMAS)
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         expected, _ = micro_step(b, transitions)
         got, _ = micro_step(cuda(b), transitions.to("cuda"))
     assert all(torch.equal(x.cpu(), y) for x, y in zip(got, expected, strict=True))
@@ -174,10 +175,10 @@ def test_debug_switch(monkeypatch):
     """A step outside the table: NaN rows, or with FLOWGRPO_DEBUG=1 an error."""
     transitions, b = flow_sde(oracle.SIGMAS).to("cuda"), cuda(oracle.batch(3))
     step = torch.tensor([3, 9, -1], device="cuda")
-    monkeypatch.setattr(_checks, "DEBUG", False)
+    monkeypatch.setattr(checks, "DEBUG", False)
     out, lp = sde_step(b.velocity, b.sample, transitions, step, seeds=b.seeds)
     assert lp.isnan().tolist() == out.flatten(1).isnan().all(1).tolist() == [False, True, True]
-    monkeypatch.setattr(_checks, "DEBUG", True)
+    monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(ValueError, match=r"step must be in \[0, 8\]"):
         sde_step(b.velocity, b.sample, transitions, step, seeds=b.seeds)
     sde_step(b.velocity, b.sample, transitions, step[:1].expand(3), seeds=b.seeds)
@@ -185,10 +186,15 @@ def test_debug_switch(monkeypatch):
 
 def test_nothing_recompiles():
     """Step, batch and coefficients are data: one compilation of each kernel serves them."""
-    from flowgrpo_kernels import _grpo_kernels as loss
-    from flowgrpo_kernels.sde_step import _sde_step_kernel
+    from flowgrpo_kernels.grpo_loss import (
+        grpo_loss_backward_kernel,
+        grpo_loss_rows_kernel,
+        grpo_loss_totals_kernel,
+    )
+    from flowgrpo_kernels.sde_step import sde_step_kernel
 
-    kernels = (_sde_step_kernel, loss._rows_kernel, loss._totals_kernel, loss._backward_kernel)
+    loss = (grpo_loss_rows_kernel, grpo_loss_totals_kernel, grpo_loss_backward_kernel)
+    kernels = (sde_step_kernel, *loss)
 
     def run(rows, step, transitions):
         v, x, old = (z[:rows] for z in (b.velocity, b.sample, b.advantages))

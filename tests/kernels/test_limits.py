@@ -6,7 +6,8 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch, triton
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 LAST, FIRST = 2**63 - 1, -(2**63)
@@ -15,10 +16,10 @@ LAST, FIRST = 2**63 - 1, -(2**63)
 @pytest.fixture(params=["reference", "native", "triton"])
 def each(request):
     """Runs a test on every backend that CPU tensors can have."""
-    interpreted = request.param != "triton" or _ops._interpreting()
-    if not (interpreted and _ops.backends()[request.param]["available"]):
+    interpreted = request.param != "triton" or triton.interpreting()
+    if not (interpreted and dispatch.backends()[request.param]["available"]):
         pytest.skip(f"{request.param} does not run here")
-    with _ops.use_backend(request.param):
+    with dispatch.use_backend(request.param):
         yield request.param
 
 
@@ -68,10 +69,10 @@ def test_steps_do_not_wrap(each):
     b = oracle.batch(len(step), (3, 5))
     plain = (b.velocity, None, 1.0, b.sample)
     out, lp = torch.zeros_like(b.sample), torch.zeros(len(step))
-    _ops.op("sde_step")(*plain, TRANSITIONS.table, step, b.seeds, None, out, lp)
-    score = _ops.op("log_prob")(*plain, b.old, TRANSITIONS.table, step)
+    dispatch.op("sde_step")(*plain, TRANSITIONS.table, step, b.seeds, None, out, lp)
+    score = dispatch.op("log_prob")(*plain, b.old, TRANSITIONS.table, step)
     loss = (b.old, lp, b.advantages, TRANSITIONS.table, step, *[None] * 5, 0.0, 0.1, 0.1, 5.0)
-    *_, ratio, _, dv, _ = _ops.op("grpo_loss_gradient")(*plain, *loss, 1.0, False)
+    *_, ratio, _, dv, _ = dispatch.op("grpo_loss_gradient")(*plain, *loss, 1.0, False)
     for value in (lp, score, ratio):
         assert value.isnan().tolist() == [False] + [True] * 5
     for value in (out, dv):
@@ -83,6 +84,6 @@ def test_seeds_of_all_64_bits(each):
     """The noise of the first and last seeds is the reference's, and differs between them."""
     seeds = torch.tensor([0, -1, LAST, FIRST, 2**32])
     noise = initial_noise(seeds, (70,))
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         assert torch.equal(noise, initial_noise(seeds, (70,)))
     assert len({tuple(row.tolist()) for row in noise}) == len(seeds)

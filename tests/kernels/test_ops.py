@@ -8,7 +8,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flowgrpo_kernels import _ops, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 
@@ -45,7 +46,7 @@ def arguments(dtype=torch.float32):
 @pytest.mark.parametrize("case", list(arguments()))
 def test_opcheck(case, dtype):
     name = case.split()[0]
-    result = torch.library.opcheck(_ops.op(name), arguments(dtype)[case])
+    result = torch.library.opcheck(dispatch.op(name), arguments(dtype)[case])
     assert set(result.values()) == {"SUCCESS"} and len(result) == 4
 
 

@@ -7,7 +7,8 @@ import oracle
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowgrpo_kernels import _ops, flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels.backends import dispatch
 
 
 class Divisors(TorchDispatchMode):
@@ -21,15 +22,15 @@ class Divisors(TorchDispatchMode):
         if func is torch.ops.aten.div.Tensor:
             self.found.append(args[1])
         space, name = func._schema.name.split("::")
-        if space == _ops.NAMESPACE:
+        if space == dispatch.NAMESPACE:
             with self:
-                return _ops._references[name](*args)
+                return dispatch.OPS[name].reference(*args)
         return func(*args, **(kwargs or {}))
 
 
 def test_the_reference_divides_by_tensors():
     """By a number, PyTorch multiplies with its reciprocal on a GPU: other bits than the CPU's."""
-    with _ops.use_backend("reference"), Divisors() as mode:
+    with dispatch.use_backend("reference"), Divisors() as mode:
         b, transitions = oracle.batch(3, (3, 5, 7)), flow_sde(oracle.SIGMAS)
         v = b.velocity.requires_grad_()
         out, lp = sde_step(v.detach(), b.sample, transitions, b.step, seeds=b.seeds)

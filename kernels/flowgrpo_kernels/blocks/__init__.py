@@ -1,4 +1,4 @@
-"""The element-wise parts of a diffusion transformer's block, each fused into one pass.
+"""Element-wise ops of a diffusion transformer's block, each fused into one pass.
 
     y = norm_modulate(x, scale, shift)                  # LN(x) (1 + scale) + shift
     x = gated_residual(x, gate, y)                      # x + gate y

@@ -1,4 +1,4 @@
-"""The residual of a block: what a branch gives, times the gate that a sample's tokens share.
+"""Residual of a block: the output of a branch times the gate that a sample's tokens share.
 
     out = x + gate y
     out = x + gate y + gate2 y2             with `second`
@@ -16,18 +16,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._autograd import once_differentiable
-from . import _checks, _rows
-from ._ops import op
-from ._rows import jit, load_row, sample_at, store_chunk, token_at, token_of
-from .reference import compute_dtype, token_sum
+from ..autograd import once_differentiable
+from ..backends import dispatch, triton
+from ..backends.triton import tl
+from ..reference import compute_dtype
+from . import checks, reference, rows
+from .rows import jit, load_row, sample_at, store_chunk, token_at, token_of
 
-tl = _triton.tl
+
+def _fake(x, gate, y, gate2, y2):
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(grad, gate, gate2, dtype):
+    dy = grad.new_empty(grad.shape, dtype=dtype)
+    return dy, dy.new_empty((0,) if gate2 is None else grad.shape)
+
+
+gated_residual_op = dispatch.define(
+    "gated_residual",
+    "(Tensor x, Tensor gate, Tensor y, Tensor? gate2, Tensor? y2) -> Tensor",
+    reference.gated_residual,
+    _fake,
+    backends=("triton",),
+    any_strides=True,
+)
+gated_residual_backward_op = dispatch.define(
+    "gated_residual_backward",
+    "(Tensor grad, Tensor gate, Tensor? gate2, ScalarType dtype) -> (Tensor, Tensor)",
+    reference.gated_residual_backward,
+    _fake_backward,
+    backends=("triton",),
+    any_strides=True,
+)
 
 
 @jit
-def _gated_residual_kernel(
+def gated_residual_kernel(
     x_ptr,  # [B, tokens, WIDTH]
     gate_ptr,  # [B, WIDTH]
     y_ptr,  # [B, tokens, WIDTH]
@@ -47,6 +72,7 @@ def _gated_residual_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes out of one token."""
     batch, token = token_of(tokens)
     x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
     y = load_row(token_at(y_ptr, batch, y_batch, token, y_token, ALIGN), WIDTH, LANES)
@@ -63,7 +89,7 @@ def _gated_residual_kernel(
 
 
 @jit
-def _gated_residual_backward_kernel(
+def gated_residual_backward_kernel(
     grad_ptr,  # [B, tokens, WIDTH]
     gate_ptr,  # [B, WIDTH]
     gate2_ptr,  # [B, WIDTH] or None
@@ -78,6 +104,7 @@ def _gated_residual_backward_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes dy of one token, and dy2."""
     batch, token = token_of(tokens)
     grad = load_row(token_at(grad_ptr, batch, grad_batch, token, grad_token, ALIGN), WIDTH, LANES)
     gate = load_row(sample_at(gate_ptr, batch, gate_batch, ALIGN), WIDTH, LANES)
@@ -90,78 +117,74 @@ def _gated_residual_backward_kernel(
             store_chunk(dy2_ptr + out, gate2[i] * grad[i], i, WIDTH, LANES)
 
 
-@_triton.launcher("gated_residual")
+@triton.launcher("gated_residual")
 def _launch(x, gate, y, gate2, y2):
     """One launch."""
-    x, gate, y, gate2, y2 = map(_rows.dense, (x, gate, y, gate2, y2))
+    x, gate, y, gate2, y2 = map(rows.dense, (x, gate, y, gate2, y2))
     batch, tokens, width = x.shape
     out = x.new_empty(x.shape)
-    steps = _rows.strides(x, gate, y, (gate2, 1), (y2, 2))
-    sizes = _rows.options(width, *steps)
+    steps = rows.strides(x, gate, y, (gate2, 1), (y2, 2))
+    sizes = rows.options(width, *steps)
     if batch * tokens:
-        with _triton.on(x.device):
-            _gated_residual_kernel[(batch * tokens,)](
+        with triton.on(x.device):
+            gated_residual_kernel[(batch * tokens,)](
                 x, gate, y, gate2, y2, out, tokens, *steps, **sizes
             )
     return out
 
 
-@_triton.launcher("gated_residual_backward")
+@triton.launcher("gated_residual_backward")
 def _launch_backward(grad, gate, gate2, dtype):
     """One launch."""
-    grad, gate, gate2 = map(_rows.dense, (grad, gate, gate2))
+    grad, gate, gate2 = map(rows.dense, (grad, gate, gate2))
     batch, tokens, width = grad.shape
     dy = grad.new_empty(grad.shape, dtype=dtype)
     dy2 = dy.new_empty(0) if gate2 is None else torch.empty_like(dy)
-    steps = _rows.strides(grad, gate, (gate2, 1))
-    sizes = _rows.options(width, *steps)
+    steps = rows.strides(grad, gate, (gate2, 1))
+    sizes = rows.options(width, *steps)
     if batch * tokens:
-        with _triton.on(grad.device):
-            _gated_residual_backward_kernel[(batch * tokens,)](
+        with triton.on(grad.device):
+            gated_residual_backward_kernel[(batch * tokens,)](
                 grad, gate, gate2, dy, None if gate2 is None else dy2, tokens, *steps, **sizes
             )
     return dy, dy2
 
 
-_gated_residual = op("gated_residual")
-_gated_residual_backward = op("gated_residual_backward")
-
-
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, y, gate2, y2):
-        # y is kept for the gradient of its gate alone, which adapters do not ask for.
-        kept = [v if ctx.needs_input_grad[i] else None for i, v in ((1, y), (3, y2))]
-        ctx.save_for_backward(gate, gate2, *kept)
+        _, needs_gate, _, needs_gate2, _ = ctx.needs_input_grad
+        # y is saved for the gradient of its gate alone, which adapters do not ask for.
+        ctx.save_for_backward(gate, gate2, y if needs_gate else None, y2 if needs_gate2 else None)
         ctx.dtype = y.dtype
-        return _gated_residual(x, gate, y, gate2, y2)
+        return gated_residual_op(x, gate, y, gate2, y2)
 
     @staticmethod
     @once_differentiable("gated_residual")
     def backward(ctx, grad):
         gate, gate2, y, y2 = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs_x, needs_gate, needs_y, needs_gate2, needs_y2 = ctx.needs_input_grad
         dy = dy2 = d_gate = d_gate2 = None
-        if needs[2] or needs[4]:
-            dy, dy2 = _gated_residual_backward(grad, gate, gate2, ctx.dtype)
-        compute = compute_dtype(grad)
-        if needs[1]:
-            d_gate = token_sum(grad.to(compute) * y, gate.dtype)
-        if needs[3]:
-            d_gate2 = token_sum(grad.to(compute) * y2, gate2.dtype)
+        if needs_y or needs_y2:
+            dy, dy2 = gated_residual_backward_op(grad, gate, gate2, ctx.dtype)
+        dtype = compute_dtype(grad)
+        if needs_gate:
+            d_gate = reference.token_sum(grad.to(dtype) * y, gate.dtype)
+        if needs_gate2:
+            d_gate2 = reference.token_sum(grad.to(dtype) * y2, gate2.dtype)
         return (
-            grad if needs[0] else None,
+            grad if needs_x else None,
             d_gate,
-            dy if needs[2] else None,
+            dy if needs_y else None,
             d_gate2,
-            dy2 if needs[4] else None,
+            dy2 if needs_y2 else None,
         )
 
 
 def gated_residual(
     x: Tensor, gate: Tensor, y: Tensor, *, second: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """x + gate y, differentiable once in every tensor.
+    """Computes x + gate y, differentiable once in every tensor.
 
     Args:
         x, y: [B, N, D], D up to 8192 on a GPU.
@@ -172,16 +195,16 @@ def gated_residual(
     Returns:
         [B, N, D] in the dtype of x.
     """
-    _checks.check_tokens("x", x)
-    gate2, y2 = _checks.pair("second", second, "(gate2, y2)")
-    _checks.check_row("gate", gate, x)
-    _checks.check_same("y", y, x)
+    checks.check_tokens("x", x)
+    gate2, y2 = checks.pair("second", second, "(gate2, y2)")
+    checks.check_row("gate", gate, x)
+    checks.check_same("y", y, x)
     if second is not None:
-        _checks.check_row("gate2", gate2, x)
-        _checks.check_same("y2", y2, x)
+        checks.check_row("gate2", gate2, x)
+        checks.check_same("y2", y2, x)
         if y2.dtype != y.dtype:
             raise TypeError(f"y2 must have the dtype of y {y.dtype}, got {y2.dtype}")
     args = (x, gate, y, gate2, y2)
-    if _checks.needs_grad(*args):
+    if checks.needs_grad(*args):
         return _GatedResidual.apply(*args)
-    return _gated_residual(*args)
+    return gated_residual_op(*args)

@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._autograd import once_differentiable
-from . import _checks, _rows
-from ._ops import op
-from ._rows import (
+from ..autograd import once_differentiable
+from ..backends import dispatch, triton
+from ..backends.triton import tl
+from . import checks, reference, rows
+from .rows import (
     appended,
     divided,
     inside,
@@ -36,13 +36,40 @@ from ._rows import (
     token_at,
     token_of,
 )
-from .reference import normalised, token_sum
 
-tl = _triton.tl
+
+def _fake(x, scale, shift, scale2, shift2, eps, stats):
+    dtype, tokens = reference.compute_dtype(x), x.shape[:2] if stats else (0,)
+    y, y2 = x.new_empty(x.shape), x.new_empty((0,) if scale2 is None else x.shape)
+    return y, y2, x.new_empty(tokens, dtype=dtype), x.new_empty(tokens, dtype=dtype)
+
+
+def _fake_backward(dy, dy2, x, scale, scale2, mean, rstd):
+    return x.new_empty(x.shape)
+
+
+norm_modulate_op = dispatch.define(
+    "norm_modulate",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? scale2, Tensor? shift2, float eps, bool stats)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.norm_modulate,
+    _fake,
+    backends=("triton",),
+    any_strides=True,
+)
+norm_modulate_backward_op = dispatch.define(
+    "norm_modulate_backward",
+    "(Tensor dy, Tensor? dy2, Tensor x, Tensor scale, Tensor? scale2, Tensor mean, Tensor rstd)"
+    " -> Tensor",
+    reference.norm_modulate_backward,
+    _fake_backward,
+    backends=("triton",),
+    any_strides=True,
+)
 
 
 @jit
-def _norm_modulate_kernel(
+def norm_modulate_kernel(
     x_ptr,  # [B, tokens, WIDTH]
     scale_ptr,  # [B, WIDTH]
     shift_ptr,  # [B, WIDTH]
@@ -64,6 +91,7 @@ def _norm_modulate_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes y of one token, and y2, mean and rstd where they are asked for."""
     batch, token = token_of(tokens)
     out = tl.program_id(0).to(tl.int64)
     x = load_row(token_at(x_ptr, batch, x_batch, token, x_token, ALIGN), WIDTH, LANES)
@@ -92,7 +120,7 @@ def _norm_modulate_kernel(
 
 
 @jit
-def _norm_modulate_backward_kernel(
+def norm_modulate_backward_kernel(
     dy_ptr,  # [B, tokens, WIDTH]
     dy2_ptr,  # [B, tokens, WIDTH] or None
     x_ptr,  # [B, tokens, WIDTH]
@@ -114,6 +142,7 @@ def _norm_modulate_backward_kernel(
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """Writes dx of one token."""
     batch, token = token_of(tokens)
     out = tl.program_id(0).to(tl.int64)
     p_dy = token_at(dy_ptr, batch, dy_batch, token, dy_token, ALIGN)
@@ -138,50 +167,46 @@ def _norm_modulate_backward_kernel(
         store_chunk(dx_ptr + out * WIDTH, b_dx, i, WIDTH, LANES)
 
 
-@_triton.launcher("norm_modulate")
+@triton.launcher("norm_modulate")
 def _launch(x, scale, shift, scale2, shift2, eps, stats):
     """One launch."""
-    x, scale, shift, scale2, shift2 = map(_rows.dense, (x, scale, shift, scale2, shift2))
+    x, scale, shift, scale2, shift2 = map(rows.dense, (x, scale, shift, scale2, shift2))
     batch, tokens, width = x.shape
     y = x.new_empty(x.shape)
     y2 = x.new_empty(0) if scale2 is None else torch.empty_like(y)
     shape = (batch, tokens) if stats else (0,)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    steps = _rows.strides(x, scale, shift, (scale2, 1), (shift2, 1))
-    sizes = _rows.options(width, *steps)
+    steps = rows.strides(x, scale, shift, (scale2, 1), (shift2, 1))
+    sizes = rows.options(width, *steps)
     if batch * tokens:
-        with _triton.on(x.device):
-            _norm_modulate_kernel[(batch * tokens,)](
+        with triton.on(x.device):
+            norm_modulate_kernel[(batch * tokens,)](
                 x, scale, shift, scale2, shift2, y, None if scale2 is None else y2,
                 mean if stats else None, rstd if stats else None, tokens, eps, *steps, **sizes,
             )  # fmt: skip
     return y, y2, mean, rstd
 
 
-@_triton.launcher("norm_modulate_backward")
+@triton.launcher("norm_modulate_backward")
 def _launch_backward(dy, dy2, x, scale, scale2, mean, rstd):
     """One launch."""
-    dy, dy2, x, scale, scale2 = map(_rows.dense, (dy, dy2, x, scale, scale2))
+    dy, dy2, x, scale, scale2 = map(rows.dense, (dy, dy2, x, scale, scale2))
     batch, tokens, width = x.shape
     dx = x.new_empty(x.shape)
-    steps = _rows.strides(dy, (dy2, 2), x, scale, (scale2, 1))
-    sizes = _rows.options(width, *steps)
+    steps = rows.strides(dy, (dy2, 2), x, scale, (scale2, 1))
+    sizes = rows.options(width, *steps)
     if batch * tokens:
-        with _triton.on(x.device):
-            _norm_modulate_backward_kernel[(batch * tokens,)](
+        with triton.on(x.device):
+            norm_modulate_backward_kernel[(batch * tokens,)](
                 dy, dy2, x, scale, scale2, mean, rstd, dx, tokens, *steps, **sizes
             )
     return dx
 
 
-_norm_modulate = op("norm_modulate")
-_norm_modulate_backward = op("norm_modulate_backward")
-
-
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, scale2, shift2, eps):
-        y, y2, mean, rstd = _norm_modulate(x, scale, shift, scale2, shift2, eps, True)
+        y, y2, mean, rstd = norm_modulate_op(x, scale, shift, scale2, shift2, eps, True)
         ctx.save_for_backward(x, scale, scale2, mean, rstd)
         ctx.dtypes = shift.dtype, None if shift2 is None else shift2.dtype
         if scale2 is None:
@@ -194,22 +219,34 @@ class _NormModulate(torch.autograd.Function):
     @once_differentiable("norm_modulate")
     def backward(ctx, dy, dy2):
         x, scale, scale2, mean, rstd = ctx.saved_tensors
+        shift_dtype, shift2_dtype = ctx.dtypes
+        needs_x, needs_scale, needs_shift, needs_scale2, needs_shift2, _ = ctx.needs_input_grad
         dy2 = None if scale2 is None else dy2
-        given = [(g, s) for g, s in ((dy, scale), (dy2, scale2)) if g is not None]
         dx = None
-        if ctx.needs_input_grad[0] and given:
-            (first, s), (second, s2) = (*given, (None, None))[:2]
-            dx = _norm_modulate_backward(first, second, x, s, s2, mean, rstd)
-        rows = []
-        for i, (grad, s) in enumerate(((dy, scale), (dy2, scale2))):
-            for shifts in (False, True):
-                if grad is None or not ctx.needs_input_grad[1 + 2 * i + shifts]:
-                    rows.append(None)
-                elif shifts:
-                    rows.append(token_sum(grad, ctx.dtypes[i]))
-                else:
-                    rows.append(token_sum(grad * normalised(x, mean, rstd), s.dtype))
-        return dx, *rows, None
+        if needs_x and dy is not None:
+            # A scale whose output does not reach the loss would only compile another kernel.
+            scale2_or_none = None if dy2 is None else scale2
+            dx = norm_modulate_backward_op(dy, dy2, x, scale, scale2_or_none, mean, rstd)
+        elif needs_x and dy2 is not None:
+            # The second output alone reaches the loss: it takes the place of the first.
+            dx = norm_modulate_backward_op(dy2, None, x, scale2, None, mean, rstd)
+
+        def scale_gradient(grad, scale, needed):
+            if grad is None or not needed:
+                return None
+            return reference.token_sum(grad * reference.normalised(x, mean, rstd), scale.dtype)
+
+        def shift_gradient(grad, dtype, needed):
+            return reference.token_sum(grad, dtype) if needed and grad is not None else None
+
+        return (
+            dx,
+            scale_gradient(dy, scale, needs_scale),
+            shift_gradient(dy, shift_dtype, needs_shift),
+            scale_gradient(dy2, scale2, needs_scale2),
+            shift_gradient(dy2, shift2_dtype, needs_shift2),
+            None,
+        )
 
 
 def norm_modulate(
@@ -220,7 +257,7 @@ def norm_modulate(
     second: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LN(x) (1 + scale) + shift, differentiable once in every tensor.
+    """Computes LN(x) (1 + scale) + shift, differentiable once in every tensor.
 
     Args:
         x: [B, N, D], D up to 8192 on a GPU.
@@ -231,17 +268,17 @@ def norm_modulate(
     Returns:
         y [B, N, D] in the dtype of x, or (y, y2) with `second`.
     """
-    _checks.check_tokens("x", x)
-    scale2, shift2 = _checks.pair("second", second, "(scale2, shift2)")
-    _checks.check_row("scale", scale, x)
-    _checks.check_row("shift", shift, x)
+    checks.check_tokens("x", x)
+    scale2, shift2 = checks.pair("second", second, "(scale2, shift2)")
+    checks.check_row("scale", scale, x)
+    checks.check_row("shift", shift, x)
     if second is not None:
-        _checks.check_row("scale2", scale2, x)
-        _checks.check_row("shift2", shift2, x)
-    _checks.check_eps(eps)
+        checks.check_row("scale2", scale2, x)
+        checks.check_row("shift2", shift2, x)
+    checks.check_eps(eps)
     args = (x, scale, shift, scale2, shift2, float(eps))
-    if _checks.needs_grad(x, scale, shift, scale2, shift2):
+    if checks.needs_grad(x, scale, shift, scale2, shift2):
         y, y2 = _NormModulate.apply(*args)
     else:
-        y, y2, *_ = _norm_modulate(*args, False)
+        y, y2, *_ = norm_modulate_op(*args, False)
     return y if second is None else (y, y2)

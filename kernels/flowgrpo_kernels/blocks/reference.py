@@ -1,4 +1,4 @@
-"""The blocks' ops in plain PyTorch, any float dtype: oracle, CPU backend, and the contract.
+"""Reference of the blocks' ops in plain PyTorch: oracle, CPU backend, and numerical contract.
 
 The numerical contract
 ======================
@@ -26,7 +26,7 @@ gated_residual:
 
     out  = (x + gate y) + gate2 y2              dy = gate grad      dy2 = gate2 grad
 
-joint_heads, on the d elements of a head, with n = float32(d) and w the weight of its part:
+joint_heads, on the d elements of a head, with n = float32(d) and w the weight of its stream:
 
     r    = 1 / sqrt(sum(x x) / n + eps)
     z    = (x r) w                              z = x without a weight
@@ -46,18 +46,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import over
+from ..reference import compute_dtype, over
 
 
 def lanes(width: int) -> int:
-    """The lanes over which a row of `width` elements is summed: a power of two up to 1024."""
+    """Computes the lanes that a row of `width` is summed over: a power of two, up to 1024."""
     if width >= 512:
         return 1024 if width % 1024 == 0 or width > 4096 else 512
     return 1 << max(width - 1, 0).bit_length()
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """[..., D] -> [..., 1] in the order of the module docstring."""
+    """Sums [..., D] -> [..., 1] in the order of the module docstring."""
     width = x.shape[-1]
     count = lanes(width)
     chunks = F.pad(x, (0, -width % count)).unflatten(-1, (-1, count)).unbind(-2)
@@ -69,22 +69,19 @@ def row_sum(x: Tensor) -> Tensor:
     return total
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _inverse_root(x: Tensor) -> Tensor:
-    """1 / sqrt(x), both correctly rounded in the dtype of x."""
+    """Computes 1 / sqrt(x), both correctly rounded in the dtype of x."""
     # torch.sqrt of float32 calls a vector library that misses by an ulp now and then.
     return 1.0 / x.double().sqrt().to(x.dtype)
 
 
 def _token(row: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, D] -> [B, 1, D] in the compute dtype."""
+    """Spreads [B, D] over the tokens: [B, 1, D] in the compute dtype."""
     return row[:, None].to(dtype)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds a result to its dtype."""
     return x.to(dtype).contiguous()
 
 
@@ -97,7 +94,10 @@ def norm_modulate(
     eps: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, y2, mean [B, N], rstd [B, N]); y2 is empty without scale2, the others unless `stats`."""
+    """Computes (y, y2, mean [B, N], rstd [B, N]).
+
+    y2 is empty without scale2, mean and rstd unless `stats`.
+    """
     dtype, width = compute_dtype(x), x.shape[-1]
     b_x = x.to(dtype)
     mean = over(row_sum(b_x), width)
@@ -124,7 +124,7 @@ def norm_modulate_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> Tensor:
-    """dx, in the dtype of x."""
+    """Computes dx, in the dtype of x."""
     dtype, width = compute_dtype(x), x.shape[-1]
     h = normalised(x, mean, rstd)
     g = dy.to(dtype) * (1.0 + _token(scale, dtype))
@@ -135,19 +135,19 @@ def norm_modulate_backward(
 
 
 def normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """h of the module docstring, [B, N, D] in the dtype of mean."""
+    """Computes h of the module docstring, [B, N, D] in the dtype of mean."""
     return (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
 
 
 def token_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, N, D] -> [B, D]: the gradient of a row that all tokens of a sample share."""
+    """Sums [B, N, D] -> [B, D]: the gradient of a row that all tokens of a sample share."""
     return x.sum(1, dtype=compute_dtype(x)).to(dtype)
 
 
 def gated_residual(
     x: Tensor, gate: Tensor, y: Tensor, gate2: Tensor | None, y2: Tensor | None
 ) -> Tensor:
-    """x + gate y + gate2 y2, in the dtype of x."""
+    """Computes x + gate y + gate2 y2, in the dtype of x."""
     dtype = compute_dtype(x)
     out = x.to(dtype) + _token(gate, dtype) * y.to(dtype)
     if y2 is not None:
@@ -158,7 +158,7 @@ def gated_residual(
 def gated_residual_backward(
     grad: Tensor, gate: Tensor, gate2: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(dy, dy2) in dtype; dy2 is empty without gate2."""
+    """Computes (dy, dy2) in dtype; dy2 is empty without gate2."""
     compute = compute_dtype(grad)
     grad = grad.to(compute)
     dy = _rounded(_token(gate, compute) * grad, dtype)
@@ -177,35 +177,35 @@ def joint_heads(
     heads: int,
     eps: float,
 ) -> Tensor:
-    """[B, N1 + N2, heads, d] of parts [B, N, heads * d], in their dtype."""
+    """Joins streams [B, N, heads * d] to [B, N1 + N2, heads, d], in their dtype."""
     dtype = compute_dtype(first)
-    parts = []
-    for part, w in ((first, weight), (second, weight2)):
-        if part is None:
+    joined = []
+    for stream, w in ((first, weight), (second, weight2)):
+        if stream is None:
             continue
-        z = part.unflatten(-1, (heads, -1)).to(dtype)
+        z = stream.unflatten(-1, (heads, -1)).to(dtype)
         if w is not None:
             z = (z * _rms(z, eps)) * w.to(dtype)
-        parts.append(z)
-    z = torch.cat(parts, 1)
+        joined.append(z)
+    z = torch.cat(joined, 1)
     if cos is not None:
         z = z * cos.to(dtype)[:, None] + _turn(z) * sin.to(dtype)[:, None]
     return _rounded(z, first.dtype)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
-    """The reciprocal root of the mean square of each head."""
+    """Computes the reciprocal root of the mean square of each head."""
     return _inverse_root(over(row_sum(x * x), x.shape[-1]) + eps)
 
 
 def _turn(x: Tensor) -> Tensor:
-    """Each pair (a, b) of the last dimension becomes (-b, a)."""
+    """Turns each pair (a, b) of the last dimension into (-b, a)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-b, a), -1).flatten(-2)
 
 
 def rotated_back(grad: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """gz of the module docstring, in the compute dtype."""
+    """Computes gz of the module docstring, in the compute dtype."""
     g = grad.to(compute_dtype(grad))
     if cos is None:
         return g
@@ -222,26 +222,27 @@ def joint_heads_backward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both parts, contiguous, in their dtype; the second is empty without one."""
+    """Computes the gradients of both streams, contiguous; the second is empty without one."""
     gz = rotated_back(grad, cos, sin)
     count = first.shape[1]
-    d_first = _part_gradient(gz[:, :count], first, weight, eps)
+    d_first = _stream_gradient(gz[:, :count], first, weight, eps)
     if second is None:
         return d_first, first.new_empty(0)
-    return d_first, _part_gradient(gz[:, count:], second, weight2, eps)
+    return d_first, _stream_gradient(gz[:, count:], second, weight2, eps)
 
 
-def _part_gradient(gz: Tensor, part: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _stream_gradient(gz: Tensor, stream: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Computes the gradient of a stream [B, N, heads * d] from its gz [B, N, heads, d]."""
     if weight is None:
-        return _rounded(gz.flatten(-2), part.dtype)
-    x = part.view(gz.shape).to(gz.dtype)
+        return _rounded(gz.flatten(-2), stream.dtype)
+    x = stream.view(gz.shape).to(gz.dtype)
     r = _rms(x, eps)
     h, g = x * r, gz * weight.to(gz.dtype)
     dx = (g - h * over(row_sum(g * h), x.shape[-1])) * r
-    return _rounded(dx.flatten(-2), part.dtype)
+    return _rounded(dx.flatten(-2), stream.dtype)
 
 
-def head_weight_gradient(gz: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The gradient of a part's RMSNorm weight [d]; gz [B, N, heads, d] from `rotated_back`."""
-    x = part.unflatten(-1, gz.shape[-2:]).to(gz.dtype)
+def head_weight_gradient(gz: Tensor, stream: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Computes the gradient of a stream's RMSNorm weight [d]; gz from `rotated_back`."""
+    x = stream.unflatten(-1, gz.shape[-2:]).to(gz.dtype)
     return (gz * (x * _rms(x, eps))).sum((0, 1, 2)).to(weight.dtype)

@@ -23,12 +23,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .._checks import resolve_step
-from ..log_prob import log_prob as _score
+from ..checks import resolve_step
+from ..log_prob import log_prob as score
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, dance_sde
-from ._patch import Patch
-from ._tables import cached, rows
+from .patch import Patch
+from .tables import cached, rows
 
 
 def flux_step(
@@ -43,7 +43,7 @@ def flux_step(
     *,
     seeds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(prev_sample, pred_original, log_prob [B]) with grpo, else (mean, pred_original).
+    """Steps to (prev_sample, pred_original, log_prob [B]) with grpo, else (mean, pred_original).
 
     sigmas: [T + 1] tensor, 1 -> 0. index: the step, an int, or a 0-dim or [B] int64 tensor.
     sde_solver=False keeps the ODE mean and adds noise of eta sqrt(dt).
@@ -62,7 +62,7 @@ def flux_step(
             )
         if not (torch.is_grad_enabled() and model_output.requires_grad):
             return prev_sample, pred_original, log_prob
-    log_prob = _score(model_output, latents, prev_sample, transitions, index)
+    log_prob = score(model_output, latents, prev_sample, transitions, index)
     return prev_sample, pred_original, log_prob
 
 
@@ -72,7 +72,7 @@ def patch(*modules: ModuleType, **options) -> Patch:
 
 
 def _coefficients(index: int | Tensor, transitions: Transitions, latents: Tensor) -> list[Tensor]:
-    """A, B and sigma, each [N, 1, ...], N = 1 for one step."""
+    """Gathers A, B and sigma, each [N, 1, ...], N = 1 for one step."""
     step = resolve_step(index, transitions, latents, "index")
     if isinstance(index, Tensor):
         # Not table[index], which reads a 0-dim index on the host.
@@ -84,6 +84,7 @@ def _coefficients(index: int | Tensor, transitions: Transitions, latents: Tensor
 
 
 def _transitions(sigmas: Tensor, eta: float, sde_solver: bool, device) -> Transitions:
+    """Builds the table; without sde_solver the mean is that of the ODE."""
     transitions = dance_sde(sigmas, float(eta))
     if not sde_solver:
         table = transitions.table.clone()

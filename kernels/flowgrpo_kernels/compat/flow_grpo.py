@@ -32,11 +32,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..log_prob import log_prob as _score
+from ..log_prob import log_prob as score
 from ..sde_step import sde_step
-from ..transitions import Transitions, cps, flow_sde
-from ._patch import Patch
-from ._tables import cached, rows
+from ..transitions import COLUMNS, Transitions, cps, flow_sde
+from .patch import Patch
+from .tables import cached, rows
 
 _KINDS = {"sde": flow_sde, "cps": cps}
 
@@ -55,11 +55,14 @@ def sde_step_with_logprob(
     seeds: Tensor | None = None,
     peer_log_prob: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(prev_sample, log_prob [B], prev_sample_mean, std_dev_t [N, 1, ...][, sqrt_dt]), all float32.
+    """Steps to (prev_sample, log_prob [B], prev_sample_mean, std_dev_t [N, 1, ...][, sqrt_dt]).
 
-    self: a FlowMatchEulerDiscreteScheduler after set_timesteps. timestep: a number, 0-dim, [1] or
-    [B], equal to entries of self.timesteps; N is how many were given. seeds: int64 [B], draws the
-    noise from the samples' own seeds in place of the generator.
+    All are float32; N is the number of timesteps.
+
+    Args:
+        self: a FlowMatchEulerDiscreteScheduler after set_timesteps.
+        timestep: a number, 0-dim, [1] or [B], equal to entries of self.timesteps.
+        seeds: int64 [B], draws the noise from the samples' own seeds in place of the generator.
     """
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
@@ -70,9 +73,10 @@ def sde_step_with_logprob(
     storage = sample.dtype
     model_output = model_output.float()
 
-    a, b, c, _, _, _, abs_dt, _, std_dev_t, _ = (
-        column.view(-1, *[1] * (sample.ndim - 1))
-        for column in rows(transitions.table, step).unbind(1)
+    # Of each row's step, [N, 1, ...].
+    columns = rows(transitions.table, step).view(-1, len(COLUMNS), *[1] * (sample.ndim - 1))
+    a, b, c, abs_dt, std_dev_t = (
+        columns[:, COLUMNS.index(name)] for name in ("A", "B", "C", "abs_dt", "std_dev")
     )
     mean = a * sample.float() + b * model_output
 
@@ -95,7 +99,7 @@ def sde_step_with_logprob(
     if peer_log_prob:
         log_prob = _peer_log_prob(prev_sample.float(), mean, c, sde_type)
     elif log_prob is None or differentiable:
-        log_prob = _score(model_output, sample, prev_sample, transitions, step)
+        log_prob = score(model_output, sample, prev_sample, transitions, step)
     result = (prev_sample.float(), log_prob, mean, std_dev_t)
     return (*result, torch.sqrt(abs_dt)) if return_sqrt_dt else result
 
@@ -109,32 +113,36 @@ def patch(*modules: ModuleType, **options) -> Patch:
 
 
 def _transitions(sigmas: Tensor, sde_type: str, noise_level: float, device) -> Transitions:
+    """Builds the table of a scheduler's sigmas, or takes the cached one."""
     key = (sde_type, float(noise_level), str(device))
     return cached(sigmas, key, lambda: _KINDS[sde_type](sigmas, float(noise_level)).to(device))
 
 
 def _step(scheduler, timestep, sample: Tensor) -> Tensor:
-    """Index of each timestep in the scheduler's, -1 where it is not among them: int64 [N]."""
+    """Finds each timestep among the scheduler's: int64 [N], -1 where it is not."""
     known = scheduler.timesteps
     if known.device != sample.device:
         known = cached(known, str(sample.device), lambda: known.to(sample.device))
-    given = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
-    if given.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(f"timestep must hold 1 or {sample.shape[0]} values, got {given.shape[0]}")
-    equal = given[:, None] == known[None, :]
+    timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
+    count = timesteps.shape[0]
+    if count not in (1, sample.shape[0]):
+        raise ValueError(f"timestep must hold 1 or {sample.shape[0]} values, got {count}")
+    equal = timesteps[:, None] == known[None, :]
     step = torch.where(equal.any(1), equal.to(torch.int64).argmax(1), -1)
     if sample.device.type == "cpu" and bool((step < 0).any()):
-        raise ValueError(f"timestep must be among the scheduler's timesteps, got {given.tolist()}")
+        values = timesteps.tolist()
+        raise ValueError(f"timestep must be among the scheduler's timesteps, got {values}")
     return step
 
 
 def _at_most_float32(x: Tensor) -> Tensor:
-    """theirs casts everything to float32; ours rounds to 16-bit storage and needs its dtype."""
+    """Casts float64 to float32."""
+    # theirs casts everything; ours rounds to 16-bit storage and needs its dtype.
     return x.float() if x.dtype == torch.float64 else x
 
 
 def _randn(like: Tensor, generator) -> Tensor:
-    """float32 normals from the caller's generator, which may be on the CPU, or one per sample."""
+    """Draws float32 normals from the caller's generator, maybe on the CPU, or one per sample."""
     if isinstance(generator, (list, tuple)):
         if len(generator) != like.shape[0]:
             raise ValueError(f"generator must hold {like.shape[0]}, got {len(generator)}")
@@ -144,6 +152,7 @@ def _randn(like: Tensor, generator) -> Tensor:
 
 
 def _peer_log_prob(prev_sample: Tensor, mean: Tensor, c: Tensor, sde_type: str) -> Tensor:
+    """Computes log_prob [B] by the peer's expression."""
     square = (prev_sample.detach() - mean) ** 2
     if sde_type == "cps":
         log_prob = -square

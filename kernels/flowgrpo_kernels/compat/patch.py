@@ -1,4 +1,4 @@
-"""Replaces one function in other modules, and puts the original back."""
+"""Patch: replaces one function in other modules, and puts the original back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from types import ModuleType
 
 
 class Patch:
-    """Active from construction; `revert()`, or the end of a `with` block, restores every module.
+    """Replacement of a function, active from construction.
 
-    Patches nest: the one made last must be reverted first.
+    `revert()`, or the end of a `with` block, restores every module. Patches nest: the one made last
+    must be reverted first.
     """
 
     def __init__(self, name: str, function: Callable, modules: tuple[ModuleType, ...], options):

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from flowgrpo_kernels import _native, _native_library
-from flowgrpo_kernels._native_library import BUILD_INFO, NativeError, load
-
-PACKAGE = Path(_native_library.__file__).resolve().parent
+from flowgrpo_kernels.backends import native, native_library
+from flowgrpo_kernels.backends.native_library import BUILD_INFO, PACKAGE, NativeError, load
 
 USE_STEP = """
 import logging, torch
@@ -29,7 +27,7 @@ print(lp.tolist())
 """
 
 needs_native = pytest.mark.skipif(
-    not _native.available(), reason=f"no native library: {_native.why_not()}"
+    not native.available(), reason=f"no native library: {native.why_not()}"
 )
 
 
@@ -58,7 +56,7 @@ def bless(folder: Path, content: bytes) -> None:
 @needs_native
 def test_a_good_copy_loads(folder):
     library, info = load(folder)
-    assert library.flowgrpo_native_abi() == _native_library.ABI
+    assert library.flowgrpo_native_abi() == native_library.ABI
     assert info["isas"] and info["compiler"]
 
 
@@ -126,7 +124,7 @@ def test_stale_abi_and_version(folder, monkeypatch):
     edit(folder, version="0.0.9")
     with pytest.raises(NativeError, match=r"expected ABI .* 0\.0\.9"):
         load(folder)
-    monkeypatch.setattr(_native_library, "ABI", 999)
+    monkeypatch.setattr(native_library, "ABI", 999)
     with pytest.raises(NativeError, match="expected ABI 999"):
         load(folder)
 
@@ -167,9 +165,9 @@ def test_fallback_is_loud_and_gives_the_same_log_prob(without_library):
     fallback = run(without_library, FLOWGRPO_KERNELS="auto")
     assert fallback.returncode == 0, fallback.stderr
     assert "WARNING" in fallback.stderr and "was not built" in fallback.stderr
-    if _native.available():
-        native = run(PACKAGE.parent, FLOWGRPO_KERNELS="native")
-        assert native.stdout == fallback.stdout and "WARNING" not in native.stderr
+    if native.available():
+        forced = run(PACKAGE.parent, FLOWGRPO_KERNELS="native")
+        assert forced.stdout == fallback.stdout and "WARNING" not in forced.stderr
 
 
 def test_native_on_request_raises_when_it_is_missing(without_library):
@@ -181,10 +179,10 @@ def test_native_on_request_raises_when_it_is_missing(without_library):
 
 @needs_native
 def test_instruction_set_can_be_forced(monkeypatch):
-    decide = _native_library.state.__wrapped__
-    best = _native.library().flowgrpo_native_isa_best()
+    decide = native_library.state.__wrapped__
+    best = native.library().flowgrpo_native_isa_best()
     try:
-        for i, isa in enumerate(_native_library.ISAS):
+        for i, isa in enumerate(native_library.ISAS):
             monkeypatch.setenv("FLOWGRPO_NATIVE_ISA", isa)
             library, facts, why = decide()
             assert (library is not None) == (i <= best)
@@ -192,4 +190,4 @@ def test_instruction_set_can_be_forced(monkeypatch):
         monkeypatch.setenv("FLOWGRPO_NATIVE_ISA", "avx9000")
         assert decide()[2].startswith("FLOWGRPO_NATIVE_ISA must be one of")
     finally:
-        _native.select_isa("auto")
+        native.select_isa("auto")

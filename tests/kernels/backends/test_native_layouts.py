@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_kernels import (
-    _native,
-    flow_sde,
-    grpo_loss,
-    initial_noise,
-    log_prob,
-    reference,
-    sde_step,
-)
-from flowgrpo_kernels._ops import backend_of, use_backend
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, reference, sde_step
+from flowgrpo_kernels.backends import native
+from flowgrpo_kernels.backends.dispatch import backend_of, use_backend
 
 pytestmark = pytest.mark.skipif(
-    not _native.available() or backend_of("sde_step", "cpu") != "native",
-    reason=f"the native backend does not run here: {_native.reason()}",
+    not native.available() or backend_of("sde_step", "cpu") != "native",
+    reason=f"the native backend does not run here: {native.describe()}",
 )
 
 TRANSITIONS = flow_sde(torch.linspace(1, 0, 5, dtype=torch.float64))
@@ -54,13 +47,13 @@ def test_rows_of_a_trajectory_are_read_where_they_lie(monkeypatch):
     latents = torch.randn(3, 4, *SHAPE[1:])
     x, prev, v = latents[:, 1], latents[:, 2], torch.randn(SHAPE)
     want = log_prob(v, x.contiguous(), prev.contiguous(), TRANSITIONS, 1)
-    seen, native = [], _native.log_prob
+    seen, of_library = [], native.log_prob
 
     def spy(velocity, uncond, scale, sample, prev_sample, *rest):
         seen.extend((sample.data_ptr(), prev_sample.data_ptr()))
-        return native(velocity, uncond, scale, sample, prev_sample, *rest)
+        return of_library(velocity, uncond, scale, sample, prev_sample, *rest)
 
-    monkeypatch.setattr(_native, "log_prob", spy)
+    monkeypatch.setattr(native, "log_prob", spy)
     with use_backend("native"):
         assert torch.equal(log_prob(v, x, prev, TRANSITIONS, 1), want)
     assert seen == [x.data_ptr(), prev.data_ptr()]
@@ -90,13 +83,11 @@ def test_row_strides_are_read_in_place():
     wide = torch.full((4, 1000), float("nan"))
     wide[:, 100:900] = v
     table, step = TRANSITIONS.table, torch.arange(4)
-    strided = _native.log_prob(wide[:, 100:900], None, 1.0, x, prev, table, step)
-    assert torch.equal(strided, _native.log_prob(v, None, 1.0, x, prev, table, step))
+    strided = native.log_prob(wide[:, 100:900], None, 1.0, x, prev, table, step)
+    assert torch.equal(strided, native.log_prob(v, None, 1.0, x, prev, table, step))
     one = v[:1].expand(4, -1)
-    repeated = _native.log_prob(one, None, 1.0, x, prev, table, step)
-    assert torch.equal(
-        repeated, _native.log_prob(one.contiguous(), None, 1.0, x, prev, table, step)
-    )
+    repeated = native.log_prob(one, None, 1.0, x, prev, table, step)
+    assert torch.equal(repeated, native.log_prob(one.contiguous(), None, 1.0, x, prev, table, step))
 
 
 def test_expanded_and_strided_cotangents():
@@ -136,10 +127,10 @@ def test_outputs_are_written_in_place_and_completely():
 def test_step_outside_the_table_is_nan_and_reads_nothing_else():
     v, x, prev = (t.flatten(1) for t in tensors())
     step = torch.tensor([1, 4, -(2**62)])
-    lp = _native.log_prob(v, None, 1.0, x, prev, TRANSITIONS.table, step)
+    lp = native.log_prob(v, None, 1.0, x, prev, TRANSITIONS.table, step)
     assert torch.isfinite(lp[0]) and lp[1:].isnan().all()
     out, score = torch.zeros_like(x), torch.zeros(3)
-    _native.sde_step(v, None, 1.0, x, TRANSITIONS.table, step, torch.arange(3), None, out, score)
+    native.sde_step(v, None, 1.0, x, TRANSITIONS.table, step, torch.arange(3), None, out, score)
     assert torch.isfinite(out[0]).all() and out[1:].isnan().all() and score[1:].isnan().all()
 
 
@@ -159,7 +150,7 @@ def test_special_values_of_float16_and_bfloat16():
             out, lp = torch.zeros(1, 2**16, dtype=dtype), torch.zeros(1)
             # x' = A x + C noise with x = 0 and C = 1 rounds the noise itself.
             table[0, 2] = 1.0
-            _native.sde_step(ones, None, 1.0, out * 0, table, step, None, source, out, lp)
+            native.sde_step(ones, None, 1.0, out * 0, table, step, None, source, out, lp)
             torch.testing.assert_close(
                 out.float(), source.to(dtype).float(), rtol=0, atol=0, equal_nan=True
             )

@@ -8,13 +8,14 @@ import oracle
 import pytest
 import torch
 
-from flowgrpo_kernels import _native, _ops, flow_sde, grpo_loss
+from flowgrpo_kernels import flow_sde, grpo_loss, reference
+from flowgrpo_kernels.backends import dispatch, native, triton
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 # The package's attribute of this name is the function.
 MODULE = importlib.import_module("flowgrpo_kernels.grpo_loss")
 needs_native = pytest.mark.skipif(
-    not _native.available(), reason=f"no native library: {_native.why_not()}"
+    not native.available(), reason=f"no native library: {native.why_not()}"
 )
 
 
@@ -29,9 +30,11 @@ def arguments(b: oracle.Batch, guided: bool, guard: bool) -> tuple:
 
 
 def two_passes(args: tuple, grad_loss: float, uncond_grad: bool) -> tuple:
-    forward = _ops.op("grpo_loss_forward")(*args)
-    back = (torch.tensor(grad_loss), forward[6], *args[:5], *args[7:12], uncond_grad)
-    return *forward, *_ops.op("grpo_loss_backward")(*back)
+    forward = dispatch.op("grpo_loss_forward")(*args)
+    *_, coefs = forward
+    latents = reference.LossArguments(*args).of_backward()
+    back = (torch.tensor(grad_loss), coefs, *latents, uncond_grad)
+    return *forward, *dispatch.op("grpo_loss_backward")(*back)
 
 
 def assert_same_bits(got, expected):
@@ -46,7 +49,7 @@ def assert_same_bits(got, expected):
 def test_op_gives_the_bits_of_two(backend, dtype, shape, guided, guard):
     for grad_loss in (1.0, 0.3, float("nan")):
         args = arguments(oracle.batch(5, shape, dtype), guided, guard)
-        got = _ops.op("grpo_loss_gradient")(*args, grad_loss, guided)
+        got = dispatch.op("grpo_loss_gradient")(*args, grad_loss, guided)
         assert_same_bits(got, two_passes(args, grad_loss, guided))
 
 
@@ -60,17 +63,17 @@ def test_threads_share_what_rows_are_left(rows):
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            assert_same_bits(_native.grpo_loss_gradient(*args, 0.3, True), expected)
+            assert_same_bits(native.grpo_loss_gradient(*args, 0.3, True), expected)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_triton_gives_the_bits_of_two():
-    if not (_ops._interpreting() and _ops.backends()["triton"]["available"]):
+    if not (triton.interpreting() and dispatch.backends()["triton"]["available"]):
         pytest.skip("needs Triton and TRITON_INTERPRET=1")
     args = arguments(oracle.batch(2, (3, 5)), True, True)
-    with _ops.use_backend("triton"):
-        got = _ops.op("grpo_loss_gradient")(*args, 0.3, True)
+    with dispatch.use_backend("triton"):
+        got = dispatch.op("grpo_loss_gradient")(*args, 0.3, True)
         assert_same_bits(got, two_passes(args, 0.3, True))
 
 
@@ -78,14 +81,14 @@ def test_triton_gives_the_bits_of_two():
 def second_passes(monkeypatch):
     """The upstream gradients for which backward had to read everything again."""
     seen = []
-    backward = MODULE._backward
+    backward = MODULE.backward_op
 
     def counting(grad_loss, *args):
         seen.append(grad_loss.item())
         return backward(grad_loss, *args)
 
-    monkeypatch.setattr(MODULE, "_backward", counting)
-    monkeypatch.setattr(MODULE._GrpoLossInOnePass, "expected", 1.0)
+    monkeypatch.setattr(MODULE, "backward_op", counting)
+    monkeypatch.setattr(MODULE.LossInOnePass, "expected", 1.0)
     return seen
 
 
@@ -106,10 +109,10 @@ def gradient(b: oracle.Batch, factor: float) -> torch.Tensor:
 def test_upstream_gradient_is_the_last_one_until_it_is_not(second_passes):
     b = oracle.batch(4, (3, 7, 9), torch.bfloat16)
     factors = (1.0, 0.25, 0.25, 0.25, 1 / 3, 1.0, 1.0)
-    with _ops.use_backend("native"):
+    with dispatch.use_backend("native"):
         got = [gradient(b, factor) for factor in factors]
     assert second_passes == [0.25, pytest.approx(1 / 3), 1.0]
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         for one, factor in zip(got, factors, strict=True):
             torch.testing.assert_close(one, gradient(b, factor), rtol=1e-2, atol=1e-6)
     # A guess that was right and one that was wrong give the same bits.
@@ -120,7 +123,7 @@ def test_upstream_gradient_is_the_last_one_until_it_is_not(second_passes):
 def test_a_second_backward_is_not_handed_the_first_ones_tensor(second_passes):
     b = oracle.batch(4, (3, 7, 9))
     v = b.velocity.clone().requires_grad_()
-    with _ops.use_backend("native"):
+    with dispatch.use_backend("native"):
         value = loss(b, v)
         (first,) = torch.autograd.grad(value, v, retain_graph=True)
         kept = first.clone()
@@ -145,11 +148,11 @@ def test_a_second_backward_is_not_handed_the_first_ones_tensor(second_passes):
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_second_derivatives_and_batches_of_gradients(name):
     """The former say no, however they are asked for; the latter are each the gradient of one."""
-    if name == "native" and not _native.available():
-        pytest.skip(_native.why_not())
+    if name == "native" and not native.available():
+        pytest.skip(native.why_not())
     b = oracle.batch(4, (3, 7, 9))
     v = b.velocity.clone().requires_grad_()
-    with _ops.use_backend(name):
+    with dispatch.use_backend(name):
         factors = torch.tensor([1.0, -0.5])
         (both,) = torch.autograd.grad(loss(b, v), v, factors, is_grads_batched=True)
         for grad, factor in zip(both, factors.tolist(), strict=True):
@@ -164,9 +167,9 @@ def test_second_derivatives_and_batches_of_gradients(name):
 def test_tracing_takes_two_passes():
     """A subclass (fake tensors among them) cannot be asked for the value of grad_loss."""
     v = oracle.batch(2, (4,)).velocity
-    with _ops.use_backend("native"):
-        assert MODULE._in_one_pass(v, v) and not MODULE._in_one_pass(v.double(), v.double())
+    with dispatch.use_backend("native"):
+        assert MODULE.in_one_pass(v, v) and not MODULE.in_one_pass(v.double(), v.double())
         with torch._subclasses.FakeTensorMode() as mode:
-            assert not MODULE._in_one_pass(mode.from_tensor(v), v)
-    with _ops.use_backend("reference"):
-        assert not MODULE._in_one_pass(v, v)
+            assert not MODULE.in_one_pass(mode.from_tensor(v), v)
+    with dispatch.use_backend("reference"):
+        assert not MODULE.in_one_pass(v, v)

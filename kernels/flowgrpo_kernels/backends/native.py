@@ -1,37 +1,66 @@
-"""The compiled CPU library's ops, with the signatures and results of reference.py.
+"""Native backend: the ops of the compiled CPU library, with the signatures of reference.py.
 
 Results are the bits of reference.py (only exp of the ratio is within a few ulp), whatever the
 number of threads and the instruction set: AVX-512, AVX2 or baseline, chosen by the CPU, or by
 FLOWGRPO_NATIVE_ISA=baseline|avx2|avx512. Threads are torch's (torch.set_num_threads).
-How the library is found and checked is in _native_library.py.
+How the library is found and checked is in native_library.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._native_library import NativeArgs, NativeTensor, library, select, state
-from .philox import INITIAL_STEP
+from ..philox import INITIAL_STEP
+from .native_library import NativeArgs, NativeTensor, library, select, state
 
+OPS = (
+    "sde_step",
+    "log_prob",
+    "log_prob_backward",
+    "grpo_loss_forward",
+    "grpo_loss_gradient",
+    "grpo_loss_backward",
+    "initial_noise",
+)
+"""The ops that this file has a function for, by their names."""
+
+# The dtypes of latents in kernels/csrc/abi.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def find(op: str, device_type: str) -> tuple[Callable | None, str]:
+    """(function, "") when the library runs the op on this type of device, else (None, why not)."""
+    if device_type != "cpu":
+        return None, f"the native library runs on cpu tensors, got {device_type}"
+    if not available():
+        return None, why_not()
+    if op not in OPS:
+        return None, f"the native library has no {op}"
+    return globals()[op], ""
+
+
+def status() -> tuple[bool, str]:
+    """(whether the library is loaded, one line that says which, or why none is)."""
+    return available(), describe()
+
+
 def available() -> bool:
-    """True when the library is loaded and fits this package."""
+    """Returns whether the library is loaded and fits this package."""
     return state()[0] is not None
 
 
 def why_not() -> str:
-    """Why the library is not available; an empty string when it is."""
+    """Says why the library is not available; an empty string when it is."""
     return state()[2]
 
 
-def reason() -> str:
-    """One line: what is loaded, or why nothing is."""
+def describe() -> str:
+    """Says in one line what is loaded, or why nothing is."""
     loaded, facts, why = state()
     if loaded is None:
         return why
@@ -53,7 +82,7 @@ def select_isa(isa: str) -> str:
 
 
 class _Call:
-    """One call: the argument struct, and the tensors that must outlive it."""
+    """Argument struct of one call, and the tensors that must outlive it."""
 
     def __init__(self, like: Tensor) -> None:
         self.args = NativeArgs()
@@ -64,7 +93,7 @@ class _Call:
         self.args.threads = torch.get_num_threads()
 
     def latents(self, **tensors: Tensor | None) -> None:
-        """[B, ...] tensors to read: any row stride, copied if their rows are not contiguous."""
+        """Sets [B, ...] tensors to read: any row stride, copied if rows are not contiguous."""
         for name, x in tensors.items():
             if x is None:
                 continue
@@ -79,7 +108,7 @@ class _Call:
             setattr(self.args, name, NativeTensor(x.data_ptr() or 1, stride, _CODES[x.dtype]))
 
     def vectors(self, **tensors: Tensor | None) -> None:
-        """float32 [B] tensors to read."""
+        """Sets [B] tensors to read, as float32."""
         for name, x in tensors.items():
             if x is not None:
                 x = x.to(torch.float32).contiguous()
@@ -87,11 +116,12 @@ class _Call:
                 setattr(self.args, name, x.data_ptr())
 
     def outputs(self, **tensors: Tensor) -> None:
-        """Contiguous tensors to write."""
+        """Sets contiguous tensors to write."""
         for name, x in tensors.items():
             setattr(self.args, name, x.data_ptr())
 
     def integers(self, **tensors: Tensor | None) -> None:
+        """Sets int64 [B] tensors to read."""
         for name, x in tensors.items():
             if x is not None:
                 x = x.contiguous()
@@ -99,6 +129,7 @@ class _Call:
                 setattr(self.args, name, x.data_ptr())
 
     def transitions(self, table: Tensor, step: Tensor, guidance_scale: float) -> None:
+        """Sets the transition table, the row of each sample, and the scale of guidance."""
         table = table.contiguous()
         self.alive.append(table)
         self.args.table = table.data_ptr()
@@ -108,6 +139,7 @@ class _Call:
         self.args.uncond_scale = 1.0 - guidance_scale
 
     def run(self, name: str, *more: int) -> None:
+        """Calls the library's function of this name; `more`: arguments beside the struct."""
         function = getattr(library(), f"flowgrpo_native_{name}")
         if function(ctypes.byref(self.args), *more):
             raise MemoryError(f"{name}: no memory for the partial sums of {self.rows} rows")
@@ -150,7 +182,7 @@ def log_prob(
     table: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """log_prob of a stored x': float32 [B]."""
+    """Computes log_prob of a stored x': float32 [B]."""
     call = _Call(sample)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
     call.latents(sample=sample, prev_sample=prev_sample)
@@ -164,7 +196,7 @@ def log_prob(
 def _gradients(
     call: _Call, velocity: Tensor, uncond: Tensor | None, uncond_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The tensors a backward op writes; the second is empty unless asked for."""
+    """Allocates what a backward op writes; the second is empty unless asked for."""
     dv = torch.empty(velocity.shape, dtype=velocity.dtype)
     call.latents(grad_velocity=dv)
     if uncond is None or not uncond_grad:
@@ -185,7 +217,7 @@ def log_prob_backward(
     step: Tensor,
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
+    """Computes the gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
     call = _Call(sample)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
     call.latents(sample=sample, prev_sample=prev_sample)
@@ -197,7 +229,7 @@ def log_prob_backward(
 
 
 def _loss_outputs(call: _Call) -> tuple[Tensor, ...]:
-    """What grpo_loss_forward returns, not yet written."""
+    """Allocates the results of grpo_loss_forward."""
     loss, policy_loss, kl, clip_fraction = (torch.empty((), dtype=torch.float32) for _ in range(4))
     score = torch.empty(call.rows, dtype=torch.float32)
     ratio = torch.empty(call.rows, dtype=torch.float32)
@@ -227,6 +259,7 @@ def _loss_call(
     clip_high: float,
     adv_clip: float,
 ) -> _Call:
+    """Sets the arguments that grpo_loss_forward and grpo_loss_gradient share."""
     call = _Call(sample)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
     call.latents(prev_sample=prev_sample, ref_velocity=ref_velocity)
@@ -240,7 +273,7 @@ def _loss_call(
 
 
 def grpo_loss_forward(*args) -> tuple[Tensor, ...]:
-    """(loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
+    """Computes (loss, policy_loss, kl, clip_fraction, log_prob [B], ratio [B], coefs [B, 3])."""
     call = _loss_call(*args)
     outputs = _loss_outputs(call)
     call.run("grpo_loss_forward")
@@ -248,7 +281,7 @@ def grpo_loss_forward(*args) -> tuple[Tensor, ...]:
 
 
 def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
-    """Forward and backward in one pass over memory; arguments and results as in reference.py."""
+    """Computes loss and gradients in one pass over memory, as reference.grpo_loss_gradient."""
     *args, grad_loss, uncond_grad = args
     call = _loss_call(*args)
     grad = ctypes.c_float(grad_loss)
@@ -274,7 +307,7 @@ def grpo_loss_backward(
     old_velocity: Tensor | None,
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
+    """Computes the gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
     call = _Call(sample)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
     call.latents(prev_sample=prev_sample, ref_velocity=ref_velocity)
@@ -287,7 +320,7 @@ def grpo_loss_backward(
 
 
 def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
+    """Draws standard normals [B, *shape] of the reserved step counter, rounded to dtype."""
     result = torch.empty((seeds.shape[0], *shape), dtype=dtype)
     call = _Call(result)
     call.latents(prev_sample=result)

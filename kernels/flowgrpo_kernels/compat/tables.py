@@ -1,4 +1,4 @@
-"""Tables for a peer's sigma tensor, made once and kept for as long as the tensor lives."""
+"""Tables for a peer's sigma tensor, computed once and cached for as long as the tensor lives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def cached(sigmas: Tensor, key: Hashable, make: Callable):
-    """make() for this sigma tensor and key. A tensor written in place since then is made anew.
+    """Returns make() of this sigma tensor and key, cached until the tensor is written in place.
 
     Reads sigmas on the host the first time (one synchronisation when they live on a GPU); at every
     call where they are inference tensors, whose changes nothing counts.
@@ -31,7 +31,7 @@ def cached(sigmas: Tensor, key: Hashable, make: Callable):
 
 
 def rows(table: Tensor, step: Tensor) -> Tensor:
-    """table[step] for int64 [N], NaN where the step is outside the table. Reads nothing back."""
+    """Gathers table[step] for int64 [N], NaN where the step is outside. Reads nothing back."""
     inside = (step >= 0) & (step < table.shape[0])
-    found = table.index_select(0, step.clamp(0, table.shape[0] - 1))
-    return torch.where(inside[:, None], found, float("nan"))
+    values = table.index_select(0, step.clamp(0, table.shape[0] - 1))
+    return torch.where(inside[:, None], values, float("nan"))

@@ -11,21 +11,22 @@ import os
 import torch
 from torch import Tensor
 
-from ._ops import FLOAT_DTYPES
 from .transitions import Transitions
 
-# Latents that every op that takes them must be given.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Latents that may not be None in an op that takes them.
 REQUIRED = ("velocity", "prev_sample")
 DEBUG = os.environ.get("FLOWGRPO_DEBUG", "0") == "1"
 
 
 def check_tensor(name: str, value) -> None:
+    """Checks that a value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_latents(sample: Tensor, **others: Tensor | None) -> None:
-    """sample [B, ...] and others: same shape and device; float64 only when all of them are."""
+    """Checks sample [B, ...] and others: same shape and device; float64 only when all are."""
     check_tensor("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample must be [B, ...] with at least 2 dims, got {list(sample.shape)}")
@@ -37,12 +38,12 @@ def check_latents(sample: Tensor, **others: Tensor | None) -> None:
         if value is None and name not in REQUIRED:
             continue
         check_tensor(name, value)
-        given = value.dtype
-        if given not in FLOAT_DTYPES and given != torch.float64:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {given}")
-        if given != dtype and torch.float64 in (given, dtype):
+        other = value.dtype
+        if other not in FLOAT_DTYPES and other != torch.float64:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {other}")
+        if other != dtype and torch.float64 in (other, dtype):
             raise TypeError(
-                f"{name} is {given} but sample is {dtype}: float64 is for checks and needs every "
+                f"{name} is {other} but sample is {dtype}: float64 is for checks and needs every "
                 "latent in float64"
             )
         if value.shape != shape:
@@ -53,12 +54,13 @@ def check_latents(sample: Tensor, **others: Tensor | None) -> None:
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Checks that a tensor is on the device of the sample."""
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like sample, got {value.device}")
 
 
 def check_rows(name: str, value, sample: Tensor) -> None:
-    """A float tensor [B] on the sample's device."""
+    """Checks a float tensor [B] on the sample's device."""
     check_tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
@@ -68,6 +70,7 @@ def check_rows(name: str, value, sample: Tensor) -> None:
 
 
 def check_seeds(seeds: Tensor, sample: Tensor | None = None) -> None:
+    """Checks int64 seeds [B], on the sample's device where there is a sample."""
     check_tensor("seeds", seeds)
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds must be int64, got {seeds.dtype}")
@@ -79,6 +82,7 @@ def check_seeds(seeds: Tensor, sample: Tensor | None = None) -> None:
 
 
 def check_transitions(transitions: Transitions, sample: Tensor) -> None:
+    """Checks that the transitions are on the device of the sample."""
     if not isinstance(transitions, Transitions):
         raise TypeError(f"transitions must be Transitions, got {type(transitions).__name__}")
     if transitions.table.device != sample.device:
@@ -89,13 +93,14 @@ def check_transitions(transitions: Transitions, sample: Tensor) -> None:
 
 
 def check_numbers(**values) -> None:
-    """Coefficients of a call are numbers of the host: one on a GPU would be read back each time."""
+    """Checks that coefficients are numbers: a tensor on a GPU would be read back at each call."""
     for name, value in values.items():
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number, got a tensor")
 
 
 def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> None:
+    """Checks that a scale other than 1 has its unconditional velocity."""
     check_numbers(guidance_scale=guidance_scale)
     if uncond_velocity is None and guidance_scale != 1.0:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
@@ -104,7 +109,7 @@ def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> Non
 def resolve_step(
     step: int | Tensor, transitions: Transitions, sample: Tensor, name: str = "step"
 ) -> Tensor:
-    """int, 0-dim or [B] int64 -> int64 [B] on the sample's device, a view where possible."""
+    """Expands an int, 0-dim or [B] int64 to [B] on the sample's device, a view if possible."""
     rows, batch = transitions.num_steps, sample.shape[0]
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:
@@ -129,11 +134,11 @@ def resolve_step(
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(step).__name__}")
     if step < 0 or step >= rows:
         raise ValueError(f"{name} must be in [0, {rows - 1}], got {step}")
-    return transitions._index[step].expand(batch)
+    return transitions.row_numbers[step].expand(batch)
 
 
 def check_constants(**latents: Tensor | None) -> None:
-    """Latents the op treats as constants must not silently swallow a gradient."""
+    """Checks that no gradient is asked for of latents that the op treats as constants."""
     if not torch.is_grad_enabled():
         return
     for name, value in latents.items():
@@ -142,7 +147,7 @@ def check_constants(**latents: Tensor | None) -> None:
 
 
 def uncond_half(uncond_velocity: Tensor | None, uncond_grad: bool) -> tuple[Tensor | None, bool]:
-    """The unconditional half, detached unless its gradient is asked for and needed."""
+    """Detaches the unconditional half unless its gradient is asked for and needed."""
     if uncond_velocity is None:
         if uncond_grad:
             raise ValueError("uncond_grad=True needs uncond_velocity")

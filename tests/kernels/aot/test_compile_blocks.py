@@ -1,6 +1,6 @@
 """The blocks' kernels compiled for GPUs that are not here: wide accesses, no spills, no recompiles.
 
-In a process without the interpreter, as in test_compile_gpu.py. A compile takes about a second, so
+In a process without the interpreter, as in test_compile.py. A compile takes about a second, so
 this is a selection; benchmarks/compile_kernels.py checks every variant.
 """
 
@@ -28,9 +28,8 @@ COUNTS = {"every kernel": 12, "products": 1}
 SCRIPT = """
 import json, sys
 from flowgrpo_kernels import aot
-from flowgrpo_kernels.blocks import _heads, _rows
-from flowgrpo_kernels.blocks import aot as blocks
-from flowgrpo_kernels.blocks.norm_modulate import _norm_modulate_kernel
+from flowgrpo_kernels.blocks.norm_modulate import norm_modulate_kernel
+from flowgrpo_kernels.blocks.rows import options
 
 def show(job, variant, target):
     report = aot.compile_variant(variant, aot.TARGETS[target])
@@ -40,17 +39,15 @@ def show(job, variant, target):
     }))
 
 for job, (target, dtypes, names) in json.loads(sys.argv[1]).items():
-    for variant in blocks.variants(dtypes):
+    for variant in aot.block_variants(dtypes):
         if names is None or variant.name in names:
             show(job, variant, target)
 absent = ("scale2_ptr", "shift2_ptr", "y2_ptr")
 for width, step in ((2432, 16), (1536, 8), (8192, 16)):
-    options = _rows.options(width, step)
-    show(f"{width} {step}", blocks.variant("row", _norm_modulate_kernel, "bf16", options, absent),
-         "sm_90")
-kernel = _norm_modulate_kernel
+    row = aot.block_variant("row", norm_modulate_kernel, "bf16", options(width, step), absent)
+    show(f"{width} {step}", row, "sm_90")
 print(json.dumps({"specialised": [
-    p.name for p in kernel.params
+    p.name for p in norm_modulate_kernel.params
     if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))
 ]}))
 """

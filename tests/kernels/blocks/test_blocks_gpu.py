@@ -6,7 +6,7 @@ import block_cases as cases
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops
+from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ SUMS = ("scale", "shift", "scale2", "shift2", "gate", "gate2", "weight", "weight
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -31,7 +31,7 @@ def test_bits_of_the_reference(op, dtype, width):
     if op.startswith("heads"):
         width = cases.HEADS << (width // 96).bit_length() + 1
     v = cases.inputs(op, dtype, batch=3, tokens=37, width=width)
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         outputs, grads = cases.gradients(cases.ours, op, cases.leaves(v))
     got, found = cases.gradients(cases.ours, op, cases.leaves(cuda(v)))
     for mine, expected in zip(got, outputs, strict=True):
@@ -95,11 +95,11 @@ def test_captured():
 
 def test_nothing_recompiles():
     """Batch, tokens and strides are data: one compilation of each kernel serves them."""
-    from flowgrpo_kernels.blocks import _heads
-    from flowgrpo_kernels.blocks.gated_residual import _gated_residual_kernel
-    from flowgrpo_kernels.blocks.norm_modulate import _norm_modulate_kernel
+    from flowgrpo_kernels.blocks.gated_residual import gated_residual_kernel
+    from flowgrpo_kernels.blocks.joint_heads import joint_heads_kernel
+    from flowgrpo_kernels.blocks.norm_modulate import norm_modulate_kernel
 
-    kernels = (_norm_modulate_kernel, _gated_residual_kernel, _heads.joint_heads_kernel)
+    kernels = (norm_modulate_kernel, gated_residual_kernel, joint_heads_kernel)
 
     def compiled() -> int:
         return sum(len(entry[0]) for k in kernels for entry in k.device_caches.values())

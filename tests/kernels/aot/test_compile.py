@@ -31,17 +31,14 @@ JOBS = {
 }
 COUNTS = {"every kernel": 16, "every dtype": 9}
 SCRIPT = """
-import dataclasses, json, sys
+import json, sys
 from flowgrpo_kernels import aot
 for job, (target, pairs, names, *align) in json.loads(sys.argv[1]).items():
-    for variant in aot.variants(("bf16", "fp16", "fp32")):
+    for variant in aot.op_variants(("bf16", "fp16", "fp32"), *align):
         single = not variant.vectorised or variant.name == "initial_noise"
         pair = f"{variant.velocity}/{variant.sample}"
         if (pair not in pairs and not single) or (names and variant.name not in names):
             continue
-        if align:
-            constants = {**variant.constants, "ALIGN": align[0]}
-            variant = dataclasses.replace(variant, constants=constants)
         report = aot.compile_variant(variant, aot.TARGETS[target])
         print(json.dumps({
             "job": job, "name": variant.name, "pair": pair, "problems": aot.problems(report),

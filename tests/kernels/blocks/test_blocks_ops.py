@@ -11,7 +11,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flowgrpo_kernels import _ops, backend_info
+from flowgrpo_kernels import backend_info
+from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
 NAMES = ("norm_modulate", "gated_residual", "joint_heads")
@@ -47,7 +48,7 @@ def arguments(dtype=torch.float32) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("case", list(arguments()))
 def test_opcheck(case):
-    result = torch.library.opcheck(_ops.op(case.split()[0]), arguments(torch.bfloat16)[case])
+    result = torch.library.opcheck(dispatch.op(case.split()[0]), arguments(torch.bfloat16)[case])
     assert set(result.values()) == {"SUCCESS"} and len(result) == 4
 
 
@@ -105,15 +106,15 @@ BAD = {
     "y2 must have the dtype of y torch.float32": lambda: gated_residual(
         X, ROW, X, second=(ROW, X.half())
     ),
-    "parts must be a sequence, got Tensor": lambda: joint_heads(X, (None,), heads=2),
-    "got 3 parts and 3 weights": lambda: joint_heads([X] * 3, [None] * 3, heads=2),
-    "got 2 parts and 1 weights": lambda: joint_heads([X] * 2, [None], heads=2),
-    "heads must divide the width 8 of parts[0], got 3": lambda: joint_heads([X], [None], heads=3),
+    "streams must be a sequence, got Tensor": lambda: joint_heads(X, (None,), heads=2),
+    "got 3 streams and 3 weights": lambda: joint_heads([X] * 3, [None] * 3, heads=2),
+    "got 2 streams and 1 weights": lambda: joint_heads([X] * 2, [None], heads=2),
+    "heads must divide the width 8 of streams[0], got 3": lambda: joint_heads([X], [None], heads=3),
     "heads must be an int, got float": lambda: joint_heads([X], [None], heads=2.0),
-    "parts[1] must be torch.float32 like parts[0]": lambda: joint_heads(
+    "streams[1] must be torch.float32 like streams[0]": lambda: joint_heads(
         [X, X.half()], [None, None], heads=2
     ),
-    "parts[1] must be [2, N, 8] like parts[0], got [1, 3, 8]": lambda: joint_heads(
+    "streams[1] must be [2, N, 8] like streams[0], got [1, 3, 8]": lambda: joint_heads(
         [X, X[:1]], [None, None], heads=2
     ),
     "weights[0] must be [4], got [8]": lambda: joint_heads([X], [ROW[0]], heads=2),
@@ -140,11 +141,14 @@ def test_bad_arguments(message):
 
 def test_backends(caplog, monkeypatch):
     """CPU tensors go to the reference without a warning; the native library has no such op."""
-    monkeypatch.setattr(_ops, "_said", set())
-    with _ops.use_backend("auto"), caplog.at_level(logging.INFO, "flowgrpo_kernels"):
+    dispatch.log_once.cache_clear()
+    with dispatch.use_backend("auto"), caplog.at_level(logging.INFO, "flowgrpo_kernels"):
         norm_modulate(X, ROW, ROW)
         assert all(backend_info()["ops"]["cpu"][name] == "reference" for name in NAMES)
     said = caplog.records[0]
     assert (said.levelname, said.message) == ("INFO", "cpu tensors run on reference")
-    with _ops.use_backend("native"), pytest.raises(RuntimeError, match="cannot run gated_residual"):
+    with (
+        dispatch.use_backend("native"),
+        pytest.raises(RuntimeError, match="cannot run gated_residual"),
+    ):
         gated_residual(X, ROW, X)

@@ -1,4 +1,4 @@
-"""A backward that can be differentiated no further, and says so."""
+"""once_differentiable: a backward that can be differentiated no further, and says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def once_differentiable(name: str) -> Callable[[Callable], Callable]:
-    """Decorator for the backward of an autograd.Function: no gradient flows through it.
+    """Decorates the backward of an autograd.Function: no gradient flows through it.
 
     torch's own once_differentiable raises only when the upstream gradient requires a gradient.
     Here the result also depends on saved inputs, so with create_graph=True it would drop their
@@ -30,9 +30,12 @@ def once_differentiable(name: str) -> Callable[[Callable], Callable]:
                 "Compute the term that needs it from the velocities in plain PyTorch"
             )
             # Without these a second backward to the velocities alone would pass by the error.
-            given = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
-            fail = torch._C._functions.DelayedError(message, len(outputs) + len(given))
-            return fail(*(_leaf(value) for value in outputs), *given)[: len(outputs)]
+            tensors = (*grads, *ctx.saved_tensors)
+            inputs = [x for x in tensors if x is not None and x.requires_grad]
+            fail = torch._C._functions.DelayedError(message, len(outputs) + len(inputs))
+            # The node returns all that it takes; the gradients come first.
+            returned = fail(*(_leaf(value) for value in outputs), *inputs)
+            return returned[: len(outputs)]
 
         return wrapped
 
@@ -40,4 +43,5 @@ def once_differentiable(name: str) -> Callable[[Callable], Callable]:
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:
+    """Detaches a gradient and makes it a leaf, so that the error node gets an edge from it."""
     return None if value is None else value.detach().requires_grad_()

@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 
-from flowgrpo_kernels import _native, cps, dance_sde, flow_sde, ode, reference
-from flowgrpo_kernels._native_library import ISAS
+from flowgrpo_kernels import cps, dance_sde, flow_sde, ode, reference
+from flowgrpo_kernels.backends import native
+from flowgrpo_kernels.backends.native_library import ISAS
 from flowgrpo_kernels.transitions import Transitions
 
 needs_native = pytest.mark.skipif(
-    not _native.available(), reason=f"no native library: {_native.why_not()}"
+    not native.available(), reason=f"no native library: {native.why_not()}"
 )
 pytestmark = needs_native
 
@@ -29,15 +30,15 @@ def restore():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    _native.select_isa("auto")
+    native.select_isa("auto")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Runs a test on each instruction set that this CPU has."""
-    if ISAS.index(request.param) > _native.library().flowgrpo_native_isa_best():
+    if ISAS.index(request.param) > native.library().flowgrpo_native_isa_best():
         pytest.skip(f"this CPU has no {request.param}")
-    return _native.select_isa(request.param)
+    return native.select_isa(request.param)
 
 
 def latents(rows: int, size: int, velocity_dtype, sample_dtype, seed: int = 0) -> dict:
@@ -77,7 +78,7 @@ def test_step_equals_reference(size, isa):
     for velocity_dtype, sample_dtype in itertools.product(DTYPES, DTYPES):
         x = latents(20, size, velocity_dtype, sample_dtype)
         for uncond in (False, True):
-            for a, b in zip(step(_native, x, uncond), step(reference, x, uncond), strict=True):
+            for a, b in zip(step(native, x, uncond), step(reference, x, uncond), strict=True):
                 same(a, b)
 
 
@@ -85,7 +86,7 @@ def test_step_equals_reference(size, isa):
 def test_step_with_given_noise(dtype, isa):
     x = latents(20, 5000, torch.float16, torch.bfloat16)
     noise = torch.randn(20, 5000).to(dtype)
-    for a, b in zip(step(_native, x, noise=noise), step(reference, x, noise=noise), strict=True):
+    for a, b in zip(step(native, x, noise=noise), step(reference, x, noise=noise), strict=True):
         same(a, b)
 
 
@@ -118,7 +119,7 @@ def test_loss_and_gradient_equal_reference(variant, isa):
     ):
         x = latents(20, size, velocity_dtype, sample_dtype)
         args = loss_args(x, **variant)
-        got, want = _native.grpo_loss_forward(*args), reference.grpo_loss_forward(*args)
+        got, want = native.grpo_loss_forward(*args), reference.grpo_loss_forward(*args)
         same(got[4], want[4])
         # exp is the one step that may differ by a few ulp, and what is computed from it.
         for a, b in zip(got, want, strict=True):
@@ -126,7 +127,7 @@ def test_loss_and_gradient_equal_reference(variant, isa):
         coefs, grad = want[6], torch.tensor(1.7)
         back = (grad, coefs, *args[:5], *args[7:12], variant["guided"])
         for a, b in zip(
-            _native.grpo_loss_backward(*back), reference.grpo_loss_backward(*back), strict=True
+            native.grpo_loss_backward(*back), reference.grpo_loss_backward(*back), strict=True
         ):
             same(a, b)
 
@@ -136,9 +137,9 @@ def test_log_prob_and_gradient_equal_reference(isa):
         x = latents(20, size, torch.bfloat16, torch.float32)
         prev = step(reference, x)[0]
         args = (x["v"], x["u"], 4.5, x["sample"], prev, TABLE, x["step"])
-        same(_native.log_prob(*args), reference.log_prob(*args))
+        same(native.log_prob(*args), reference.log_prob(*args))
         cotangent = x["adv"]
-        got = _native.log_prob_backward(cotangent, *args, True)
+        got = native.log_prob_backward(cotangent, *args, True)
         want = reference.log_prob_backward(cotangent, *args, True)
         for a, b in zip(got, want, strict=True):
             same(a, b)
@@ -149,7 +150,7 @@ def test_initial_noise_equals_reference(dtype, isa):
     seeds = torch.tensor([0, -1, 2**63 - 1, -(2**63), 1 << 32])
     for shape in ([5], [3, 64, 65], [0]):
         same(
-            _native.initial_noise(seeds, shape, dtype),
+            native.initial_noise(seeds, shape, dtype),
             reference.initial_noise(seeds, shape, dtype),
         )
 
@@ -161,9 +162,9 @@ def test_threads_do_not_change_a_bit():
         results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            forward = _native.grpo_loss_forward(*args)
+            forward = native.grpo_loss_forward(*args)
             back = (torch.tensor(1.0), forward[6], *args[:5], *args[7:12], True)
-            results.append([*step(_native, x), *forward, *_native.grpo_loss_backward(*back)])
+            results.append([*step(native, x), *forward, *native.grpo_loss_backward(*back)])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)
@@ -171,18 +172,18 @@ def test_threads_do_not_change_a_bit():
 
 def test_a_row_does_not_depend_on_its_batch():
     x = latents(9, 5003, torch.float16, torch.float16)
-    out, lp = step(_native, x)
+    out, lp = step(native, x)
     alone = {k: t[4:5] for k, t in x.items()}
-    one, one_lp = step(_native, alone)
+    one, one_lp = step(native, alone)
     assert torch.equal(one[0], out[4]) and torch.equal(one_lp[0], lp[4])
 
 
 def test_ops_agree_bit_for_bit_and_the_ratio_is_one():
     for dtype in DTYPES:
         x = latents(20, 7777, torch.bfloat16, dtype)
-        prev, lp = step(_native, x)
-        again = _native.log_prob(x["v"], x["u"], 4.5, x["sample"], prev, TABLE, x["step"])
+        prev, lp = step(native, x)
+        again = native.log_prob(x["v"], x["u"], 4.5, x["sample"], prev, TABLE, x["step"])
         args = (x["v"], x["u"], 4.5, x["sample"], prev, lp, x["adv"], TABLE, x["step"])
-        loss = _native.grpo_loss_forward(*args, *[None] * 5, 0.0, 1e-4, 1e-4, 5.0)
+        loss = native.grpo_loss_forward(*args, *[None] * 5, 0.0, 1e-4, 1e-4, 5.0)
         assert torch.equal(lp, again) and torch.equal(lp, loss[4])
         assert torch.equal(loss[5], torch.ones(20))

@@ -15,9 +15,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-STREAM, FINISH = "_sde_step_kernel", "finish_kernel"
-FORWARD, BACKWARD = ("_sums_kernel", "_rows_kernel", "_totals_kernel"), "_backward_kernel"
-NORM, GATE = "_norm_modulate_kernel", "_gated_residual_kernel"
+STREAM, FINISH = "sde_step_kernel", "finish_kernel"
+FORWARD = ("grpo_loss_sums_kernel", "grpo_loss_rows_kernel", "grpo_loss_totals_kernel")
+BACKWARD = "grpo_loss_backward_kernel"
+NORM, GATE = "norm_modulate_kernel", "gated_residual_kernel"
 # Of every kind of call: what it launches, and what its first call compiles. Further calls of a kind
 # differ in the step, the batch, coefficients, strides or addresses, and compile nothing.
 KINDS = {
@@ -31,27 +32,27 @@ KINDS = {
     "sde_step 70000 blocks": ([STREAM, FINISH], {FINISH}),
     # The number of elements no longer fits 32 bits.
     "sde_step past 2^31": ([STREAM, FINISH], {STREAM, FINISH}),
-    "log_prob": (["_log_prob_kernel", FINISH], {"_log_prob_kernel"}),
+    "log_prob": (["log_prob_kernel", FINISH], {"log_prob_kernel"}),
     "log_prob with backward": (
-        ["_log_prob_kernel", FINISH, "_log_prob_backward_kernel"],
-        {"_log_prob_backward_kernel"},
+        ["log_prob_kernel", FINISH, "log_prob_backward_kernel"],
+        {"log_prob_backward_kernel"},
     ),
-    "initial_noise": (["_noise_kernel"], {"_noise_kernel"}),
+    "initial_noise": (["initial_noise_kernel"], {"initial_noise_kernel"}),
     "loss": ([*FORWARD, BACKWARD], {*FORWARD, BACKWARD}),
     "loss KL": ([*FORWARD, BACKWARD], {*FORWARD, BACKWARD}),
     "loss guided KL": ([*FORWARD, BACKWARD], {FORWARD[0], BACKWARD}),
     "loss Guard KL": ([*FORWARD, BACKWARD], {*FORWARD[:2], BACKWARD}),
-    "norm second": ([NORM, "_norm_modulate_backward_kernel"], None),
-    "gate second": ([GATE, "_gated_residual_backward_kernel"], None),
+    "norm second": ([NORM, "norm_modulate_backward_kernel"], None),
+    "gate second": ([GATE, "gated_residual_backward_kernel"], None),
     "heads rotary": (["joint_heads_kernel", "joint_heads_backward_kernel"], None),
 }
-ONE_WARP = ("finish_kernel", "_rows_kernel", "_totals_kernel")
+ONE_WARP = (FINISH, *FORWARD[1:])
 
 
 @pytest.fixture(scope="session")
 def lines() -> dict[str, dict]:
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("launch_cases.py")],
+        [sys.executable, Path(__file__).parents[1] / "launch_cases.py"],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -147,6 +148,6 @@ def test_numbers_travel_as_they_are(calls):
 
 
 def test_compiled_ahead_is_what_is_launched(lines):
-    """The signatures that aot.py writes by hand give the same PTX, so what it checks holds here."""
+    """Signatures that aot/variants.py writes by hand give the same PTX, so its checks hold here."""
     assert len(lines["ahead"]["same"]) == 10
     assert all(lines["ahead"]["same"].values()), lines["ahead"]

@@ -10,20 +10,20 @@ import block_cases as cases
 import pytest
 import torch
 
-from flowgrpo_kernels import _ops
-from flowgrpo_kernels.blocks import _rows, gated_residual, joint_heads, norm_modulate, reference
+from flowgrpo_kernels.backends import dispatch, triton
+from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate, reference, rows
 
 pytestmark = pytest.mark.skipif(
-    not (_ops._interpreting() and _ops.backends()["triton"]["available"]),
+    not (triton.interpreting() and dispatch.backends()["triton"]["available"]),
     reason="needs Triton and TRITON_INTERPRET=1",
 )
 
 
 def same(function) -> None:
     """function() gives the same tensors on Triton and on the reference."""
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         mine = function()
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         theirs = function()
     for got, expected in zip(mine, theirs, strict=True):
         assert got.dtype == expected.dtype and got.shape == expected.shape
@@ -118,8 +118,8 @@ def test_empty():
 
 
 def test_sizes_that_do_not_fit():
-    wide, row = torch.zeros(1, 1, _rows.MAX_WIDTH + 1), torch.zeros(1, _rows.MAX_WIDTH + 1)
-    with _ops.use_backend("triton"):
+    wide, row = torch.zeros(1, 1, rows.MAX_WIDTH + 1), torch.zeros(1, rows.MAX_WIDTH + 1)
+    with dispatch.use_backend("triton"):
         with pytest.raises(ValueError, match="x must have at most 8192 elements a token"):
             norm_modulate(wide, row, row)
         for size in (24, 512):
@@ -133,7 +133,7 @@ def test_chunks_cover_every_width():
     assert [reference.lanes(width) for width in (1536, 3072, 2432, 512, 96, 1)] == [
         512, 1024, 512, 512, 128, 1,
     ]  # fmt: skip
-    assert [_rows.options(width)["num_warps"] for width in (1536, 3072, 8192, 96)] == [2, 4, 4, 1]
-    assert [_rows.alignment(1536, *steps) for steps in ((), (4608, 0), (24,), (2, 16))] == [
+    assert [rows.options(width)["num_warps"] for width in (1536, 3072, 8192, 96)] == [2, 4, 4, 1]
+    assert [rows.alignment(1536, *steps) for steps in ((), (4608, 0), (24,), (2, 16))] == [
         16, 16, 8, 2,
     ]  # fmt: skip

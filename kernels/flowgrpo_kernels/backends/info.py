@@ -1,4 +1,4 @@
-"""What runs where, and why."""
+"""backend_info(): what runs where, and why."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from . import _ops
+from . import dispatch
 
 
 def backend_info() -> dict[str, Any]:
-    """Versions, devices and, for each backend and device type, which ops it runs or why not.
+    """Reports versions, devices and, for each type of device, which backend runs each op.
 
     Keys: requested (FLOWGRPO_KERNELS), versions, devices, backends {name: {"available", "reason"}},
     ops {device type: {op: backend or "error: ..."}}. Starts no GPU work.
@@ -23,16 +23,16 @@ def backend_info() -> dict[str, Any]:
     ops: dict[str, dict[str, str]] = {}
     for device in devices:
         ops[device] = {}
-        for name in _ops.SCHEMAS:
+        for name in dispatch.OPS:
             try:
-                ops[device][name] = _ops.backend_of(name, device)
+                ops[device][name] = dispatch.backend_of(name, device)
             except RuntimeError as error:
                 ops[device][name] = f"error: {error}"
     return {
-        "requested": _ops._requested,
+        "requested": dispatch.requested(),
         "versions": _versions(),
         "devices": _devices(),
-        "backends": _ops.backends(),
+        "backends": dispatch.backends(),
         "ops": ops,
     }
 

@@ -1,7 +1,8 @@
-"""What the Triton kernels share: availability, launching, and device functions for the contract.
+"""Triton: availability, launching, and the device functions that the kernels share.
 
-The device functions are the arithmetic of reference.py and philox.py, one to one; the tests
-compare bits. Prefixes: `o_` offsets, `b_` values of a block.
+An op's file has its kernels and their launcher, which `launcher(name)` registers here; dispatch.py
+asks `find` for it. The device functions are the arithmetic of reference.py and philox.py, one to
+one; the tests compare bits. Prefixes: `o_` offsets, `b_` values of a block.
 
 Layout of the work. A program handles one block of BLOCK = 4096 elements of one row, in four chunks
 of LANES = 1024: with 4 warps a thread owns 8 neighbouring elements of a chunk, which is one
@@ -29,41 +30,63 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from . import _ops
-from .reference import BLOCK, LANES
-from .transitions import NUM_COLUMNS
+from ..philox import INITIAL_STEP, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
+from ..reference import BLOCK, LANES
+from ..transitions import COLUMNS
 
+WHY_NOT = ""
+"""Why Triton cannot be imported; empty when it can."""
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    AVAILABLE = False
     triton = tl = None
-    _ops.triton_missing(f"triton cannot be imported: {error}")
-else:
-    AVAILABLE = True
+    WHY_NOT = f"triton cannot be imported: {error}"
+AVAILABLE = not WHY_NOT
+
+launchers: dict[str, Callable] = {}
+"""Op -> its launcher, which has the arguments and results of the op's reference."""
 
 # Options of every launch. 4 warps: see the module docstring.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 ONE_WARP = {**LAUNCH, "num_warps": 1}
-
-
 # Integers that reach neither an address nor a mask: no new compilation for their values.
 PLAIN = ("num_steps", "step_stride", "num_blocks", "rows")
 # Pointers whose alignment decides the width of the accesses. The others are read element by
 # element, and a view of one step or row may start anywhere: no new compilation for that either.
 LATENTS = (
-    *("v_ptr", "u_ptr", "x_ptr", "prev_ptr", "out_ptr", "noise_ptr"),
-    *("ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr"),
-)
+    "v_ptr", "u_ptr", "x_ptr", "prev_ptr", "out_ptr", "noise_ptr",
+    "ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr",
+)  # fmt: skip
+
+
+def interpreting() -> bool:
+    """Returns whether kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def find(op: str, device_type: str) -> tuple[Callable | None, str]:
+    """(launcher, "") when Triton runs the op on this type of device, else (None, why not)."""
+    if op not in launchers:
+        return None, WHY_NOT or f"there is no Triton kernel for {op}"
+    if device_type != "cuda" and not interpreting():
+        return None, f"Triton kernels run on cuda tensors, got {device_type}"
+    return launchers[op], ""
+
+
+def status() -> tuple[bool, str]:
+    """(whether there are kernels, how many ops have one or why none has)."""
+    if not launchers:
+        return False, WHY_NOT or "no Triton kernel is defined"
+    return True, f"{len(launchers)} ops{' in the interpreter' if interpreting() else ''}"
 
 
 def jit(function):
-    """triton.jit; without Triton the function stays as it is, and `launcher` registers nothing."""
+    """Decorates a kernel with triton.jit; without Triton the function stays as it is."""
     if not AVAILABLE:
         return function
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -76,9 +99,15 @@ def jit(function):
     )
 
 
-def launcher(name: str):
-    """Registers a launcher with _ops when Triton is there."""
-    return _ops.triton_launcher(name) if AVAILABLE else lambda function: function
+def launcher(op: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as the launcher of an op, where Triton is there."""
+
+    def register(function: Callable) -> Callable:
+        if AVAILABLE:
+            launchers[op] = function
+        return function
+
+    return register
 
 
 def on(device: torch.device):
@@ -89,50 +118,65 @@ def on(device: torch.device):
 
 
 def num_blocks(elements: int) -> int:
-    """Blocks of a row; an empty row still has one, whose sum is 0."""
+    """Counts the blocks of a row; an empty row still has one, whose sum is 0."""
     return max(1, -(-elements // BLOCK))
 
 
 def alignment(rows: int, elements: int) -> int:
-    """The power of two, up to 16, that every row's first element is a multiple of."""
+    """Computes the power of two, up to 16, that divides the offset of every row's first element."""
     return 16 if rows == 1 or elements == 0 else min(16, elements & -elements)
 
 
-def gradients(velocity: Tensor, uncond: Tensor | None, uncond_grad: bool) -> tuple[Tensor, Tensor]:
-    """New tensors for the gradients of both halves; the second is empty unless asked for."""
-    dv = velocity.new_empty(velocity.shape)
-    if not uncond_grad:
-        return dv, (velocity if uncond is None else uncond).new_empty(0)
-    return dv, uncond.new_empty(uncond.shape)
-
-
 def second_pass(count: int) -> dict[str, int | bool]:
-    """Options of a launch that sums the `count` blocks of a row: LANES wide, or less if enough.
+    """Returns the options of a launch that sums the `count` blocks of a row.
 
-    One warp where that is enough: it needs no barrier. Three widths serve every size of a row, so
-    that a new resolution is seldom a new compilation.
+    LANES wide, or less if that is enough. One warp where that is enough: it needs no barrier. Three
+    widths serve every size of a row, so that a new resolution is seldom a new compilation.
     """
-    width = 32 if count <= 32 else 128 if count <= 128 else LANES
+    if count <= 32:
+        width = 32
+    elif count <= 128:
+        width = 128
+    else:
+        width = LANES
     return {**LAUNCH, "WIDTH": width, "num_warps": 4 if width == LANES else 1}
 
 
-def _constant(value: int):
-    """A number that kernels may read as a global."""
+def constant(value: int):
+    """Makes a number that kernels may read as a global."""
     return tl.constexpr(value) if AVAILABLE else value
 
 
-COLUMNS = _constant(NUM_COLUMNS)
-BLOCK_C = _constant(BLOCK)
-LANES_C = _constant(LANES)
-CHUNKS_C = _constant(BLOCK // LANES)
-QUADS_C = _constant(LANES // 4)
+BLOCK_C = constant(BLOCK)
+LANES_C = constant(LANES)
+CHUNKS_C = constant(BLOCK // LANES)
+QUADS_C = constant(LANES // 4)
+INITIAL_STEP_C = constant(INITIAL_STEP)
+ROUNDS_C = constant(PHILOX_ROUNDS)
+M0_C, M1_C = constant(PHILOX_M0), constant(PHILOX_M1)
+W0_C, W1_C = constant(PHILOX_W0), constant(PHILOX_W1)
+# Columns of the transition table, as numbers for `coefficient`. K is the scale of the KL, k that of
+# the log-probability.
+NUM_COLUMNS_C = constant(len(COLUMNS))
+COL_A = constant(COLUMNS.index("A"))
+COL_B = constant(COLUMNS.index("B"))
+COL_C = constant(COLUMNS.index("C"))
+COL_K = constant(COLUMNS.index("k"))
+COL_C0 = constant(COLUMNS.index("c0"))
+COL_BIG_K = constant(COLUMNS.index("K"))
+COL_ABS_DT = constant(COLUMNS.index("abs_dt"))
+COL_NOISE_STEP = constant(COLUMNS.index("noise_step"))
 # The interpreter's own float32 -> bfloat16 conversion truncates; the GPU's rounds to nearest even.
-ROUND_BY_HAND = _constant(os.environ.get("TRITON_INTERPRET", "0") == "1")
+ROUND_BY_HAND = constant(interpreting())
 
 
 @jit
 def position(elements, num_blocks, ALIGN: tl.constexpr):
-    """(row, start, base, remaining) of this program: its first element in the row and in memory."""
+    """Locates this program: (row, start, base, remaining).
+
+    start: its first element in the row; base: the same in the tensor; remaining: the elements of
+    the row from there on.
+    """
     elements = tl.cast(elements, tl.int64)
     # Unsigned: the division of a signed number costs registers for its sign.
     program = tl.program_id(0).to(tl.uint32)
@@ -144,15 +188,15 @@ def position(elements, num_blocks, ALIGN: tl.constexpr):
 
 @jit
 def coefficient(table_ptr, step, num_steps, COLUMN: tl.constexpr):
-    """One coefficient of a row; NaN where the step is outside the table."""
+    """Loads one coefficient of a table row; NaN where the step is outside the table."""
     inside = (step >= 0) & (step < num_steps)
-    value = tl.load(table_ptr + tl.where(inside, step, 0) * COLUMNS + COLUMN)
+    value = tl.load(table_ptr + tl.where(inside, step, 0) * NUM_COLUMNS_C + COLUMN)
     return tl.where(inside, value, float("nan"))
 
 
 @jit
 def load(ptr, o_lane, remaining):
-    """Block values as float32; +0 beyond the row's end."""
+    """Loads values of a block as float32; +0 beyond the row's end."""
     # Full blocks go without a mask: then the width of the access hangs on the alignment alone.
     if remaining >= BLOCK_C:
         b_x = tl.load(ptr + o_lane)
@@ -163,6 +207,7 @@ def load(ptr, o_lane, remaining):
 
 @jit
 def store(ptr, o_lane, remaining, b_x):
+    """Stores values of a block that lie in the row."""
     if remaining >= BLOCK_C:
         tl.store(ptr + o_lane, b_x)
     else:
@@ -171,7 +216,7 @@ def store(ptr, o_lane, remaining, b_x):
 
 @jit
 def narrow(b_x, DTYPE: tl.constexpr):
-    """float32 rounded once, to nearest even, to a storage dtype."""
+    """Rounds float32 once, to nearest even, to a storage dtype."""
     if ROUND_BY_HAND and tl.bfloat16 == DTYPE:
         bits = b_x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -181,7 +226,7 @@ def narrow(b_x, DTYPE: tl.constexpr):
 
 @jit
 def guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED: tl.constexpr):
-    """v, or u + w (v - u). u_ptr may be None."""
+    """Loads a velocity: v, or u + w (v - u) under guidance. u_ptr may be None."""
     b_v = load(v_ptr + base, o_lane, remaining)
     if GUIDED:
         b_u = load(u_ptr + base, o_lane, remaining)
@@ -191,7 +236,7 @@ def guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED: tl.constexpr):
 
 @jit
 def pair_tree(b_x, WIDTH: tl.constexpr):
-    """Sum of [WIDTH] by adjacent pairs: a scalar. WIDTH is a power of two."""
+    """Sums [WIDTH] by adjacent pairs: a scalar. WIDTH is a power of two."""
     for p in tl.static_range(11):
         if (WIDTH >> p) > 1:
             b_x = tl.sum(tl.reshape(b_x, [WIDTH >> (p + 1), 2]), axis=1)
@@ -200,7 +245,7 @@ def pair_tree(b_x, WIDTH: tl.constexpr):
 
 @jit
 def ordered_sum(ptr, count, WIDTH: tl.constexpr):
-    """Second pass: `count` float32 values, chunks of WIDTH added in order, then pairs."""
+    """Sums `count` float32 values, the second pass: chunks of WIDTH added in order, then pairs."""
     o_lane = tl.arange(0, WIDTH)
     b_sum = tl.load(ptr + o_lane, mask=o_lane < count, other=0.0)
     # A while loop: the interpreter of Triton 3.6 cannot count to a runtime bound with NumPy 2.4.
@@ -214,7 +259,7 @@ def ordered_sum(ptr, count, WIDTH: tl.constexpr):
 
 @jit
 def sum_over_rows(ptr, rows):
-    """ordered_sum of a batch, whose size must not choose the compilation: one warp, any `rows`.
+    """Sums over a batch as ordered_sum does, in one warp and without compiling for its size.
 
     The tree over LANES is one over groups of 128 neighbours and one over their sums; groups beyond
     the batch are 0.
@@ -236,40 +281,41 @@ def sum_over_rows(ptr, rows):
 
 @jit
 def count(elements):
-    """float32 number of elements, at least 1; the cast also takes the constant made of 1."""
+    """Returns the float32 number of elements, at least 1."""
+    # The cast also takes the constant that Triton makes of an argument of 1.
     return tl.maximum(tl.cast(elements, tl.int64), 1).to(tl.float32)
 
 
 @jit
 def score(sum_d, elements, k, c0, c):
-    """log_prob from the sum of squares; 0 where C = 0."""
+    """Returns log_prob from the sum of squares; 0 where C = 0."""
     mean = tl.div_rn(sum_d, count(elements))
     return tl.where(c == 0.0, 0.0, -(k * mean) - c0)
 
 
 @jit
 def philox(q_low, q_high, step, key0, key1):
-    """Philox4x32-10 of the counter (q_low, q_high, step, 0): four uint32 blocks."""
+    """Computes Philox4x32-10 of the counter (q_low, q_high, step, 0): four uint32 blocks."""
     c0 = q_low
     c1 = tl.zeros_like(c0) + q_high
     c2 = tl.zeros_like(c0) + step
     c3 = tl.zeros_like(c0)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS_C):
         # One 32 x 32 -> 64 bit product a line; its halves are the high and low words.
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        p0 = c0.to(tl.uint64) * M0_C
+        p1 = c2.to(tl.uint64) * M1_C
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ key0
         c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1
         c1 = p1.to(tl.uint32)
         c3 = p0.to(tl.uint32)
-        key0 = (key0 + 0x9E3779B9).to(tl.uint32)
-        key1 = (key1 + 0xBB67AE85).to(tl.uint32)
+        key0 = (key0 + W0_C).to(tl.uint32)
+        key1 = (key1 + W1_C).to(tl.uint32)
     return c0, c1, c2, c3
 
 
 @jit
 def box_muller(radius, angle):
-    """Two normals from two words; the polynomials of philox.py."""
+    """Makes two normals of two words, by the polynomials of philox.py."""
     b_u = radius.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     bits = b_u.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
@@ -295,7 +341,7 @@ def box_muller(radius, angle):
 
 @jit
 def normals(q_start, seed, step):
-    """LANES normals of the quads q_start, q_start + 1, ...; q_start a multiple of QUADS."""
+    """Draws LANES normals: the quads from q_start on, a multiple of QUADS."""
     # The low ten bits of the block's first quad are zero, so adding the lane never carries.
     q_low = q_start.to(tl.uint32) + tl.arange(0, QUADS_C).to(tl.uint32)
     q_high = (q_start >> 32).to(tl.uint32)
@@ -312,7 +358,7 @@ def normals(q_start, seed, step):
 def residual(
     v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED: tl.constexpr
 ):
-    """(v, d) of one chunk: the velocity and x' - mu."""
+    """Loads one chunk and returns (v, d): the velocity and x' - mu."""
     b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
     b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
     return b_v, load(prev_ptr + base, o_lane, remaining) - b_mu
@@ -320,7 +366,7 @@ def residual(
 
 @jit
 def term(c, b_x):
-    """c x, 0 where c is 0: there x may be infinite or NaN."""
+    """Returns c x, and 0 where c is 0: there x may be infinite or NaN."""
     return tl.where(c == 0.0, 0.0, c * b_x)
 
 
@@ -329,7 +375,7 @@ def store_gradient(
     dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
     GUIDED: tl.constexpr, UNCOND_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dv, or w dv and (1 - w) dv, rounded once. du_ptr may be None."""
+    """Stores dv, or w dv and (1 - w) dv, rounded once. du_ptr may be None."""
     if UNCOND_GRAD:
         b_du = narrow(b_dv * uncond_scale, du_ptr.dtype.element_ty)
         store(du_ptr + base, o_lane, remaining, b_du)
@@ -342,7 +388,7 @@ def store_gradient(
 def finish_kernel(
     sums_ptr,  # [B, blocks]
     log_prob_ptr,  # [B]
-    table_ptr,  # [R, COLUMNS]
+    table_ptr,  # [R, columns]
     step_ptr,  # [B]
     elements,
     num_steps,
@@ -350,11 +396,11 @@ def finish_kernel(
     num_blocks,
     WIDTH: tl.constexpr,
 ):
-    """log_prob of a row from its block sums; one program a row."""
+    """Writes log_prob of a row from its block sums; one program a row."""
     row = tl.program_id(0)
     step = tl.load(step_ptr + row * step_stride)
     total = ordered_sum(sums_ptr + row.to(tl.int64) * num_blocks, num_blocks, WIDTH)
-    k = coefficient(table_ptr, step, num_steps, 3)
-    c0 = coefficient(table_ptr, step, num_steps, 4)
-    c = coefficient(table_ptr, step, num_steps, 2)
+    k = coefficient(table_ptr, step, num_steps, COL_K)
+    c0 = coefficient(table_ptr, step, num_steps, COL_C0)
+    c = coefficient(table_ptr, step, num_steps, COL_C)
     tl.store(log_prob_ptr + row, score(total, elements, k, c0, c))

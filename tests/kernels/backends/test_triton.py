@@ -14,9 +14,6 @@ import pytest
 import torch
 
 from flowgrpo_kernels import (
-    _grpo_kernels,
-    _ops,
-    _triton,
     grpo_loss,
     initial_noise,
     log_prob,
@@ -24,9 +21,11 @@ from flowgrpo_kernels import (
     reference,
     sde_step,
 )
+from flowgrpo_kernels.backends import dispatch, triton
+from flowgrpo_kernels.grpo_loss import grpo_loss_totals_kernel
 
 pytestmark = pytest.mark.skipif(
-    not (_ops._interpreting() and _ops.backends()["triton"]["available"]),
+    not (triton.interpreting() and dispatch.backends()["triton"]["available"]),
     reason="needs Triton and TRITON_INTERPRET=1",
 )
 PAIRS = list(itertools.product(oracle.DTYPES, oracle.DTYPES))
@@ -34,9 +33,9 @@ PAIRS = list(itertools.product(oracle.DTYPES, oracle.DTYPES))
 
 def both(function):
     """function() on Triton and on the reference."""
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         mine = function()
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         return mine, function()
 
 
@@ -103,7 +102,7 @@ def test_loss(guided, guard, shape, dtype):
     """All of the loss; only what passes through exp may differ, by a few ulp."""
     b = oracle.batch(2, shape, dtype)
     transitions = oracle.make("flow_sde")
-    with _ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         x_prev, old = sde_step(b.old, b.sample, transitions, b.step, seeds=b.seeds)
     half = {"ref_uncond_velocity": b.old, "guidance_scale": 2.0, "uncond_grad": True}
 
@@ -135,14 +134,14 @@ def test_second_passes(count):
     one, table = torch.zeros(1, dtype=torch.int64), oracle.make("flow_sde").table
     lp = torch.empty(1)
     sizes = (4096 * count, table.shape[0], 1, count)
-    launch = _triton.finish_kernel[(1,)]
-    launch(terms, lp, table, one, *sizes, **_triton.second_pass(count))
+    launch = triton.finish_kernel[(1,)]
+    launch(terms, lp, table, one, *sizes, **triton.second_pass(count))
     c, k, c0 = table[0, 2:5]
     assert c > 0 and torch.equal(lp[0], -(k * (expected[0] / (4096 * count))) - c0)
 
     loss, policy, kl, fraction = (torch.empty(()) for _ in range(4))
-    launch = _grpo_kernels._totals_kernel[(1,)]
-    launch(terms, loss, policy, kl, fraction, 0.25, count, REF=True, **_triton.ONE_WARP)
+    launch = grpo_loss_totals_kernel[(1,)]
+    launch(terms, loss, policy, kl, fraction, 0.25, count, REF=True, **triton.ONE_WARP)
     means = expected / count
     assert torch.equal(torch.stack((policy, kl, fraction)), means)
     assert torch.equal(loss, means[0] + 0.25 * means[1])
@@ -151,7 +150,7 @@ def test_second_passes(count):
 def test_on_policy_ratio():
     b = oracle.batch(2, (3, 5, 7), torch.bfloat16)
     transitions = oracle.make("flow_sde")
-    with _ops.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         out, lp = sde_step(b.velocity, b.sample, transitions, b.step, seeds=b.seeds)
         args = (b.velocity, b.sample, out, lp, b.advantages, transitions, b.step)
         assert grpo_loss(*args, old_velocity=b.velocity).ratio.eq(1.0).all()
@@ -168,7 +167,7 @@ def test_edges():
 
     def unknowable():
         out, lp = torch.zeros(3, 4), torch.zeros(3)
-        _ops.op("sde_step")(
+        dispatch.op("sde_step")(
             b.velocity, None, 1.0, b.sample, transitions.table, step, b.seeds, None, out, lp
         )
         return out.isnan(), lp.isnan()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
-from .._ops import FLOAT_DTYPES
+from ..checks import FLOAT_DTYPES, check_tensor
 
 
 def check_float(name: str, value, like: Tensor | None = None, like_name: str = "x") -> None:
-    """A float tensor on the device of `like`; float64 exactly when `like` is."""
+    """Checks a float tensor on the device of `like`; float64 exactly when `like` is."""
     check_tensor(name, value)
     dtype = value.dtype
     if dtype not in FLOAT_DTYPES and dtype != torch.float64:
@@ -27,14 +26,14 @@ def check_float(name: str, value, like: Tensor | None = None, like_name: str = "
 
 
 def check_tokens(name: str, value) -> None:
-    """A float tensor [B, N, D] with D > 0."""
+    """Checks a float tensor [B, N, D] with D > 0."""
     check_float(name, value)
     if value.ndim != 3 or value.shape[2] == 0:
         raise ValueError(f"{name} must be [B, N, D] with D > 0, got {list(value.shape)}")
 
 
 def check_same(name: str, value, x: Tensor) -> None:
-    """A float tensor of the shape of x."""
+    """Checks a float tensor of the shape of x."""
     check_float(name, value, x)
     if value.shape != x.shape:
         raise ValueError(
@@ -43,7 +42,7 @@ def check_same(name: str, value, x: Tensor) -> None:
 
 
 def check_row(name: str, value, x: Tensor) -> None:
-    """A float tensor [B, D], one row for all tokens of a sample."""
+    """Checks a float tensor [B, D], one row for all tokens of a sample."""
     check_float(name, value, x)
     if value.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
@@ -52,7 +51,7 @@ def check_row(name: str, value, x: Tensor) -> None:
 
 
 def pair(name: str, value, meaning: str) -> tuple:
-    """The two values of an optional pair; (None, None) without one."""
+    """Returns the two values of an optional pair; (None, None) without one."""
     if value is None:
         return None, None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -61,6 +60,7 @@ def pair(name: str, value, meaning: str) -> tuple:
 
 
 def check_eps(eps) -> None:
+    """Checks a positive number."""
     if isinstance(eps, (bool, Tensor)) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps > 0:
@@ -68,5 +68,5 @@ def check_eps(eps) -> None:
 
 
 def needs_grad(*values: Tensor | None) -> bool:
-    """Whether a backward will come through one of the tensors."""
+    """Tells whether a backward will come through one of the tensors."""
     return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in values)

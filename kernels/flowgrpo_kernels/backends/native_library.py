@@ -1,6 +1,6 @@
-"""The compiled CPU library: finding, checking and opening it, and its argument struct.
+"""Native library: how it is found, checked and opened, and its argument struct.
 
-Installing builds `libflowgrpo_native` from kernels/csrc beside this file and writes
+Installing builds `libflowgrpo_native` from kernels/csrc into the package folder and writes
 `_native_build.json`, which says how it was built or why it was not. The library is plain C (ctypes;
 neither libtorch nor libpython), so one build serves every torch and Python.
 
@@ -22,11 +22,13 @@ from typing import Any
 ABI = 2
 ISAS = ("baseline", "avx2", "avx512")
 BUILD_INFO = "_native_build.json"
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder that the library is installed into."""
 _AGAIN = "install flowgrpo again to rebuild it"
 
 
 class NativeError(RuntimeError):
-    """The native library cannot be used; the message says why and what to do."""
+    """Raised when the native library cannot be used; the message says why and what to do."""
 
 
 class NativeTensor(ctypes.Structure):
@@ -39,17 +41,15 @@ class NativeTensor(ctypes.Structure):
     )
 
 
-_TENSORS = (
-    *("velocity", "uncond_velocity", "sample", "prev_sample", "noise", "ref_velocity"),
-    *("ref_uncond_velocity", "old_velocity", "grad_velocity", "grad_uncond_velocity"),
-)
-_ROWS = (
-    *("old_log_prob", "advantages", "row_weight", "kl_row_weight", "grad", "log_prob", "ratio"),
-    *("coefs", "loss", "policy_loss", "kl", "clip_fraction"),
-)
-_SCALARS = (
-    *("guidance_scale", "uncond_scale", "kl_weight", "ratio_low", "ratio_high", "adv_clip"),
-)
+_LATENTS = (
+    "velocity", "uncond_velocity", "sample", "prev_sample", "noise", "ref_velocity",
+    "ref_uncond_velocity", "old_velocity", "grad_velocity", "grad_uncond_velocity",
+)  # fmt: skip
+_VECTORS = (
+    "old_log_prob", "advantages", "row_weight", "kl_row_weight", "grad", "log_prob", "ratio",
+    "coefs", "loss", "policy_loss", "kl", "clip_fraction",
+)  # fmt: skip
+_SCALARS = ("guidance_scale", "uncond_scale", "kl_weight", "ratio_low", "ratio_high", "adv_clip")
 
 
 class NativeArgs(ctypes.Structure):
@@ -62,14 +62,14 @@ class NativeArgs(ctypes.Structure):
         ("table_columns", ctypes.c_int64),
         ("step", ctypes.c_void_p),
         ("seeds", ctypes.c_void_p),
-        *((name, NativeTensor) for name in _TENSORS),
-        *((name, ctypes.c_void_p) for name in _ROWS),
+        *((name, NativeTensor) for name in _LATENTS),
+        *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, ctypes.c_float) for name in _SCALARS),
     )
 
 
 def _source_digest(csrc: Path) -> str | None:
-    """Digest of the sources as in setup.py, None where there is no source tree."""
+    """Computes the digest of the sources as setup.py does; None where there is no source tree."""
     cmake = csrc.parents[1] / "CMakeLists.txt"
     if not csrc.is_dir() or not cmake.is_file():
         return None
@@ -78,6 +78,7 @@ def _source_digest(csrc: Path) -> str | None:
 
 
 def _build_info(folder: Path) -> dict[str, Any]:
+    """Reads the facts of the build; NativeError when there is no library."""
     path = folder / BUILD_INFO
     try:
         info = json.loads(path.read_text())
@@ -109,14 +110,14 @@ def load(folder: Path) -> tuple[ctypes.CDLL, dict[str, Any]]:
         raise NativeError(f"the native library {path} is older than kernels/csrc; {_AGAIN}")
     try:
         library = ctypes.CDLL(str(path))
-        found = (library.flowgrpo_native_abi(), library.flowgrpo_native_args_size())
+        abi, size = library.flowgrpo_native_abi(), library.flowgrpo_native_args_size()
         library.flowgrpo_native_version.restype = ctypes.c_char_p
         version = library.flowgrpo_native_version().decode()
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path} cannot be loaded ({error}); {_AGAIN}") from None
-    if found != (ABI, ctypes.sizeof(NativeArgs)) or version != info.get("version"):
+    if (abi, size) != (ABI, ctypes.sizeof(NativeArgs)) or version != info.get("version"):
         raise NativeError(
-            f"{path} has ABI {found[0]} ({found[1]} bytes) and version {version}, "
+            f"{path} has ABI {abi} ({size} bytes) and version {version}, "
             f"expected ABI {ABI} ({ctypes.sizeof(NativeArgs)} bytes) and {info.get('version')}; "
             f"{_AGAIN}"
         )
@@ -124,29 +125,31 @@ def load(folder: Path) -> tuple[ctypes.CDLL, dict[str, Any]]:
     return library, info
 
 
-def select(library: ctypes.CDLL, wanted: str) -> str:
+def select(library: ctypes.CDLL, isa: str) -> str:
+    """Selects an instruction set ("" or "auto": the best of this CPU); returns the one in use."""
     best = library.flowgrpo_native_isa_best()
-    if wanted in ("", "auto"):
+    if isa in ("", "auto"):
         return ISAS[library.flowgrpo_native_isa_select(best)]
-    if wanted not in ISAS:
-        raise NativeError(f"FLOWGRPO_NATIVE_ISA must be one of {ISAS} or auto, got {wanted!r}")
-    if ISAS.index(wanted) > best:
-        raise NativeError(f"FLOWGRPO_NATIVE_ISA={wanted}: this CPU goes up to {ISAS[best]}")
-    return ISAS[library.flowgrpo_native_isa_select(ISAS.index(wanted))]
+    if isa not in ISAS:
+        raise NativeError(f"FLOWGRPO_NATIVE_ISA must be one of {ISAS} or auto, got {isa!r}")
+    if ISAS.index(isa) > best:
+        raise NativeError(f"FLOWGRPO_NATIVE_ISA={isa}: this CPU goes up to {ISAS[best]}")
+    return ISAS[library.flowgrpo_native_isa_select(ISAS.index(isa))]
 
 
 @functools.cache
 def state() -> tuple[ctypes.CDLL | None, dict[str, Any], str]:
-    """(library, facts, why not), decided once."""
+    """Loads the library once; (library, facts of its build, why there is none)."""
     try:
-        library, facts = load(Path(__file__).resolve().parent)
-        wanted = os.environ.get("FLOWGRPO_NATIVE_ISA", "").strip().lower()
-        return library, {**facts, "isa": select(library, wanted)}, ""
+        library, facts = load(PACKAGE)
+        isa = os.environ.get("FLOWGRPO_NATIVE_ISA", "").strip().lower()
+        return library, {**facts, "isa": select(library, isa)}, ""
     except NativeError as error:
         return None, {}, str(error)
 
 
 def library() -> ctypes.CDLL:
+    """Returns the loaded library, or raises NativeError."""
     loaded, _, why = state()
     if loaded is None:
         raise NativeError(why)

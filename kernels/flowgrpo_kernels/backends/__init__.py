@@ -1,0 +1,10 @@
+"""Backends: the implementations of an op, and the choice between them.
+
+    dispatch.py         the table of ops, their registration with torch, the choice of a backend
+    triton.py           Triton: availability, launching, device functions that the kernels share
+    native.py           the compiled CPU library: one function an op
+    native_library.py   finding, checking and opening that library
+    info.py             backend_info(): what runs where, and why
+
+The plain PyTorch backend is ../reference.py (and ../blocks/reference.py).
+"""

@@ -1,0 +1,237 @@
+"""Dispatch: the table of ops, their registration with torch.library, the choice of a backend.
+
+    FLOWGRPO_KERNELS = auto        the first backend of ORDER that runs the op; the default
+                     = triton      Triton, or an error (CPU tensors only in Triton's interpreter)
+                     = native      the native CPU library, or an error
+                     = reference   reference.py everywhere
+
+float64 inputs always run on the reference: it is the oracle. The first call on a device type logs
+one line that says which backend runs and why; a fallback is a warning. The variable is read once.
+
+To add an op:
+1. Write its reference in ../reference.py (a subpackage has its own): plain PyTorch, any float
+   dtype. Its arguments and results are those of every backend.
+2. In a file of its own, call `define(name, schema, reference, fake)`. It registers the op and
+   returns what the public function calls.
+3. Put the Triton launcher into the same file, under `@triton.launcher(name)`.
+4. Write a function of the same name into native.py, and name it in native.OPS. An op without one
+   is defined with `backends=("triton",)`: then CPU tensors run on the reference without a warning.
+
+To add a backend: a module of this folder with two functions, a line in BACKENDS, and its name in
+ORDER for each type of device, before the backends that it outruns.
+
+    find(op, device_type) -> (function, "") or (None, why not)
+    status() -> (available, reason)          reason: what was loaded, or why nothing was
+
+A backend's functions get checked tensors, `seeds` and `step` as int64 [B] (`step` of any stride),
+and the buffers to write of an op that writes. Triton's get contiguous tensors unless the op was
+defined with any_strides.
+
+NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native, triton
+
+NAMESPACE = "flowgrpo"
+BACKENDS = {"triton": triton, "native": native}
+CHOICES = ("auto", *BACKENDS, "reference")
+# Best first, by the type of device that the tensors are on.
+ORDER = {
+    "cpu": ("native", "reference"),
+    "cuda": ("triton", "reference"),  # ROCm devices have this name, too
+}
+# On another device the reference runs, after a warning that says what Triton asks for.
+OTHER_DEVICES = ("triton", "reference")
+
+log = logging.getLogger("flowgrpo_kernels")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its schema, its reference, and the backends that are meant to implement it."""
+
+    name: str
+    schema: str
+    reference: Callable
+    backends: tuple[str, ...]
+
+
+OPS: dict[str, Op] = {}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_requested = os.environ.get("FLOWGRPO_KERNELS", "auto").strip().lower() or "auto"
+# (op, device type) -> (backend, function), filled by the first call.
+_chosen: dict[tuple[str, str], tuple[str, Callable]] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    *,
+    backends: tuple[str, ...] = tuple(BACKENDS),
+    any_strides: bool = False,
+):
+    """Registers an op and returns its overload.
+
+    schema: arguments and results in the language of torch.library, without the name. The argument
+    `sample`, or else the first, chooses the backend by its device and dtype.
+    fake: the op on tensors without memory: shapes, dtypes and devices of the results.
+    backends: those that are meant to implement it, beside the reference.
+    any_strides: Triton's launcher, too, reads tensors as they are.
+    """
+    OPS[name] = Op(name, schema, reference, (*backends, "reference"))
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, _implementation(OPS[name], any_strides), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return op(name)
+
+
+def op(name: str):
+    """Looks up an op's overload, as the public functions call it."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _implementation(op: Op, any_strides: bool) -> Callable:
+    """Makes the op's body for every device, which calls the chosen backend.
+
+    Triton's kernels get contiguous tensors; the others take any strides, and the native one reads
+    rows of any distance, such as latents[:, i] of a trajectory, where they lie. An op that writes
+    into a buffer reads copies, since its inputs may lie around that buffer. One step for all rows
+    stays a view of stride 0: a copy would be a launch of its own.
+    """
+    arguments = torch._C.parse_schema(op.name + op.schema).arguments
+    names = [argument.name for argument in arguments]
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    chooser = names.index("sample") if "sample" in names else 0
+    copied = [i for i, name in enumerate(names) if name != "step"]
+
+    def contiguous(args: tuple) -> tuple:
+        for i in copied:
+            x = args[i]
+            if isinstance(x, Tensor) and not x.is_contiguous():
+                args = (*args[:i], x.contiguous(), *args[i + 1 :])
+        return args
+
+    def run(*args):
+        x = args[chooser]
+        backend, function = "reference", op.reference
+        if x.dtype != torch.float64:
+            backend, function = _resolve(op.name, x.device.type)
+        if written or (backend == "triton" and not any_strides):
+            results = function(*contiguous(args))
+        else:
+            results = function(*args)
+        # Backends write through pointers: without this, autograd would take what a backward has
+        # saved of a buffer for unchanged.
+        if written:
+            torch.autograd.graph.increment_version([args[i] for i in written])
+        return results
+
+    run.__name__ = op.name
+    return run
+
+
+def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
+    key = (name, device_type)
+    choice = _chosen.get(key)
+    if choice is None:
+        choice = _chosen[key] = _choose(OPS[name], device_type)
+    return choice
+
+
+def _find(backend: str, op: Op, device_type: str) -> tuple[Callable | None, str]:
+    """(function, "") when the backend runs the op on this type of device, else (None, why not)."""
+    if backend == "reference":
+        return op.reference, ""
+    return BACKENDS[backend].find(op.name, device_type)
+
+
+def _choose(op: Op, device_type: str) -> tuple[str, Callable]:
+    """Chooses the backend and the function that run an op on a type of device, and logs it."""
+    if _requested not in CHOICES:
+        raise RuntimeError(f"FLOWGRPO_KERNELS must be one of {CHOICES}, got {_requested!r}")
+    if _requested != "auto":
+        function, why = _find(_requested, op, device_type)
+        if function is None:
+            raise RuntimeError(
+                f"FLOWGRPO_KERNELS={_requested} cannot run {op.name} on {device_type}: {why}; "
+                "use FLOWGRPO_KERNELS=auto to fall back"
+            )
+        log_once(logging.INFO, f"{device_type} tensors run on {_requested} (FLOWGRPO_KERNELS)")
+        return _requested, function
+    obstacles: list[str] = []
+    for backend in ORDER.get(device_type, OTHER_DEVICES):
+        # A backend that is not meant to have the op is no reason for a warning.
+        if backend not in op.backends:
+            continue
+        function, why = _find(backend, op, device_type)
+        if function is not None:
+            break
+        obstacles.append(why)
+    if obstacles:
+        title = "the PyTorch reference" if backend == "reference" else backend
+        line = f"{device_type} tensors fall back to {title}: {'; '.join(obstacles)}"
+        log_once(logging.WARNING, line)
+    else:
+        log_once(logging.INFO, f"{device_type} tensors run on {backend}")
+    return backend, function
+
+
+@functools.cache
+def log_once(level: int, line: str) -> None:
+    """Logs a line the first time it is said; log_once.cache_clear() forgets what was said."""
+    log.log(level, line)
+
+
+def requested() -> str:
+    """Returns the value of FLOWGRPO_KERNELS that holds now."""
+    return _requested
+
+
+def request(name: str) -> None:
+    """Makes ops behave as under FLOWGRPO_KERNELS=name from now on. For tests and benchmarks."""
+    global _requested
+    _requested = name
+    _chosen.clear()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes ops behave as under FLOWGRPO_KERNELS=name within the block."""
+    before = _requested
+    request(name)
+    try:
+        yield
+    finally:
+        request(before)
+
+
+def backends() -> dict[str, dict[str, object]]:
+    """Collects {backend: {"available": bool, "reason": str}} for backend_info()."""
+    facts = {name: backend.status() for name, backend in BACKENDS.items()}
+    facts["reference"] = True, "PyTorch"
+    return {
+        name: {"available": available, "reason": reason}
+        for name, (available, reason) in facts.items()
+    }
+
+
+def backend_of(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """Returns the name of the backend that runs an op on a type of device."""
+    if dtype == torch.float64:
+        return "reference"
+    return _resolve(name, device_type)[0]
