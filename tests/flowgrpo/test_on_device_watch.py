@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import models
-    import on_meta
-    import ours
-    from cases import Case
-finally:
-    sys.path.remove(str(BENCHMARKS))
+from measuring import on_meta
+from models import configurations
+from models.cases import Case
+from providers import ours
 
 
 def device(*shape, dtype=torch.float32):
@@ -122,10 +115,10 @@ def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
     """The mutations that test_on_device.py is there for."""
     from flowgrpo import losses
 
-    provider_case = Case(models.TINY_SD3, 2, 3, window=1)
+    provider_case = Case(configurations.TINY_SD3, 2, 3, window=1)
     with on_meta.watching() as watch:
         provider = ours.Ours(provider_case, "meta")
-        policy = provider.parts.policy
+        policy = provider.components.policy
         own = type(policy)._velocity
 
         def reading(self, sample, sigma, conditioning):

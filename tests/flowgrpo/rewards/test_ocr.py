@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 import torch
-from renders import renders
 
+from experiments.ocr_renders import renders
 from flowgrpo import data, prompts
 from flowgrpo.rewards import RewardError, load
 from flowgrpo.rewards.images import to_pil
@@ -66,7 +66,7 @@ CHOSEN = (0, 5, 7, 10, 14, 15, 18, 21)
 
 
 def test_clean_renders_are_read_and_others_are_not(monkeypatch):
-    """The bounds of the project; benchmarks/ocr.py measures them on some hundred renders."""
+    """The bounds of the project; `python benchmarks ocr` measures them on some hundred renders."""
     pytest.importorskip("rapidocr")
     lines = list(prompts.load(str(data.folder("ocr")), "heldout").texts[:24])
     texts = [quoted_text(line) for line in lines]
