@@ -69,6 +69,8 @@ ACCESSES = {
 
 
 class Case(NamedTuple):
+    """An op on a model's tokens at one batch size, forward or both passes."""
+
     op: str
     name_of_model: str
     model: Model
@@ -81,6 +83,7 @@ class Case(NamedTuple):
         return f"{self.op} {self.name_of_model} b{self.batch} {what}"
 
     def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that must move, by ACCESSES."""
         elements = self.batch * sum(self.model.tokens) * self.model.width
         return elements * dtype.itemsize * sum(ACCESSES[self.op][: 1 + self.backward])
 

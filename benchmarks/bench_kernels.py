@@ -63,6 +63,8 @@ STEP, SCALE, BETA = 4, 4.5, 0.04
 
 
 class Case(NamedTuple):
+    """An op on latents of one shape, batch size and pair of dtypes."""
+
     op: str
     model: str
     shape: tuple[int, ...]
@@ -76,6 +78,7 @@ class Case(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes that must move, by the table above."""
         v, x = DTYPES[self.velocity].itemsize, DTYPES[self.sample].itemsize
         per_element = {
             "step": v + 2 * x,

@@ -155,6 +155,7 @@ def single_pass(v, x, x_prev, old, adv, transitions, step, ref, beta, clip, loss
 
 
 def inputs(rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
+    """Arguments of both forms of the loss: a rollout step and a velocity near its own."""
     torch.manual_seed(0)
     transitions = flow_sde([1 - i / 10 for i in range(11)]).to(device)
     v, x = (torch.randn(rows, *shape, device=device) for _ in range(2))
@@ -165,6 +166,7 @@ def inputs(rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
 
 
 def two_passes(v, x, out, old, adv, transitions, step, ref, beta, clip):
+    """(grpo_loss's result, gradient in v)."""
     leaf = v.detach().requires_grad_()
     result = grpo_loss(
         leaf, x, out, old, adv, transitions, step, ref_velocity=ref, kl_weight=beta, clip_range=clip

@@ -120,9 +120,11 @@ class SuiteRun:
         self.write()
 
     def row(self, case: str, provider: str, metric: str, value: float, unit: str) -> None:
+        """Add a row to the record."""
         self.rows.append(records.row(self.suite, case, provider, metric, value, unit))
 
     def write(self) -> None:
+        """Write the record, and the profiles' tables beside it."""
         facts = {"failures": self.failures, "skipped": self.skipped}
         records.write(records.record(self.rows, self.device, **facts), self.out)
         if self.texts:

@@ -17,6 +17,8 @@ BETA = 0.04
 
 @dataclass(frozen=True)
 class Case:
+    """One forward geometry, and the steps and chunks of an iteration with it."""
+
     model: Model
     batch: int
     steps: int
@@ -45,6 +47,7 @@ class Case:
 
     @property
     def trained_steps(self) -> int:
+        """Steps of a row that an update trains; 0.99 is flow_grpo's timestep_fraction."""
         return self.window or int(self.steps * 0.99)
 
     @property

@@ -29,6 +29,7 @@ class Forward(NamedTuple):
 
     @property
     def backward(self) -> int:
+        """Operations of the backward pass for adapters of a frozen model."""
         return self.linear + 2 * self.attention
 
 

@@ -1,1 +1,1 @@
-"""What a suite compares: this project, and flow_grpo's code in its eager and its compiled form."""
+"""Providers that a suite compares: this project, and flow_grpo's code, eager and compiled."""

@@ -69,6 +69,7 @@ class Setting:
 
     @property
     def embeds(self) -> torch.dtype:
+        """Type of the prompts' embeddings."""
         return self.autocast or self.weights
 
 
@@ -243,6 +244,7 @@ class FlowGrpoBaseline:
 
     @property
     def window(self) -> range:
+        """Trained steps."""
         return range(self.case.trained_steps)
 
     @torch.no_grad()

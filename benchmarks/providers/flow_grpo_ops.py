@@ -36,10 +36,12 @@ class Scheduler:
         self.timesteps = self.sigmas[:-1] * 1000.0
 
     def index_for_timestep(self, timestep: Tensor) -> int:
+        """Step of a timestep: two waits for a GPU."""
         indices = (self.timesteps == timestep).nonzero()
         return indices[1 if len(indices) > 1 else 0].item()
 
     def lookup(self, timestep: Tensor, ndim: int) -> Sigmas:
+        """Sigmas of the steps of timestep [B], for samples of `ndim` dimensions."""
         index = [self.index_for_timestep(t) for t in timestep]
         prev_index = [i + 1 for i in index]
         shape = (-1, *([1] * (ndim - 1)))

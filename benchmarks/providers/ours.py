@@ -93,9 +93,11 @@ class Ours:
         self.conditioning = self.components.policy.encode(self.prompts.texts)
 
     def rollout(self) -> Trajectory:
+        """The latents of all steps of all rows."""
         return train.collect(self.components, self.conditioning, self.config)
 
     def decode(self, trajectory: Trajectory) -> Tensor:
+        """uint8 images [B, 3, H, W] of the last latents."""
         chunks = trajectory.latents[-1].split(self.case.batch)
         return torch.cat([self.components.policy.decode(latents) for latents in chunks])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -41,3 +42,24 @@ def test_the_page_of_registers_is_that_of_its_record(tmp_path, monkeypatch, caps
 def test_the_command_of_a_record(script, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(records.BENCHMARKS / script), "--cases", "sd3-512 b16"])
     assert json.loads(json.dumps(records.record([], "cpu")))["command"] == command
+
+
+@pytest.mark.parametrize("name", ["README.md", "LOG.md", "results/nano/README.md"])
+def test_links_resolve(name):
+    page = records.BENCHMARKS / name
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    for target in targets:
+        assert (page.parent / target).exists(), target
+
+
+def test_the_log_names_the_files_of_the_runs():
+    """Each folder is in the table, each file or its pattern in the log."""
+    nano, log = records.RESULTS / "nano", (records.BENCHMARKS / "LOG.md").read_text("utf-8")
+    table = (nano / "README.md").read_text(encoding="utf-8")
+    for folder in nano.iterdir():
+        if folder.is_dir():
+            assert f"]({folder.name})" in table and f"`{folder.name}/" in log
+            for path in folder.iterdir():
+                pattern = re.sub(r"seed\d", "seed*", path.name)
+                assert folder.name == "default" or path.name in log or pattern in log, path
