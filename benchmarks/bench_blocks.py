@@ -5,7 +5,7 @@
 
 Cases: an op, a model at 512 x 512 with its own tokens, a batch, and what is run: `forward` as in a
 rollout (no gradient), or `both` passes, with the gradients that adapters need (of tokens, not of
-modulation or weights). All in bfloat16 on a GPU.
+modulation or weights). In bfloat16 on a GPU, in float32 on a CPU.
 
     norm    LN(x) (1 + scale) + shift on all tokens; norm-second: two outputs, as in SD3.5-medium
     gate    x + gate y; gate-second: two branches
@@ -28,19 +28,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import bench_kernels
-import measure
-import records
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
+from measuring import memory, timers
+from reporting import records
 
 
 class Model(NamedTuple):
-    """Tokens of the two streams in the model's order, width, heads, rotary or not, ops."""
+    """Sizes of a model, tokens of both streams in its order, and the ops that it has."""
 
     tokens: tuple[int, int]
     width: int
@@ -70,6 +69,8 @@ ACCESSES = {
 
 
 class Case(NamedTuple):
+    """An op on a model's tokens at one batch size, forward or both passes."""
+
     op: str
     name_of_model: str
     model: Model
@@ -82,12 +83,13 @@ class Case(NamedTuple):
         return f"{self.op} {self.name_of_model} b{self.batch} {what}"
 
     def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that must move, by ACCESSES."""
         elements = self.batch * sum(self.model.tokens) * self.model.width
         return elements * dtype.itemsize * sum(ACCESSES[self.op][: 1 + self.backward])
 
 
 class Buffers:
-    """One set of what a case reads, and a copy of its bytes."""
+    """Tensors that a case reads, and a copy of as many bytes as it moves."""
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype, seed: int) -> None:
         g = torch.Generator(device).manual_seed(seed)
@@ -119,12 +121,13 @@ class Buffers:
 
 
 def ours(case: Case, b: Buffers) -> tuple[Tensor, ...]:
+    """The fused op of a case."""
     scale, shift, scale2, shift2, *_ = b.rows
     second = case.op.endswith("second")
     if case.op.startswith("norm"):
         pair = (scale2, shift2) if second else None
-        found = norm_modulate(b.leaves[0], scale, shift, second=pair)
-        return found if second else (found,)
+        outputs = norm_modulate(b.leaves[0], scale, shift, second=pair)
+        return outputs if second else (outputs,)
     if case.op.startswith("gate"):
         pair = (shift, b.leaves[2]) if second else None
         return (gated_residual(b.leaves[0], scale, b.leaves[1], second=pair),)
@@ -133,7 +136,7 @@ def ours(case: Case, b: Buffers) -> tuple[Tensor, ...]:
 
 
 def eager(case: Case, b: Buffers) -> tuple[Tensor, ...]:
-    """As diffusers' AdaLayerNorm modules, transformer blocks and attention processors have it."""
+    """The ops in diffusers' AdaLayerNorm modules, transformer blocks and attention processors."""
     scale, shift, scale2, shift2, *_ = b.rows
     if case.op.startswith("norm"):
         h = b.norm(b.leaves[0])
@@ -144,12 +147,14 @@ def eager(case: Case, b: Buffers) -> tuple[Tensor, ...]:
     if case.op.startswith("gate"):
         out = b.leaves[0] + scale.unsqueeze(1) * b.leaves[1]
         return (out if case.op == "gate" else out + shift.unsqueeze(1) * b.leaves[2],)
-    parts = [part.unflatten(-1, (case.model.heads, -1)) for part in b.leaves]
-    joined = torch.cat([norm(part) for norm, part in zip(b.rms, parts, strict=True)], dim=1)
+    heads = [tokens.unflatten(-1, (case.model.heads, -1)) for tokens in b.leaves]
+    joined = torch.cat([norm(h) for norm, h in zip(b.rms, heads, strict=True)], dim=1)
     return (joined if b.rotary is None else apply_rotary_emb(joined, b.rotary, sequence_dim=1),)
 
 
 def providers(case: Case, compiled: bool) -> dict[str, Callable[[Buffers], None]]:
+    """Name -> one call on a buffer set, with its backward pass where the case has one."""
+
     def run(function) -> Callable[[Buffers], None]:
         def call(b: Buffers) -> None:
             if case.backward:
@@ -160,26 +165,27 @@ def providers(case: Case, compiled: bool) -> dict[str, Callable[[Buffers], None]
 
         return call
 
-    found = {"ours": run(ours), "eager": run(eager)}
+    calls = {"ours": run(ours), "eager": run(eager)}
     if compiled:
         torch._dynamo.reset()
-        found["compile"] = run(torch.compile(eager, fullgraph=True, dynamic=False))
-    found["ceiling"] = lambda b: b.copy[0].copy_(b.copy[1])
-    return found
+        calls["compile"] = run(torch.compile(eager, fullgraph=True, dynamic=False))
+    calls["ceiling"] = lambda b: b.copy[0].copy_(b.copy[1])
+    return calls
 
 
-def timed(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
+def time_rows(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
+    """Rows of a case's times and bandwidths."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     moved = case.bytes(dtype)
     count = min(16, max(2, 250_000_000 // moved)) if device == "cuda" else 2
     sets = [Buffers(case, device, dtype, seed) for seed in range(count)]
     calls = providers(case, compiled)
     if device == "cuda":
-        replays = {name: bench_kernels._graph(call, sets)[0] for name, call in calls.items()}
-        times = measure.interleaved(replays, rounds, device)
+        replays = {name: timers.captured(call, sets).run for name, call in calls.items()}
+        times = timers.interleaved(replays, rounds, device)
         times = {name: [t / count for t in values] for name, values in times.items()}
     else:
-        times = bench_kernels.time_cpu(calls, sets, rounds)
+        times = timers.time_cpu(calls, sets, rounds)
     rows, line = [], []
     for name, values in times.items():
         t = statistics.median(values)
@@ -191,16 +197,17 @@ def timed(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
 
 
 def cases(smoke: bool, pattern: str) -> list[Case]:
-    """The largest batch first: what a limit of time cuts off are the others."""
+    """Cases whose name contains `pattern`. The largest batch comes first: a limit of time cuts off
+    the others."""
     models, batches = (SMOKE, (2,)) if smoke else (MODELS, BATCHES)
-    found = [
+    every_case = [
         Case(op, name, model, batch, backward)
         for batch in batches
         for name, model in models.items()
         for op in model.ops
         for backward in (False, True)
     ]
-    return [case for case in found if pattern in case.name]
+    return [case for case in every_case if pattern in case.name]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -226,16 +233,16 @@ def main(argv: list[str] | None = None) -> int:
     chosen = cases(args.smoke, args.cases)
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
-    out = records.place("blocks", args)
+    out = records.output_path("blocks", args)
 
     def rows_of(case: Case) -> list[dict]:
         compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
         try:
-            return timed(case, args.device, 2 if args.smoke else args.rounds, compiled)
+            return time_rows(case, args.device, 2 if args.smoke else args.rounds, compiled)
         finally:
-            measure.release(args.device)
+            memory.release(args.device)
 
-    return records.each(chosen, rows_of, out, args.device, args.budget)
+    return records.record_cases(chosen, rows_of, out, args.device, args.budget)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python benchmarks/bench_counted.py [--cases sd3.5-m] [--out RECORD]
 
-No GPU and no memory is needed: on_meta.py says what is counted and what is not. Cases: SD3.5-M and
-FLUX.1-dev, the geometries of suite `iteration` with one trained step of two, since peaks and counts
-a step do not depend on their number. Providers: `ours` by default, `ours-fused`,
+No GPU and no memory is needed: measuring/on_meta.py says what is counted and what is not. Cases:
+SD3.5-M and FLUX.1-dev, the geometries of suite `iteration` with one trained step of two, since
+peaks and counts a step do not depend on their number. Providers: `ours` by default, `ours-fused`,
 `ours-recomputed` (policy.gradient_checkpointing), `eager` (a lower bound, see on_meta.pretending;
 `compile` runs code that Inductor makes for a device, and cannot be counted). Text encoders are not
-in it. Rows: `counted_memory` (at most alive in an iteration, weights included), `counted_weights`
-(before it), `launches` (operations) and `waits` of a step of the rollout and of a micro-step
-without the optimizer's step, which is in neither. What a rollout does once is shared out over its
-two steps.
+in it. Rows: `counted_memory` (most bytes alive in an iteration, weights included),
+`counted_weights` (before it), `launches` (operations) and `waits` of a step of the rollout and of a
+micro-step without the optimizer's step, which is in neither. What a rollout does once is shared out
+over its two steps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cases
-import family
-import on_meta
-import ours
-import records
 import torch
-from cases import Case
+
+from measuring import on_meta
+from models import cases
+from models.cases import Case
+from providers import flow_grpo, ours
+from providers.flow_grpo import FlowGrpoBaseline
+from reporting import records
 
 SUITE = "counted"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -39,55 +40,55 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def chosen(parts: list[str]) -> list[Case]:
-    """The real models' cases of suite `iteration`, shortened, each geometry once."""
-    found = {}
+def chosen(patterns: list[str]) -> list[Case]:
+    """Cases of suite `iteration` on real models, shortened, each geometry once."""
+    geometries = {}
     for case in cases.iteration():
         short = replace(case, steps=2, window=1)
-        if case.model.name != "nano" and (not parts or any(p in short.name for p in parts)):
-            found[short.training_name] = short
-    return list(found.values())
+        if case.model.name != "nano" and (not patterns or any(p in short.name for p in patterns)):
+            geometries[short.training_name] = short
+    return list(geometries.values())
 
 
 def build(provider: str, case: Case) -> tuple[AbstractContextManager, Any]:
-    """(context in which it is counted, what makes the provider there)."""
+    """(context that counts, function that builds the provider inside it)."""
     if provider == "eager":
-        setting = family.setting(provider, case.model, "cpu")
+        setting = flow_grpo.setting(provider, case.model, "cpu")
 
-        def eager() -> family.Family:
-            made = family.Family(case.model, setting, "cpu")
-            made.prepare(case)
-            # Made when first asked for; here before anything is counted.
-            assert made.trained is made.serving
-            return made
+        def eager() -> FlowGrpoBaseline:
+            baseline = FlowGrpoBaseline(case.model, setting, "cpu")
+            baseline.prepare(case)
+            # Built when first asked for; here before anything is counted.
+            assert baseline.trained is baseline.serving
+            return baseline
 
         return on_meta.pretending(), eager
     return on_meta.watching(), lambda: ours.Ours(case, on_meta.DEVICE, **CHANGES[provider])
 
 
 def peak(make: Callable[[], Any], watch: on_meta.Watch) -> tuple[Any, int, int]:
-    """(what `make` makes, its bytes, bytes at most in its first iteration)."""
-    made = make()
+    """(the provider that `make` builds, its bytes, most bytes in its first iteration)."""
+    provider = make()
     watch.restart()
     weights = watch.live
-    made.iteration()
-    return made, weights, watch.most
+    provider.iteration()
+    return provider, weights, watch.most
 
 
-def count(provider: str, case: Case) -> dict[str, tuple[float, str]]:
-    """Metric -> (value, unit)."""
-    context, make = build(provider, case)
+def count(name: str, case: Case) -> dict[str, tuple[float, str]]:
+    """Metric -> (value, unit) of the provider `name`."""
+    context, make = build(name, case)
     with context as watch:
-        made, weights, memory = peak(make, watch)
-        # Once more, without what is made at the first call.
+        provider, weights, memory = peak(make, watch)
+        # Once more, without what only the first call allocates.
         watch.restart()
-        found = made.rollout()
+        trajectory = provider.rollout()
         rollout = watch.launches / case.steps, len(watch.waits)
         watch.restart()
-        inside, one = micro_step(made, found)
-        with inside:
+        accumulating, run = micro_step(provider, trajectory)
+        with accumulating:
             watch.restart()
-            one()
+            run()
             update = watch.launches, len(watch.waits)
     gib = 1 << 30
     return {
@@ -100,22 +101,20 @@ def count(provider: str, case: Case) -> dict[str, tuple[float, str]]:
     }
 
 
-def micro_step(made: Any, rollout: Any) -> tuple[AbstractContextManager, Callable[[], Any]]:
-    """(where an update does it, one forward and backward)."""
-    if isinstance(made, family.Family):
-        return nullcontext(), lambda: made.micro_step(rollout[0], 0)[0].backward()
+def micro_step(provider: Any, rollout: Any) -> tuple[AbstractContextManager, Callable[[], Any]]:
+    """(context of an update's micro-steps, function of one forward and backward)."""
+    if isinstance(provider, FlowGrpoBaseline):
+        return nullcontext(), lambda: provider.micro_step(rollout[0], 0)[0].backward()
     from flowgrpo import objectives, update
     from flowgrpo.records import Experience
 
-    parts, rows = made.parts, made.case.rows
-    values = [torch.ones(rows, device=on_meta.DEVICE) for _ in range(2)]
-    experience = Experience(rollout, made.conditioning, parts.uncond, *values)
-    experience = update.with_prepared_conditioning(parts.policy, parts.schedule, experience)
-    batch = objectives.gather_trained_steps(
-        parts.schedule, experience, slice(0, made.case.batch), range(1)
-    )
-    inputs = (batch, made.config, 1)
-    return parts.micro_step.accumulating(), lambda: parts.micro_step(*inputs)
+    components, rows = provider.components, slice(0, provider.case.batch)
+    values = [torch.ones(provider.case.rows, device=on_meta.DEVICE) for _ in range(2)]
+    experience = Experience(rollout, provider.conditioning, components.uncond, *values)
+    policy, schedule, micro_step = components.policy, components.schedule, components.micro_step
+    experience = update.with_prepared_conditioning(policy, schedule, experience)
+    batch = objectives.gather_trained_steps(schedule, experience, rows, range(1))
+    return micro_step.accumulating(), lambda: micro_step(batch, provider.config, 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=records.RESULTS / "counted-meta.json")
     args = parser.parse_args(argv)
     rows = []
-    for case in chosen([part for part in args.cases.split(",") if part]):
+    for case in chosen([pattern for pattern in args.cases.split(",") if pattern]):
         name = case.training_name
         for provider in args.providers.split(","):
-            found = count(provider, case)
-            rows += [records.row(SUITE, name, provider, m, *value) for m, value in found.items()]
-            text = "  ".join(f"{m} {value:.4g}" for m, (value, _) in found.items())
+            counts = count(provider, case)
+            rows += [records.row(SUITE, name, provider, m, *value) for m, value in counts.items()]
+            text = "  ".join(f"{m} {value:.4g}" for m, (value, _) in counts.items())
             print(f"{name:36s} {provider:16s} {text}", flush=True)
         records.write(records.record(rows, "cpu", counted="meta device; nothing ran"), args.out)
     print(f"wrote {args.out}")

@@ -11,7 +11,7 @@ three, with and without KL; the paper's with guidance; FLUX.1-dev with a window;
 transformer alone; decoding is time without credit), `max_ratio_error`, `speedup_vs_eager`.
 
 `memory` builds one provider at a time, whole: `ours` and `eager` with the text encoders on the
-device, as each has them by default, and `ours-offload` with policy.offload_text_encoders, whose
+device, the default of both, and `ours-offload` with policy.offload_text_encoders, whose
 encoders are away. Rows: `peak_memory` (taken from the device: weights, activations, graph pools,
 fragmentation) and `peak_tensors` beyond the weights.
 """
@@ -21,68 +21,67 @@ from __future__ import annotations
 import statistics
 import sys
 
-import cases
-import measure
-import models
-import suites
-from cases import Case
+from measuring import memory, suites, timers
+from measuring.suites import SuiteRun
+from models import cases, random_weights
+from models.cases import Case
 
 
-def one(session: suites.Session, case: Case) -> None:
-    session.compare(case, case.training_name, _some)
+def measure(run: SuiteRun, case: Case) -> None:
+    """Rows of one case."""
+    run.compare(case, case.training_name, _time_providers)
 
 
-def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> dict:
     """Measure providers that are in memory together; their seconds."""
     title, ready = case.training_name, {}
     for name in names:
-        provider = session.attempt("set-up", name, title, lambda n=name: session.build(n, case))
-        error = provider and session.attempt("iteration", name, title, provider.iteration)
+        provider = run.attempt("set-up", name, title, lambda n=name: run.build(n, case))
+        error = provider and run.attempt("iteration", name, title, provider.iteration)
         if error is not None:
-            session.row(title, name, "max_ratio_error", error, "1")
+            run.row(title, name, "max_ratio_error", error, "1")
             ready[name] = provider.iteration
-    if session.args.profile:
+    if run.args.profile:
         for name, call in ready.items():
-            session.profile(title, name, call, "iteration", 1)
+            run.profile(title, name, call, "iteration", 1)
         return {}
-    times = measure.interleaved(ready, session.rounds, session.device)
+    times = timers.interleaved(ready, run.rounds, run.device)
     for name, values in times.items():
         seconds = statistics.median(values)
-        session.row(title, name, "time", seconds, "s")
-        session.row(title, name, "images", case.rows / seconds, "images/s")
-        session.rate_rows(title, name, case.iteration_flops, seconds)
+        run.row(title, name, "time", seconds, "s")
+        run.row(title, name, "images", case.rows / seconds, "images/s")
+        run.rate_rows(title, name, case.iteration_flops, seconds)
         text[name] = f"{seconds:.4g} s"
     return times
 
 
-def memory(session: suites.Session, case: Case) -> None:
-    """Each provider alone."""
+def measure_memory(run: SuiteRun, case: Case) -> None:
+    """Rows of the memory of one case, a provider at a time."""
     title, text = case.training_name, {}
     for name in ("ours", "ours-offload", "eager"):
-        session.drop("eager")
-        session.forget()
-        before = measure.held(session.device)
-        found = session.attempt("iteration", name, title, lambda n=name: _alone(session, n, case))
-        if found is None:
+        run.drop("eager")
+        run.forget()
+        before = memory.resident(run.device)
+        usage = run.attempt("iteration", name, title, lambda n=name: _alone(run, n, case))
+        if usage is None:
             continue
-        resident, peak = found
-        gib = (resident - before + peak.held) / measure.GIB
-        session.row(title, name, "peak_memory", gib, "GiB")
-        session.row(title, name, "peak_tensors", peak.used / measure.GIB, "GiB")
+        resident, peak = usage
+        gib = (resident - before + peak.reserved) / memory.GIB
+        run.row(title, name, "peak_memory", gib, "GiB")
+        run.row(title, name, "peak_tensors", peak.allocated / memory.GIB, "GiB")
         text[name] = f"{gib:.4g} GiB"
-    suites.line(title, text)
+    suites.print_line(title, text)
 
 
-def _alone(session: suites.Session, name: str, case: Case) -> tuple[int, measure.Peak]:
-    """(bytes held once built, peak of an iteration beyond them)."""
+def _alone(run: SuiteRun, name: str, case: Case) -> tuple[int, memory.Peak]:
+    """(resident bytes of the provider, peak of an iteration beyond them)."""
     if name == "eager":
-        provider = session.build(name, case)
+        provider = run.build(name, case)
         half = provider.setting.embeds
-        provider.encoders = models.text_encoders(case.model, session.device, half)
+        provider.encoders = random_weights.text_encoders(case.model, run.device, half)
     else:
-        provider = session.build("ours", case, whole=name == "ours")
-    held = measure.held(session.device)
-    return held, measure.peak(provider.iteration, session.device)
+        provider = run.build("ours", case, whole=name == "ours")
+    return memory.resident(run.device), memory.peak(provider.iteration, run.device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,11 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", action="store_true", help="suite memory")
     args = parser.parse_args(argv)
     chosen = suites.choose(cases.iteration(args.smoke), args, lambda case: case.training_name)
-    session = suites.Session("memory" if args.memory else "iteration", args)
-    measured = memory if args.memory else one
-    return session.each(
-        chosen, lambda case: measured(session, case), lambda case: case.training_name
-    )
+    run = SuiteRun("memory" if args.memory else "iteration", args)
+    rows_of = measure_memory if args.memory else measure
+    return run.each(chosen, lambda case: rows_of(run, case), lambda case: case.training_name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Suites `kernels` and `memory`: the fused step and loss beside the family's eager code.
+"""Suites `kernels` and `memory`: the fused step and loss beside flow_grpo's eager code.
 
     python benchmarks/bench_kernels.py                  # this machine, all shapes
     python benchmarks/bench_kernels.py --smoke          # seconds; checks that everything runs
@@ -8,8 +8,9 @@
 Cases: `step` (one rollout step), `step-cfg` (with guidance), `loss` (forward and backward) and
 `loss-kl` (with a reference velocity). Providers: `ours` (native on the CPU, Triton in a replayed
 graph on a GPU), `ours-loop` (GPU: called from Python), `reference` (our PyTorch fallback), `eager`
-(eager.py; it looks up one timestep for a rollout step and one a row for a loss), `compile` (its
-arithmetic as one compiled graph) and `ceiling`, a copy that moves the bytes that the op must move.
+(flow_grpo_ops.py; it looks up one timestep for a rollout step and one a row for a loss), `compile`
+(its arithmetic as one compiled graph) and `ceiling`, a copy that moves the bytes that the op must
+move.
 
 Bytes that must move, per element (v velocity, x sample and prev_sample, in bytes of their dtypes):
     step      v + x + x                 step-cfg  2 v + x + x
@@ -28,19 +29,17 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import eager
-import measure
-import profiles
-import records
 import torch
 
 from flowgrpo_kernels import Transitions, backend_info, flow_sde, grpo_loss, log_prob, sde_step
 from flowgrpo_kernels.backends import dispatch
+from measuring import memory, profiles, timers
+from providers import flow_grpo_ops
+from reporting import records
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
@@ -54,13 +53,11 @@ LARGE_SHAPES = {"large": ((16, 64, 64), (2752,))}
 OPS = ("step", "step-cfg", "loss", "loss-kl")
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)], dtype=torch.float64)
 STEP, SCALE, BETA = 4, 4.5, 0.04
-LOOP_SETS = 8
-"""Buffer sets of a GPU provider that is called from Python: it is bound by its launches."""
-LOOP_SECONDS = 1.5
-"""Timed calls of one such provider end after this."""
 
 
 class Case(NamedTuple):
+    """An op on latents of one shape, batch size and pair of dtypes."""
+
     op: str
     model: str
     shape: tuple[int, ...]
@@ -74,6 +71,7 @@ class Case(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes that must move, by the table above."""
         v, x = DTYPES[self.velocity].itemsize, DTYPES[self.sample].itemsize
         per_element = {
             "step": v + 2 * x,
@@ -85,13 +83,13 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def tables(device: str) -> tuple[Transitions, eager.Scheduler]:
-    """Our table of transitions and the family's scheduler."""
-    return flow_sde(SIGMAS, 0.7).to(device), eager.Scheduler(SIGMAS.to(device))
+def tables(device: str) -> tuple[Transitions, flow_grpo_ops.Scheduler]:
+    """Our table of transitions and flow_grpo's scheduler."""
+    return flow_sde(SIGMAS, 0.7).to(device), flow_grpo_ops.Scheduler(SIGMAS.to(device))
 
 
 class Buffers:
-    """One set of everything a case reads and writes."""
+    """Tensors that a case reads and writes, and a copy of as many bytes as it moves."""
 
     def __init__(self, case: Case, device: str, seed: int) -> None:
         g = torch.Generator(device).manual_seed(seed)
@@ -121,6 +119,7 @@ class Buffers:
 
 
 def ours(case: Case, b: Buffers) -> None:
+    """One call of the fused op."""
     if case.op.startswith("step"):
         guidance = {} if b.other is None else {"uncond_velocity": b.other, "guidance_scale": SCALE}
         sde_step(
@@ -133,14 +132,15 @@ def ours(case: Case, b: Buffers) -> None:
     torch.autograd.grad(out.loss, b.velocity)
 
 
-def family(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> None:
+def flow_grpo(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> None:
+    """One call of flow_grpo's code with its arithmetic as it is or compiled."""
     if case.op.startswith("step"):
         with torch.no_grad():
             # In a rollout all rows are at one step: flow_grpo hands over one timestep.
             sigmas = b.scheduler.lookup(b.timestep[:1], b.sample.ndim)
             guided(sigmas, b.velocity, b.other, SCALE, b.sample)
         return
-    loss, _ = eager.loss(
+    loss, _ = flow_grpo_ops.loss(
         b.scheduler, b.velocity, b.timestep, b.sample, b.prev, b.old, b.advantages, b.other,
         BETA if b.other is not None else 0.0, micro_step,
     )  # fmt: skip
@@ -148,111 +148,36 @@ def family(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> No
 
 
 def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[Buffers], None]]:
+    """Name -> one call on a buffer set."""
+
     def with_backend(name: str, b: Buffers) -> None:
         with dispatch.use_backend(name):
             ours(case, b)
 
-    found = {
+    calls = {
         "ours": lambda b: ours(case, b),
         "reference": lambda b: with_backend("reference", b),
-        "eager": lambda b: family(case, b, eager.guided, eager.micro_step),
+        "eager": lambda b: flow_grpo(case, b, flow_grpo_ops.guided, flow_grpo_ops.micro_step),
         "ceiling": lambda b: b.copy[0].copy_(b.copy[1]),
     }
     if device == "cuda":
-        found["ours-loop"] = found["ours"]
+        calls["ours-loop"] = calls["ours"]
     if compiled:
         torch._dynamo.reset()
-        guided = torch.compile(eager.guided, fullgraph=True, dynamic=False)
-        micro_step = torch.compile(eager.micro_step, fullgraph=True, dynamic=False)
-        found["compile"] = lambda b: family(case, b, guided, micro_step)
-    return found
+        guided = torch.compile(flow_grpo_ops.guided, fullgraph=True, dynamic=False)
+        micro_step = torch.compile(flow_grpo_ops.micro_step, fullgraph=True, dynamic=False)
+        calls["compile"] = lambda b: flow_grpo(case, b, guided, micro_step)
+    return calls
 
 
-def time_cpu(calls: dict[str, Callable], sets: list[Buffers], rounds: int) -> dict[str, list]:
-    """Seconds of each call, providers interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for b in sets:
-            call(b)
-    for i in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(sets[i % len(sets)])
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def time_gpu(
-    calls: dict[str, Callable], sets: list, rounds: int, graphs: tuple = ("ours", "ceiling")
-) -> dict[str, list]:
-    """Seconds of a call by events: those named in `graphs` as graphs, others in a loop."""
-    runs = {}
-    for name, call in calls.items():
-        graphed = name in graphs
-        runs[name] = (_graph if graphed else _loop)(call, sets if graphed else sets[:LOOP_SETS])
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    spent = dict.fromkeys(runs, 0.0)
-    for _ in range(rounds):
-        for name, (run, count, graphed) in runs.items():
-            if spent[name] > LOOP_SECONDS and len(seconds[name]) > 2:
-                continue
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            if graphed:
-                # A kernel in front: the graph is queued by the time the GPU reaches it.
-                torch.cuda._sleep(200_000)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            elapsed = start.elapsed_time(end) / 1e3
-            seconds[name].append(elapsed / count)
-            spent[name] += elapsed
-    return seconds
-
-
-def _loop(call: Callable, sets: list) -> tuple[Callable[[], None], int, bool]:
-    """(the call over all sets, warm; how many sets; not a graph)."""
-
-    def loop() -> None:
-        for b in sets:
-            call(b)
-
-    for _ in range(2):
-        loop()
-    return loop, len(sets), False
-
-
-def _graph(call: Callable, sets: list) -> tuple[Callable[[], None], int, bool]:
-    """(replay of the call over all sets; how many sets; a graph)."""
-    loop = _loop(call, sets[:1])[0]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        loop()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for b in sets:
-            call(b)
-    graph.replay()
-    return graph.replay, len(sets), True
-
-
-def buffer_sets(moved: int, device: str) -> int:
-    """For calls that move so many bytes each, so many that a set has left the caches when its turn
-    comes: 60 MB of L2 on an H200, the private caches of a CPU."""
-    total, most = (250_000_000, 320) if device == "cuda" else (60_000_000, 32)
-    return min(most, max(2, total // max(moved, 1)))
-
-
-def timed(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
-    sets = [Buffers(case, device, seed) for seed in range(buffer_sets(case.bytes, device))]
+def time_rows(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
+    """Rows of a case's times and bandwidths, and on a GPU of its kernels."""
+    sets = [Buffers(case, device, seed) for seed in range(timers.buffer_sets(case.bytes, device))]
     calls = providers(case, device, compiled)
     if not reference or case.bytes > 1 << 30:
         # At the large shape its float64 temporaries and int64 words do not fit beside the buffers.
         del calls["reference"]
-    times = (time_gpu if device == "cuda" else time_cpu)(calls, sets, rounds)
+    times = (timers.time_gpu if device == "cuda" else timers.time_cpu)(calls, sets, rounds)
     rows, seconds = [], {}
     for name, values in times.items():
         seconds[name] = s = statistics.median(values)
@@ -274,14 +199,14 @@ def timed(case: Case, device: str, rounds: int, compiled: bool, reference: bool)
     return rows
 
 
-def memory(case: Case, device: str) -> list[dict]:
-    """Bytes of one call's tensors, providers one after another."""
+def memory_rows(case: Case, device: str) -> list[dict]:
+    """Rows of the bytes of one call's tensors, providers one after another."""
     b = Buffers(case, device, 0)
     calls = providers(case, device, compiled=False)
     rows, line = [], []
     for name in ("ours", "eager"):
         calls[name](b)
-        peak = measure.tensor_peak(lambda n=name: calls[n](b), device)
+        peak = memory.tensor_peak(lambda n=name: calls[n](b), device)
         rows.append(records.row("memory", case.name, name, "peak", peak, "bytes"))
         elements = case.batch * torch.Size(case.shape).numel()
         line.append(f"{name} {peak / elements:.1f}")
@@ -290,15 +215,16 @@ def memory(case: Case, device: str) -> list[dict]:
 
 
 def cases(shapes: dict, pattern: str) -> list[Case]:
-    found = []
+    """Cases whose name contains `pattern`."""
+    every_case = []
     for model, (shape, batches) in shapes.items():
         for batch in batches:
             dtypes = [("float32", "float32")]
             if batch == 16:
                 dtypes.append(("bfloat16", "float32"))
             for op in OPS:
-                found += [Case(op, model, shape, batch, v, x) for v, x in dtypes]
-    return [c for c in found if pattern in c.name]
+                every_case += [Case(op, model, shape, batch, v, x) for v, x in dtypes]
+    return [c for c in every_case if pattern in c.name]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -331,19 +257,19 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         raise SystemExit(f"--cases {args.cases!r} matches no case")
     print(f"{records.cpu_name()}; {torch.get_num_threads()} threads; {backend_info()['ops']}")
-    out = records.place("kernels-memory" if args.memory else "kernels", args)
+    out = records.output_path("kernels-memory" if args.memory else "kernels", args)
 
     def rows_of(case: Case) -> list[dict]:
         compiled = not (args.smoke or args.no_compile) and args.compile_cases in case.name
         try:
             if args.memory:
-                return memory(case, args.device)
-            return timed(case, args.device, rounds, compiled, not args.no_reference)
+                return memory_rows(case, args.device)
+            return time_rows(case, args.device, rounds, compiled, not args.no_reference)
         finally:
-            measure.release(args.device)
+            memory.release(args.device)
 
     facts = {"threads": torch.get_num_threads(), "backends": backend_info()["backends"]}
-    return records.each(chosen, rows_of, out, args.device, args.budget, **facts)
+    return records.record_cases(chosen, rows_of, out, args.device, args.budget, **facts)
 
 
 if __name__ == "__main__":

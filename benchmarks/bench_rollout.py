@@ -8,11 +8,11 @@
 Cases: SD3.5-M 512 x 512, T = 10, with 333 text tokens, with and without guidance; FLUX.1-dev 512 x
 512, T = 6 and 10; nano. Providers: `ours` (the trainer's rollout as configured by default),
 `ours-loop` (the same, not captured), `ours-compiled` (with policy.compile), `ours-fused` (with
-policy.fused), `eager` and `compile` (family.py), `ceiling` (this device's matrix products, all of
-the time). Rows: `images` a second by denoising alone and `images_with_decoding`, `step`
-(milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the ceiling), `peak_memory`,
-`launches`, `kernels` and `syncs` a step (those of the whole rollout shared out: ours waits for
-seeds and windows to get to the device, before its first step), `speedup_vs_eager`.
+policy.fused), `eager` and `compile` (providers/flow_grpo.py), `ceiling` (this device's matrix
+products, all of the time). Rows: `images` a second by denoising alone and `images_with_decoding`,
+`step` (milliseconds), `rate`, `mfu` (of 989 TFLOP/s), `of_measured` (of the ceiling),
+`peak_memory`, `launches`, `kernels` and `syncs` a step (those of the whole rollout shared out: ours
+waits for seeds and windows to get to the device, before its first step), `speedup_vs_eager`.
 """
 
 from __future__ import annotations
@@ -20,73 +20,74 @@ from __future__ import annotations
 import statistics
 import sys
 
-import cases
-import measure
-import suites
-from cases import Case
+from measuring import memory, suites, timers
+from measuring.suites import SuiteRun
+from models import cases
+from models.cases import Case
 
 
-def one(session: suites.Session, case: Case) -> None:
-    ideal = case.rows * session.ceiling.matmul / case.rollout_flops
-    session.row(case.name, "ceiling", "images", ideal, "images/s")
-    session.compare(case, case.name, _some)
+def measure(run: SuiteRun, case: Case) -> None:
+    """Rows of one case."""
+    ideal = case.rows * run.ceiling.matmul / case.rollout_flops
+    run.row(case.name, "ceiling", "images", ideal, "images/s")
+    run.compare(case, case.name, _time_providers)
 
 
-def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> dict:
     """Measure providers that are in memory together; their seconds."""
-    ready, made = {}, {}
+    ready, rollouts = {}, {}
     for name in names:
-        provider = session.attempt("set-up", name, case.name, lambda n=name: session.build(n, case))
+        provider = run.attempt("set-up", name, case.name, lambda n=name: run.build(n, case))
         if provider is None:
             continue
-        peak = session.attempt(
-            "rollout", name, case.name, lambda p=provider: measure.peak(p.rollout, session.device)
+        peak = run.attempt(
+            "rollout", name, case.name, lambda p=provider: memory.peak(p.rollout, run.device)
         )
         if peak is not None:
-            ready[name], made[name] = provider, peak.result
-            session.memory_rows(case.name, name, peak)
-    if session.args.profile:
+            ready[name], rollouts[name] = provider, peak.result
+            run.memory_rows(case.name, name, peak)
+    if run.args.profile:
         for name, provider in ready.items():
-            session.profile(case.name, name, provider.rollout, "rollout", case.steps * case.chunks)
+            run.profile(case.name, name, provider.rollout, "rollout", case.steps * case.chunks)
         return {}
     calls = {name: provider.rollout for name, provider in ready.items()}
-    times = measure.interleaved(calls, session.rounds, session.device)
+    times = timers.interleaved(calls, run.rounds, run.device)
     for name, values in times.items():
         seconds = statistics.median(values)
         steps = case.steps * case.chunks
-        session.row(case.name, name, "images", case.rows / seconds, "images/s")
-        session.row(case.name, name, "step", 1e3 * seconds / steps, "ms")
-        session.rate_rows(case.name, name, case.rollout_flops, seconds)
-        session.host_rows(case.name, name, calls[name], steps, "step")
+        run.row(case.name, name, "images", case.rows / seconds, "images/s")
+        run.row(case.name, name, "step", 1e3 * seconds / steps, "ms")
+        run.rate_rows(case.name, name, case.rollout_flops, seconds)
+        run.host_rows(case.name, name, calls[name], steps, "step")
         text[name] = f"{case.rows / seconds:.3g} images/s"
-    _decoding(session, case, ready, made, times)
+    _decoding(run, case, ready, rollouts, times)
     return times
 
 
-def _decoding(session: suites.Session, case: Case, ready: dict, made: dict, times: dict) -> None:
-    """Rows of denoising and decoding together."""
+def _decoding(run: SuiteRun, case: Case, ready: dict, rollouts: dict, times: dict) -> None:
+    """Rows of decoding, and of denoising and decoding together."""
     calls = {}
     for name, provider in ready.items():
 
-        def call(provider=provider, out=made[name]):
+        def call(provider=provider, out=rollouts[name]):
             return provider.decode(out)
 
-        if session.attempt("decoding", name, case.name, call) is not None:
+        if run.attempt("decoding", name, case.name, call) is not None:
             calls[name] = call
-    decoding = measure.interleaved(calls, session.rounds, session.device)
+    decoding = timers.interleaved(calls, run.rounds, run.device)
     for name, values in decoding.items():
         seconds = statistics.median(values)
-        session.row(case.name, name, "decoding", 1e3 * seconds / case.rows, "ms/image")
+        run.row(case.name, name, "decoding", 1e3 * seconds / case.rows, "ms/image")
         whole = statistics.median(times[name]) + seconds
-        session.row(case.name, name, "images_with_decoding", case.rows / whole, "images/s")
+        run.row(case.name, name, "images_with_decoding", case.rows / whole, "images/s")
 
 
 def main(argv: list[str] | None = None) -> int:
     providers = "ours,ours-loop,ours-compiled,ours-fused,eager,compile"
     args = suites.parser(__doc__, providers).parse_args(argv)
     chosen = suites.choose(cases.rollout(args.smoke), args, lambda case: case.name)
-    session = suites.Session("rollout", args)
-    return session.each(chosen, lambda case: one(session, case), lambda case: case.name)
+    run = SuiteRun("rollout", args)
+    return run.each(chosen, lambda case: measure(run, case), lambda case: case.name)
 
 
 if __name__ == "__main__":

@@ -17,46 +17,45 @@ from __future__ import annotations
 import statistics
 import sys
 
-import cases
-import measure
-import suites
-from cases import Case
+from measuring import memory, suites, timers
+from measuring.suites import SuiteRun
+from models import cases
+from models.cases import Case
 
 
-def one(session: suites.Session, case: Case) -> None:
-    session.compare(case, case.training_name, _some)
+def measure(run: SuiteRun, case: Case) -> None:
+    """Rows of one case."""
+    run.compare(case, case.training_name, _time_providers)
 
 
-def _some(session: suites.Session, case: Case, names: list[str], text: dict) -> dict:
+def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> dict:
     """Measure providers that are in memory together; their seconds."""
     title, ready = case.training_name, {}
     per = case.chunks * case.trained_steps
     for name in names:
-        provider = session.attempt("set-up", name, title, lambda n=name: session.build(n, case))
-        out = provider and session.attempt("rollout", name, title, provider.rollout)
+        provider = run.attempt("set-up", name, title, lambda n=name: run.build(n, case))
+        out = provider and run.attempt("rollout", name, title, provider.rollout)
         if out is None:
             continue
 
         def update(provider=provider, out=out):
             return provider.update(out)
 
-        peak = session.attempt(
-            "update", name, title, lambda call=update: measure.peak(call, session.device)
-        )
+        peak = run.attempt("update", name, title, lambda call=update: memory.peak(call, run.device))
         if peak is not None:
-            session.memory_rows(title, name, peak)
-            session.row(title, name, "max_ratio_error", peak.result, "1")
+            run.memory_rows(title, name, peak)
+            run.row(title, name, "max_ratio_error", peak.result, "1")
             ready[name] = update
-    if session.args.profile:
+    if run.args.profile:
         for name, call in ready.items():
-            session.profile(title, name, call, "update", per)
+            run.profile(title, name, call, "update", per)
         return {}
-    times = measure.interleaved(ready, session.rounds, session.device)
+    times = timers.interleaved(ready, run.rounds, run.device)
     for name, values in times.items():
         seconds = statistics.median(values)
-        session.row(title, name, "micro_step", 1e3 * seconds / per, "ms")
-        session.rate_rows(title, name, per * case.micro_step_flops, seconds)
-        session.host_rows(title, name, ready[name], per, "micro-step")
+        run.row(title, name, "micro_step", 1e3 * seconds / per, "ms")
+        run.rate_rows(title, name, per * case.micro_step_flops, seconds)
+        run.host_rows(title, name, ready[name], per, "micro-step")
         text[name] = f"{1e3 * seconds / per:.4g} ms"
     return times
 
@@ -65,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     providers = "ours,ours-captured,ours-compiled,ours-fused,eager,compile"
     args = suites.parser(__doc__, providers).parse_args(argv)
     chosen = suites.choose(cases.update(args.smoke), args, lambda case: case.training_name)
-    session = suites.Session("update", args)
-    return session.each(chosen, lambda case: one(session, case), lambda case: case.training_name)
+    run = SuiteRun("update", args)
+    return run.each(chosen, lambda case: measure(run, case), lambda case: case.training_name)
 
 
 if __name__ == "__main__":

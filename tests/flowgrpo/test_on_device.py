@@ -1,8 +1,8 @@
 """Rollout, update and evaluation of the real architectures, on the meta device instead of a GPU.
 
-benchmarks/on_meta.py raises where a tensor of the host meets one of the device, and notes each
-place where the host would wait for the device or copy to it. Inside `denoise` and a micro-step,
-which a CUDA graph is to hold, there must be none; elsewhere their number is fixed.
+benchmarks/measuring/on_meta.py raises where a tensor of the host meets one of the device, and notes
+each place where the host would wait for the device or copy to it. Inside `denoise` and a
+micro-step, which a CUDA graph is to hold, there must be none; elsewhere their number is fixed.
 
 One iteration is that of the models at their real sizes; what the options change is tried on the
 tiny ones of the same classes.
@@ -11,9 +11,7 @@ tiny ones of the same classes.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import replace as changed
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,26 +24,20 @@ from flowgrpo.policies.load import recompute
 from flowgrpo.records import Experience
 from flowgrpo.sampling import rollout
 from flowgrpo.sampling.schedule import ode_schedule
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import models
-    import on_meta
-    import ours
-    from cases import Case
-finally:
-    sys.path.remove(str(BENCHMARKS))
+from measuring import on_meta
+from models import configurations
+from models.cases import Case
+from providers import ours
 
 META = torch.device("meta")
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
-    "sd3": Case(models.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
-    "flux": Case(models.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
+    "sd3": Case(configurations.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
+    "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
 }
 TINY = {
-    "tiny-sd3": Case(models.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),
-    "tiny-flux": Case(models.TINY_FLUX, 2, 3, 1.0, 2, 0.0, 2),
+    "tiny-sd3": Case(configurations.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),
+    "tiny-flux": Case(configurations.TINY_FLUX, 2, 3, 1.0, 2, 0.0, 2),
 }
 
 
@@ -78,11 +70,11 @@ def quiet(monkeypatch, made):
 
     for module, name in (
         (rollout, "denoise"),
-        (type(made[1].parts.policy), "decode"),
+        (type(made[1].components.policy), "decode"),
         (update, "run_micro_step"),
     ):
         monkeypatch.setattr(module, name, observed(getattr(module, name)))
-    micro_step = made[1].parts.micro_step
+    micro_step = made[1].components.micro_step
     objective = micro_step.objective
     objective = dataclasses.replace(objective, gather=observed(objective.gather))
     monkeypatch.setattr(micro_step, "objective", objective)
@@ -92,7 +84,7 @@ def quiet(monkeypatch, made):
 
 def experience(provider, trajectory):
     rows = provider.case.rows
-    conditioning, uncond = provider.conditioning, provider.parts.uncond
+    conditioning, uncond = provider.conditioning, provider.components.uncond
     given = (trajectory, conditioning, uncond, torch.ones(rows), torch.ones(rows))
     return Experience(*given).to(META)
 
@@ -106,13 +98,13 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
         assert len(watch.waits) <= 5 and all("rollout.py" in line for line in watch.waits)
         batch = experience(provider, trajectory)
         watch.restart()
-        metrics = trainers.update(provider.parts, batch, provider.config)
+        metrics = trainers.update(provider.components, batch, provider.config)
         # Everything that is logged is read at once.
         assert len(watch.waits) == 1 and "update.py" in watch.waits[0], watch.waits
     # Two chunks, one trained step of each.
     assert quiet == {"calls": 2 + 2 + 2, "waits": []}
     assert metrics["max_ratio_error"] == 0
-    assert trajectory.latents.shape == (3, 4, *provider.parts.policy.latent_shape)
+    assert trajectory.latents.shape == (3, 4, *provider.components.policy.latent_shape)
     for name, value in vars(trajectory).items():
         assert value is None or value.device == META, name
 
@@ -130,7 +122,7 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
 def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
     watch, provider = made
     config = replace(provider.config, **options)
-    parts = provider.parts
+    parts = provider.components
     with on_meta.watching(watch):
         trajectory = train.collect(parts, provider.conditioning, config)
         batch = experience(provider, trajectory)
@@ -143,12 +135,12 @@ def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
 @tiny
 def test_recomputed_activations_wait_for_nothing(made, quiet):
     watch, provider = made
-    transformer = provider.parts.policy.transformer
+    transformer = provider.components.policy.transformer
     recompute(transformer)
     try:
         with on_meta.watching(watch):
             batch = experience(provider, provider.rollout())
-            trainers.update(provider.parts, batch, provider.config)
+            trainers.update(provider.components, batch, provider.config)
     finally:
         transformer.disable_gradient_checkpointing()
     assert quiet["waits"] == []
@@ -157,7 +149,7 @@ def test_recomputed_activations_wait_for_nothing(made, quiet):
 @tiny
 def test_images_of_an_evaluation_are_made_without_waiting(made, quiet):
     watch, provider = made
-    policy = provider.parts.policy
+    policy = provider.components.policy
     with on_meta.watching(watch):
         images = rollout.sample_images(
             policy,
@@ -166,7 +158,7 @@ def test_images_of_an_evaluation_are_made_without_waiting(made, quiet):
             groups=torch.zeros(3, dtype=torch.int64),
             seeds=torch.arange(3),
             batch_size=2,
-            uncond=provider.parts.uncond,
+            uncond=provider.components.uncond,
             guidance_scale=provider.case.guidance,
         )
     assert images.shape == (3, 3, 64, 64) and images.device == META
@@ -177,7 +169,7 @@ def test_images_of_an_evaluation_are_made_without_waiting(made, quiet):
 def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
     """Rollout, a step of an evaluation and a micro-step, by the functions that a GPU records."""
     watch, provider = made
-    parts, config = provider.parts, provider.config
+    parts, config = provider.components, provider.config
     recorder = Silent(watch)
     parts.policy.graphs = graphs = cuda_graphs.Graphs(parts.policy, recorder)
     parts = changed(parts, micro_step=update.MicroStep(parts.policy, parts.objective, graphs))

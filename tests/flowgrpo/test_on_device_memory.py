@@ -5,33 +5,24 @@ One geometry a test: the peak of an update does not depend on how many micro-ste
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
+import bench_counted
 from flowgrpo import plan
 from flowgrpo.config import replace
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import bench_counted
-    import models
-    from cases import Case
-finally:
-    sys.path.remove(str(BENCHMARKS))
+from models import configurations
+from models.cases import Case
 
 IDS = {
     "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
 }
 CASES = {
-    "sd3 with guidance and KL": ("ours", Case(models.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
-    "sd3 recomputed": ("ours-recomputed", Case(models.SD35_MEDIUM, 16, 2, window=1)),
-    "sd3 fused": ("ours-fused", Case(models.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
-    "flux": ("ours", Case(models.FLUX_DEV, 4, 2, window=1)),
-    "flux fused": ("ours-fused", Case(models.FLUX_DEV, 4, 2, window=1)),
+    "sd3 with guidance and KL": ("ours", Case(configurations.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
+    "sd3 recomputed": ("ours-recomputed", Case(configurations.SD35_MEDIUM, 16, 2, window=1)),
+    "sd3 fused": ("ours-fused", Case(configurations.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
+    "flux": ("ours", Case(configurations.FLUX_DEV, 4, 2, window=1)),
+    "flux fused": ("ours-fused", Case(configurations.FLUX_DEV, 4, 2, window=1)),
 }
 
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import models
-    import on_meta
-    import ours
-    from cases import Case
-finally:
-    sys.path.remove(str(BENCHMARKS))
+from measuring import on_meta
+from models import configurations
+from models.cases import Case
+from providers import ours
 
 
 def device(*shape, dtype=torch.float32):
@@ -122,10 +115,10 @@ def test_attention_has_no_matrix_of_scores():
 def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
     """The mutations that test_on_device.py is there for."""
 
-    provider_case = Case(models.TINY_SD3, 2, 3, window=1)
+    provider_case = Case(configurations.TINY_SD3, 2, 3, window=1)
     with on_meta.watching() as watch:
         provider = ours.Ours(provider_case, "meta")
-        policy = provider.parts.policy
+        policy = provider.components.policy
         own = type(policy)._velocity
 
         def reading(self, sample, sigma, conditioning):
@@ -142,7 +135,7 @@ def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
             provider.rollout()
             assert sum("_local_scalar_dense" in line for line in watch.waits) == 3
             return
-        micro_step = provider.parts.micro_step
+        micro_step = provider.components.micro_step
         gather = micro_step.objective.gather
         trajectory = provider.rollout()
         objective = dataclasses.replace(micro_step.objective, gather=mixing)

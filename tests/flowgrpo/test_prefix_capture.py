@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +15,10 @@ from flowgrpo.config import replace
 from flowgrpo.policies import lora
 from flowgrpo.sampling import shared_prefix
 from flowgrpo.sampling.schedule import table_rows
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import models
-    import on_meta
-    import ours
-    from cases import Case
-finally:
-    sys.path.remove(str(BENCHMARKS))
+from measuring import on_meta
+from models import configurations
+from models.cases import Case
+from providers import ours
 
 # Part 1 has 4, 3, 2 or 1 rows in forwards of 3, part 3 all of a chunk or, across groups, some.
 LATE = {"sample.share_prefix": True, "sample.window_range": (1, 6)}
@@ -152,14 +144,14 @@ def test_a_rollout_waits_for_nothing_but_its_inputs():
     once, whatever their number."""
     changes = {"sample.shared_noise": True, "sample.share_prefix": True}
     with on_meta.watching() as watch:
-        provider = ours.Ours(Case(models.TINY_SD3, 2, 8, 2.0, 2, 0.0, 4), "meta")
-        policy = provider.parts.policy
+        provider = ours.Ours(Case(configurations.TINY_SD3, 2, 8, 2.0, 2, 0.0, 4), "meta")
+        policy = provider.components.policy
         for graphs in (None, cuda_graphs.Graphs(policy, Silent(watch))):
             found, policy.graphs = {}, graphs
             for end in (3, 7):
                 config = replace(provider.config, **changes, **{"sample.window_range": (0, end)})
                 watch.restart()
-                train.collect(provider.parts, provider.conditioning, config)
+                train.collect(provider.components, provider.conditioning, config)
                 found[end] = list(watch.waits)
             assert len(found[3]) == len(found[7]) <= 8, found[7]
             for line in found[7]:

@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: no float64, fma or local memory, 128-bit accesses.
 
 The compiler runs in a process of its own, without the interpreter that the other tests use. A
-compile takes about a second, so this is a selection; benchmarks/compile_kernels.py checks every
+compile takes about a second, so this is a selection; benchmarks/bench_compile.py checks every
 variant.
 """
 

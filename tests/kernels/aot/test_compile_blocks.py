@@ -1,7 +1,7 @@
 """The blocks' kernels compiled for GPUs that are not here: wide accesses, no spills, no recompiles.
 
 In a process without the interpreter, as in test_compile.py. A compile takes about a second, so
-this is a selection; benchmarks/compile_kernels.py checks every variant.
+this is a selection; benchmarks/bench_compile.py checks every variant.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Programs that are no suite: a kernel outside the package, checks of kernels and rewards."""

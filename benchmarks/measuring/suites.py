@@ -1,0 +1,318 @@
+"""The run of a suite of whole models: command line, providers, measurements, record.
+
+A suite measures case after case. Each provider of a case is built, called once to warm up (its
+memory is taken then) and once more, and all of them are timed in turns. The record is written after
+every case, also one that is interrupted, so that a run that is cut off leaves what it has; a case
+that does not fit in memory has a row that says so, one that fails another way is listed under
+"failures", and the suite goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from measuring import ceiling, memory, profiles, waits
+from models.cases import Case
+from providers import flow_grpo, ours
+from providers.flow_grpo import FlowGrpoBaseline
+from reporting import records
+
+# As the trainer sets it, which here would be too late: the ceiling is measured first.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-loop": {"sample.capture": "off"},
+    "ours-captured": {"optim.capture": "on"},
+    "ours-compiled": {"policy.compile": True},
+    "ours-fused": {"policy.fused": True},
+}
+"""Variants of ours: changes of the trainer's configuration."""
+PROVIDERS = (*CHANGES, "eager", "compile")
+GPU_ONLY = ("ours-loop", "ours-captured")
+"""Without a GPU nothing is captured, and these are `ours`."""
+COMPILED = ("ours-compiled", "compile")
+
+
+def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
+    """Options of every suite."""
+    options = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    options.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    options.add_argument("--providers", default=providers, help="comma-separated")
+    options.add_argument("--cases", default="", help="only cases whose name contains one of these")
+    options.add_argument("--batch-sizes", default="", help="only these batch sizes")
+    options.add_argument(
+        "--compile-batch-sizes",
+        default="",
+        help="where compile and ours-compiled run; default: all",
+    )
+    options.add_argument("--rounds", type=int, default=3, help="timed calls of each provider")
+    options.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds; no case begins after them"
+    )
+    options.add_argument(
+        "--alone", action="store_true", help="one provider in memory at a time: no taking turns"
+    )
+    options.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"),
+        help="change a field of the trainer's configuration, for ours",
+    )  # fmt: skip
+    options.add_argument("--profile", action="store_true", help="profile instead of timing")
+    options.add_argument(
+        "--smoke", action="store_true", help="tiny models, two rounds, without compile"
+    )
+    options.add_argument(
+        "--out", type=Path, help="default: results/SUITE-DEVICE.json; a temporary file with --smoke"
+    )
+    return options
+
+
+def listed(text: str) -> list[str]:
+    """Values of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def choose(cases: list[Case], args: argparse.Namespace, name: Callable[[Case], str]) -> list[Case]:
+    """Cases that --cases and --batch-sizes leave."""
+    sizes, patterns = listed(args.batch_sizes), listed(args.cases)
+    chosen = [
+        case
+        for case in cases
+        if (not sizes or str(case.batch) in sizes)
+        and (not patterns or any(pattern in name(case) for pattern in patterns))
+    ]
+    if not chosen:
+        raise SystemExit("--cases and --batch-sizes leave no case")
+    return chosen
+
+
+class SuiteRun:
+    """One run of one suite: its rows, its record, its providers."""
+
+    def __init__(self, suite: str, args: argparse.Namespace) -> None:
+        unknown = set(listed(args.providers)) - set(PROVIDERS)
+        if unknown:
+            raise SystemExit(f"--providers knows {', '.join(PROVIDERS)}, not {', '.join(unknown)}")
+        self.suite, self.args, self.device = suite, args, args.device
+        self.rounds = 2 if args.smoke else args.rounds
+        self.out = records.output_path(suite, args)
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+        self.texts: list[str] = []
+        self.skipped: list[str] = []
+        self.start = time.perf_counter()
+        self.ceiling = ceiling.measure(self.device, args.smoke)
+        self.row("device", "ceiling", "matmul", self.ceiling.matmul / 1e12, "TFLOP/s")
+        self.row("device", "ceiling", "copy", self.ceiling.copy / 1e9, "GB/s")
+        self._baselines: dict[str, FlowGrpoBaseline] = {}
+        self.resident: dict[str, int] = {}
+        self.write()
+
+    def row(self, case: str, provider: str, metric: str, value: float, unit: str) -> None:
+        """Add a row to the record."""
+        self.rows.append(records.row(self.suite, case, provider, metric, value, unit))
+
+    def write(self) -> None:
+        """Write the record, and the profiles' tables beside it."""
+        facts = {"failures": self.failures, "skipped": self.skipped}
+        records.write(records.record(self.rows, self.device, **facts), self.out)
+        if self.texts:
+            self.out.with_suffix(".txt").write_text("\n".join(self.texts))
+
+    def over_budget(self) -> bool:
+        return time.perf_counter() - self.start > self.args.budget
+
+    def providers(self, case: Case) -> list[str]:
+        """Providers that --providers and --compile-batch-sizes leave for this case."""
+        sizes = listed(self.args.compile_batch_sizes)
+        names = listed(self.args.providers)
+        if self.args.smoke or (sizes and str(case.batch) not in sizes):
+            names = [name for name in names if name not in COMPILED]
+        return [name for name in names if self.device == "cuda" or name not in GPU_ONLY]
+
+    def together(self, case: Case) -> Iterator[list[str]]:
+        """Groups of providers that share the memory and are timed in turns: all of a case, or with
+        --alone one after the other."""
+        names = self.providers(case)
+        for some in [[name] for name in names] if self.args.alone else [names]:
+            yield some
+            if self.args.alone:
+                for name in some:
+                    self.drop(name)
+                self.forget()
+
+    def compare(self, case: Case, title: str, measure: Callable[..., dict]) -> None:
+        """Measure a case's providers beside each other; a line and the rows of their speed.
+
+        measure(run, case, names, text) returns the seconds of the providers `names`, which are
+        in memory together, and adds to `text` what the line says of each.
+        """
+        times: dict[str, list[float]] = {}
+        text: dict[str, str] = {}
+        try:
+            for names in self.together(case):
+                times |= measure(self, case, names, text)
+        finally:
+            # Also of a run that is stopped, of the providers that were done.
+            self.speed_rows(title, times)
+        print_line(title, text)
+
+    def build(self, name: str, case: Case, whole: bool = False) -> Any:
+        """The provider `name` ready for `case`; all cases of a model share a baseline."""
+        if name in CHANGES:
+            changes = {**CHANGES[name], **dict(self.args.set)}
+            before = memory.resident(self.device)
+            provider = ours.Ours(case, self.device, whole, **typed(changes))
+            self.resident[name] = memory.resident(self.device) - before
+            return provider
+        label = f"{name} {case.model.name}"
+        if label not in self._baselines:
+            self.forget()
+            self._baselines = {
+                key: baseline
+                for key, baseline in self._baselines.items()
+                if key.endswith(f" {case.model.name}")
+            }
+            before = memory.resident(self.device)
+            setting = flow_grpo.setting(name, case.model, self.device)
+            baseline = FlowGrpoBaseline(case.model, setting, self.device)
+            _ = baseline.serving
+            if self.suite != "rollout":
+                # Now, so that the weights count as resident in every case.
+                _ = baseline.trained
+            self._baselines[label] = baseline
+            self.resident[name] = memory.resident(self.device) - before
+        self._baselines[label].prepare(case)
+        return self._baselines[label]
+
+    def forget(self) -> None:
+        """Free compiled code and memory that earlier cases have left."""
+        # Its import takes as long as a small suite, and without compile it is not needed.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        memory.release(self.device)
+
+    def drop(self, name: str) -> None:
+        """Build the baseline `name`, or "all", anew next time."""
+        self._baselines = {
+            key: baseline
+            for key, baseline in self._baselines.items()
+            if name != "all" and not key.startswith(f"{name} ")
+        }
+
+    def attempt(self, what: str, name: str, case: str, action: Callable[[], Any]) -> Any:
+        """Result of the action; None after it ran out of memory or failed, which is recorded."""
+        try:
+            return action()
+        # A provider may fail in any way; the others of this run are measured all the same.
+        except Exception as error:
+            if memory.out_of_memory(error):
+                print(f"{case:36s} {name:10s} out of memory ({what})", flush=True)
+                self.row(case, name, "out_of_memory", 1, "1")
+            else:
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.failures.append(f"{case} {name} {what}: {first}")
+                traceback.print_exc()
+        self.drop(name)
+        self.forget()
+        return None
+
+    def each(self, cases: Iterable[Case], one: Callable[[Case], None], name: Callable) -> int:
+        """Measure the cases within the budget; the exit code."""
+        for case in cases:
+            if self.over_budget():
+                self.skipped.append(name(case))
+                continue
+            self.forget()
+            try:
+                self.attempt("case", "all", name(case), lambda case=case: one(case))
+            finally:
+                self.write()
+        self.write()
+        print(f"wrote {self.out}")
+        for line in self.failures:
+            print(f"failed: {line}")
+        if self.skipped:
+            print(f"not begun within {self.args.budget:.0f} s: {', '.join(self.skipped)}")
+        return 1 if self.failures else 0
+
+    def rate_rows(self, case: str, name: str, flops: float, seconds: float) -> None:
+        """Rows of operations a second, over the data sheet (on a GPU) and the measured product."""
+        rate = flops / seconds
+        self.row(case, name, "rate", rate / 1e12, "TFLOP/s")
+        self.row(case, name, "of_measured", 100 * rate / self.ceiling.matmul, "%")
+        if self.device == "cuda":
+            self.row(case, name, "mfu", 100 * rate / 1e12 / ceiling.PEAK_TFLOPS, "%")
+
+    def memory_rows(self, case: str, name: str, peak: memory.Peak) -> None:
+        """Row of a provider's memory: its resident weights and what the call took beyond them."""
+        resident = self.resident.get(name, 0)
+        self.row(case, name, "peak_memory", (resident + peak.reserved) / memory.GIB, "GiB")
+
+    def host_rows(self, case: str, name: str, call: Callable[[], Any], per: int, unit: str) -> None:
+        """Rows of launches and synchronisations of one call, over `per` steps. GPU only."""
+        if self.device != "cuda":
+            return
+        syncs: list[str] = []
+
+        def watched() -> None:
+            with waits.recorded_waits() as recorded:
+                call()
+            syncs.extend(recorded)
+
+        profile = profiles.record(watched, self.device)
+        self.row(case, name, "syncs", len(syncs) / per, f"synchronisations/{unit}")
+        self.row(case, name, "launches", profile.launches / per, f"launches/{unit}")
+        self.row(case, name, "kernels", profile.kernels / per, f"kernels/{unit}")
+
+    def speed_rows(self, case: str, times: dict[str, list[float]]) -> None:
+        """Rows of the speed of each provider over eager, by medians."""
+        if "eager" in times:
+            eager = statistics.median(times["eager"])
+            for name, values in times.items():
+                if name != "eager":
+                    speed = eager / statistics.median(values)
+                    self.row(case, name, "speedup_vs_eager", speed, "x")
+
+    def profile(self, case: str, name: str, call: Callable[[], Any], what: str, per: int) -> None:
+        """Rows and a table of one warm call of `per` steps."""
+        profile = profiles.record(call, self.device)
+        title = f"{case}, {name}: {what}"
+        self.texts.append(profiles.table(title, profile, per))
+        self.rows += profiles.rows(f"{case} {what}", name, profile)
+        print(self.texts[-1], flush=True)
+
+
+def typed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Values of --set as Python values: true, false, numbers; the rest stay texts."""
+    words = {"true": True, "false": False, "none": None}
+
+    def value(text: Any) -> Any:
+        if not isinstance(text, str):
+            return text
+        if text.lower() in words:
+            return words[text.lower()]
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
+
+    return {name: value(text) for name, text in changes.items()}
+
+
+def print_line(case: str, texts: dict[str, str]) -> None:
+    """Print a case and a text for each provider."""
+    print(f"{case:36s} " + "  ".join(f"{n} {text}" for n, text in texts.items()), flush=True)

@@ -1,0 +1,1 @@
+"""Records of measurements, and the tables and pictures that are made from them."""

@@ -1,0 +1,103 @@
+"""Suite kernels: its baseline computes what the fused ops compute; smoke runs write records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_kernels
+from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
+from providers import flow_grpo_ops
+from reporting import records
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROW = {"suite", "case", "provider", "metric", "value", "unit"}
+RECORD = {"device", "driver", "versions", "commit", "command", "date", "rows"}
+
+
+def test_the_baseline_computes_what_we_compute():
+    """Same step, log_prob, loss and gradient as ours up to float32 rounding: a fair comparison."""
+    sigmas = torch.linspace(1, 0, 11, dtype=torch.float64)
+    scheduler, transitions = flow_grpo_ops.Scheduler(sigmas), flow_sde(sigmas, 0.7)
+    torch.manual_seed(1)
+    v, x, ref = torch.randn(3, 5, 4, 8, 8)
+    steps = torch.tensor([0, 2, 4, 6, 8])
+    timestep = scheduler.timesteps[steps]
+    torch.manual_seed(2)
+    prev, score, _, _ = flow_grpo_ops.step(scheduler, v, timestep, x)
+    torch.manual_seed(2)
+    noise = torch.randn(v.shape)
+    ours, lp = sde_step(v, x, transitions, steps, noise=noise)
+    torch.testing.assert_close(ours, prev, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(lp, score, rtol=2e-5, atol=2e-5)
+
+    old, adv = lp + torch.tensor([0.2, -0.2, 0.01, 0.0, 0.3]), torch.linspace(-3, 7, 5)
+    a, b = v.clone().requires_grad_(), v.clone().requires_grad_()
+    theirs, metrics = flow_grpo_ops.loss(scheduler, a, timestep, x, ours, old, adv, ref, beta=0.04)
+    out = grpo_loss(b, x, ours, old, adv, transitions, steps, ref_velocity=ref, kl_weight=0.04)
+    theirs.backward()
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.kl, metrics["kl_loss"].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--smoke", "--out", out]
+    command += ["--cases", "odd"]
+    run = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    record = json.loads(out.read_text())
+    assert set(record) >= RECORD and "--smoke" in record["command"]
+    assert all(set(row) == ROW and row["value"] > 0 for row in record["rows"])
+    assert {"ours", "eager", "reference", "ceiling"} == {r["provider"] for r in record["rows"]}
+    assert {r["case"].split()[0] for r in record["rows"]} == {
+        "step", "step-cfg", "loss", "loss-kl"
+    }  # fmt: skip
+    picture = tmp_path / "bars.png"
+    subprocess.run(
+        [sys.executable, BENCHMARKS, "plot", out, "--out", picture, "--cases", "odd"],
+        check=True,
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+
+
+def test_bytes_of_one_call(tmp_path):
+    """The loss makes one gradient; the step writes where it is told. 16 KiB and more, so that the
+    handful of floats a row does not show."""
+    out = tmp_path / "memory.json"
+    case = ["--cases", "sd3-512 b1 ", "--device", "cpu", "--out", str(out)]
+    assert bench_kernels.main(["--smoke", "--memory", *case]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    elements = 16 * 64 * 64
+    found = {(r["case"].split()[0], r["provider"]): r["value"] / elements for r in rows}
+    assert {r["suite"] for r in rows} == {"memory"} and {r["unit"] for r in rows} == {"bytes"}
+    for op in ("loss", "loss-kl"):
+        assert 4 <= found[op, "ours"] < 4.1 and found[op, "eager"] >= 16
+    for op in ("step", "step-cfg"):
+        assert found[op, "ours"] < 0.1 and found[op, "eager"] >= 16
+
+
+def test_a_smoke_run_is_no_record():
+    args = argparse.Namespace(out=None, smoke=True, device="cpu")
+    assert records.RESULTS not in records.output_path("kernels", args).parents
+    args.smoke = False
+    assert records.output_path("kernels", args) == records.RESULTS / "kernels-cpu.json"
+    args.out = Path("mine.json")
+    assert records.output_path("kernels", args) == Path("mine.json")
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("kernels-*.json")))
+def test_recorded_files_have_the_format(path):
+    record = json.loads(path.read_text())
+    assert set(record) >= RECORD
+    assert all(set(row) == ROW for row in record["rows"])
