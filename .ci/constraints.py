@@ -20,8 +20,8 @@ from packaging.version import Version
 PROJECT = "flowgrpo"
 FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
 HEAD = """\
-# Versions that were tested together: all that the extras in pyproject.toml require, directly or not,
-# on {environment}.
+# Versions that were tested together: all that the extras in pyproject.toml require, directly or
+# not, on {environment}.
 # Written in a fresh virtual environment by
 #   pip install -c constraints.txt '.[{extras}]' && python .ci/constraints.py
 # Behind each version stands what requires it: extras, in brackets, and packages. Pins are marked
