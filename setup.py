@@ -2,10 +2,12 @@
 
 Metadata and dependencies are in pyproject.toml. What cannot be said there is here:
 
-* Two packages come out of one tree. ``flowgrpo_kernels`` lives in ``kernels/``, which must stay a
-  plain folder without ``__init__.py``: Hugging Face publishes a package named ``kernels`` that
-  transformers and diffusers import. Hence explicit ``packages`` and ``package_dir``, never
-  ``find_packages()``.
+* Two packages come out of one tree, in one distribution: one version, one wheel, and the kernels'
+  build has CMakeLists.txt within its reach wherever pip copies the tree. ``pip install .`` brings
+  torch alone, which the kernels need; the trainer's requirements are the extra ``train``.
+* ``flowgrpo_kernels`` lives in ``kernels/``, which must stay a plain folder without
+  ``__init__.py``: Hugging Face publishes a package named ``kernels`` that transformers and
+  diffusers import. Hence two named roots that are walked, never ``find_packages()`` over the tree.
 * CMake compiles ``kernels/csrc`` into one plain shared library that is loaded with ctypes. It links
   neither libtorch nor libpython, so a wheel is tagged ``py3-none-<platform>`` and serves every
   Python and every torch.
@@ -39,29 +41,35 @@ PACKAGE_DIR = {
     "flowgrpo": "flowgrpo",
     "flowgrpo_kernels": "kernels/flowgrpo_kernels",
 }
-PACKAGES = [
-    "flowgrpo",
-    "flowgrpo.cli",
-    "flowgrpo.config",
-    "flowgrpo.evaluation",
-    "flowgrpo.nano",
-    "flowgrpo.policies",
-    "flowgrpo.policies.flux",
-    "flowgrpo.policies.sd3",
-    "flowgrpo.prompts",
-    "flowgrpo.prompts.sets",
-    "flowgrpo.rewards",
-    "flowgrpo.runs",
-    "flowgrpo.sampling",
-    "flowgrpo_kernels",
-    "flowgrpo_kernels.blocks",
-    "flowgrpo_kernels.compat",
-]
+DATA_SUFFIXES = (".json", ".jsonl", ".md", ".safetensors", ".txt", ".typed")
+
+
+def packages(name: str, folder: Path) -> dict[str, Path]:
+    """Package name -> folder, for ``folder`` and the folders with ``__init__.py`` below it."""
+    tree = {name: folder}
+    for init in sorted(folder.glob("*/__init__.py")):
+        tree |= packages(f"{name}.{init.parent.name}", init.parent)
+    return tree
+
+
+def data_files(folder: Path, packages: set[Path]) -> list[str]:
+    """Data files of the package in ``folder``, relative to it; nested packages have their own."""
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path not in packages:
+            files += [f"{path.name}/{file}" for file in data_files(path, packages)]
+        elif path.suffix in DATA_SUFFIXES and path.name != BUILD_INFO:
+            files.append(path.name)
+    return files
+
+
+PACKAGES = {
+    package: path
+    for name, folder in PACKAGE_DIR.items()
+    for package, path in packages(name, ROOT / folder).items()
+}
 PACKAGE_DATA = {
-    "flowgrpo": ["py.typed"],
-    "flowgrpo.prompts.sets": ["*.txt", "*/*.txt", "*/*.jsonl"],
-    "flowgrpo.nano": ["*.json", "*.txt", "*.md", "model/*", "model/*/*"],
-    "flowgrpo_kernels": ["py.typed"],
+    package: data_files(path, set(PACKAGES.values())) for package, path in PACKAGES.items()
 }
 
 
@@ -176,7 +184,7 @@ class BdistWheel(bdist_wheel):
 
 
 setup(
-    packages=PACKAGES,
+    packages=list(PACKAGES),
     package_dir=PACKAGE_DIR,
     package_data=PACKAGE_DATA,
     include_package_data=False,

@@ -1,8 +1,9 @@
-"""The wheel: what is in it, what it is called, and that no compiler is needed to install it."""
+"""The wheel: what is in it, what it requires, and that no compiler is needed to install it."""
 
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import flowgrpo_kernels
+from flowgrpo import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"]
@@ -88,29 +91,173 @@ def test_every_module_and_data_file_is_in_the_wheel(pure_wheel):
         p.relative_to(base).as_posix()
         for base, package in ((ROOT, "flowgrpo"), (ROOT / "kernels", "flowgrpo_kernels"))
         for p in (base / package).rglob("*")
-        if p.suffix in (".py", ".json", ".jsonl", ".txt", ".safetensors", ".typed")
+        if p.suffix in (".py", ".json", ".jsonl", ".md", ".txt", ".safetensors", ".typed")
         and p.name != "_native_build.json"
     }
     assert expected - shipped == set()
     assert any(name.startswith("flowgrpo/nano/model/") for name in shipped)
 
 
-def test_metadata(pure_wheel):
-    names = pure_wheel.namelist()
-    (metadata,) = [n for n in names if n.endswith("dist-info/METADATA")]
-    text = pure_wheel.read(metadata).decode()
-    assert re.findall(r"^Provides-Extra: (.*)$", text, re.M) == [
+def test_a_new_folder_needs_no_line_in_setup(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    new = {
+        "flowgrpo/room/__init__.py",
+        "flowgrpo/room/inner/__init__.py",
+        "flowgrpo/room/inner/sets/deep/rows.jsonl",
+        "flowgrpo/room/page.md",
+        "kernels/flowgrpo_kernels/room/__init__.py",
+    }
+    # A folder without __init__.py is no package, and nothing beside the two roots is one.
+    stray = {
+        "flowgrpo/loose/module.py",
+        "flowgrpo/room/picture.psd",
+        "kernels/csrc/__init__.py",
+        "benchmarks/__init__.py",
+        "room/__init__.py",
+    }
+    for name in new | stray:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    names = set(build_wheel(tree, FLOWGRPO_SKIP_NATIVE="1").namelist())
+    assert {name.removeprefix("kernels/") for name in new} <= names
+    assert not {name.removeprefix("kernels/") for name in stray} & names
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {
+        "flowgrpo",
+        "flowgrpo_kernels",
+    }
+
+
+def installed(wheel: zipfile.ZipFile, folder: Path) -> importlib.metadata.Distribution:
+    """Unpack a wheel into a folder, as ``pip install --target`` does."""
+    wheel.extractall(folder)
+    (info,) = folder.glob("flowgrpo-*.dist-info")
+    return importlib.metadata.Distribution.at(info)
+
+
+def test_metadata(pure_wheel, tmp_path):
+    flowgrpo = installed(pure_wheel, tmp_path)
+    assert flowgrpo.metadata.get_all("Provides-Extra") == [
+        "train",
         "triton",
-        "test",
-        "bench",
-        "data",
         "rewards",
         "serve",
+        "data",
         "wandb",
+        "test",
+        "bench",
     ]
-    (entry,) = [n for n in names if n.endswith("dist-info/entry_points.txt")]
-    assert "flowgrpo = flowgrpo.cli.main:main" in pure_wheel.read(entry).decode()
-    assert any(n.endswith("licenses/LICENSE") for n in names)
+    requirements = [Requirement(text) for text in flowgrpo.requires]
+    core = [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert core == ["torch"]
+    (script,) = flowgrpo.entry_points
+    assert (script.group, script.name) == ("console_scripts", "flowgrpo")
+    assert any(n.endswith("licenses/LICENSE") for n in pure_wheel.namelist())
+
+
+def torch_alone(folder: Path) -> Path:
+    """A folder with links to torch and to what it requires, and to nothing else."""
+    folder.mkdir()
+    names = ["torch"]
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for entry in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / entry).exists():
+                (folder / entry).symlink_to(distribution.locate_file(entry))
+        for requirement in map(Requirement, distribution.requires or []):
+            # A requirement of torch's that is not installed is not imported either.
+            if (
+                requirement.name not in names
+                and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+                and any(importlib.metadata.distributions(name=requirement.name))
+            ):
+                names.append(requirement.name)
+    return folder
+
+
+KERNELS_ALONE = """
+import importlib.util, sys
+
+sys.path[:0] = sys.argv[1].split(":")
+import flowgrpo
+import torch
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, sde_step
+
+for name in ("diffusers", "transformers", "peft", "numpy", "scipy", "PIL", "tyro", "rich"):
+    assert importlib.util.find_spec(name) is None, name
+
+transitions = flow_sde(torch.tensor([1.0, 0.6, 0.3, 0.0]), noise_level=0.7)
+seeds = torch.arange(3)
+x = initial_noise(seeds, (4, 6, 6))
+velocity = torch.full_like(x, 0.25).requires_grad_()
+x_next, log_prob = sde_step(velocity.detach(), x, transitions, 0, seeds=seeds)
+steps, advantages = torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, -1.0, 0.5])
+out = grpo_loss(velocity, x, x_next, log_prob, advantages, transitions, steps, clip_range=1e-4)
+out.loss.backward()
+assert out.loss.item() == -advantages.mean().item()
+assert velocity.grad.isfinite().all() and velocity.grad.abs().sum() > 0
+
+try:
+    from flowgrpo import train
+except ModuleNotFoundError as error:
+    assert error.name.split(".")[0] not in ("flowgrpo", "flowgrpo_kernels")
+else:
+    raise AssertionError("the trainer was imported")
+"""
+
+COMMAND_ALONE = """
+import importlib.metadata, sys
+
+sys.path[:0] = sys.argv[1].split(":")
+(script,) = importlib.metadata.distribution("flowgrpo").entry_points
+sys.argv[1:] = ["train"]
+sys.exit(script.load()())
+"""
+
+
+@pytest.fixture(scope="module")
+def without_the_trainer(wheel, tmp_path_factory):
+    """Run code with Python, torch and the wheel alone: isolated, and without site-packages."""
+    folder = tmp_path_factory.mktemp("torch-alone")
+    path = f"{folder / 'wheel'}:{torch_alone(folder / 'torch')}"
+    installed(wheel, folder / "wheel")
+
+    def run(code: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, path], capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_the_kernels_need_torch_alone(without_the_trainer):
+    done = without_the_trainer(KERNELS_ALONE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_without_the_trainer_is_one_sentence(without_the_trainer):
+    done = without_the_trainer(COMMAND_ALONE)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("flowgrpo: ") and line.endswith("pip install 'flowgrpo[train]'")
+    for name in ("numpy", "scipy", "diffusers", "transformers", "tyro", "pillow"):
+        assert re.search(rf"\b{name}\b", line)
+    assert "torch" not in line
+
+
+@pytest.mark.parametrize("missing", ["flowgrpo.cli", "no_such_module"])
+def test_another_missing_module_is_a_traceback(missing, monkeypatch):
+    """With the trainer's requirements, or if the module is one of ours, nothing is explained."""
+    if missing == "flowgrpo.cli":
+        monkeypatch.setattr(command, "missing_requirements", lambda: ["numpy"])
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.delattr("flowgrpo.cli", raising=False)
+    else:
+        monkeypatch.setattr(command, "missing_requirements", list)
+        monkeypatch.setattr("flowgrpo.cli.main", lambda argv: __import__(missing))
+    with pytest.raises(ModuleNotFoundError) as caught:
+        command.main([])
+    assert caught.value.name == missing
 
 
 def assert_plain(library: bytes) -> None:

@@ -18,7 +18,8 @@ from importlib import metadata
 from rapidfuzz.distance import Levenshtein
 
 from experiments.ocr_renders import FONTS, SIZES, renders
-from flowgrpo.prompts.load import load_prompts, sets
+from flowgrpo.prompts import sets
+from flowgrpo.prompts.load import load_prompts
 from flowgrpo.rewards import ocr
 from flowgrpo.rewards.images import to_pil
 from reporting import records
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("count", nargs="?", type=int, default=300, help="prompts, default: 300")
     count = parser.parse_args(argv).count
     folder = str(sets.folder("ocr"))
-    texts = [*load_prompts.load(folder, "test").texts, *load_prompts.load(folder, "train").texts][
+    texts = [*load_prompts(folder, "test").texts, *load_prompts(folder, "train").texts][
         :count
     ]
     targets = [ocr.quoted_text(text) for text in texts]

@@ -121,7 +121,7 @@ class Ours:
         """The body of the trainer's loop; the largest |ratio - 1| before its update."""
         components = self.components
         scoring = BackgroundScoring(
-            components.scorer, self.prompts, self.case.group_size, components.worker
+            components.scorer, self.prompts, self.case.group_size, components.reward_thread
         )
         trajectory = train.collect(components, self.conditioning, self.config, scoring)
         scores = scoring.finish()
