@@ -25,8 +25,7 @@ from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_js
 from flowgrpo.policies import Policy
 from flowgrpo.recipes import RECIPES
 from flowgrpo.records import Prompts
-from flowgrpo.rewards import REWARDS
-from flowgrpo.rewards.scorer import Scorer
+from flowgrpo.rewards import REWARDS, Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -238,8 +237,10 @@ def objective(text, monkeypatch, capsys):
     """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
     from flowgrpo_kernels import flow_sde, sde_step
 
-    scope = dict(vars(objectives))
+    scope = vars(objectives) | {"OBJECTIVES": {}}
     exec(text, scope)
+    [(name, row)] = scope["OBJECTIVES"].items()
+    assert name == "reinforce" and isinstance(row, objectives.Objective)
     factor = torch.tensor(0.3, requires_grad=True)
     policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
     transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)
@@ -249,10 +250,10 @@ def objective(text, monkeypatch, capsys):
     advantages, weights = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0])
     batch = SimpleNamespace(
         sample=sample, sigma=None, conditioning=None, uncond=None, prev_sample=state,
-        transitions=transitions, step=step, old_log_prob=log_prob, advantages=advantages,
+        transitions=transitions, table_row=step, old_log_prob=log_prob, advantages=advantages,
         weights=weights,
     )  # fmt: skip
-    out = scope["reinforce"](policy, batch, nano.recipe())
+    out = row.loss(policy, batch, nano.recipe())
     assert torch.equal(out.ratio, torch.ones(2))
     torch.testing.assert_close(out.loss.detach(), -(advantages * log_prob).mean())
     out.loss.backward()
@@ -321,9 +322,9 @@ def test_training_commands_run(line, workplace, monkeypatch):
 
 def test_other_commands_parse():
     classes = {
-        "evaluate": options.Evaluate,
-        "sample": options.Sample,
-        "serve-reward": options.Serve,
+        "evaluate": options.EvaluateOptions,
+        "sample": options.SampleOptions,
+        "serve-reward": options.ServeOptions,
     }
     for line in COMMANDS:
         words = shlex.split(line, comments=True)
@@ -494,6 +495,12 @@ def test_supported_table():
     assert rows["transitions"] == list(typing.get_args(choices))
     assert set(rows["rewards"]) == {name for name in REWARDS if not name.startswith("nano")}
     assert rows["objectives"] == list(objectives.OBJECTIVES)
+
+
+def test_objectives_table():
+    rows = table("docs/new-objective.md", "| field |")
+    fields = [field.name for field in dataclasses.fields(objectives.Objective)]
+    assert [names(row[0]) for row in rows] == [[name] for name in fields]
 
 
 def test_rewards_table():
