@@ -245,16 +245,16 @@ def test_the_command_without_the_trainer_is_one_sentence(without_the_trainer):
     assert "torch" not in line
 
 
-@pytest.mark.parametrize("missing", ["flowgrpo.cli", "no_such_module"])
+@pytest.mark.parametrize("missing", ["flowgrpo.cli.main", "no_such_module"])
 def test_another_missing_module_is_a_traceback(missing, monkeypatch):
     """With the trainer's requirements, or if the module is one of ours, nothing is explained."""
-    if missing == "flowgrpo.cli":
+    if missing == "flowgrpo.cli.main":
         monkeypatch.setattr(command, "missing_requirements", lambda: ["numpy"])
         monkeypatch.setitem(sys.modules, missing, None)
-        monkeypatch.delattr("flowgrpo.cli", raising=False)
+        monkeypatch.delattr("flowgrpo.cli.main", raising=False)
     else:
         monkeypatch.setattr(command, "missing_requirements", list)
-        monkeypatch.setattr("flowgrpo.cli.main", lambda argv: __import__(missing))
+        monkeypatch.setattr("flowgrpo.cli.main.main", lambda argv: __import__(missing))
     with pytest.raises(ModuleNotFoundError) as caught:
         command.main([])
     assert caught.value.name == missing

@@ -1,0 +1,653 @@
+"""README and docs: snippets run, command lines parse; links, paths, names and numbers are true."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tyro
+
+from flowgrpo import nano, objectives, rewards, train
+from flowgrpo.cli import options
+from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
+from flowgrpo.policies import Policy
+from flowgrpo.recipes import RECIPES
+from flowgrpo.records import Prompts
+from flowgrpo.rewards import REWARDS, Scorer
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FILES += sorted((ROOT / "docs").glob("*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
+README = PAGES["README.md"]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def fences(page: str, language: str) -> list[str]:
+    """The fenced blocks of one language on a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells of the one table whose first line begins with `head`."""
+    lines = PAGES[page].splitlines()
+    [start] = [number for number, line in enumerate(lines) if line.startswith(head)]
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        rows.append([cell.strip() for cell in cells])
+    return rows
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backquotes."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def linked_record(page: str, name: str) -> dict:
+    """The JSON file of that name that a page links to."""
+    [target] = {t for t in re.findall(r"\]\(([^)]+\.json)\)", PAGES[page]) if Path(t).name == name}
+    return json.loads(((ROOT / page).parent / target).read_text(encoding="utf-8"))
+
+
+# Python
+
+RUNNERS: dict[str, Callable[..., None]] = {}
+
+
+def runs(words: str):
+    """Decorator: runs the snippet that has these words."""
+
+    def register(runner: Callable[..., None]) -> Callable[..., None]:
+        RUNNERS[words] = runner
+        return runner
+
+    return register
+
+
+SNIPPETS = [(page, text) for page in PAGES for text in fences(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "text"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
+def test_snippets_run(page, text, monkeypatch, capsys):
+    [runner] = [runner for words, runner in RUNNERS.items() if words in text]
+    runner(text, monkeypatch, capsys)
+
+
+def test_every_runner_has_a_snippet():
+    for words in RUNNERS:
+        assert sum(words in text for _, text in SNIPPETS) == 1, words
+
+
+@runs("= flow_sde(")
+def rollout_and_loss(text, monkeypatch, capsys):
+    """Under the names that the text leaves to the reader; on policy the ratio is exactly 1."""
+    net = torch.nn.Conv2d(16, 16, 1)
+    seeds, states = torch.arange(3), []
+
+    def model(x, step):
+        states.append(x.detach())
+        return net(x.detach())
+
+    scope = {
+        "sigmas": torch.linspace(1, 0, 5),
+        "seeds": seeds,
+        "device": "cpu",
+        "model": model,
+        "reference": lambda x, step: torch.zeros_like(x),
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "step": 1,
+    }
+    rollout, update = text.split("out = grpo_loss(")
+    with torch.no_grad():
+        exec(rollout, scope)
+    scope |= {"x_t": states[1], "x_next": states[2]}
+    with torch.no_grad():
+        args = (net(states[1]), states[1], scope["transitions"], 1)
+        _, scope["old_log_prob"] = scope["sde_step"](*args, seeds=seeds)
+    exec("out = grpo_loss(" + update, scope)
+    assert scope["x"].shape == (3, 16, 64, 64)
+    assert torch.equal(scope["out"].ratio, torch.ones(3)) and scope["out"].kl > 0
+    assert net.weight.grad.abs().sum() > 0
+
+
+@runs("= window(cps(")
+def guided_window(text, monkeypatch, capsys):
+    net = torch.nn.Conv2d(16, 16, 1, dtype=torch.bfloat16)
+    scope = {
+        "torch": torch,
+        "sigmas": torch.linspace(1, 0, 5),
+        "seeds": torch.arange(2),
+        "device": "cpu",
+        "model": lambda x, step: net(x),
+        "empty": lambda x, step: 0.5 * net(x),
+    }
+    ratios = []
+    ending = "    x = x_next\n"
+    assert text.endswith(ending)
+    with torch.no_grad():
+        exec(text + "    ratios.append(ratio)\n", scope | {"ratios": ratios})
+    assert len(ratios) == 4
+    assert all(torch.equal(ratio, torch.ones(2)) for ratio in ratios)
+
+
+@runs("flow_grpo.patch(")
+def drop_in(text, monkeypatch, capsys):
+    theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
+    for module in theirs:
+        module.sde_step_with_logprob = len
+    seen = []
+    scope = {"their_pipeline": theirs[0], "their_training_script": theirs[1]}
+    scope["train"] = lambda: seen.extend(module.sde_step_with_logprob for module in theirs)
+    exec(text, scope)
+    assert [function.__module__ for function in seen] == ["flowgrpo_kernels.compat.flow_grpo"] * 2
+    assert all(module.sde_step_with_logprob is len for module in theirs)
+
+
+@runs("import gated_residual, joint_heads, norm_modulate")
+def block_kernels(text, monkeypatch, capsys):
+    x = torch.randn(2, 5, 96)
+    scope = {"x": x, "scale": torch.zeros(2, 96), "shift": torch.zeros(2, 96)}
+    scope |= {"gate": torch.ones(2, 96), "image": x, "text": x[:, :3]}
+    scope |= {"image_weight": torch.ones(4), "text_weight": torch.ones(4)}
+    exec(text, scope)
+    torch.testing.assert_close(
+        scope["y"], torch.nn.functional.layer_norm(x, (96,), eps=1e-6), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(scope["x"], x + scope["y"])
+    assert scope["q"].shape == (2, 8, 24, 4)
+
+
+def own_rewards(text: str, monkeypatch) -> types.ModuleType:
+    """The module my_rewards with the text of a snippet."""
+    module = types.ModuleType("my_rewards")
+    exec(text, module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    return module
+
+
+def blue_images() -> torch.Tensor:
+    """Two images: black, and wholly blue."""
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    images[1, 2] = 255
+    return images
+
+
+@runs("def blue(")
+def plain_reward(text, monkeypatch, capsys):
+    own_rewards(text, monkeypatch)
+    scorer = Scorer({"my_rewards:blue": 1.0})
+    assert scorer(blue_images(), Prompts.of(["a"]), 2).total.tolist() == [0.0, 1.0]
+
+
+@runs('@configurable("blue")')
+def configurable_reward(text, monkeypatch, capsys):
+    own_rewards(text, monkeypatch)
+    [line] = [line for line in LINES if "my_rewards:score.weight" in line]
+    config = train_config(line, monkeypatch)
+    assert config.reported == ("nano_strict", "nano_partial", "my_rewards:score")
+    for reported in ((), config.reported[2:]):
+        scorer = Scorer.of(config.reward, reported)
+        assert list(scorer.weights) == ["my_rewards:score"]
+        assert scorer(blue_images(), Prompts.of(["a"]), 2).total.tolist() == [0.0, 2.0]
+
+
+@runs("nano.recipe(")
+def run_from_python(text, monkeypatch, capsys):
+    configs = []
+    summary = {"before": {"accuracy": 0.25}, "after": {"accuracy": 0.5}}
+    monkeypatch.setattr(train, "run", lambda config: configs.append(config) or summary)
+    exec(text, {})
+    assert capsys.readouterr().out == "0.25 0.5\n"
+    assert (configs[0].run.steps, configs[0].sample.noise_level) == (200, 0.8)
+    assert nano.recipe().run.steps != 200
+
+
+@runs("class MyPolicy(Policy)")
+def policy_skeleton(text, monkeypatch, capsys):
+    """The methods of the page are exactly those that a family has to write."""
+    scope = {}
+    exec(text, scope)
+    methods = {name for name, value in vars(scope["MyPolicy"]).items() if callable(value)}
+    assert methods == Policy.__abstractmethods__
+    assert not scope["MyPolicy"].__abstractmethods__
+
+
+@runs("def reinforce(")
+def objective(text, monkeypatch, capsys):
+    """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
+    from flowgrpo_kernels import flow_sde, sde_step
+
+    scope = vars(objectives) | {"OBJECTIVES": {}}
+    exec(text, scope)
+    [(name, row)] = scope["OBJECTIVES"].items()
+    assert name == "reinforce" and isinstance(row, objectives.Objective)
+    factor = torch.tensor(0.3, requires_grad=True)
+    policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
+    transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)
+    sample, step = torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
+    with torch.no_grad():
+        state, log_prob = sde_step(0.3 * sample, sample, transitions, step, seeds=torch.arange(2))
+    advantages, weights = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0])
+    batch = SimpleNamespace(
+        sample=sample, sigma=None, conditioning=None, uncond=None, prev_sample=state,
+        transitions=transitions, table_row=step, old_log_prob=log_prob, advantages=advantages,
+        weights=weights,
+    )  # fmt: skip
+    out = row.loss(policy, batch, nano.recipe())
+    assert torch.equal(out.ratio, torch.ones(2))
+    torch.testing.assert_close(out.loss.detach(), -(advantages * log_prob).mean())
+    out.loss.backward()
+    assert factor.grad.isfinite() and factor.grad != 0
+
+
+# Command lines
+
+LINES = [
+    line
+    for page in PAGES
+    for block in fences(page, "sh")
+    for line in block.splitlines()
+    if shlex.split(line, comments=True)
+]
+INLINE = [
+    text for page in PAGES for text in names(prose(page)) if re.match(r"flowgrpo [a-z-]+", text)
+]
+COMMANDS = [
+    command
+    for line in LINES + INLINE
+    for command in re.split(r" && ", line.partition("  #")[0])
+    if "..." not in command
+]
+# Programs that are no part of this repository.
+OTHERS = ("hf", "pre-commit", ".")
+
+
+def entry_point() -> Callable[[list[str]], int]:
+    """The function that pyproject.toml installs as `flowgrpo`."""
+    module, function = re.search(r'^flowgrpo = "([\w.]+):(\w+)"', PYPROJECT, re.MULTILINE).groups()
+    return getattr(importlib.import_module(module), function)
+
+
+def train_config(line: str, monkeypatch) -> Config:
+    """The configuration that a `flowgrpo train` line hands to `train.run`."""
+    configs = []
+    monkeypatch.setattr(train, "run", lambda config, **_: configs.append(config) or {})
+    assert entry_point()(shlex.split(line, comments=True)[1:]) == 0, line
+    return configs[0]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A working directory with the modules and the run that the pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    for name, function in {"my_rewards": "score", "my_recipes": "mine"}.items():
+        module = types.ModuleType(name)
+        setattr(module, function, nano.recipe)
+        monkeypatch.setitem(sys.modules, name, module)
+    folder = tmp_path / "runs" / "nano-0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(nano.recipe()))
+
+
+TRAIN = [line for line in COMMANDS if line.startswith("flowgrpo train")]
+
+
+@pytest.mark.parametrize("line", list(dict.fromkeys(TRAIN)))
+def test_training_commands_run(line, workplace, monkeypatch):
+    if "--run.resume" not in line:
+        # `flowgrpo train` alone would take the directory of the run that is resumed.
+        line += " --run.out new"
+    assert train_config(line, monkeypatch).run.steps > 0
+
+
+def test_other_commands_parse():
+    classes = {
+        "evaluate": options.EvaluateOptions,
+        "sample": options.SampleOptions,
+        "serve-reward": options.ServeOptions,
+    }
+    for line in COMMANDS:
+        words = shlex.split(line, comments=True)
+        if words[0] == "flowgrpo" and words[1] != "train":
+            assert words[1] in (*classes, "doctor"), line
+            if words[1] in classes:
+                assert tyro.cli(classes[words[1]], args=words[2:], prog=line)
+
+
+def extras() -> set[str]:
+    """The extras of pyproject.toml."""
+    section = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+
+
+def markers() -> set[str]:
+    """The test markers of pyproject.toml."""
+    return set(re.findall(r'"(\w+): ', PYPROJECT.partition("markers = [")[2].partition("]\n")[0]))
+
+
+def test_installs_name_extras_that_are_declared():
+    installs = [c for c in COMMANDS if re.search(r"\bpip install ", c)]
+    assert any("'.[train]'" in c for c in installs) and any("'.[test]'" in c for c in installs)
+    texts = [*installs, *re.findall(r"`pip install [^`]+`", "".join(PAGES.values()))]
+    for text in texts:
+        for listed in re.findall(r"\.\[([\w,]+)\]", text):
+            assert set(listed.split(",")) <= extras(), text
+        if " -c " in text:
+            assert (ROOT / text.split(" -c ")[1].split()[0]).is_file(), text
+
+
+def test_programs_and_modules_of_command_lines_are_there():
+    for line in COMMANDS:
+        words = shlex.split(line, comments=True)
+        program = Path(words[0]).name
+        if program == "python" and words[1] == "-m":
+            assert importlib.util.find_spec(words[2]), line
+            if words[2] == "pytest" and "-m" in words[3:]:
+                expression = words[words.index("-m", 3) + 1]
+                assert set(re.findall(r"\w+", expression)) - {"not"} <= markers(), line
+            for word in words[3:]:
+                assert not word.endswith(".py") or (ROOT / word).is_file(), line
+        elif program == "python":
+            assert (ROOT / words[1]).is_file(), line
+        elif "/" in words[0] and program not in ("pip", "python"):
+            assert (ROOT / words[0]).is_file(), line
+        else:
+            assert program in ("pip", "flowgrpo") or words[0] in OTHERS, line
+
+
+# Links, paths and names
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_links_resolve():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in map(slug, headings), f"{page}: {target}"
+
+
+def test_the_readme_links_to_every_page():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README, page
+
+
+def test_paths_exist():
+    pattern = r"(?:flowgrpo|kernels|benchmarks|tests|docs|\.ci)/[\w./-]*"
+    for page in PAGES:
+        for text in names(prose(page)):
+            if re.fullmatch(pattern, text):
+                assert (ROOT / text).exists(), f"{page}: {text}"
+                assert text.endswith("/") == (ROOT / text).is_dir(), f"{page}: {text}"
+
+
+def test_the_tree_says_where_each_thing_is():
+    [tree] = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    named: set[Path] = set()
+    folder = ROOT
+    for line in tree.splitlines():
+        words = line.split()
+        entries = []
+        while words and re.fullmatch(r"[\w/]+(\.py|/)", words[0]):
+            entries.append(words.pop(0))
+        assert entries and words, f"no entry or no description: {line}"
+        if not line.startswith(" "):
+            folder = ROOT / entries[0]
+        for entry in entries:
+            path = (folder if line.startswith(" ") else ROOT) / entry
+            assert path.exists() and path.is_dir() == entry.endswith("/"), entry
+            named.add(path)
+        for word in words:
+            if re.fullmatch(r"\w+\.py", word.strip(",:;")):
+                assert (folder / word.strip(",:;")).is_file(), line
+    rooms = [p for p in (ROOT / "flowgrpo").glob("[!_]*") if p.suffix == ".py" or p.is_dir()]
+    rooms += [p for p in (ROOT / "kernels" / "flowgrpo_kernels").glob("[!_]*") if p.is_dir()]
+    rooms += [ROOT / name for name in ("kernels/csrc", "benchmarks", "docs", "tests")]
+    assert {path for path in rooms if path.is_dir() or path.suffix == ".py"} <= named
+
+
+def test_modules_of_the_changelog_are_there():
+    rows = table("CHANGELOG.md", "| before")
+    assert len(rows) > 20
+    for before, now in rows:
+        for name in names(now):
+            package, *parts = name.split(".")
+            root = ROOT / ("kernels" if package == "flowgrpo_kernels" else "") / package
+            path = root.joinpath(*parts)
+            assert path.with_suffix(".py").is_file() or path.is_dir(), f"{before}: {name}"
+
+
+def fields() -> set[str]:
+    """section.field of every field of the configuration."""
+    return {
+        f"{name}.{field.name}"
+        for name, section in reference.sections().items()
+        for field in dataclasses.fields(section)
+    }
+
+
+def test_fields_of_the_configuration_are_named_as_they_are():
+    for page in PAGES:
+        text = prose(page)
+        if page == "docs/moving-from-flow_grpo.md":
+            # The first column has flow_grpo's names.
+            text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+        for name in names(text):
+            section, _, field = name.partition(".")
+            if re.fullmatch(r"(policy|sample|reward|optim|run)\.[a-z_]+", name) and field != "py":
+                method = section == "policy" and hasattr(Policy, field)
+                assert name in fields() or method, f"{page}: {name}"
+
+
+def test_configuration_page_is_current():
+    assert PAGES["docs/configuration.md"] == reference.page(), (
+        "run python -m flowgrpo.config.reference > docs/configuration.md"
+    )
+
+
+def test_configuration_page_has_every_field_with_its_text():
+    lines = PAGES["docs/configuration.md"].splitlines()
+    for name in fields():
+        [line] = [line for line in lines if line.startswith(f"| `{name}` |")]
+        assert len(re.split(r"(?<!\\)\|", line)[4].split()) > 1, line
+    assert reference.field_docs(PolicyConfig)["lora_rank"] == "Rank of the LoRA matrices."
+
+
+def test_recipes_of_moving_from_flow_grpo():
+    rows = table("docs/moving-from-flow_grpo.md", "| recipe of flow_grpo |")
+    assert len(rows) > 6
+    for theirs, ours in rows:
+        assert names(ours) and set(names(ours)) <= set(RECIPES), theirs
+
+
+def test_supported_table():
+    rows = {row[0]: names(row[1]) for row in table("README.md", "| | | checked so far")}
+    choices = typing.get_type_hints(SampleConfig)["transition"]
+    assert rows["transitions"] == list(typing.get_args(choices))
+    assert set(rows["rewards"]) == {name for name in REWARDS if not name.startswith("nano")}
+    assert rows["objectives"] == list(objectives.OBJECTIVES)
+
+
+def test_objectives_table():
+    rows = table("docs/new-objective.md", "| field |")
+    fields = [field.name for field in dataclasses.fields(objectives.Objective)]
+    assert [names(row[0]) for row in rows] == [[name] for name in fields]
+
+
+def test_rewards_table():
+    listed = {}
+    for cell, _, settings in table("docs/new-reward.md", "| reward |"):
+        listed |= dict.fromkeys(names(cell), names(settings))
+    assert set(listed) == set(REWARDS)
+    for name, settings in listed.items():
+        assert settings == list(getattr(rewards.load(name), "defaults", {})), name
+
+
+# Numbers
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def accuracy(report: dict) -> str:
+    low, high = report["interval"]
+    return f"{percent(report['accuracy'])} ({percent(low)} to {percent(high)})"
+
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def test_results_are_those_of_the_record():
+    record = linked_record("README.md", "summary-seed0.json")
+    reports = [record[name] for name in ("before", "before_guided", "after")]
+    rows = table("README.md", "| 240 pictures, 40 ODE steps")
+    assert len(rows) == 3
+    for row, report in zip(rows, reports, strict=True):
+        assert row[1].replace("**", "") == accuracy(report)
+        assert row[2:] == [percent(report["tasks"][task]) for task in TASKS]
+        assert (report["images"], report["steps"]) == (240, 40)
+    before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
+    assert f"Of all 240 it accepts {before} before and {after} after" in README
+    assert f"It took {record['seconds']['total']:.0f} s" in README
+
+
+def test_results_of_nano_are_those_of_the_records():
+    page = "docs/nano.md"
+    record = linked_record(page, "summary-seed0.json")
+    reports = [record[name] for name in ("before", "before_guided", "after")]
+    first, *rows = table(page, "| 240 pictures |")
+    assert [cell.replace("**", "") for cell in first[1:]] == [accuracy(r) for r in reports]
+    for row, task in zip(rows[:6], TASKS, strict=True):
+        assert row[1:] == [percent(report["tasks"][task]) for report in reports]
+    for row, name in zip(rows[6:], ("palette", "background", "diversity"), strict=True):
+        assert row[1:] == [f"{report['quality'][name]:.3f}" for report in reports]
+    assert f"{record['iterations']} iterations, {record['images']:,} images" in PAGES[page]
+
+
+def test_seconds_of_the_trainer_are_those_of_the_record():
+    page = "docs/performance.md"
+    record = linked_record(page, "summary-seed0.json")
+    seconds = record["seconds"]
+    stages = {"rewards": "reward", "evaluation": "evaluate"}
+    for name, value, share in table(page, "| | seconds | share |"):
+        total = seconds[stages.get(name, name)]
+        assert value == f"{total:.0f}"
+        if name == "total":
+            assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
+        else:
+            assert share == f"{100 * total / seconds['total']:.0f} %"
+
+
+CASES = {
+    "rollout step": "step",
+    "loss, forward and backward": "loss",
+    "loss with KL": "loss-kl",
+    "the same with KL": "loss-kl",
+}
+
+
+def times(record: dict, case: str, rows: int) -> dict[str, dict[str, float]]:
+    """Provider -> metric -> milliseconds of one case of the record."""
+    values: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        if row["case"] == f"{case} sd3-512 b{rows} float32/float32" and row["unit"] == "us":
+            values.setdefault(row["provider"], {})[row["metric"]] = row["value"] / 1000
+    return values
+
+
+def test_speeds_of_the_readme_are_those_of_the_record():
+    record = linked_record("README.md", "kernels-cpu.json")
+    for name, *cells in table("README.md", "| two CPU cores"):
+        best = {p: v["best"] for p, v in times(record, CASES[name], 16).items()}
+        assert cells[:2] == [f"{best['eager']:.2f} ms", f"{best['ours']:.2f} ms"]
+        assert cells[2] == f"{best['eager'] / best['ours']:.1f}"
+
+
+def test_speeds_of_the_performance_page_are_those_of_the_record():
+    page = "docs/performance.md"
+    record = linked_record(page, "kernels-cpu.json")
+    for name, rows, *cells in table(page, "| case | rows |"):
+        best = {p: v["best"] for p, v in times(record, CASES[name], int(rows)).items()}
+        assert cells == [
+            f"{best['eager']:.2f}",
+            f"{best['ours']:.2f}",
+            f"{best['eager'] / best['ours']:.1f}",
+            f"{best['ceiling']:.2f}",
+        ]
+    medians = [times(record, case, 16) for case in ("step", "loss", "loss-kl")]
+    ratios = [f"{m['eager']['time'] / m['ours']['time']:.1f}" for m in medians]
+    text = " ".join(PAGES[page].split())
+    assert f"give {ratios[0]}, {ratios[1]} and {ratios[2]} times at 16 rows" in text
+    fallback, eager = (medians[0][provider]["best"] for provider in ("reference", "eager"))
+    assert f"{fallback:.1f} ms instead of {eager:.2f} at 16 rows" in text
+
+
+COUNTED = {
+    "SD3.5-M, 16 rows, KL": "sd3.5-m t2 b16 no-cfg w1 kl",
+    "SD3.5-M, 9 rows, guidance, KL": "sd3.5-m t2 b9 cfg w1 kl",
+    "FLUX.1-dev, 4 rows": "flux.1-dev t2 b4 no-cfg w1 no-kl",
+}
+PROVIDERS = ("ours", "ours-fused", "ours-recomputed", "eager")
+
+
+def test_counts_of_the_performance_page_are_those_of_the_record():
+    page = "docs/performance.md"
+    values = {
+        (row["case"], row["provider"], row["metric"]): row["value"]
+        for row in linked_record(page, "counted-meta.json")["rows"]
+    }
+    rows = table(page, "| counted |")
+    for memory, operations in zip(rows[::2], rows[1::2], strict=True):
+        keys = [(COUNTED[memory[0]], provider) for provider in PROVIDERS]
+        assert memory[2:] == [f"{values[(*key, 'counted_memory')]:.1f}" for key in keys]
+        metrics = ("rollout_launches", "update_launches")
+        assert operations[2:] == [
+            ", ".join(f"{values[(*key, metric)]:.0f}" for metric in metrics) for key in keys
+        ]
+    waits = values[COUNTED["SD3.5-M, 16 rows, KL"], "eager", "update_waits"]
+    assert f"flow_grpo's micro-step waits {waits:.0f} times" in " ".join(PAGES[page].split())
+    assert not any(
+        value for (_, provider, metric), value in values.items()
+        if provider != "eager" and metric == "update_waits"
+    )  # fmt: skip
+
+
+def test_citations():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"', PYPROJECT, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in text and "\nlicense: Apache-2.0\n" in text
+    assert f"version = {{{version}}}" in README
+    [bibtex] = fences("README.md", "bibtex")
+    assert bibtex.count("@") == 2 and bibtex.count("{") == bibtex.count("}")
+    for name in ("2505.05470", "Training Flow Matching Models via Online RL"):
+        assert name in text and name in bibtex
