@@ -4,10 +4,24 @@ whole suite in a process a core."""
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from poison import poisoned_empty as poisoned_empty
+
+# Another kind of CPU is rehearsed from before torch is loaded: it reads its limits once.
+ANOTHER_CPU = os.environ.get("FLOWGRPO_TEST_CPU", "")
+if ANOTHER_CPU:
+    folder = Path(__file__).parent / "support" / "another_cpu"
+    if ANOTHER_CPU not in runpy.run_path(str(folder / "sitecustomize.py"))["KINDS"]:
+        raise pytest.UsageError(f"FLOWGRPO_TEST_CPU is {ANOTHER_CPU!r}: avx2 or bf16 is expected")
+    if "torch" in sys.modules:
+        raise pytest.UsageError("FLOWGRPO_TEST_CPU: a plugin of pytest has loaded torch already")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+import torch  # noqa: E402
+from poison import poisoned_empty as poisoned_empty  # noqa: E402
 
 # Triton reads this when its own library functions are decorated, so it comes before any test
 # imports triton. Tests that need the compiler run in a subprocess without it.
@@ -38,6 +52,10 @@ def pytest_cmdline_main(config):
         if count > 1:
             options.numprocesses, options.dist = count, "loadfile"
             options.loadscopereorder = False
+
+
+def pytest_report_header():
+    return f"rehearsing a CPU of the kind {ANOTHER_CPU}" if ANOTHER_CPU else None
 
 
 def pytest_configure(config):

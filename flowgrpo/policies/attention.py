@@ -18,7 +18,12 @@ models get `JointAttention` first.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -59,7 +64,8 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
     try:
         if backend is not None:
             # Checks that the package is there and fetches kernels from the Hub where asked for.
-            transformer.set_attention_backend(backend.value)
+            with _without_notice():
+                transformer.set_attention_backend(backend.value)
         # Once, forward and backward, so that what cannot run, or in an update's backward may not,
         # says so before the first image.
         parts = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
@@ -73,6 +79,25 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
             "needs, or choose another, for example native_efficient or native_math."
         ) from error
     return name
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Hold back diffusers' warning that its attention backends are experimental, and only that.
+
+    It comes with every backend that is set, so with each policy on a GPU and each in float32, and
+    says nothing that a user of ours could act on.
+    """
+    logger = logging.getLogger(ModelMixin.__module__)
+
+    def other(record: logging.LogRecord) -> bool:
+        return "experimental feature" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 
 import pytest
@@ -93,6 +94,16 @@ def test_pin_may_be_called_again(sd3):
     attention.pin(model, "plain", CPU, torch.float32)
     attention.pin(model, "native", CPU, torch.float32)
     assert torch.equal(run_sd3(model)[0], run_sd3(copy.deepcopy(sd3))[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "native", "native_flash"])
+def test_pin_prints_nothing(sd3, caplog, monkeypatch, name):
+    """diffusers would say at each call that its backends are experimental."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    attention.pin(copy.deepcopy(sd3), name, CPU, torch.float32)
+    assert caplog.records == []
+    copy.deepcopy(sd3).set_attention_backend("native")
+    assert "experimental" in caplog.text
 
 
 def test_flux_uses_the_named_kernel(flux, monkeypatch):
