@@ -21,7 +21,8 @@ if ANOTHER_CPU:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 import torch  # noqa: E402
-from poison import poisoned_empty as poisoned_empty  # noqa: E402
+
+from support.poison import poisoned_empty as poisoned_empty  # noqa: E402
 
 # Triton reads this when its own library functions are decorated, so it comes before any test
 # imports triton. Tests that need the compiler run in a subprocess without it.

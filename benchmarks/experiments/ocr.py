@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("count", nargs="?", type=int, default=300, help="prompts, default: 300")
     count = parser.parse_args(argv).count
     folder = str(sets.folder("ocr"))
-    texts = [*load_prompts(folder, "test").texts, *load_prompts(folder, "train").texts][
-        :count
-    ]
+    texts = [*load_prompts(folder, "test").texts, *load_prompts(folder, "train").texts][:count]
     targets = [ocr.quoted_text(text) for text in texts]
     read = ocr.ENGINES["rapidocr"]()
     images = [to_pil(image) for image in renders(targets)]

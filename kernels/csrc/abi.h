@@ -1,4 +1,4 @@
-// The C ABI between libflowgrpo_native and flowgrpo_kernels/_native_library.py. Plain C types only.
+// The C ABI between libflowgrpo_native and flowgrpo_kernels/backends/native_library.py. Plain C types only.
 #pragma once
 
 #include <stdint.h>

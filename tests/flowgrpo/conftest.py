@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tiny
+
+from support import pipelines
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,19 +21,19 @@ def _cache_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pixel_model(tmp_path_factory) -> Path:
     """A pipeline over 8 x 8 RGB pixels with one text encoder."""
-    return tiny.save_pixel_pipeline(tmp_path_factory.mktemp("pixel"))
+    return pipelines.save_pixel_pipeline(tmp_path_factory.mktemp("pixel"))
 
 
 @pytest.fixture(scope="session")
 def latent_model(tmp_path_factory) -> Path:
     """A pipeline with a VAE and three text encoders."""
-    return tiny.save_latent_pipeline(tmp_path_factory.mktemp("latent"))
+    return pipelines.save_latent_pipeline(tmp_path_factory.mktemp("latent"))
 
 
 @pytest.fixture(scope="session")
 def flux_model(tmp_path_factory) -> Path:
     """A pipeline of FLUX.1-dev's parts; its default resolution is 256."""
-    return tiny.save_flux_pipeline(tmp_path_factory.mktemp("flux"))
+    return pipelines.save_flux_pipeline(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +42,10 @@ def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
     blocks with norms of queries and keys; without them; double and single blocks."""
     folder = tmp_path_factory.mktemp("kinds")
     small = {"policy.resolution": 16, "policy.max_sequence_length": 8, "policy.text_cache": ""}
-    medium = tiny.save_pixel_pipeline(folder / "sd3.5-medium", layers=3, dual=(0,))
+    medium = pipelines.save_pixel_pipeline(folder / "sd3.5-medium", layers=3, dual=(0,))
     return {
         "sd3.5-medium": (medium, {}),
-        "sd3": (tiny.save_pixel_pipeline(folder / "sd3", qk_norm=None), {}),
+        "sd3": (pipelines.save_pixel_pipeline(folder / "sd3", qk_norm=None), {}),
         "flux": (flux_model, small),
     }
 

@@ -15,8 +15,6 @@ from dataclasses import replace as changed
 
 import pytest
 import torch
-import trainers
-from recorded import Silent
 
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
@@ -28,6 +26,8 @@ from measuring import on_meta
 from models import configurations
 from models.cases import Case
 from providers import ours
+from support import setups
+from support.cpu_graphs import Silent
 
 META = torch.device("meta")
 REAL = {
@@ -98,7 +98,7 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
         assert len(watch.waits) <= 5 and all("rollout.py" in line for line in watch.waits)
         batch = experience(provider, trajectory)
         watch.restart()
-        metrics = trainers.update(provider.components, batch, provider.config)
+        metrics = setups.update(provider.components, batch, provider.config)
         # Everything that is logged is read at once.
         assert len(watch.waits) == 1 and "update.py" in watch.waits[0], watch.waits
     # Two chunks, one trained step of each.
@@ -127,7 +127,7 @@ def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
         trajectory = train.collect(parts, provider.conditioning, config)
         batch = experience(provider, trajectory)
         watch.restart()
-        trainers.update(parts, batch, config)
+        setups.update(parts, batch, config)
         assert len(watch.waits) == 1, watch.waits
     assert quiet["waits"] == []
 
@@ -140,7 +140,7 @@ def test_recomputed_activations_wait_for_nothing(made, quiet):
     try:
         with on_meta.watching(watch):
             batch = experience(provider, provider.rollout())
-            trainers.update(provider.components, batch, provider.config)
+            setups.update(provider.components, batch, provider.config)
     finally:
         transformer.disable_gradient_checkpointing()
     assert quiet["waits"] == []
@@ -176,7 +176,7 @@ def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
     try:
         with on_meta.watching(watch):
             batch = experience(provider, train.collect(parts, provider.conditioning, config))
-            trainers.update(parts, batch, config)
+            setups.update(parts, batch, config)
             assert recorder.captures == 2 and len(graphs.recordings) == 2
             watch.restart()
             rollout.rollout(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trainers
 
 from flowgrpo import objectives, rewards, train, update
 from flowgrpo.config import ConfigError, replace
+from support import setups
 
 FAST = {
     "sample.group_size": 8,
@@ -35,7 +35,7 @@ FAST = {
 )
 def test_brightness_is_learned(pixel_model, tmp_path, changes):
     """Held-out brightness, by the ODE sampler, rises far beyond its confidence interval."""
-    summary = train.run(trainers.config(pixel_model, tmp_path, **{**FAST, **changes}))
+    summary = train.run(setups.config(pixel_model, tmp_path, **{**FAST, **changes}))
     before, after = summary["before"], summary["after"]
     assert after["interval"][0] > before["interval"][1] + 0.03
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 10
@@ -44,9 +44,9 @@ def test_brightness_is_learned(pixel_model, tmp_path, changes):
 def test_the_backward_alone_is_strict(pixel_model, tmp_path):
     """PyTorch's attention kernels sum gradients in a fixed order only where it may raise; rewards
     and rollout, and processes that asked for nothing, are left alone."""
-    config = trainers.config(pixel_model, tmp_path)
-    made = trainers.parts(config)
-    experience = trainers.experience(made, config)
+    config = setups.config(pixel_model, tmp_path)
+    made = setups.parts(config)
+    experience = setups.experience(made, config)
     batch = objectives.gather_trained_steps(made.schedule, experience, slice(0, 3), range(1))
     seen, level = [], torch.get_deterministic_debug_mode
 
@@ -78,7 +78,7 @@ def test_global_random_numbers_play_no_part(pixel_model, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         torch.manual_seed(number), np.random.seed(number)
-        train.run(trainers.config(pixel_model, folder, **{**FAST, "run.steps": 3}))
+        train.run(setups.config(pixel_model, folder, **{**FAST, "run.steps": 3}))
         found.append(metrics(folder))
     assert found[0] == found[1] and len(found[0]) == 5
     assert found[0][1]["reward"] != found[0][2]["reward"]
@@ -88,7 +88,7 @@ def test_another_seed_is_another_run(pixel_model, tmp_path):
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
         changes = {**FAST, "run.steps": 1, "run.seed": seed}
-        train.run(trainers.config(pixel_model, tmp_path / str(seed), **changes))
+        train.run(setups.config(pixel_model, tmp_path / str(seed), **changes))
     one, other = metrics(tmp_path / "0"), metrics(tmp_path / "1")
     assert one[0] == other[0], "the evaluation of the base model is the same in every run"
     assert one[1]["reward"] != other[1]["reward"]
@@ -96,19 +96,19 @@ def test_another_seed_is_another_run(pixel_model, tmp_path):
 
 def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
     def choosy(images, prompts, metadata):
-        found = trainers.bright(images, prompts, metadata)
+        found = setups.bright(images, prompts, metadata)
         return [float("nan") if "red" in p else x for p, x in zip(prompts, found, strict=True)]
 
-    monkeypatch.setattr(trainers, "choosy", choosy, raising=False)
+    monkeypatch.setattr(setups, "choosy", choosy, raising=False)
     changes = {
-        "reward.weights": {"trainers:choosy": 1.0},
+        "reward.weights": {"support.setups:choosy": 1.0},
         "reward.retries": 0,
         "run.steps": 3,
         "sample.prompts_per_iteration": 3,
         "sample.group_size": 4,
         "sample.batch_size": 2,
     }
-    summary = train.run(trainers.config(pixel_model, tmp_path, **{**FAST, **changes}))
+    summary = train.run(setups.config(pixel_model, tmp_path, **{**FAST, **changes}))
     lines = [line for line in metrics(tmp_path) if line["kind"] == "train"]
     assert summary["dropped_groups"] == sum(line["dropped_groups"] for line in lines) > 0
     assert summary["max_ratio_error"] == 0.0
@@ -137,16 +137,14 @@ def test_bad_input_leaves_nothing_behind(
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     changes = {"sample.batch_size": 6, "sample.group_size": 4, **changes}
-    config = trainers.config(
-        pixel_model, tmp_path, **{"sample.prompts_per_iteration": 3, **changes}
-    )
+    config = setups.config(pixel_model, tmp_path, **{"sample.prompts_per_iteration": 3, **changes})
     with pytest.raises(error, match=message):
         train.run(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_words_outside_the_vocabulary(pixel_model, tmp_path):
-    config = trainers.config(pixel_model, tmp_path)
+    config = setups.config(pixel_model, tmp_path)
     Path(config.sample.prompts).write_text("a red circle\na purple circle\n")
     with pytest.raises(ConfigError, match="'a purple circle' has a word"):
         train.run(config)
@@ -157,9 +155,9 @@ def test_a_reward_that_fails_in_every_group_stops_the_run(pixel_model, tmp_path,
     def nothing(images, prompts, metadata):
         return [float("nan")] * len(images)
 
-    monkeypatch.setattr(trainers, "nothing", nothing, raising=False)
-    config = trainers.config(pixel_model, tmp_path, **FAST)
-    config = replace(config, **{"reward.weights": {"trainers:nothing": 1.0}})
+    monkeypatch.setattr(setups, "nothing", nothing, raising=False)
+    config = setups.config(pixel_model, tmp_path, **FAST)
+    config = replace(config, **{"reward.weights": {"support.setups:nothing": 1.0}})
     with pytest.raises(rewards.RewardError, match="failed for all"):
         train.run(config)
 

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-import trainers
 
 from flowgrpo import objectives
 from flowgrpo.config import replace
 from flowgrpo.policies import lora
 from flowgrpo.records import Experience
+from support import setups
 
 CASES = {
     "plain": {},
@@ -126,9 +126,9 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
     """Both updates' accumulated gradients, with weights moved since the rollout so that some
     ratios are clipped, a dropped group, and rows at different steps."""
     changes = {"sample.prompts_per_iteration": 3, "sample.group_size": 4, "optim.clip_range": 2e-3}
-    config = trainers.config(pixel_model, tmp_path, **{**changes, **CASES[case]})
-    parts = trainers.parts(config)
-    experience = trainers.experience(parts, config)
+    config = setups.config(pixel_model, tmp_path, **{**changes, **CASES[case]})
+    parts = setups.parts(config)
+    experience = setups.experience(parts, config)
     weights = torch.tensor([1.5, 0, 1.5]).repeat_interleave(4)
     experience = Experience(**{**vars(experience), "weights": weights})
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(type(parts.state), "step", record)
-    metrics = trainers.update(parts, experience, replace(config, **{"optim.ratio_tolerance": 1e9}))
+    metrics = setups.update(parts, experience, replace(config, **{"optim.ratio_tolerance": 1e9}))
     losses = []
     for number, gradients in enumerate(found):
         model.zero_grad()
@@ -168,8 +168,8 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
 
 def test_update_takes_the_chunks_in_order(pixel_model, tmp_path, monkeypatch):
     """Two updates of two chunks each, every chunk at each of its trained steps, the loss scaled."""
-    config = trainers.config(pixel_model, tmp_path, **{"sample.window_size": 3})
-    parts = trainers.parts(config)
+    config = setups.config(pixel_model, tmp_path, **{"sample.window_size": 3})
+    parts = setups.parts(config)
     calls, gather = [], objectives.gather_trained_steps
 
     def gathered(schedule, experience, rows, turns):
@@ -185,7 +185,7 @@ def test_update_takes_the_chunks_in_order(pixel_model, tmp_path, monkeypatch):
     row = dataclasses.replace(parts.objective, gather=gathered, loss=loss)
     monkeypatch.setattr(parts.micro_step, "objective", row)
     monkeypatch.setattr(type(parts.state), "step", lambda s: (steps.append(1), torch.ones(()))[1])
-    metrics = trainers.update(parts, trainers.experience(parts, config), config)
+    metrics = setups.update(parts, setups.experience(parts, config), config)
     chunks = [(u, slice(r, r + 3)) for u in (0, 1) for r in (6 * u, 6 * u + 3)]
     order = [(*chunk, range(w, w + 1)) for chunk in chunks for w in range(3)]
     assert calls == order and metrics["loss"] == 1.0 and metrics["grad_norm"] == [1.0, 1.0]
@@ -194,24 +194,22 @@ def test_update_takes_the_chunks_in_order(pixel_model, tmp_path, monkeypatch):
 
 def test_equal_rewards_change_nothing_without_kl(pixel_model, tmp_path):
     """All groups equal: no gradient at all, the same number of forwards, weights unchanged."""
-    config = trainers.config(
-        pixel_model, tmp_path, **{"optim.beta": 0.0, "optim.weight_decay": 0.0}
-    )
-    parts = trainers.parts(config)
-    experience = trainers.experience(parts, config)
+    config = setups.config(pixel_model, tmp_path, **{"optim.beta": 0.0, "optim.weight_decay": 0.0})
+    parts = setups.parts(config)
+    experience = setups.experience(parts, config)
     experience = Experience(**{**vars(experience), "advantages": torch.zeros(12)})
     before = [p.detach().clone() for p in parts.state.parameters.values()]
-    metrics = trainers.update(parts, experience, config)
+    metrics = setups.update(parts, experience, config)
     assert metrics["grad_norm"] == [0.0, 0.0] and metrics["policy_loss"] == 0.0
     assert all(map(torch.equal, before, parts.state.parameters.values()))
 
 
 def test_beta_0_never_computes_the_reference(pixel_model, tmp_path, monkeypatch):
-    config = trainers.config(pixel_model, tmp_path, **{"optim.beta": 0.0})
-    parts = trainers.parts(config)
-    experience = trainers.experience(parts, config)
+    config = setups.config(pixel_model, tmp_path, **{"optim.beta": 0.0})
+    parts = setups.parts(config)
+    experience = setups.experience(parts, config)
     forwards = []
     parts.policy.transformer.register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(type(parts.policy), "reference", None)
-    trainers.update(parts, experience, config)
+    setups.update(parts, experience, config)
     assert len(forwards) == 4 * 2

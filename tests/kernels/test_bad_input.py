@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import oracle
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from flowgrpo_kernels import (
     sde_step,
 )
 from flowgrpo_kernels.backends import dispatch
+from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 B = oracle.batch(3, (4, 5))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import Transitions, grpo_loss, log_prob, ode, sde_step
 from flowgrpo_kernels.backends import dispatch
+from support.kernels import oracle
 
 pytestmark = pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 SHAPES = ((3, 24, 24), (3, 5, 7), (2, 5000), (1,))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import checks, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
 from flowgrpo_kernels.backends import dispatch
+from support.kernels import oracle
 
 pytestmark = pytest.mark.gpu
 SHAPES = ((3, 24, 24), (16, 64, 64), (3, 5, 7), (4097,), (4, 3, 6, 10), (1,))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import flow_sde, grpo_loss, reference
 from flowgrpo_kernels.backends import dispatch, native, triton
+from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 # The package's attribute of this name is the function.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
 from flowgrpo_kernels.backends import dispatch, triton
+from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 LAST, FIRST = 2**63 - 1, -(2**63)

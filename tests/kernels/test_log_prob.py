@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import flow_sde, log_prob, sde_step
+from support.kernels import oracle
 
 
 def stored(kind="flow_sde", shape=(3, 24, 24), dtype=torch.float32, rows=4):

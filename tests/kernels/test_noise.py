@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from scipy import stats
 
 from flowgrpo_kernels import initial_noise, sde_step
+from support.kernels import oracle
 
 SHAPE = (4, 32, 32)
 N = 4096

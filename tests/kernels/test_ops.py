@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch._dynamo
@@ -10,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
 from flowgrpo_kernels.backends import dispatch
+from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import block_cases as cases
-import oracle
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, sde_step
 from flowgrpo_kernels.backends import dispatch
+from support.kernels import block_cases as cases
+from support.kernels import oracle
 
 
 class Divisors(TorchDispatchMode):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import Transitions, cps, flow_sde, log_prob, ode, philox, sde_step
+from support.kernels import oracle
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ode"])

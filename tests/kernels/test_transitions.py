@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, ode, window
+from support.kernels import oracle
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])

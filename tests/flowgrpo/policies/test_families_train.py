@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainers
 from huggingface_hub import ModelCard
 from rich.console import Console
 
@@ -26,6 +25,7 @@ from flowgrpo.runs.export import load_trained
 from flowgrpo.sampling import rollout
 from flowgrpo.sampling.schedule import ode_schedule
 from flowgrpo_kernels import initial_noise
+from support import setups
 
 # FLUX is told its guidance value instead of a second forward.
 FAMILIES = {
@@ -66,7 +66,7 @@ class Trained:
 def trained(request, tmp_path_factory) -> Trained:
     model, changes = FAMILIES[request.param]
     model, folder = request.getfixturevalue(model), tmp_path_factory.mktemp(request.param)
-    config = trainers.config(model, folder, **{**COMMON, **changes})
+    config = setups.config(model, folder, **{**COMMON, **changes})
     return Trained(request.param, model, config, train.run(config), folder / "run")
 
 
@@ -80,7 +80,7 @@ def latents(policy, config: Config, steps: int = 6) -> torch.Tensor:
     scale = config.sample.guidance_scale
     return rollout.rollout(
         policy,
-        policy.encode(trainers.TEXTS[:3]),
+        policy.encode(setups.TEXTS[:3]),
         ode_schedule(policy, steps),
         torch.arange(steps)[:, None].expand(steps, 3),
         groups=torch.arange(3),
@@ -137,7 +137,7 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     without classifier-free guidance."""
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
-    text, uncond = policy.encode(trainers.TEXTS[:3]), policy.encode([""])
+    text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
     flux = trained.family == "flux"
     arguments = {
         "prompt_embeds": text.embeds,
@@ -170,9 +170,11 @@ def test_model_card(trained):
     data = card.data.to_dict()
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
     assert {"lora", "flow-grpo"} <= set(data["tags"]) and "base_model" not in data
-    assert "2 prompts x 6 images = 12 images" in card.text and "trainers:bright" in card.text
-    before, after = (trained.summary[k]["scores"]["trainers:bright"] for k in ("before", "after"))
-    assert f"| trainers:bright | {before:.4g} | {after:.4g} |" in card.text
+    assert "2 prompts x 6 images = 12 images" in card.text and "support.setups:bright" in card.text
+    before, after = (
+        trained.summary[k]["scores"]["support.setups:bright"] for k in ("before", "after")
+    )
+    assert f"| support.setups:bright | {before:.4g} | {after:.4g} |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line]) == 5
     code = code.replace('.to("cuda")', "").replace("bfloat16", "float32")
@@ -202,9 +204,9 @@ def test_base_model_of_the_card_is_a_hub_repository(trained, tmp_path):
     ids=["bfloat16", "guidance and guard", "cps, all steps, batch 1"],
 )
 def test_flux_ratios_are_exactly_one(flux_model, tmp_path, changes):
-    config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
-    parts = trainers.parts(config)
-    measured = trainers.update(parts, trainers.experience(parts, config), config)
+    config = setups.config(flux_model, tmp_path, **{**COMMON, **changes})
+    parts = setups.parts(config)
+    measured = setups.update(parts, setups.experience(parts, config), config)
     assert measured["max_ratio_error"] == 0.0 and measured["grad_norm"][0] > 0
 
 
@@ -212,7 +214,7 @@ def test_flux_full_fine_tuning(flux_model, tmp_path):
     from diffusers import FluxTransformer2DModel
 
     changes = {"policy.adapter": "full", "policy.dtype": "auto", "optim.lr": 1e-3, "run.steps": 1}
-    config = trainers.config(flux_model, tmp_path, **{**COMMON, **changes})
+    config = setups.config(flux_model, tmp_path, **{**COMMON, **changes})
     summary = train.run(config)
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 1
     policy = load_policy(config)
@@ -227,7 +229,7 @@ def test_flux_full_fine_tuning(flux_model, tmp_path):
 
 
 def test_pictures_of_flux_are_pictures(flux_model, tmp_path):
-    config = trainers.config(flux_model, tmp_path, **COMMON)
+    config = setups.config(flux_model, tmp_path, **COMMON)
     policy = targets.load_base(config)
     images = evaluate.generate_images(
         policy, ["a red circle"], torch.arange(4), 4, steps=2, batch_size=3

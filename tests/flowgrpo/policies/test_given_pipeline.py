@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import trainers
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Conditioning, Policy
+from support import setups
 
 KINDS = {"pixel_model": 0, "latent_model": 0, "flux_model": 16}
 TEXTS = ["a red circle", "two square"]
@@ -71,7 +71,7 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     folder = request.getfixturevalue(kind)
     changes = {"policy.lora_targets": None, "policy.max_sequence_length": 4}
     changes |= {"policy.resolution": KINDS[kind], "sample.guidance_scale": 2.0}
-    config = trainers.config("mine", tmp_path, **changes)
+    config = setups.config("mine", tmp_path, **changes)
     donor = Policy.load(str(folder), device="cpu", dtype="float32", config=config.policy)
     names = [name for name in donor.pipeline.components if name.startswith(("text", "tok"))]
     bare = loaded(folder, **dict.fromkeys(names))
@@ -82,11 +82,10 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
         return donor.encode(texts)
 
     mine = train.setup(config, pipeline=bare, encode=encode)
-    theirs = train.setup(trainers.config(folder, tmp_path, **changes))
+    theirs = train.setup(setups.config(folder, tmp_path, **changes))
     assert mine.policy.transformer is bare.transformer
     found = [
-        trainers.update(parts, trainers.experience(parts, config), config)
-        for parts in (mine, theirs)
+        setups.update(parts, setups.experience(parts, config), config) for parts in (mine, theirs)
     ]
     assert found[0] == found[1] and found[0]["max_ratio_error"] == 0.0
     assert [""] in asked and len(asked) == 2

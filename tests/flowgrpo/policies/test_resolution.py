@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
 from flowgrpo.config import Config, ConfigError, PolicyConfig, replace
 from flowgrpo.policies import Policy
+from support import pipelines
 
 
 def load(folder, resolution, dtype="float32", **fields):
@@ -19,8 +19,8 @@ def load(folder, resolution, dtype="float32", **fields):
 def real_sizes(tmp_path_factory):
     """SD3 and FLUX with the real models' VAE factor 8 and default resolution 1024."""
     folder = tmp_path_factory.mktemp("sizes")
-    sd3 = tiny.save_latent_pipeline(folder / "sd3", size=128, blocks=4)
-    return {"sd3": sd3, "flux": tiny.save_flux_pipeline(folder / "flux", blocks=4)}
+    sd3 = pipelines.save_latent_pipeline(folder / "sd3", size=128, blocks=4)
+    return {"sd3": sd3, "flux": pipelines.save_flux_pipeline(folder / "flux", blocks=4)}
 
 
 SHAPES = {

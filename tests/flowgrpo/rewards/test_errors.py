@@ -6,11 +6,11 @@ import json
 import socket
 
 import pytest
-import shell
 from huggingface_hub import constants
-from servers import Answers, running
 
 from flowgrpo.cli import main
+from support import processes
+from support.servers import Answers, running
 
 PLACE = {}
 
@@ -18,7 +18,7 @@ PLACE = {}
 def recipe():
     """A run of a second."""
     changes = {"run.progress": "none", "run.steps": 1, "reward.retries": 0, "run.eval_prompts": 2}
-    return shell.make(PLACE["model"], **changes)
+    return processes.make(PLACE["model"], **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,143 +1,167 @@
-"""Names, options, environment variables, lazy loading, and errors of one sentence."""
+"""reward.options, reward.timeout, reward.normalize: from the configuration to the rewards."""
 
+from __future__ import annotations
+
+import json
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from flowgrpo.rewards import REWARDS, RewardError, load
-from flowgrpo.rewards.images import check_images, from_pil, from_png, to_pil, to_png
-from flowgrpo.rewards.options import ConfigurableReward, configurable, library
-
-IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("name", sorted(REWARDS))
-def test_every_name_loads_without_its_libraries(name):
-    assert callable(load(name))
+from flowgrpo.cli import train
+from flowgrpo.config import ConfigError, RewardConfig
+from flowgrpo.records import Prompts
+from flowgrpo.rewards import RewardError, Scorer, load
+from flowgrpo.rewards.options import configurable
+from support.servers import Answers, running
 
 
-def test_naming_rewards_imports_nothing_heavy():
-    names = [name for name in REWARDS if not name.startswith("nano")]
-    code = (
-        "import sys; from flowgrpo.rewards import load\n"
-        f"for name in {names!r}: load(name)\n"
-        "heavy = ('transformers', 'rapidocr', 'onnxruntime', 'httpx', 'fastapi', 'rapidfuzz')\n"
-        "sys.exit(', '.join(m for m in heavy if m in sys.modules) or 0)"
+@configurable("mine", check=lambda prompt, entry: refuse(prompt))
+def mine(*, factor: float = 1.0, timeout: float = 9.0, where: str = "here"):
+    """The first pixel times a factor."""
+    return lambda images, prompts, metadata: factor * images[:, 0, 0, 0].double()
+
+
+def refuse(prompt):
+    if "never" in prompt:
+        raise RewardError("no.")
+
+
+def plain(images, prompts, metadata):
+    return [0.0] * len(images)
+
+
+MINE = "test_options:mine"
+PLAIN = "test_options:plain"
+IMAGES = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+
+
+def scorer(options, **fields):
+    return Scorer.of(RewardConfig(weights={MINE: 1.0}, options=options, **fields))
+
+
+def test_options_reach_the_reward():
+    scores = scorer({f"{MINE}.factor": "2.5"})(IMAGES, Prompts.of(["a", "b"]), 2)
+    assert scores.total.tolist() == [0.0, 2.5, 5.0, 7.5]
+
+
+def test_an_option_may_stay_for_a_reward_that_is_only_reported():
+    config = RewardConfig(
+        weights={PLAIN: 1.0}, report=(PLAIN, MINE), options={f"{MINE}.factor": "3"}
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert list(Scorer.of(config).rewards) == [PLAIN]
+    shown = Scorer.of(config, config.report)
+    assert shown.parts(IMAGES, Prompts.of(["a"]), 4)[MINE].tolist() == [0.0, 3.0, 6.0, 9.0]
 
 
-def counted():
-    built = []
+def test_timeout_reaches_the_rewards_that_have_one():
+    def timeout(found):
+        return found.rewards[MINE].options["timeout"]
 
-    @configurable("counted")
-    def score(
-        *, model: str = "there", batch_size: int = 4, rate: float = 0.5, token: str | None = None
-    ):
-        """Its words."""
-        built.append((model, batch_size, rate, token))
-        return lambda images, prompts, metadata: [1.0] * len(images)
-
-    return score, built
-
-
-def test_options_come_from_arguments_then_environment_then_defaults(monkeypatch):
-    score, built = counted()
-    monkeypatch.setenv("FLOWGRPO_REWARD_COUNTED_BATCH_SIZE", "7")
-    monkeypatch.setenv("FLOWGRPO_REWARD_COUNTED_MODEL", "from the environment")
-    monkeypatch.setenv("FLOWGRPO_REWARD_COUNTED_TOKEN", "secret")
-    other = score.configured(model="given")
-    assert built == []
-    assert other(IMAGES, ["", ""], [{}, {}]) == [1.0, 1.0]
-    other(IMAGES, ["", ""], [{}, {}])
-    assert built == [("given", 7, 0.5, "secret")]
-    assert score.options["model"] == "from the environment"
-    assert score.defaults == {"model": "there", "batch_size": 4, "rate": 0.5, "token": None}
-    assert score.__doc__ == "Its words."
+    assert timeout(scorer({})) == 9.0
+    assert timeout(scorer({}, timeout=4)) == 4
+    assert timeout(scorer({f"{MINE}.timeout": "5"}, timeout=4.0)) == 5.0
+    assert (
+        "timeout"
+        not in Scorer.of(RewardConfig(weights={"ocr": 1.0}, timeout=4.0)).rewards["ocr"].options
+    )
 
 
-def test_option_errors(monkeypatch):
-    score, _ = counted()
-    with pytest.raises(RewardError, match=r"no option 'modle'"):
-        score.configured(modle="x")
-    for options, problem in (
-        ({"batch_size": "some"}, "batch_size of reward 'counted' is 'some'"),
-        ({"batch_size": 2.5}, "is 2.5, but a value of type int"),
-        ({"rate": True}, "is True, but a value of type float"),
-        ({"model": 3}, "is 3, but a value of type str"),
-    ):
-        with pytest.raises(RewardError, match=problem):
-            score.configured(**options)
-    typed = score.configured(batch_size="3", rate=2, token="t").options
-    assert typed == {"model": "there", "batch_size": 3, "rate": 2, "token": "t"}
-    monkeypatch.setenv("FLOWGRPO_REWARD_COUNTED_BATCH_SIZE", "many")
-    with pytest.raises(RewardError, match="COUNTED_BATCH_SIZE is 'many'"):
-        score(IMAGES, ["", ""], [{}, {}])
+def test_equal_options_load_once():
+    assert load(MINE, {"factor": "2"}) is load(MINE, {"factor": "2"})
+    assert load(MINE, {"factor": "2"}) is not load(MINE, {"factor": "3"})
+    assert load(MINE) is mine
 
 
 @pytest.mark.parametrize(
-    ("images", "prompts", "problem"),
+    ("options", "message"),
     [
-        (IMAGES.float(), ["", ""], "uint8"),
-        ([1, 2], ["", ""], "uint8"),
-        (IMAGES[0], ["", "", ""], "has shape"),
-        (IMAGES, [""], "2 images, 1 prompts"),
+        ({"test_options:min.factor": "2"}, "did you mean 'test_options:mine'?"),
+        ({"factor": "2"}, "'factor', but NAME.OPTION is expected"),
+        ({f"{MINE}.facto": "2"}, r"no option 'facto', .*did you mean 'factor'\?"),
+        ({f"{MINE}.factor": "big"}, "option factor of reward 'mine' is 'big', but .* float"),
     ],
 )
-def test_images_are_checked(images, prompts, problem):
-    score, built = counted()
-    with pytest.raises((TypeError, ValueError), match=problem):
-        score(images, prompts, [{}, {}])
-    assert not built
-
-
-def test_a_missing_library_says_what_to_install():
-    with pytest.raises(RewardError, match=r"pip install 'flowgrpo\[rewards\]'"):
-        library("no_such_library", "ocr")
-
-
-@pytest.mark.parametrize("name", ["pickscore", "clipscore", "geneval", "imagereward", "aesthetic"])
-def test_a_missing_model_is_one_sentence(name, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    reward = load(name).configured(model=str(tmp_path / "nothing"), device="cpu")
-    metadata = [{"tag": "single_object", "include": [{"class": "dog", "count": 1}]}] * 2
-    with pytest.raises(RewardError, match=r"nothing cannot be loaded .*is expected; check") as info:
-        reward(IMAGES, ["a", "b"], metadata)
+def test_wrong_options_are_one_sentence(options, message):
+    with pytest.raises(ConfigError, match=message) as info:
+        scorer(options)
     assert "\n" not in str(info.value)
 
 
-def test_a_wrong_device_is_one_sentence():
-    with pytest.raises(RewardError, match="device of a reward is 'gpu'"):
-        load("clipscore").configured(device="gpu")(IMAGES, ["", ""], [{}, {}])
+def test_a_reward_without_options_says_so():
+    with pytest.raises(ConfigError, match=r"plain' takes no options, but factor is given"):
+        Scorer.of(RewardConfig(weights={PLAIN: 1.0}, options={f"{PLAIN}.factor": "1"}))
 
 
-def test_png_keeps_every_bit():
-    image = torch.randint(0, 256, (3, 13, 7), dtype=torch.uint8)
-    assert torch.equal(from_png(to_png(image)), image)
-    assert torch.equal(from_pil(to_pil(image)), image)
-    with pytest.raises(ValueError, match="7 x 13 pixels"):
-        from_png(to_png(image), max_pixels=90)
-    for bad in ("???", "aGVsbG8=", to_png(image)[:40]):
-        with pytest.raises(ValueError, match="not base64 of a PNG"):
-            from_png(bad)
+def test_prompts_are_checked_before_anything_is_loaded():
+    scorer({}).prepare(Prompts.of(["a dog"]))
+    found = scorer({f"{MINE}.where": "there"})
+    with pytest.raises(RewardError):
+        found.prepare(Prompts.of(["a dog", "never a cat"]))
+    assert found.rewards[MINE]._reward is None
+    with pytest.raises(RewardError, match=r"'a dog' has no text in double quotes"):
+        Scorer.of(RewardConfig(weights={"ocr": 1.0})).prepare(Prompts.of(["a dog"]))
 
 
-def test_jpeg_sizes_are_those_of_the_files(tmp_path):
-    noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    images = torch.stack([noise, torch.full_like(noise, 128)])
-    expected = []
-    for image in images:
-        to_pil(image).save(tmp_path / "a.jpg", quality=95)
-        expected.append((tmp_path / "a.jpg").stat().st_size / 1000)
-    assert load("jpeg_incompressibility")(images, ["", ""], [{}, {}]) == expected
-    found = load("jpeg_compressibility")(images, ["", ""], [{}, {}])
-    assert found == [-size / 500 for size in expected]
-    assert found[0] < found[1] < 0
+def test_an_address_takes_options_and_is_called_at_once():
+    app = Answers((200, b'{"scores": [1, 2, 3, 4]}'))
+    with running(app) as url:
+        config = RewardConfig(
+            weights={url: 1.0}, options={f"{url}.token": "s3cret"}, timeout=3.0, retries=0
+        )
+        found = Scorer.of(config)
+        found.prepare(Prompts.of(["a"]))
+        assert found.rewards[url].options["timeout"] == 3.0
+        assert found(IMAGES, Prompts.of(["a"]), 4).total.tolist() == [1, 2, 3, 4]
+    assert len(app.requests) == 2
+    assert all(headers["authorization"] == "Bearer s3cret" for headers, _ in app.requests)
 
 
-def test_configured_rewards_are_what_the_scorer_takes():
-    assert isinstance(load("ocr"), ConfigurableReward)
-    check_images(IMAGES, ["", ""], [{}, {}])
+def test_an_unreachable_server_stops_before_the_first_image():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RewardError, match=r"cannot be reached \(ConnectError.*start it") as info:
+        Scorer.of(RewardConfig(weights={url: 1.0})).prepare(Prompts.of(["a"]))
+    assert "\n" not in str(info.value)
+
+
+OWN = """
+from flowgrpo.rewards.options import configurable
+
+@configurable("mine")
+def score(*, channel: int = 0):
+    return lambda images, prompts, metadata: images[:, channel].float().mean((1, 2)) / 255
+"""
+
+
+def test_a_file_of_the_users_own_in_the_working_directory(tmp_path):
+    """By the installed command, whose sys.path does not begin where the user stands."""
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    evaluated = tmp_path / "e"
+    command = [Path(sys.executable).parent / "flowgrpo", "evaluate", "nano", "--prompts", "2"]
+    command += [
+        "--rewards",
+        "my_rewards:score",
+        "--reward-options",
+        "my_rewards:score.channel",
+        "2",
+    ]
+    command += ["--steps", "2", "--samples", "1", "--device", "cpu", "--out", evaluated]
+    if not command[0].exists():
+        pytest.skip("flowgrpo is not installed here")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((evaluated / "report.json").read_text())["reports"].values()
+    assert 0 < report["scores"]["my_rewards:score"] < 1
+
+
+def test_the_command_line_takes_options():
+    line = "nano --reward.options a.b 1 http://h:1/x.token t --reward.normalize group"
+    found = train.parse_train(line.split()).reward
+    assert found.options == {"a.b": "1", "http://h:1/x.token": "t"}
+    assert found.normalize == "group"
+    with pytest.raises(ConfigError, match=r"NAME\.OPTION VALUE, repeated"):
+        train.parse_train(["nano", "--reward.options", "a.b"])

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
 
 from flowgrpo_kernels import backend_info, flow_sde, initial_noise, reference, sde_step
 from flowgrpo_kernels.backends import dispatch, native, triton
+from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
 B = oracle.batch(3, (4, 5))

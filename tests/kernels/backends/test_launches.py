@@ -1,6 +1,7 @@
 """What a call launches and what makes it compile again, by Triton's own path without a GPU.
 
-launch_cases.py runs in a process without the interpreter, under the driver of launch_recorder.py.
+support/kernels/launch_cases.py runs in a process without the interpreter, under the driver of
+launch_recorder.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+TESTS = Path(__file__).resolve().parents[2]
 
 STREAM, FINISH = "sde_step_kernel", "finish_kernel"
 FORWARD = ("grpo_loss_sums_kernel", "grpo_loss_rows_kernel", "grpo_loss_totals_kernel")
@@ -52,8 +55,9 @@ ONE_WARP = (FINISH, *FORWARD[1:])
 @pytest.fixture(scope="session")
 def lines() -> dict[str, dict]:
     done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "launch_cases.py"],
-        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "support.kernels.launch_cases"],
+        cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 
-import oracle
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ from flowgrpo_kernels import (
 )
 from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.grpo_loss import grpo_loss_totals_kernel
+from support.kernels import oracle
 
 pytestmark = pytest.mark.skipif(
     not (triton.interpreting() and dispatch.backends()["triton"]["available"]),

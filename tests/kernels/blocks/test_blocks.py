@@ -5,12 +5,12 @@ On the reference: test_blocks_triton.py shows that Triton gives its bits.
 
 from __future__ import annotations
 
-import block_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
+from support.kernels import block_cases as cases
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import block_cases as cases
 import pytest
 import torch
 
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
+from support.kernels import block_cases as cases
 
 pytestmark = pytest.mark.gpu
 # Gradients by PyTorch's reductions, in an order of their own.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 
-import block_cases as cases
 import pytest
 import torch
 import torch._dynamo
@@ -14,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from flowgrpo_kernels import backend_info
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
+from support.kernels import block_cases as cases
 
 NAMES = ("norm_modulate", "gated_residual", "joint_heads")
 

@@ -6,12 +6,12 @@ the reference carry its other tests over.
 
 from __future__ import annotations
 
-import block_cases as cases
 import pytest
 import torch
 
 from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate, reference, rows
+from support.kernels import block_cases as cases
 
 pytestmark = pytest.mark.skipif(
     not (triton.interpreting() and dispatch.backends()["triton"]["available"]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from types import ModuleType
 
-import oracle
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -15,6 +14,7 @@ from flowgrpo_kernels import dance_sde, log_prob
 from flowgrpo_kernels.compat import dance_grpo, flow_grpo
 from flowgrpo_kernels.compat.dance_grpo import flux_step
 from flowgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
+from support.kernels import oracle
 
 
 @pytest.fixture

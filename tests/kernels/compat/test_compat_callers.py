@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
 from test_compat import CountOps
 
 from flowgrpo_kernels.compat.dance_grpo import flux_step
 from flowgrpo_kernels.compat.flow_grpo import sde_step_with_logprob
+from support.kernels import oracle
 
 
 def test_flux_step_with_an_index_on_the_device():

@@ -1,0 +1,158 @@
+"""The command line: what is asked for, and mistakes in one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from flowgrpo import __version__, nano, train
+from flowgrpo.cli import main, sample
+from flowgrpo.cli.train import parse_train
+from flowgrpo.config import ConfigError, to_json
+from support import processes
+
+
+def test_options_are_fields_of_the_recipe():
+    line = (
+        "nano --sample.steps 8 --sample.window-range 0 5 --optim.betas 0.9 0.95 --optim.guard "
+        "--reward.weights nano_strict 0.25 a:b 2 --run.out x --policy.lora_targets attn.to_q"
+    )
+    config = parse_train(line.split())
+    base = nano.recipe()
+    assert (config.sample.steps, config.sample.window_range) == (8, (0, 5))
+    assert (config.optim.betas, config.optim.guard) == ((0.9, 0.95), True)
+    assert config.reward.weights == {"nano_strict": 0.25, "a:b": 2.0}
+    assert config.policy.lora_targets == ("attn.to_q",)
+    assert config.run.out == "x" and config.recipe == "nano"
+    assert (config.optim.lr, config.sample.group_size) == (base.optim.lr, base.sample.group_size)
+    assert parse_train([]) == base
+
+
+def test_resume_takes_the_configuration_of_the_run(tmp_path):
+    config = processes.make(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    for words in (["--run.resume", str(tmp_path / "run")], [f"--run.resume={tmp_path / 'run'}"]):
+        found = parse_train([*words, "--run.steps", "9"])
+        assert found.sample == config.sample and found.recipe == "tiny"
+        assert (found.run.steps, found.out_dir) == (9, tmp_path / "run")
+    with pytest.raises(ConfigError, match="started with 'tiny'; leave the recipe out"):
+        parse_train(["nano", "--run.resume", str(tmp_path / "run")])
+    with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
+        parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
+
+
+def test_help_and_version(capsys):
+    assert main.main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
+    assert main.main([]) == 2
+    assert main.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"flowgrpo {word}" in shown for word in ("train", "evaluate", "sample", "doctor"))
+    for command in ("train", "evaluate", "sample"):
+        with pytest.raises(SystemExit) as stop:
+            main.main([command, "--help"])
+        assert stop.value.code == 0
+        assert "options" in capsys.readouterr().out
+    assert main.main(["doctor", "--help"]) == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two iterations."""
+
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {"run.steps": 2, "run.progress": "none", "run.eval_samples": 2, "run.eval_every": 1}
+    train.run(processes.make(folder, **changes))
+    return folder / "run"
+
+
+def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
+    assert main.main(["evaluate", str(trained), *words]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "base, CFG 3" in shown
+        and "iteration 2" in shown
+        and "on the same prompts and seeds" in shown
+    )
+    for label in ("base", "base, CFG 3", "iteration 2"):
+        assert f"Evaluating {label}: 6 images in 3 steps." in shown
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert list(report["reports"]) == ["base", "base, CFG 3", "iteration 2"]
+    base, _, after = report["reports"].values()
+    assert base["images"] == after["images"] == 6
+    assert report["change"]["accuracy"] == pytest.approx(after["accuracy"] - base["accuracy"])
+    low, high = report["change"]["interval"]
+    assert low <= report["change"]["accuracy"] <= high
+    assert Image.open(tmp_path / "e" / "grid.png").size[1] > 350
+
+
+def test_evaluate_other_rewards_than_a_run_had_options_for(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["reward"] |= {"options": {"ocr.language": "en"}, "weights": {"ocr": 1.0}}
+    (run / "config.json").write_text(json.dumps(config))
+    line = ["evaluate", str(run), "--rewards", "jpeg_compressibility", "--prompts", "2"]
+    assert main.main(line) == 0
+    report = json.loads((run / "evaluation" / "report.json").read_text())
+    assert list(report["change"]["scores"]) == ["jpeg_compressibility"]
+
+
+def test_evaluate_repeats_what_the_run_reported(trained, tmp_path):
+    """The adapter that was saved gives, bit for bit, the accuracy that training had found."""
+    summary = json.loads((trained / "summary.json").read_text())
+    for target in (trained, trained / "checkpoints" / "step-000002"):
+        assert main.main(["evaluate", str(target), "--out", str(tmp_path / target.name)]) == 0
+        report = json.loads((tmp_path / target.name / "report.json").read_text())
+        assert report["reports"]["base"] == summary["before"]
+        assert report["reports"]["iteration 2"] == {
+            k: v for k, v in summary["after"].items() if k != "iteration"
+        }
+
+
+def test_sample_writes_one_picture(trained, tmp_path, capsys):
+    model = str(trained.parent / "model")
+    out = tmp_path / "new" / "x.png"
+    line = ["sample", "a red circle", "two square", "--model", model, "--out", str(out)]
+    line += ["--count", "3", "--steps", "3"]
+    assert main.main(line) == 0 and str(out) in capsys.readouterr().out
+    first = out.read_bytes()
+    assert main.main(line) == 0 and out.read_bytes() == first
+    assert main.main([*line, "--seed", "1"]) == 0 and out.read_bytes() != first
+    height = Image.open(out).size[1]
+    assert main.main([*line, "--run", str(trained)]) == 0
+    assert Image.open(out).size[1] > 1.5 * height
+
+
+def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, capsys):
+    out = tmp_path / "new" / "x.png"
+    model = str(trained.parent / "model")
+    assert main.main(["sample", "a purple dog", "--model", model, "--out", str(out)]) == 2
+    assert "purple dog" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_sample_finds_what_is_wrong_with_out_before_it_samples(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sample.evaluate, "generate_images", None)
+    line = ["sample", "a red circle", "--model", str(trained.parent / "model"), "--out"]
+    for out, words in (
+        (tmp_path, "which is a folder, but the file of a picture"),
+        ("/proc/x/y", "cannot be written"),
+    ):
+        assert main.main([*line, str(out)]) == 2
+        assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "checkpoints" / "step-000002" / "ema.safetensors").write_bytes(b"no")
+    for line in (["evaluate", str(run)], ["train", "--run.resume", str(run), "--run.steps", "3"]):
+        assert main.main(line) == 2
+        assert "SHA-256" in capsys.readouterr().err
+    assert not (run / "evaluation").exists()

@@ -1,0 +1,118 @@
+"""Mistakes on the command line, and what ends a run: one sentence each, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+
+import pytest
+from safetensors import SafetensorError
+
+from flowgrpo import train, update
+from flowgrpo.cli import main
+from flowgrpo.runs import monitor
+from support import processes
+
+MISTAKES = [
+    ("paint", "'paint' is no command"),
+    ("train nanno", "did you mean 'nano'?"),
+    ("train --sample.batch_size 50", "divides 96"),
+    ("train --optim.updates-per-iteration 5", "does not divide the 2 chunks"),
+    ("train --optim.guard --sample.transition cps", "choose flow_sde or dance_sde"),
+    ("train --reward.weights nano_strict", "NAME WEIGHT, repeated"),
+    ("train --reward.weights nano_strict x", "NAME WEIGHT, repeated"),
+    ("train --reward.weights nano_strict 1 nano_strict 2", "'nano_strict' is given twice"),
+    ("train --reward.options a.b 1 c.d 2 a.b 3", "'a.b' is given twice"),
+    ("train --run.resume /no/such", "/no/such/config.json cannot be read"),
+    ("train --run.out /proc/x --policy.model /no/such", "policy.model is '/no/such'"),
+    ("evaluate /no/such", "neither a run directory nor a recipe"),
+    ("evaluate .", "holds no checkpoint"),
+    ("sample", "no prompt was given"),
+    ("sample x --count 0", "at least one image is expected"),
+    ("sample x --seed -1", "--seed is -1, but it must be at least 0"),
+    ("sample x --seed 9223372036854775808", "--seed is 9223372036854775808, but it must be below"),
+    ("sample x --steps 0", "--steps is 0, but it must be greater than 0"),
+    ("evaluate nano --guidance 0", "--guidance is 0.0, but it must be greater than 0"),
+    ("evaluate nano --cfg nan", "--cfg is nan, but it must be greater than 0"),
+    ("evaluate nano --prompts -1", "--prompts is -1, but it must be at least 0"),
+    ("evaluate nano --split trian", "the split is 'trian', but one of train"),
+    ("sample x --run /no/such", "neither a run directory nor a recipe"),
+    ("serve-reward nano_stric", "reward 'nano_stric' is unknown"),
+    ("serve-reward nano_strict --host 0.0.0.0", "without a token"),
+    ("serve-reward nano_strict --port 65536", "cannot listen on 127.0.0.1 port 65536"),
+    ("doctor now", "takes no options"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main.main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err and shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("def (\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for words in ("broken_module:f", "--reward.weights broken_module:f 1"):
+        assert main.main(["train", *words.split()]) == 2
+        shown = capsys.readouterr().err
+        assert "broken_module:f (SyntaxError: invalid syntax (broken_module.py, line 1))" in shown
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [update.RatioError, monitor.DivergedError])
+def test_a_run_that_cannot_go_on_exits_with_1(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error("the reason")))
+    assert main.main(["train"]) == 1
+    assert capsys.readouterr().err == "error: the reason\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error))
+    assert main.main(["train", "--run.out", "there"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: the disk of run.out 'there' is full (")
+    assert shown.endswith("go on with --run.resume there.\n") and shown.count("\n") == 1
+    monkeypatch.setattr(train, "run", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train --sample.stpes 8", "--sample.steps"),
+        ("train --optim.lr fast", "could not convert string to float"),
+        ("train --policy.dtype int8", "bfloat16"),
+        ("evaluate", "required"),
+        ("sample x --colour", "--colour"),
+    ],
+)
+def test_what_tyro_refuses_exits_with_2(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(line.split())
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert words in shown.err + shown.out
+
+
+def test_a_reader_that_has_gone_gets_no_traceback():
+    """As `flowgrpo train --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    pipes = {"capture_output": False, "stdout": write, "stderr": subprocess.PIPE}
+    done = processes.command("train", "--help", **pipes)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,249 @@
+"""The plan of a run: sizes against the real classes, stored bytes against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from flowgrpo import plan
+from flowgrpo.cli import main
+from flowgrpo.config import Config, PolicyConfig, replace
+from flowgrpo.policies import attention
+from flowgrpo.policies import blocks as policies_blocks
+from flowgrpo.policies.adapters import add_adapter
+from flowgrpo.recipes import recipe
+from support import pipelines
+
+
+def count(make) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+def sd3(**changes):
+    from diffusers import SD3Transformer2DModel
+
+    values = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+        "caption_projection_dim": 64 * changes["num_attention_heads"],
+    }
+    return SD3Transformer2DModel(**{**values, **changes})
+
+
+def flux(**changes):
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        **{"pooled_projection_dim": 768, "guidance_embeds": True, **changes}
+    )
+
+
+def test_known_sizes_are_those_of_the_real_classes():
+    known = plan.KNOWN
+    medium = {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "dual_attention_layers": tuple(range(13)),
+        "sample_size": 128,
+        "pos_embed_max_size": 384,
+    }
+    large = {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "sample_size": 128,
+        "pos_embed_max_size": 192,
+    }
+    for name, make in (
+        ("stabilityai/stable-diffusion-3.5-medium", lambda: sd3(**medium)),
+        ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
+        ("black-forest-labs/FLUX.1-dev", flux),
+    ):
+        assert known[name].parameters == count(make), name
+
+
+def stored(transformer, inputs) -> int:
+    """Bytes that autograd keeps for one forward, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        transformer(**inputs, return_dict=False)
+    return sum(size for size, _ in seen.values())
+
+
+ROWS = 2
+"""Of a forward. With one, the tokens of image and text lie in one piece and nothing is copied."""
+
+
+def trainable(model, rank=8, fuse=False):
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    attention.pin(model, "native_flash", torch.device("cpu"), torch.bfloat16)
+    if fuse:
+        policies_blocks.fuse(model)
+    add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
+    return model
+
+
+def per_block(blocks, more, tokens):
+    """Bytes a token that one block more leaves: what grows with both blocks and tokens."""
+    few, many = tokens
+    grown = [run(many) - run(few) for run in (blocks, more)]
+    return (grown[1] - grown[0]) / (many - few) / ROWS
+
+
+def sd3_run(layers, dual, fuse, text=20, rank=8):
+    small = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "sample_size": 24}
+    blocks = {"num_layers": layers, "dual_attention_layers": tuple(range(dual))}
+    model = trainable(
+        sd3(num_attention_heads=2, pos_embed_max_size=24, **small, **blocks), rank, fuse
+    )
+
+    def run(image):
+        side = 2 * math.isqrt(image)
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(ROWS, 16, side, side, dtype=torch.bfloat16),
+                "timestep": torch.rand(ROWS),
+                "encoder_hidden_states": torch.randn(ROWS, text, 32, dtype=torch.bfloat16),
+                "pooled_projections": torch.randn(ROWS, 16, dtype=torch.bfloat16),
+            },
+        )
+
+    return run
+
+
+def flux_run(double, single, fuse, rank=8):
+    small = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "num_attention_heads": 1}
+    model = trainable(flux(num_layers=double, num_single_layers=single, **small), rank, fuse)
+
+    def run(image):
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(ROWS, image, 64, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.randn(ROWS, 20, 32, dtype=torch.bfloat16),
+                "pooled_projections": torch.randn(ROWS, 16, dtype=torch.bfloat16),
+                "timestep": torch.rand(ROWS),
+                "guidance": torch.ones(ROWS),
+                "img_ids": torch.zeros(image, 3),
+                "txt_ids": torch.zeros(20, 3),
+            },
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "run", "fewer", "more"),
+    [
+        ("joint", sd3_run, (2, 0), (3, 0)),
+        # The first block has nothing to keep before its adapters, so the second is the one counted.
+        ("dual", sd3_run, (3, 1), (3, 2)),
+        ("double", flux_run, (1, 1), (2, 1)),
+        ("single", flux_run, (1, 1), (1, 2)),
+    ],
+)
+def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
+    a, b = plan.STORED_FUSED[kind] if fuse else plan.STORED[kind]
+    found = per_block(run(*fewer, fuse), run(*more, fuse), (64, 144))
+    assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
+
+
+def test_a_folder_has_the_sizes_of_its_files(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = pipelines.save_latent_pipeline(tmp_path / "model")
+    found = plan.sizes_of(str(folder))
+    parts = StableDiffusion3Pipeline.from_pretrained(folder).components
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items() if is_model(m)}
+    # A file has the table of positions too, which is no parameter.
+    assert found.parameters == sum(t.numel() for t in parts["transformer"].state_dict().values())
+    assert found.vae == sizes["vae"]
+    assert found.encoders == pytest.approx(
+        sum(size for name, size in sizes.items() if name.startswith("text")), rel=0.01
+    )
+    assert (found.joint, found.dual, found.width) == (2, 0, 16)
+    for other in ("nano", str(tmp_path), "someone/else"):
+        assert plan.sizes_of(other) is None
+
+
+def is_model(part) -> bool:
+    return isinstance(part, torch.nn.Module)
+
+
+def test_memory_moves_with_what_it_is_made_of():
+    base = recipe("sd35m_geneval", memory=80.0)
+    arch = plan.KNOWN[base.policy.model]
+
+    def parts(**changes):
+        names = {name.replace("__", "."): value for name, value in changes.items()}
+        return plan.expected_memory(replace(base, **names), arch)
+
+    whole = parts(sample__batch_size=8)
+    # 2.24 + 5.58 + 0.08 billion parameters of 2 bytes.
+    assert whole["weights"] == pytest.approx(14.72, abs=0.01)
+    assert parts(sample__batch_size=4)["update"] < 0.6 * whole["update"]
+    assert parts(sample__batch_size=8, sample__guidance_scale=1.0)["update"] == pytest.approx(
+        whole["update"] / 2, rel=0.05
+    )
+    recomputed = parts(sample__batch_size=8, policy__gradient_checkpointing=True)["update"]
+    # 0.9 of it are the joined matrices, which stay; test_on_device_memory.py counts them.
+    assert recomputed == pytest.approx(4.26, abs=0.01)
+    offloaded = parts(sample__batch_size=8, policy__offload_text_encoders=True)
+    assert offloaded["weights"] == pytest.approx(4.33, abs=0.01)
+    assert offloaded["encode"] == pytest.approx(10.39, abs=0.01)
+    assert whole["trajectory"] == pytest.approx(1152 * 11 * 65536 * 4 / 2**30)
+    # CLIP-L twice asked for is there once: 986 + 446 + 428 + 69 million float32.
+    assert whole["rewards"] == pytest.approx(4 * 1.929e9 / 2**30, rel=1e-3)
+    moving = {"update", "rollout", "encode"}
+    always = sum(v for name, v in whole.items() if name not in {*moving, "total"})
+    assert whole["total"] == pytest.approx(always + max(whole[name] for name in moving))
+
+
+@pytest.mark.parametrize("memory", [24.0, 40.0, 80.0, 141.0])
+def test_rows_of_a_forward_fit_and_divide(memory):
+    found = recipe("sd35m_geneval_1gpu", memory=memory)
+    rows = found.sample.batch_size
+    arch = plan.KNOWN[found.policy.model]
+    assert 96 % rows == 0 and rows <= plan.MOST_ROWS
+    assert plan.expected_memory(found, arch)["total"] <= 0.8 * memory
+    larger = [r for r in range(rows + 1, plan.MOST_ROWS + 1) if 96 % r == 0]
+    for more in larger[:1]:
+        trial = replace(found, **{"sample.batch_size": more})
+        assert plan.expected_memory(trial, arch)["total"] > 0.8 * memory
+
+
+def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 24.0)
+    # The environment was read when huggingface_hub was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    line = ["train", "sd35m_geneval", "--sample.batch-size", "8", "--run.out", str(tmp_path / "r")]
+    line += ["--reward.weights", "geneval", "1", "--reward.report", "geneval"]
+    assert main.main(line) == 2
+    shown = capsys.readouterr()
+    assert "images: 48 prompts x 24 = 1152 an iteration" in shown.out
+    assert "updates: 2 an iteration, each of 72 micro-batches of 8 images x 9 steps" in shown.out
+    assert "GiB of 24, which is more than there is: lower sample.batch_size" in shown.out
+    assert shown.err.count("\n") == 1 and "cannot be loaded" in shown.err
+
+
+def test_a_model_of_unknown_size_has_arithmetic_only():
+    assert set(plan.plan_lines(Config())) == {"images", "updates"}

@@ -1,0 +1,1 @@
+"""What several tests share: small pipelines, processes, recorders, servers."""

@@ -1,0 +1,152 @@
+"""A tiny run for the tests of the shell: pipeline, prompts, reward, configuration."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from flowgrpo.config import Config, replace
+from support import pipelines
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = {
+    "a red circle": "colors",
+    "a blue square": "colors",
+    "a green triangle": "colors",
+    "two circle": "counting",
+    "three square": "counting",
+    "a dark circle": "single_object",
+}
+
+
+def red(images, prompts, metadata):
+    """Redder images are better."""
+    pixels = images.float()
+    return (pixels[:, 0] - pixels[:, 2]).mean((1, 2)) / 255
+
+
+def make(folder: Path, **changes) -> Config:
+    """A pipeline and prompts under `folder`, and the configuration of a run of a second or two."""
+    model = folder / "model"
+    if not model.exists():
+        pipelines.save_pixel_pipeline(model)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": p, "tag": t}) for p, t in PROMPTS.items()))
+    base = {
+        "recipe": "tiny",
+        "policy.model": str(model),
+        "policy.device": "cpu",
+        "policy.lora_rank": 4,
+        "sample.prompts": str(prompts),
+        "sample.prompts_per_iteration": 2,
+        "sample.group_size": 4,
+        "sample.batch_size": 4,
+        "sample.steps": 4,
+        "sample.eval_steps": 3,
+        "sample.window_size": 2,
+        "reward.weights": {"support.processes:red": 1.0},
+        "optim.lr": 1e-2,
+        "optim.warmup": 3,
+        "optim.ema_every": 1,
+        "run.out": str(folder / "run"),
+        "run.steps": 6,
+        "run.eval_every": 2,
+        "run.eval_prompts": 6,
+        "run.checkpoint_every": 2,
+        "run.threads": 1,
+    }
+    return replace(Config(), **{**base, **changes})
+
+
+def environment() -> dict[str, str]:
+    """Of a subprocess that finds the packages and this file."""
+    paths = (ROOT, ROOT / "kernels", ROOT / "tests")
+    paths = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(*words: str, **options) -> subprocess.CompletedProcess:
+    """`flowgrpo WORDS` in a process of its own."""
+    call = [sys.executable, "-m", "flowgrpo", *map(str, words)]
+    options = {"capture_output": True, "text": True, "timeout": 120, **options}
+    return subprocess.run(call, env=environment(), check=False, **options)
+
+
+def untimed(metrics: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the key that holds times."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def bits_of(folder: Path) -> dict[str, bytes]:
+    """Every tensor of the safetensors in a folder; the files have no fixed order of bytes."""
+    return {
+        f"{path.name}|{name}": tensor.numpy().tobytes()
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+class Fork:
+    """A process that starts with everything imported: `function(*arguments)` with its output in a
+    file. A signal sent to it is a real one."""
+
+    _context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, log: Path, function, *arguments) -> None:
+        os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
+        self._context.set_forkserver_preload(["support.process_imports"])
+        self.log = log
+        self.process = self._context.Process(target=_child, args=(log, function, *arguments))
+        self.process.start()
+
+    def kill(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, code: int = 0) -> str:
+        """Wait for the end, check the exit code, and return the output."""
+        self.process.join(120)
+        output = self.log.read_text()
+        assert self.process.exitcode == code, output
+        return output
+
+
+def _child(log: Path, function, *arguments) -> None:
+    os.setsid()
+    file = open(log, "w")  # noqa: SIM115
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
+    try:
+        function(*arguments)
+    finally:
+        file.flush()
+
+
+def run(config: Config) -> None:
+    """A whole training run."""
+    from flowgrpo import train
+
+    train.run(config)
+
+
+def run_unread(config: Config) -> None:
+    """The same with a pipe for its output whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    run(config)
+
+
+def resume(folder: Path, *options: str) -> None:
+    """`flowgrpo train --run.resume FOLDER OPTIONS`."""
+    from flowgrpo.cli import main
+
+    sys.exit(main.main(["train", "--run.resume", str(folder), *options]))
