@@ -61,8 +61,7 @@ def run(monkeypatch, tmp_path):
         code = module.main(command)
         return code, records.read(tmp_path / "r.json")
 
-    yield run
-    gc.unfreeze()
+    return run
 
 
 def check(record, suite, metrics):

@@ -4,8 +4,8 @@ benchmarks/on_meta.py raises where a tensor of the host meets one of the device,
 place where the host would wait for the device or copy to it. Inside `denoise` and a micro-step,
 which a CUDA graph is to hold, there must be none; elsewhere their number is fixed.
 
-One iteration is that of the models at their real sizes; what the options change is tried on the
-tiny ones of the same classes.
+One iteration is that of the models at their real widths, with a block or two of each kind: what
+waits in one waits in all. What the options change is tried on the tiny ones of the same classes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,20 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
+
+def shallow(model: models.Model, parameters: int, **blocks) -> models.Model:
+    """The model with as many blocks, and so as many parameters."""
+    return changed(model, parameters=parameters, transformer={**model.transformer, **blocks})
+
+
 META = torch.device("meta")
+# A block with dual attention, one without, and the last one; two double and two single blocks.
+SD3 = shallow(models.SD35_MEDIUM, 260_259_264, num_layers=3, dual_attention_layers=(0,))
+FLUX = shallow(models.FLUX_DEV, 1_026_971_200, num_layers=2, num_single_layers=2)
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
-    "sd3": Case(models.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
-    "flux": Case(models.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
+    "sd3": Case(SD3, 2, 2, 4.5, 1, 0.04, 2),
+    "flux": Case(FLUX, 2, 2, 1.0, 1, 0.0, 2),
 }
 TINY = {
     "tiny-sd3": Case(models.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),
