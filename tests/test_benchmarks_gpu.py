@@ -49,6 +49,7 @@ def parts(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_a_part_has_what_earlier_ones_left(monkeypatch, tmp_path):
     """Within a total; without one every part has its own budget."""
     made = [
@@ -184,6 +185,7 @@ def test_processes_side_by_side_if_pytest_has_them_or_will(tmp_path, monkeypatch
     assert command[command.index("-n") + 1] == "8"
 
 
+@pytest.mark.slow
 def test_every_kernel_runs_in_the_sanitizers_script(tmp_path):
     done = subprocess.run(
         [PYTHON, BENCHMARKS / "sanitize.py", "cpu"], capture_output=True, text=True,

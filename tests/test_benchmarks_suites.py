@@ -26,6 +26,7 @@ finally:
     sys.path.remove(str(BENCHMARKS))
 
 ROW = {"suite", "case", "provider", "metric", "value", "unit"}
+pytestmark = pytest.mark.slow
 UNITS = {
     "images": "images/s",
     "images_with_decoding": "images/s",

@@ -13,10 +13,13 @@ from torch._dynamo.utils import counters
 from flowgrpo import capture, runs, train
 from flowgrpo.policies import compiled
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="torch.compile needs a C++ compiler on a CPU",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None,
+        reason="torch.compile needs a C++ compiler on a CPU",
+    ),
+]
 
 
 # Half a minute of compilation, of the first and the last block alone: with beta 0 the form without

@@ -38,6 +38,7 @@ def shallow(model: models.Model, parameters: int, **blocks) -> models.Model:
     return changed(model, parameters=parameters, transformer={**model.transformer, **blocks})
 
 
+pytestmark = pytest.mark.slow
 META = torch.device("meta")
 # A block with dual attention, one without, and the last one; two double and two single blocks.
 SD3 = shallow(models.SD35_MEDIUM, 260_259_264, num_layers=3, dual_attention_layers=(0,))

@@ -22,6 +22,7 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
+pytestmark = pytest.mark.slow
 IDS = {
     "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",

@@ -27,6 +27,7 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
+pytestmark = pytest.mark.slow
 # Part 1 has 4, 3, 2 or 1 rows in forwards of 3, part 3 all of a chunk or, across groups, some.
 LATE = {"sample.share_prefix": True, "sample.window_range": (1, 6)}
 MORE = {

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import shell
 
+pytestmark = pytest.mark.slow
+
 
 def wait_for_line(metrics: Path, iteration: int, run: shell.Fork) -> None:
     """Return as soon as `metrics` has a train line of `iteration`."""

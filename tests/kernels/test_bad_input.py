@@ -171,6 +171,7 @@ def test_debug_switch_looks_at_steps_on_the_device(monkeypatch):
     assert _checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
 
 
+@pytest.mark.slow
 def test_debug_switch_is_read_from_the_environment():
     code = "from flowgrpo_kernels import _checks; print(_checks.DEBUG)"
     for value in ("0", "1"):
@@ -211,6 +212,7 @@ def test_backend_choice_is_loud(caplog, monkeypatch):
         assert all(value.startswith("error: FLOWGRPO_KERNELS") for value in ops.values())
 
 
+@pytest.mark.slow
 def test_backend_choice_is_read_from_the_environment():
     env = {**os.environ, "FLOWGRPO_KERNELS": " Reference "}
     code = "import flowgrpo_kernels as fk; print(fk.backend_info()['requested'])"

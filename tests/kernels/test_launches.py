@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 STREAM, FINISH = "_sde_step_kernel", "finish_kernel"
 FORWARD, BACKWARD = ("_sums_kernel", "_rows_kernel", "_totals_kernel"), "_backward_kernel"

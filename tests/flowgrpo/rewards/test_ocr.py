@@ -65,6 +65,7 @@ def test_unknown_engine():
 CHOSEN = (0, 5, 7, 10, 14, 15, 18, 21)
 
 
+@pytest.mark.slow
 def test_clean_renders_are_read_and_others_are_not(monkeypatch):
     """The bounds of the project; benchmarks/ocr.py measures them on some hundred renders."""
     pytest.importorskip("rapidocr")
