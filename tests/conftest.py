@@ -3,6 +3,7 @@ whole suite in a process a core."""
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -36,12 +37,12 @@ PROCESSES = 4
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite runs in a process a core, file by file, where pytest-xdist is installed; -n
-    says otherwise. Chosen tests run in this process, where they begin at once; so does everything
-    on a GPU, of which there may be one."""
+    """The whole suite, or all of it that is not slow, runs in a process a core, file by file, where
+    pytest-xdist is installed; -n says otherwise. Chosen tests run in this process, where they begin
+    at once; so does everything on a GPU, of which there may be one."""
     options = config.option
     whole = config.args_source is config.ArgsSource.TESTPATHS and not (
-        options.keyword or options.markexpr or getattr(options, "lf", False)
+        options.keyword or options.markexpr not in ("", "not slow") or getattr(options, "lf", False)
     )
     shown = options.usepdb or options.trace or options.capture == "no"
     # Which only pytest-xdist has, and its own processes are given.
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """Half a million objects of imported modules take no time in each collection from here."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -79,6 +79,7 @@ def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_transformers_and_diffusers_without_hf_kernels():
     available, origin = probe()
     if origin != "None":
@@ -86,6 +87,7 @@ def test_transformers_and_diffusers_without_hf_kernels():
     assert available == "False"
 
 
+@pytest.mark.slow
 def test_transformers_and_diffusers_with_hf_kernels(tmp_path):
     install_hf_kernels(tmp_path)
     _, origin = probe(tmp_path)

@@ -23,9 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"]
 LIBRARY = "flowgrpo_kernels/libflowgrpo_native"
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "setup.py").exists(), reason="needs the source tree, not an installed copy"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ROOT / "setup.py").exists(), reason="needs the source tree, not an installed copy"
+    ),
+]
 
 
 def copy_tree(to: Path) -> Path:

@@ -38,6 +38,7 @@ def test_the_baseline_computes_what_we_compute(suite):
         assert suite.ACCESSES[case.op][0] * tokens == moved
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_record(tmp_path):
     out = tmp_path / "blocks.json"
     command = [sys.executable, BENCHMARKS / "bench_blocks.py", "--smoke", "--out", out]

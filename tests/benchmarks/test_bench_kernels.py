@@ -48,6 +48,7 @@ def test_the_baseline_computes_what_we_compute():
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
     out = tmp_path / "kernels.json"
     command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--smoke", "--out", out]

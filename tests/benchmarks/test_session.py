@@ -47,6 +47,7 @@ def parts(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_a_part_has_what_earlier_ones_left(monkeypatch, tmp_path):
     """Within a total; without one every part has its own budget."""
     made = [
@@ -166,7 +167,7 @@ def test_the_files_with_gpu_tests(tmp_path):
     """Those alone: of the others some want libraries that a GPU machine may not have."""
     args = argparse.Namespace(out=tmp_path, smoke=False, wheels=None, scale=1.0)
     files = {Path(word).name for word in session.tests(args) if word.endswith(".py")}
-    assert {"test_gpu.py", "test_capture_gpu.py", "test_suites_gpu.py"} <= files
+    assert {"test_gpu.py", "test_cuda_graphs_gpu.py", "test_suites_gpu.py"} <= files
     assert not {"test_cli.py", "test_packaging.py", Path(__file__).name} & files
 
 
@@ -187,6 +188,7 @@ def test_processes_side_by_side_if_pytest_has_them_or_will(tmp_path, monkeypatch
     assert command[command.index("-n") + 1] == "8"
 
 
+@pytest.mark.slow
 def test_every_kernel_runs_in_the_sanitizers_program(tmp_path):
     done = subprocess.run(
         [PYTHON, BENCHMARKS, "sanitize", "cpu"], capture_output=True, text=True,

@@ -121,7 +121,7 @@ def faults(model, folder):
     expected = eager(policy, collect)
     block = policy.transformer.transformer_blocks[1]
     faults = {
-        "transformer_blocks.1.*test_capture_gpu.py, line": lambda x: x.sum().item(),
+        "transformer_blocks.1.*test_cuda_graphs_gpu.py, line": lambda x: x.sum().item(),
         "transformer_blocks.1 does something": lambda x: x.new_tensor([1.0, 2.0]),
         "ran out of device memory": lambda x: x.new_empty(1 << 45),
     }

@@ -29,6 +29,7 @@ from providers import ours
 from support import setups
 from support.cpu_graphs import Silent
 
+pytestmark = pytest.mark.slow
 META = torch.device("meta")
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.

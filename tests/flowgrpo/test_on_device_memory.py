@@ -13,6 +13,7 @@ from flowgrpo.config import replace
 from models import configurations
 from models.cases import Case
 
+pytestmark = pytest.mark.slow
 IDS = {
     "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",

@@ -173,6 +173,7 @@ def test_debug_switch_looks_at_steps_on_the_device(monkeypatch):
     assert checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
 
 
+@pytest.mark.slow
 def test_debug_switch_is_read_from_the_environment():
     code = "from flowgrpo_kernels import checks; print(checks.DEBUG)"
     for value in ("0", "1"):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from flowgrpo.nano.pretrain import Pretraining, run, schedule
@@ -10,6 +11,7 @@ from flowgrpo.policies import Policy
 TINY = {"steps": 2, "batch_size": 4, "evaluate_every": 1, "eval_images": 6}
 
 
+@pytest.mark.slow
 def test_pretraining_writes_its_log_and_a_model_that_the_next_run_and_the_trainer_load(tmp_path):
     first = run(Pretraining(tmp_path / "first", warmup=1, **TINY))
     lines = [json.loads(line) for line in (tmp_path / "first/pretrain.jsonl").open()]

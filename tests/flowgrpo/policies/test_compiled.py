@@ -14,10 +14,13 @@ from flowgrpo.runs.state import State
 from support import setups
 from support.cpu_graphs import Recorder, as_without_modes, assert_equal
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="torch.compile needs a C++ compiler on a CPU",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None,
+        reason="torch.compile needs a C++ compiler on a CPU",
+    ),
+]
 
 
 # Half a minute of compilation, of the first and the last block alone: with beta 0 the form without

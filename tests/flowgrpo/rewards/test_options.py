@@ -137,6 +137,7 @@ def score(*, channel: int = 0):
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_the_users_own_in_the_working_directory(tmp_path):
     """By the installed command, whose sys.path does not begin where the user stands."""
     (tmp_path / "my_rewards.py").write_text(OWN)

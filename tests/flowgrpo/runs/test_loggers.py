@@ -99,6 +99,7 @@ class Killed(BaseException):
     """As a process that is killed: nothing of the run catches it."""
 
 
+@pytest.mark.slow
 def test_samples_and_learning_rates_of_a_resumed_run_are_those_of_a_whole_one(
     tmp_path, monkeypatch
 ):

@@ -12,6 +12,8 @@ import pytest
 
 from support import processes
 
+pytestmark = pytest.mark.slow
+
 
 def wait_for_line(metrics: Path, iteration: int, run: processes.Fork) -> None:
     """Return as soon as `metrics` has a train line of `iteration`."""

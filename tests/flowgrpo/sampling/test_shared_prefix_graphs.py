@@ -20,6 +20,7 @@ from providers import ours
 from support import setups
 from support.cpu_graphs import Silent, assert_equal, eager, evaluate, made
 
+pytestmark = pytest.mark.slow
 # Part 1 has 4, 3, 2 or 1 rows in forwards of 3, part 3 all of a chunk or, across groups, some.
 LATE = {"sample.share_prefix": True, "sample.window_range": (1, 6)}
 MORE = {

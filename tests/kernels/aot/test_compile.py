@@ -15,6 +15,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 # (target, pairs of velocity and sample dtype, kernels) to compile: every kernel once, in the pair
 # that a trainer uses, three of them in every storage dtype, and two for the other targets.

@@ -14,6 +14,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 CORE = ("norm_modulate backward sd3.5-m", "joint_heads backward flux.1-dev")
 # (target, dtypes, kernels) to compile: every kernel once, two in float32 and for other targets.

@@ -50,6 +50,7 @@ def test_backend_choice_is_loud(caplog, monkeypatch):
         assert all(value.startswith("error: FLOWGRPO_KERNELS") for value in ops.values())
 
 
+@pytest.mark.slow
 def test_backend_choice_is_read_from_the_environment():
     env = {**os.environ, "FLOWGRPO_KERNELS": " Reference "}
     code = "import flowgrpo_kernels as fk; print(fk.backend_info()['requested'])"

@@ -161,6 +161,7 @@ def without_library(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_fallback_is_loud_and_gives_the_same_log_prob(without_library):
     fallback = run(without_library, FLOWGRPO_KERNELS="auto")
     assert fallback.returncode == 0, fallback.stderr
@@ -170,6 +171,7 @@ def test_fallback_is_loud_and_gives_the_same_log_prob(without_library):
         assert forced.stdout == fallback.stdout and "WARNING" not in forced.stderr
 
 
+@pytest.mark.slow
 def test_native_on_request_raises_when_it_is_missing(without_library):
     done = run(without_library, FLOWGRPO_KERNELS="native")
     assert done.returncode == 1

@@ -14,6 +14,8 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 KINDS = {
@@ -23,6 +25,10 @@ KINDS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "OPENBLAS_CORETYPE": "Haswell",
+        # torch.compile would take up code for wider registers that it finds there.
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            Path(tempfile.gettempdir()) / f"inductor-avx2-{os.getuid()}"
+        ),
     },
     "bf16": {},
 }

@@ -98,6 +98,7 @@ def endpoint(tmp_path_factory):
         log.close()
 
 
+@pytest.mark.slow
 def test_a_real_server_judges_images(endpoint):
     url, model = endpoint
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
