@@ -114,7 +114,7 @@ def run(command: list[str]) -> str:
 
 
 def source_digest() -> str:
-    """sha256 of what the library is compiled from; native_library.py compares it in a source tree."""
+    """sha256 of what the library is compiled from; native_library.py compares it, run in a tree."""
     files = [ROOT / "CMakeLists.txt", *sorted((ROOT / "kernels" / "csrc").glob("*.[ch]*"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
