@@ -297,7 +297,7 @@ def train_config(line: str, monkeypatch) -> Config:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def working_directory(tmp_path, monkeypatch):
     """A working directory with the modules and the run that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     for name, function in {"my_rewards": "score", "my_recipes": "mine"}.items():
@@ -313,7 +313,7 @@ TRAIN = [line for line in COMMANDS if line.startswith("flowgrpo train")]
 
 
 @pytest.mark.parametrize("line", list(dict.fromkeys(TRAIN)))
-def test_training_commands_run(line, workplace, monkeypatch):
+def test_training_commands_run(line, working_directory, monkeypatch):
     if "--run.resume" not in line:
         # `flowgrpo train` alone would take the directory of the run that is resumed.
         line += " --run.out new"
