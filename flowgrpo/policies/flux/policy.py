@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-MAX_SEQUENCE_LENGTH = 128
-"""T5 tokens in flow_grpo's train_flux.py; the pipeline's own default is 512."""
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""Of the pipeline, those that a text's embeddings depend on."""
 PATCH = 2
 """Latent pixels on each side of a token."""
 
@@ -54,11 +55,11 @@ class Rotary(nn.Module):
     @contextmanager
     def inside(self, transformer: nn.Module) -> Iterator[None]:
         """Inside, `transformer` has these tables; its own module comes back, for other images."""
-        own, transformer.pos_embed = transformer.pos_embed, self
+        replaced, transformer.pos_embed = transformer.pos_embed, self
         try:
             yield
         finally:
-            transformer.pos_embed = own
+            transformer.pos_embed = replaced
 
 
 @final
@@ -76,7 +77,7 @@ class FluxPolicy(Policy):
         encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
         self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
-        self._check_parts(*(TEXT_PARTS if encode is None else ()), "vae")
+        self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
         pipelines.place(self.pipeline, device, encoders if offload else ())
@@ -97,12 +98,12 @@ class FluxPolicy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
+            config.text_cache, folder, TEXT_COMPONENTS, dtype, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
-    def _check_parts(self, *needed: str) -> None:
-        lacking = [part for part in needed if getattr(self.pipeline, part) is None]
+    def _check_components(self, *needed: str) -> None:
+        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
         if lacking:
             raise ConfigError(
                 f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
