@@ -1,4 +1,4 @@
-"""What the trainer asks of a model.
+"""`Policy`: the interface between the trainer and a model.
 
 A policy is a diffusers pipeline seen as three functions: `encode` texts, `velocity` of a sample at
 a noise level, `decode` latents to images. Rollout, update, reference and evaluation all call the
@@ -27,16 +27,20 @@ from flowgrpo.policies.family import Family, import_hook
 
 
 class Policy(ABC):
-    """A flow-matching text-to-image model. Subclasses are final."""
+    """A flow-matching text-to-image model. Subclasses are final.
+
+    A subclass is made of (pipelines.Pipeline, device, PolicyConfig, encode or None). It places the
+    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`.
+    """
 
     family: Family
     """Record of the pipeline's class."""
     name: str
-    """What the user called the model."""
+    """Folder, Hub id or name by which the user called the model."""
     pipeline: object
     """The diffusers pipeline that it is made of."""
     transformer: nn.Module
-    """What is trained; adapters are injected into it."""
+    """The network that is trained; adapters are injected into it."""
     scheduler: object
     """The pipeline's FlowMatchEulerDiscreteScheduler."""
     device: torch.device
@@ -65,7 +69,7 @@ class Policy(ABC):
         config: PolicyConfig | None = None,
         encode: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> Policy:
-        """The policy for the diffusers pipeline in the folder or Hub repository `model`.
+        """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
         bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
@@ -81,13 +85,12 @@ class Policy(ABC):
         device, config = choose_device(device), config or PolicyConfig()
         open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
         source = open_pipeline(model, dtype, device)
-        family, dtype = source.family, source.dtype
         encode = None if encode is None else _checked(encode)
-        cls = import_hook(family.policy)
-        policy = cls(source.pipeline, source.folder, source.name, device, dtype, config, encode)
-        policy.family, policy.compiled, policy.fused = family, config.compile, config.fused
+        policy = import_hook(source.family.policy)(source, device, config, encode)
+        policy.family, policy.compiled = source.family, config.compile
+        policy.fused = config.fused
         policy.attention = surgery.rewrite(
-            policy.transformer, family, config, policy.latent_shape, device, dtype
+            policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
         return policy
 

@@ -27,7 +27,7 @@ class Pipeline:
     dtype: torch.dtype
     """Of its transformer."""
     name: str
-    """What the user called it."""
+    """Folder, Hub id or name by which the user called it."""
     folder: Path | None = None
     """Of its files; None: it came without them."""
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -35,6 +34,7 @@ from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Policy, scheduler_sigmas
 from flowgrpo.policies.conditioning import Conditioning
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
+from flowgrpo.policies.pipelines import Pipeline
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """Of the pipeline, those that a text's embeddings depend on."""
@@ -68,15 +68,13 @@ class FluxPolicy(Policy):
 
     def __init__(
         self,
-        pipeline: object,
-        folder: Path | None,
-        name: str,
+        source: Pipeline,
         device: torch.device,
-        dtype: torch.dtype,
         config: PolicyConfig,
         encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
+        self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
+        self.device = device
         self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
@@ -87,7 +85,7 @@ class FluxPolicy(Policy):
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
         self.resolution = pipelines.check_resolution(
-            config.resolution, default, PATCH * factor, None, name
+            config.resolution, default, PATCH * factor, None, self.name
         )
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
         self._set_positions(factor)
@@ -98,7 +96,7 @@ class FluxPolicy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, folder, TEXT_COMPONENTS, dtype, self._length, device
+            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 

@@ -13,7 +13,6 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import final
 
 import torch
@@ -23,6 +22,7 @@ from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Policy, scheduler_sigmas
 from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -36,15 +36,13 @@ class SD3Policy(Policy):
 
     def __init__(
         self,
-        pipeline: object,
-        folder: Path | None,
-        name: str,
+        source: Pipeline,
         device: torch.device,
-        dtype: torch.dtype,
         config: PolicyConfig,
         encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
+        self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
+        self.device = device
         encoders = self._find_encoders(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
         pipelines.place(self.pipeline, device, encoders if offload else ())
@@ -60,7 +58,7 @@ class SD3Policy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, folder, TEXT_COMPONENTS, dtype, self._length, device
+            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 

@@ -112,9 +112,10 @@ def count_letters(texts: list[str]) -> Tensor:
 class ToyPolicy(Policy):
     """`Policy` of a ToyPipeline."""
 
-    def __init__(self, pipeline, folder, name, device, dtype, config, encode) -> None:
-        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
-        self.transformer, self.scheduler = pipeline.transformer, pipeline.scheduler
+    def __init__(self, source, device, config, encode) -> None:
+        self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
+        self.device = device
+        self.transformer, self.scheduler = self.pipeline.transformer, self.pipeline.scheduler
         self.transformer.requires_grad_(False).to(device)
         self.resolution = self.transformer.config.size
         self.latent_shape = (3, self.resolution, self.resolution)
