@@ -45,17 +45,17 @@ class Policy(ABC):
     """The pipeline's FlowMatchEulerDiscreteScheduler."""
     device: torch.device
     dtype: torch.dtype
-    """Of the frozen weights and of the velocity."""
+    """Type of the frozen weights and of the velocity."""
     attention: str
     """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
     """Pixels on each side of an image."""
     latent_shape: tuple[int, ...]
-    """Of one sample: C, H, W, or N, C where the model works on packed tokens."""
+    """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
-    """Whether the transformer's blocks go through torch.compile, see policies/compiled.py."""
+    """True: the transformer's blocks go through torch.compile, see policies/compiled.py."""
     fused: bool = False
-    """Whether the blocks run with the kernels of policies/blocks.py."""
+    """True: the blocks run with the kernels of policies/blocks.py."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     _frozen: nn.Module | None = None
@@ -128,10 +128,10 @@ class Policy(ABC):
 
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning, sigmas: Tensor) -> Conditioning:
-        """`conditioning` with all that the transformer makes of it and of the times `sigmas`
+        """Add to `conditioning` all that the transformer makes of it and of the times `sigmas`
         float32 [T+1] (the last of which no step starts from) alone: modulations and projected text.
 
-        As it was, if it has them already, or if trained weights or adapters have a part in them.
+        It is returned as it was if it has them already, or if they depend on trained weights.
         """
         if conditioning.prepared or self.why_not_precomputed():
             return conditioning
@@ -150,7 +150,7 @@ class Policy(ABC):
         raise NotImplementedError(f"{type(self).__name__}: its family has a modulation")
 
     def _with_precomputed(self, conditioning: Conditioning) -> AbstractContextManager[None]:
-        """Inside, the transformer takes from `conditioning` what `prepare` has put there."""
+        """Let the transformer take, inside, the values of `conditioning` that `prepare` made."""
         if conditioning.table is not None:
             raise ValueError("conditioning: of all steps; take one by its at or rows_at")
         if conditioning.modulation is None:
@@ -173,7 +173,7 @@ class Policy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, `velocity` is that of the model before training."""
+        """Let `velocity`, inside, be that of the model before training."""
         if self._frozen is not None:
             trained, self.transformer = self.transformer, self._frozen
             try:
@@ -191,11 +191,11 @@ class Policy(ABC):
             yield
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
-        """Inside, no parameter changes, so what `velocity` makes of them alone is made once.
+        """Merge the adapters' matrices once for all velocities inside: no parameter may change.
 
-        With `graphs`, or if `fixed`, it lies in the same memory every time, and graphs recorded
-        inside read it there. Graphs that enter `frozen_weights` themselves make it anew in each
-        replay.
+        With `graphs`, or if `fixed`, they lie in the same memory every time, and graphs recorded
+        inside read them there. Graphs that enter `frozen_weights` themselves merge them anew in
+        each replay.
         """
         layers = lora.lora_layers(self.transformer)
         return lora.merged_matrices(layers, fixed or self.graphs is not None)

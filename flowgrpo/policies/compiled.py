@@ -42,13 +42,13 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def no_recompile() -> AbstractContextManager[None]:
-    """Inside, a block that was not compiled for what it is given raises RuntimeError."""
+    """Forbid compilation inside: a block with an input of a new kind raises RuntimeError."""
     return torch.compiler.set_stance("fail_on_recompile")
 
 
 @contextmanager
 def as_training_forward() -> Iterator[None]:
-    """Inside, a forward is computed as for training, but nothing is kept for a backward."""
+    """Compute forwards inside as for training, but keep nothing for a backward."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _refuse):
         yield
 

@@ -31,7 +31,7 @@ class Conditioning:
 
     @property
     def prepared(self) -> bool:
-        """Whether embeds are projected and modulations are here."""
+        """True: embeds are projected and modulations are here."""
         return self.table is not None or self.modulation is not None
 
     def to(self, device: torch.device) -> Conditioning:
@@ -43,7 +43,7 @@ class Conditioning:
         return self._each(lambda tensor, dim: tensor[(slice(None),) * dim + (index,)])
 
     def at(self, step: int) -> Conditioning:
-        """All prompts, at the step number `step`."""
+        """Take the modulations of the step number `step`, for all prompts."""
         if self.table is None:
             return self
         return Conditioning(self.embeds, self.pooled, modulation=self.table[step])

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def deterministic_backward() -> Iterator[None]:
-    """Inside, a backward pass gives attention's gradients the same bits every time, where
+    """Give attention's gradients the same bits in each backward pass inside, where
     `prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
     adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
     if not torch.is_deterministic_algorithms_warn_only_enabled():

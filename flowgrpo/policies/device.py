@@ -35,5 +35,5 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     # torch only has private names for these questions; a version without them gets float32.
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, name, bool)() for name in checks)
+    fast = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in checks)
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32

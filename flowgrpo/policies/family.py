@@ -24,7 +24,7 @@ class BlockKind:
     one, image and text are split without a copy. Where query, key and value are slices of one
     product, all three stay if one does."""
     stored_fused: tuple[float, float]
-    """The same with policy.fused: norms keep their input and two numbers a token, not what lies
+    """Bytes with policy.fused: norms keep their input and two numbers a token, not what lies
     between LayerNorm, scale and shift; a gate keeps neither its product nor its residual."""
     image_attention: bool = False
     """No block by itself, but a second attention, of the image's tokens only, inside a block of
@@ -36,7 +36,7 @@ class Architecture:
     """The sizes of one model that its memory follows from."""
 
     parameters: int
-    """Of the transformer."""
+    """Parameters of the transformer."""
     encoders: int
     """Parameters of all text encoders."""
     vae: int
@@ -52,7 +52,7 @@ class Architecture:
     pixels: int = 16
     """Pixels on a side of the square that one image token stands for."""
     channels: int = 16
-    """Of a latent."""
+    """Channels of a latent."""
     latent_pixels: int = 8
     """Pixels on a side of the square that one latent vector stands for."""
     fixed_tokens: int = 0
@@ -65,7 +65,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How a family's models are known to the memory plan."""
+    """Sizes of a family's models, for the memory plan."""
 
     read: Callable[[Json, int, int, int], Architecture | None]
     """(transformer's config.json, parameters of transformer, text encoders and VAE) -> the sizes,
@@ -91,7 +91,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Family:
-    """What belongs to one pipeline class of diffusers."""
+    """The hooks of one pipeline class of diffusers."""
 
     pipeline: str
     """Class of the pipeline, `_class_name` in model_index.json."""
@@ -113,7 +113,7 @@ class Family:
     each kernel of policies/attention.py, `plain` too, and returns these layers; empty: diffusers'
     processors take its kernels as they are, but not `plain`."""
     fixed_attention: bool = False
-    """Whether the transformer computes attention by a call of its own, so that policy.attention can
+    """True: the transformer computes attention by a call of its own, so that policy.attention can
     choose no kernel."""
     modulation: Modulation | None = None
     """Norms whose modulation is computed once a rollout; None: in each forward."""
@@ -125,7 +125,7 @@ class Family:
     """Arguments of the pipeline's call beside size and steps, for a `Config`, so that it samples as
     the evaluation did: guidance, text length. The model card shows them."""
     embedded_guidance: bool = False
-    """Whether the model is told policy.embedded_guidance beside the time."""
+    """True: the model is told policy.embedded_guidance beside the time."""
 
     def load_class(self, name: str) -> Any:
         """Import the class `name`, the pipeline's or the transformer's."""

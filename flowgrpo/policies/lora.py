@@ -63,7 +63,7 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def disable_adapters(layers: list[nn.Module]) -> Iterator[None]:
-    """Inside, the layers compute what they did before PEFT."""
+    """Switch the layers' adapters off inside: they compute what they did before PEFT."""
     # The flag alone: PEFT's enable_adapters also walks over the parameters to freeze and unfreeze
     # them, which took longer than a layer of a small model.
     for layer in layers:
@@ -77,7 +77,7 @@ def disable_adapters(layers: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[None]:
-    """Inside, A and [W, s B] are made once and not in each call: no parameter may change.
+    """Merge A and [W, s B] once for all calls inside: no parameter may change.
 
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
     inside holds for every later time.

@@ -1,4 +1,4 @@
-"""What a transformer computes from time and prompt alone, made once for a rollout.
+"""Modulations and projected text, which depend on time and prompt alone: once for a rollout.
 
 With c = time_text_embed(sigma, pooled text [, guidance]), every block modulates its tokens by
 
@@ -56,7 +56,7 @@ class Constant(nn.Module):
 
 @contextmanager
 def using(model: nn.Module, **values: object) -> Iterator[None]:
-    """Inside, the children of `model` by these names return these values."""
+    """Let the children of `model` by these names return these values inside."""
     children = {name: getattr(model, name) for name in values}
     try:
         for name, value in values.items():

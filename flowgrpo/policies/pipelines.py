@@ -25,11 +25,11 @@ class Pipeline:
     pipeline: Any
     family: Family
     dtype: torch.dtype
-    """Of its transformer."""
+    """Type of its transformer's weights."""
     name: str
     """Folder, Hub id or name by which the user called it."""
     folder: Path | None = None
-    """Of its files; None: it came without them."""
+    """Folder of its files; None: it came without them."""
 
 
 def load(model: str, dtype: str | torch.dtype, device: torch.device) -> Pipeline:

@@ -37,7 +37,7 @@ from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-"""Of the pipeline, those that a text's embeddings depend on."""
+"""Components of the pipeline that a text's embeddings depend on."""
 PATCH = 2
 """Latent pixels on each side of a token."""
 
@@ -53,8 +53,8 @@ class Rotary(nn.Module):
         return self.tables
 
     @contextmanager
-    def inside(self, transformer: nn.Module) -> Iterator[None]:
-        """Inside, `transformer` has these tables; its own module comes back, for other images."""
+    def put_into(self, transformer: nn.Module) -> Iterator[None]:
+        """Give `transformer` these tables inside; its own module comes back, for other images."""
         replaced, transformer.pos_embed = transformer.pos_embed, self
         try:
             yield
@@ -138,7 +138,7 @@ class FluxPolicy(Policy):
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
-        with self._rotary.inside(self.transformer), self._with_precomputed(conditioning):
+        with self._rotary.put_into(self.transformer), self._with_precomputed(conditioning):
             return self.transformer(
                 hidden_states=sample.to(self.dtype),
                 timestep=self._timestep(sigma),

@@ -46,17 +46,13 @@ class JointAttention:
         """Image [B, N, C] and text tokens [B, M, C] -> the same shapes; without text, one."""
         if attention_mask is not None:
             raise ValueError("attention_mask: SD3's layers attend everywhere; pass None")
-        split = lambda x: x.unflatten(-1, (attn.heads, -1))  # noqa: E731  [B, S, H, D]
-        norm = lambda layer, x: x if layer is None else layer(x)  # noqa: E731
-        query, key, value = map(split, projections(attn, IMAGE_LAYERS, hidden_states))
-        query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
+        norms = attn.norm_q, attn.norm_k
+        query, key, value = _heads(attn, IMAGE_LAYERS, norms, hidden_states)
         if encoder_hidden_states is None:
             out = attend(query, key, value, self._attention_backend).flatten(2)
             return attn.to_out[1](attn.to_out[0](out))
-        text_projections = projections(attn, TEXT_LAYERS, encoder_hidden_states)
-        text_query, text_key, text_value = map(split, text_projections)
-        text_query = norm(attn.norm_added_q, text_query)
-        text_key = norm(attn.norm_added_k, text_key)
+        norms = attn.norm_added_q, attn.norm_added_k
+        text_query, text_key, text_value = _heads(attn, TEXT_LAYERS, norms, encoder_hidden_states)
         out = attend(
             torch.cat([query, text_query], dim=1),
             torch.cat([key, text_key], dim=1),
@@ -67,3 +63,19 @@ class JointAttention:
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         return attn.to_out[1](attn.to_out[0](image)), text
+
+
+def _heads(
+    attn: Attention,
+    layers: tuple[str, ...],
+    norms: tuple[nn.Module | None, nn.Module | None],
+    x: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key, normalised if the model does that, and value [B, N, H, D] of tokens x."""
+    query, key, value = (y.unflatten(-1, (attn.heads, -1)) for y in projections(attn, layers, x))
+    norm_q, norm_k = norms
+    if norm_q is not None:
+        query = norm_q(query)
+    if norm_k is not None:
+        key = norm_k(key)
+    return query, key, value

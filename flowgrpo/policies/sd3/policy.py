@@ -27,7 +27,7 @@ from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_COMPONENTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
-"""Of the pipeline, those that a text's embeddings depend on."""
+"""Components of the pipeline that a text's embeddings depend on."""
 
 
 @final
