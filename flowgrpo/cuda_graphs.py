@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.policies import Policy, compiled
+from flowgrpo.policies import Policy, compiled, lora
 
 WARM_UPS = 2
 LIMIT = 12
@@ -315,11 +315,11 @@ def _switches(policy: Policy) -> tuple[Any, ...]:
         # Every PEFT layer has it in its own dict; hasattr on a module raises and catches an error.
         if "scaling" in vars(module):
             names = (tuple(module.active_adapters), tuple(module.merged_adapters))
-            matrices = vars(module).get("_matrices")
-            # Ready matrices are read, and are no part of the graph; see policies/lora.py.
-            ready = matrices is not None
+            product = lora.product_of(module)
+            # Merged matrices are read, and are no part of the graph; see policies/lora.py.
+            ready = product is not None and product.matrices is not None
             found.append((module.disable_adapters, ready, *names, *module.scaling.items()))
-            if ready and matrices is not module._fixed:
+            if ready and product.matrices is not product.fixed:
                 raise RuntimeError(
                     "a graph was asked for inside Policy.frozen_weights, whose matrices will be "
                     "let go; set policy.graphs first, or enter frozen_weights with fixed=True"

@@ -23,6 +23,7 @@ from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
 from flowgrpo.policies import Policy
+from flowgrpo.policies.family import Family
 from flowgrpo.recipes import RECIPES
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
@@ -501,6 +502,14 @@ def test_objectives_table():
     rows = table("docs/new-objective.md", "| field |")
     fields = [field.name for field in dataclasses.fields(objectives.Objective)]
     assert [names(row[0]) for row in rows] == [[name] for name in fields]
+
+
+def test_family_table():
+    rows = table("docs/new-model.md", "| field |")
+    fields = {field.name: field.default for field in dataclasses.fields(Family)}
+    assert [names(row[0]) for row in rows] == [[name] for name in fields]
+    for name, _, default in rows:
+        assert (default == "") == (fields[names(name)[0]] is dataclasses.MISSING), name
 
 
 def test_rewards_table():

@@ -100,7 +100,7 @@ def gpus() -> dict[str, str]:
 
 def bfloat16(device: str) -> str:
     """How fast a matrix product is in bfloat16 against float32, and what dtype auto chooses."""
-    from flowgrpo.policies.base import choose_dtype
+    from flowgrpo.policies.device import choose_dtype
 
     seconds = {dtype: _product(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
@@ -197,7 +197,7 @@ def recipe_states(memory: float | None = None) -> dict[str, str]:
     models = {}
     for name in sorted(set(recipes.RECIPES) - {"nano"}):
         config = recipes.recipe(name, memory=memory)
-        need = plan.expected_memory(config, plan.KNOWN[config.policy.model])["total"]
+        need = plan.expected_memory(config, plan.sizes_of(config.policy.model))["total"]
         little = ", more than there is" if memory and need > memory else ""
         rows = config.sample.batch_size
         images = f"{rows} image{'s' * (rows > 1)} a forward"

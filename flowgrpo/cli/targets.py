@@ -9,6 +9,7 @@ from flowgrpo.cli.options import EvaluateOptions, SampleOptions
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.config.validation import require
 from flowgrpo.policies import Policy
+from flowgrpo.policies.load import load_policy
 from flowgrpo.recipes import RECIPES, recipe
 from flowgrpo.runs import checkpoints, directory
 from flowgrpo.runs.process import prepare_process
@@ -17,10 +18,7 @@ from flowgrpo.runs.process import prepare_process
 def load_base(config: Config) -> Policy:
     """The model of `config` without adapters."""
     prepare_process(config)
-    dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
-    policy = Policy.load(
-        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
-    )
+    policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)
     return policy
 

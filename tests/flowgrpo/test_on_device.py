@@ -18,7 +18,7 @@ import torch
 
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
-from flowgrpo.policies.load import recompute
+from flowgrpo.policies.surgery import recompute
 from flowgrpo.records import Experience
 from flowgrpo.sampling import rollout
 from flowgrpo.sampling.schedule import ode_schedule
