@@ -129,8 +129,8 @@ class Scores:
     """Rewards of one batch of images."""
 
     total: Tensor
-    """float64 [B]: weighted sum of the parts; NaN in a dropped group."""
-    parts: dict[str, Tensor]
-    """float64 [B] for each reward; NaN in a dropped group."""
+    """float64 [B]: the weighted sum of `rewards`; NaN in a dropped group."""
+    rewards: dict[str, Tensor]
+    """Reward name -> float64 [B]; NaN in a group where it failed."""
     dropped: Tensor
     """bool [K]: groups whose reward failed every attempt."""

@@ -203,7 +203,7 @@ def describe(scores: Scores, advantages: Tensor) -> dict[str, Any]:
     return {
         "reward": float(scores.total[scored].mean()),
         "reward_std": float(scores.total[scored].std(correction=0)),
-        "rewards": {name: float(part[scored].mean()) for name, part in scores.parts.items()},
+        "rewards": {name: float(score[scored].mean()) for name, score in scores.rewards.items()},
         "equal_groups": int(equal.sum()),
         "dropped_groups": int(scores.dropped.sum()),
     }

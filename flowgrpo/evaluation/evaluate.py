@@ -217,7 +217,7 @@ def evaluate(
     )
     if on_progress is not None:
         on_progress("scoring", len(images))
-    parts = scorer(images, held.prompts, held.samples).parts
+    parts = scorer(images, held.prompts, held.samples).rewards
     per_prompt = {
         name: values.view(len(held.prompts), held.samples).mean(dim=1).numpy()
         for name, values in parts.items()

@@ -124,7 +124,7 @@ def test_a_forward_that_is_run_again_has_its_own_settings(pixel_model, tmp_path)
     block.attn.register_forward_pre_hook(lambda *_: seen.append(level()))
     try:
         torch.set_deterministic_debug_mode("warn")
-        update.run_micro_step(batch, config, 1)
+        update.run_micro_step(made.policy, objectives.grpo, batch, config, 1)
         assert level() == 1
     finally:
         torch.set_deterministic_debug_mode("default")

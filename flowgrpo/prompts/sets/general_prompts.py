@@ -82,7 +82,7 @@ RARE = words(
 Line = dict[str, Any]
 
 
-def parts() -> Iterator[tuple[list[Line], int, int]]:
+def tasks() -> Iterator[tuple[list[Line], int, int]]:
     """Each kind of prompt: 30 to train with and 8 to test with where there are enough."""
     for tag, prompts in _kinds().items():
         test = min(8, len(prompts) // 4)

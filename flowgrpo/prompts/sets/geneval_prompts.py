@@ -58,7 +58,7 @@ BENCHMARK = frozenset(
 Line = dict[str, Any]
 
 
-def parts() -> Iterator[tuple[list[Line], int, int]]:
+def tasks() -> Iterator[tuple[list[Line], int, int]]:
     """(candidates, training prompts, test prompts) of each task."""
     tasks = (
         (_single(), 60, 20),
@@ -79,9 +79,9 @@ def key(line: Line) -> str:
     ]
     if line["tag"] == "position":
         relation = line["include"][1]["position"][0]
-        found = (objects[1], relation, objects[0])
+        order = (objects[1], relation, objects[0])
         other = (objects[0], POSITIONS[relation], objects[1])
-        return f"position {min(found, other)}"
+        return f"position {min(order, other)}"
     return f"{line['tag']} {sorted(objects)}"
 
 
