@@ -34,12 +34,12 @@ class Schedule:
         return self.sigmas.numel() - 1
 
 
-def training_schedule(policy: Policy, sample: SampleConfig, kl: str = "std_dev") -> Schedule:
+def training_schedule(policy: Policy, config: SampleConfig, kl: str = "std_dev") -> Schedule:
     """Build the training sampler of a policy: `sample.transition` above, the ODE below it."""
-    sigmas = policy.sigmas(sample.steps)
-    stochastic = TRANSITIONS[sample.transition](sigmas, sample.noise_level, kl=kl)
+    sigmas = policy.sigmas(config.steps)
+    stochastic = TRANSITIONS[config.transition](sigmas, config.noise_level, kl=kl)
     transitions = Transitions.cat(stochastic, ode(sigmas))
-    low, high = sample.window_bounds
+    low, high = config.window_bounds
     return Schedule(
         sigmas.to(policy.device, torch.float32),
         transitions.to(policy.device),
