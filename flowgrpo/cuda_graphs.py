@@ -3,7 +3,7 @@
     graphs = Graphs(policy, CudaRecorder(policy.device))
     graphs(function, *arguments)        the result of function(*arguments), by one launch
 
-The first call with a geometry runs the function twice, so that kernels are compiled and workspaces
+The first call with new shapes runs the function twice, so that kernels are compiled and workspaces
 exist, and records a further run. Tensors in the arguments (also inside dataclasses, tuples and
 dicts) become static buffers that each call copies into. All other arguments, whether gradients are
 on, and the switches of the policy's adapters are written into the graph; they decide which graph is
@@ -153,7 +153,7 @@ class Graphs:
         changes: Sequence[Tensor] = (),
         option: str = "sample.capture",
     ) -> Any:
-        """`function(*arguments)`, recorded at the first call with this geometry.
+        """Run `function(*arguments)` as a graph, recorded at the first call with these shapes.
 
         Args:
             changes: tensors that the function changes in place, beside what it returns. Recording

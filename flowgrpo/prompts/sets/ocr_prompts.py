@@ -80,7 +80,7 @@ Line = dict[str, Any]
 
 
 def phrases() -> list[str]:
-    """All texts that may stand in a prompt."""
+    """List the texts that may stand in a prompt."""
     texts = [f"{a} {b}" for a, b in product(FIRST, SECOND)]
     texts += [pattern.format(year) for pattern, year in product(DATED, YEARS)]
     texts += [pattern.format(number) for pattern, number in product(NUMBERED, NUMBERS)]
@@ -88,7 +88,7 @@ def phrases() -> list[str]:
 
 
 def tasks() -> Iterator[tuple[list[Line], int, int]]:
-    """Two thirds names of two words, the rest as varied as it can be."""
+    """Yield (candidates, training prompts, test prompts): two thirds are names of two words."""
     names = [f"{a} {b}" for a, b in product(FIRST, SECOND)]
     others = [text for text in phrases() if text not in set(names)]
     yield _lines(names), 500, 100
@@ -96,7 +96,7 @@ def tasks() -> Iterator[tuple[list[Line], int, int]]:
 
 
 def key(line: Line) -> str:
-    """The text to render."""
+    """Return the text to render."""
     return re.search('"(.*)"', line["prompt"])[1]
 
 

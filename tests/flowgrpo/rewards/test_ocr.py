@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from experiments.ocr_renders import renders
-from flowgrpo.prompts.load import load_prompts, sets
-from flowgrpo.rewards import RewardError
+from flowgrpo.prompts import sets
+from flowgrpo.prompts.load import load_prompts
+from flowgrpo.rewards import RewardError, load
 from flowgrpo.rewards.images import to_pil
 from flowgrpo.rewards.ocr import ENGINES, quoted_text, similarity
 
@@ -34,7 +35,7 @@ def test_a_prompt_without_quoted_text_is_an_error(prompt):
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     pytest.importorskip("rapidocr")
     with pytest.raises(RewardError, match="no text in double quotes"):
-        load_prompts("ocr")(image, [prompt], [{}])
+        load("ocr")(image, [prompt], [{}])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_the_rule_is_flow_grpos(read, wanted, score):
 def test_unknown_engine():
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(RewardError, match="engine of reward 'ocr' is 'tesseract'"):
-        load_prompts("ocr").configured(engine="tesseract")(image, ['"a"'], [{}])
+        load("ocr").configured(engine="tesseract")(image, ['"a"'], [{}])
 
 
 # Of 24 renders: every font, size and paper.
@@ -68,7 +69,7 @@ CHOSEN = (0, 5, 7, 10, 14, 15, 18, 21)
 def test_clean_renders_are_read_and_others_are_not(monkeypatch):
     """The bounds of the project; `python benchmarks ocr` measures them on some hundred renders."""
     pytest.importorskip("rapidocr")
-    lines = list(load_prompts.load(str(sets.folder("ocr")), "heldout").texts[:24])
+    lines = list(load_prompts(str(sets.folder("ocr")), "heldout").texts[:24])
     texts = [quoted_text(line) for line in lines]
     images, read = renders(texts)[list(CHOSEN)], {}
 
@@ -87,7 +88,7 @@ def test_clean_renders_are_read_and_others_are_not(monkeypatch):
     blank = torch.full_like(images[0], 255)
     asked = [lines[i] for i in CHOSEN]
     rows, wanted = [*images, images[0] // 2, blank], [*asked, asked[1], asked[0]]
-    found = load_prompts("ocr").configured(workers=2)(torch.stack(rows), wanted, [{}] * len(rows))
+    found = load("ocr").configured(workers=2)(torch.stack(rows), wanted, [{}] * len(rows))
     own, wrong, nothing = found[: len(asked)], *found[len(asked) :]
     assert statistics.fmean(own) >= 0.95
     assert own[:3] == [1.0, 1.0, 1.0] and wrong < 0.5 and nothing == 0.0
