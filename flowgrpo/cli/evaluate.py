@@ -55,7 +55,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
         images = f"{len(held.seeds)} images in {config.sample.eval_steps} steps"
         console.print(f"Evaluating {label}: {images}.", soft_wrap=True, markup=False)
         mode, names = mode_of(config, console), list(scorer.weights)
-        with EvaluationProgress(console, mode, label, len(held.seeds), names) as watch:
+        with EvaluationProgress(console, mode, label, len(held.seeds), names) as progress:
             reports[label] = evaluate.evaluate(
                 policy,
                 held,
@@ -64,7 +64,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
                 batch_size=config.sample.batch_size,
                 guidance_scale=guidance,
                 quality=evaluate.quality_of(config.sample.prompts),
-                watch=watch,
+                on_progress=progress,
             )
 
     reports: dict[str, Evaluation] = {}

@@ -193,7 +193,7 @@ def evaluate(
     batch_size: int,
     guidance_scale: float = 1.0,
     quality: Quality | None = None,
-    watch: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Sample and score the held-out prompts with the policy's present weights.
 
@@ -202,7 +202,7 @@ def evaluate(
         steps: steps of the deterministic sampler.
         batch_size: rows of one forward (2 x rows with guidance).
         quality: further figures of all images, see `quality_of`.
-        watch: told how far it is, for example a `display.Watch`.
+        on_progress: called as it goes, for example a `display.EvaluationProgress`.
     """
     started = time.perf_counter()
     images = generate_images(
@@ -213,11 +213,11 @@ def evaluate(
         steps=steps,
         batch_size=batch_size,
         guidance_scale=guidance_scale,
-        watch=watch,
+        on_progress=on_progress,
     )
-    if watch is not None:
-        watch("scoring", len(images))
-    parts = scorer(images, held.prompts, held.samples).parts
+    if on_progress is not None:
+        on_progress("scoring", len(images))
+    parts = scorer(images, held.prompts, held.samples).rewards
     per_prompt = {
         name: values.view(len(held.prompts), held.samples).mean(dim=1).numpy()
         for name, values in parts.items()
@@ -258,7 +258,7 @@ def generate_images(
     steps: int,
     batch_size: int,
     guidance_scale: float = 1.0,
-    watch: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
     """uint8 [N * samples, 3, H, W]: `samples` images of each text, by the deterministic sampler."""
     texts = list(texts)
@@ -266,11 +266,11 @@ def generate_images(
     for start in range(batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
 
-    def told(count: int) -> None:
+    def finished(count: int) -> None:
         if policy.device.type == "cuda":
-            # What is only launched is not there.
+            # What is only finished is not there.
             torch.cuda.synchronize(policy.device)
-        watch("sampling", count)
+        on_progress("sampling", count)
 
     return sample_images(
         policy,
@@ -281,7 +281,7 @@ def generate_images(
         batch_size=batch_size,
         uncond=policy.encode([""]) if guidance_scale != 1 else None,
         guidance_scale=guidance_scale,
-        watch=None if watch is None else told,
+        on_progress=None if on_progress is None else finished,
     )
 
 

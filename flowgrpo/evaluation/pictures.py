@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from flowgrpo.files import replacing
+
 INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
 RIGHT, WRONG = "#2da44e", "#cf222e"
 MAIN, GUIDED = "#0969da", "#bf8700"
@@ -127,9 +129,8 @@ def save(picture: Image.Image, path: Path) -> Path:
     """Write a PNG so that a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    picture.save(beside, format="PNG", optimize=True)
-    beside.replace(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
     return path
 
 
@@ -175,9 +176,8 @@ def curve(
     last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
     _dress(axes, evaluations, title, f"held-out {label}{',' * bool(unit)}{unit}")
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", facecolor=PAPER)
-    beside.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor=PAPER)
     return path
 
 

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
+from flowgrpo.files import replacing
 from flowgrpo.policies.conditioning import Conditioning
 
 log = logging.getLogger("flowgrpo")
@@ -127,15 +127,12 @@ class TextCache:
         if self._broken:
             return
         path, row = self.path(text), row.to(torch.device("cpu"))
-        # Processes of several machines may share the folder, so a process id is no name.
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         tensors = {"embeds": row.embeds.contiguous(), "pooled": row.pooled.contiguous()}
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file(tensors, beside, metadata={"text": text, "sha256": _digest(row)})
-            os.replace(beside, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"text": text, "sha256": _digest(row)})
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             # A full disk stops no run: embeddings are only computed more often.
             self._broken = True
             log.warning("%s cannot be written (%s); no more text is cached.", path, error)

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from flowgrpo.config import ConfigError
-from flowgrpo.files import read_tensors
+from flowgrpo.files import read_tensors, replacing_folder, save_tensors
 
 FORMAT = "flowgrpo-checkpoint-1"
 STATE = "state.json"
@@ -49,29 +47,15 @@ def save(
         extra: writes further files into the folder it is given, before the checkpoint appears.
     """
     final = folder / f"{PREFIX}{iteration:06d}"
-    beside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for stem, values in tensors.items():
-        copies = {name: value.detach().to("cpu").contiguous() for name, value in values.items()}
-        save_file(copies, beside / f"{stem}.safetensors")
-    if extra is not None:
-        extra(beside)
-    sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-    state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
-    (beside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for path in (*beside.iterdir(), beside):
-        _sync(path)
-    if final.exists():
-        # A resumed run reaches an iteration again; a folder cannot be renamed over a full one.
-        replaced = folder / f".{final.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-        os.rename(beside, final)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(beside, final)
-    _sync(folder)
+    # A resumed run reaches an iteration again, and replaces its checkpoint.
+    with replacing_folder(final) as temporary:
+        for stem, values in tensors.items():
+            save_tensors(temporary / f"{stem}.safetensors", values)
+        if extra is not None:
+            extra(temporary)
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return final
 
 
@@ -192,11 +176,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

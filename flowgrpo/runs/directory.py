@@ -156,11 +156,9 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
         """Write summary.json, and the averaged weights for diffusers."""
         final = self.dir / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
-        beside = self.dir / f".{final.name}.{os.getpid()}"
-        export(transformer, state.ema, self.config.policy, beside)
-        model_card.write(beside, self.config, transformer, state.iteration, summary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(beside, final)
+        with files.replacing_folder(final) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
+            model_card.write(folder, self.config, transformer, state.iteration, summary)
         files.write_json(self.dir / "summary.json", summary)
 
     def close(self) -> None:

@@ -193,8 +193,8 @@ def mode_of(config: Config, console: Console) -> str:
 class EvaluationProgress:
     """The progress of one evaluation, as `evaluate.evaluate` tells it::
 
-        with Watch(console, mode, "base", 2212, ["geneval_strict"]) as watch:
-            evaluate.evaluate(..., watch=watch)
+        with EvaluationProgress(console, mode, "base", 2212, ["geneval_strict"]) as progress:
+            evaluate.evaluate(..., on_progress=progress)
 
     On a terminal a bar that is taken down at the end. Elsewhere nothing for the first `QUIET`
     seconds, then one line, and one for each tenth of the images.

@@ -255,7 +255,7 @@ class Monitor:
 
     def _measure(self, label: str, guidance: float) -> Evaluation:
         rewards = list(self.scorer.weights)
-        with self.display.evaluating(label, len(self.held.seeds), rewards) as watch:
+        with self.display.evaluating(label, len(self.held.seeds), rewards) as progress:
             return evaluate.evaluate(
                 self.policy,
                 self.held,
@@ -264,7 +264,7 @@ class Monitor:
                 batch_size=self.config.sample.batch_size,
                 guidance_scale=guidance,
                 quality=self.quality,
-                watch=watch,
+                on_progress=progress,
             )
 
     def _evaluate(self, final: bool) -> Evaluation:

@@ -188,7 +188,7 @@ def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
                 groups=torch.zeros(3, dtype=torch.int64),
                 seeds=torch.arange(3),
                 batch_size=2,
-                keep=False,
+                keep_states=False,
             )
         assert recorder.captures == 3
     finally:

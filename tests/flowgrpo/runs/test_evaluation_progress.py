@@ -66,7 +66,7 @@ def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_s
         steps=3,
         batch_size=batch_size,
         guidance_scale=3.0,
-        watch=lambda *told: seen.append(told),
+        on_progress=lambda *told: seen.append(told),
     )
     assert torch.equal(images, whole)
     assert seen == [("sampling", count) for count in told]
@@ -94,7 +94,7 @@ def test_scoring_is_told_before_the_rewards_and_changes_nothing(tiny_policy):
     CALLS.clear()
     options = {"steps": 3, "batch_size": 10}
     watched = evaluate.evaluate(
-        policy, held, scorer, **options, watch=lambda *told: CALLS.append(told)
+        policy, held, scorer, **options, on_progress=lambda *told: CALLS.append(told)
     )
     count = len(held.seeds)
     assert CALLS[-2:] == [("scoring", count), ("rewards", count)]

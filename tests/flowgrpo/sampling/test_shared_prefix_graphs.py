@@ -56,7 +56,7 @@ def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
     assert len(starts) > 2 and captures[1] == captures[-1]
-    allowed = shared_prefix.sizes(config.sample.batch_size, shared_prefix.SIZES)
+    allowed = shared_prefix.forward_sizes(config.sample.batch_size, shared_prefix.SIZES)
     assert set(step_graphs(policy)) <= set(allowed) and captures[-1] <= len(allowed)
 
 
