@@ -50,7 +50,7 @@ class Evaluation:
     scores: dict[str, float]
     """Mean of every reported reward, over tasks as the accuracy is."""
     quality: dict[str, float]
-    """What no reward asks for, diversity among it."""
+    """Figures that no reward asks for, diversity among them."""
     prompts: int
     images: int
     steps: int
