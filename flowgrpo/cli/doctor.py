@@ -206,8 +206,7 @@ def recipe_states(memory: float | None = None) -> dict[str, str]:
             text += ", more than there is"
         states[name] = text
         models[config.policy.model] = at_hand(config.policy.model)
-    for model, here in models.items():
-        states[model] = (
-            "at hand" if here else "to be downloaded; accept its licence on the Hub first"
-        )
+    for model, present in models.items():
+        download = "to be downloaded; accept its licence on the Hub first"
+        states[model] = "at hand" if present else download
     return states

@@ -85,14 +85,14 @@ def window(task: str, *, groups: int = 0, memory: float | None = None, **overrid
     has no such recipe for ocr; ours takes geneval's numbers.
     """
     group_size = 18 if task == "pickscore" else 24  # C
-    whole = 64 if task == "pickscore" else 48  # C
-    small = 0 < groups < whole
+    full = 64 if task == "pickscore" else 48  # C
+    small = 0 < groups < full
     config = Config(
         recipe=f"sd35m_{task}_window" + ("_1gpu" if small else ""),
         policy=policy_config(offload=small),
         sample=SampleConfig(
             prompts=TASKS[task].prompts,
-            prompts_per_iteration=groups or whole,
+            prompts_per_iteration=groups or full,
             group_size=group_size,
             batch_size=1,
             steps=10,  # C

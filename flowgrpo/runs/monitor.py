@@ -230,9 +230,10 @@ class Monitor:
             return evaluation
         count = len(self.evaluation_set.seeds)
         self.display.note(f"Evaluating the model before training: {count} images.")
-        # Adapters off, not merely zero: a product with zeros in it may round in another order.
-        whole = self.config.policy.adapter == "full" and self.state.iteration == 0
-        with contextlib.nullcontext() if whole else self.policy.reference():
+        # LoRA is turned off, not merely zero: a product with zeros in it may round in another order.
+        # A whole transformer is its own reference before the first iteration.
+        is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
+        with contextlib.nullcontext() if is_reference else self.policy.reference():
             evaluation = self._measure(label, guidance_scale)
         evaluation.save(self.directory.path / "evaluations" / folder)
         if not restored:
