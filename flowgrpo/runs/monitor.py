@@ -230,7 +230,7 @@ class Monitor:
             return evaluation
         count = len(self.evaluation_set.seeds)
         self.display.note(f"Evaluating the model before training: {count} images.")
-        # LoRA is turned off, not merely zero: a product with zeros in it may round in another order.
+        # LoRA is turned off, not merely zero: a product with zeros in it may round differently.
         # A whole transformer is its own reference before the first iteration.
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if is_reference else self.policy.reference():
