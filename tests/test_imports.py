@@ -161,6 +161,12 @@ def imported(module: str, file: Path) -> list[tuple[str, str, str]]:
     return imports
 
 
+def defines(file: Path, name: str) -> bool:
+    """Whether a class or function of that name is defined in a file."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return any(getattr(node, "name", None) == name for node in body)
+
+
 def definer(names: dict[str, Path], source: str, name: str) -> str | None:
     """The module that `from source import name` leads to; None for one of another package."""
     if f"{source}.{name}" in names:
@@ -169,6 +175,12 @@ def definer(names: dict[str, Path], source: str, name: str) -> str | None:
         for below, original, here in imported(source, names[source]):
             if here == name and (module := definer(names, below, original)):
                 return module
+        if defines(names[source], "__getattr__"):
+            # The package imports the name when it is first asked for.
+            inside = [m for m in names if m.rpartition(".")[0] == source]
+            if homes := [m for m in inside if defines(names[m], name)]:
+                [home] = homes
+                return home
     return source if source in names else None
 
 
@@ -241,7 +253,9 @@ def test_how_imports_are_counted(tmp_path):
         "room/__init__": "from p.room.base import Base as Base\nfrom p.room import other as other",
         "room/base": "import torch",
         "room/other": "from . import base",
-        "user": "from p.room import Base\nfrom p import room",
+        "lazy/__init__": "def __getattr__(name):\n    ...",
+        "lazy/late": "class Late:\n    pass",
+        "user": "from p.room import Base\nfrom p.lazy import Late\nfrom p import room",
         "typed": "if TYPE_CHECKING:\n    from p.user import f",
         "inside": "def f():\n    import p.room.other",
     }
@@ -255,13 +269,16 @@ def test_how_imports_are_counted(tmp_path):
         "p.room": {"p.room.base", "p.room.other"},
         "p.room.base": set(),
         "p.room.other": {"p.room.base"},
-        "p.user": {"p.room.base", "p.room"},
+        "p.lazy": set(),
+        "p.lazy.late": set(),
+        "p.user": {"p.room.base", "p.lazy.late", "p.room"},
         "p.typed": {"p.user"},
         "p.inside": {"p.room.other"},
     }
     assert room_graph(root, "p") == {
         "room": set(),
-        "user": {"room"},
+        "lazy": set(),
+        "user": {"room", "lazy"},
         "typed": {"user"},
         "inside": {"room"},
     }
