@@ -131,7 +131,7 @@ def setup(
     `pipeline` and `encode` are those of `run`.
     """
     objective = objective_of(config)
-    prepare_process(config)
+    prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")
     check_count(prompts, config.sample.prompts_per_iteration)
     scorer = Scorer.of(config.reward)

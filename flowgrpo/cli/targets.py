@@ -1,4 +1,4 @@
-"""What a command line points at: a run, a checkpoint, a recipe, a model; and where it writes."""
+"""Targets of a command line: a run, a checkpoint, a recipe or a model, and the folder to write."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flowgrpo.runs.process import prepare_process
 
 
 def load_base(config: Config) -> Policy:
-    """The model of `config` without adapters."""
-    prepare_process(config)
+    """Load the model of `config` without adapters."""
+    prepare_process(config.run)
     policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)
     return policy
@@ -35,16 +35,16 @@ def check_numbers(
 
 
 def config_of_model(model: str) -> Config:
-    """The configuration for a model without a run."""
+    """Make the configuration for a model without a run."""
     base = Config(recipe=Path(model).name)
-    # The embedded model is small, whatever else there is may be large.
+    # The embedded model is small, any other may be large.
     rows = base.sample.batch_size if model == "nano" else 8
     return replace(base, **{"policy.model": model, "sample.batch_size": rows})
 
 
 def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
-    """(configuration, checkpoint) of a run directory or checkpoint folder; (configuration, None) of
-    a recipe's name or a model."""
+    """Find the configuration and checkpoint of a run directory or checkpoint folder; for a recipe's
+    name or a model the checkpoint is None."""
     folder = Path(target)
     if not folder.exists() and target in RECIPES:
         return recipe(target), None
@@ -64,6 +64,7 @@ def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
 
 
 def check_writable(folder: Path) -> None:
+    """Raise ConfigError unless `folder` can be created and written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".flowgrpo-probe"

@@ -44,7 +44,7 @@ def save(
         iteration: completed iterations; names the checkpoint.
         tensors: file stem ("weights", ...) -> name -> tensor.
         record: JSON values stored in state.json under "record".
-        extra: writes further files into the folder it is given, before the checkpoint appears.
+        extra: f(folder), writes further files there before the checkpoint appears.
     """
     final = folder / f"{PREFIX}{iteration:06d}"
     # A resumed run reaches an iteration again, and replaces its checkpoint.
@@ -60,14 +60,14 @@ def save(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first."""
+    """List the checkpoints under `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and (p / STATE).is_file())
 
 
 def latest(run_dir: str | Path) -> Path:
-    """The newest checkpoint of a run directory, or `run_dir` itself if it is a checkpoint."""
+    """Find the newest checkpoint of a run directory; `run_dir` itself if it is a checkpoint."""
     run_dir = Path(run_dir)
     if (run_dir / STATE).is_file():
         return run_dir
@@ -81,7 +81,7 @@ def latest(run_dir: str | Path) -> Path:
 
 
 def best(run_dir: str | Path) -> Path:
-    """The checkpoint of a run directory with the best score; the newest if none has one."""
+    """Find the checkpoint of a run directory with the best score; the newest if none has one."""
     newest = latest(run_dir)
     candidates = list_checkpoints(newest.parent)
     scores = {path: read_state(path)["record"].get("score") for path in candidates}
@@ -90,12 +90,14 @@ def best(run_dir: str | Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
+    """Read state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
-        int(state["iteration"]), dict(state["sha256"]), dict(state["record"])
+        for name, kind in (("iteration", int), ("sha256", dict), ("record", dict)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"its {name} is {state[name]!r}, not of type {kind.__name__}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _corrupt(checkpoint / STATE, error) from error
     return state
@@ -108,7 +110,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def load(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
-    """The tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
+    """Read the tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
     path = checkpoint / f"{stem}.safetensors"
     _compare(path, read_state(checkpoint)["sha256"].get(path.name))
     return read_tensors(path)
@@ -143,14 +145,14 @@ def prune(folder: Path, keep: int = 2) -> None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
-    kept = {*checkpoints[-keep:], best(folder.parent)}
+    newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
-        if path not in kept:
+        if path not in newest_and_best:
             shutil.rmtree(path)
 
 
 def clean(folder: Path) -> None:
-    """Remove what a process that died while writing has left."""
+    """Remove the folders that a process left when it died while writing."""
     for leftover in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

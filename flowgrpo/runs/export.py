@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from flowgrpo.config import Config, PolicyConfig
+from flowgrpo.config import PolicyConfig
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import ADAPTER, add_adapter, trained_parameters
 from flowgrpo.policies.families import family_of
@@ -40,7 +40,7 @@ def load_trained(transformer: nn.Module, checkpoint: Path) -> None:
     checkpoints.restore(parameters, values)
 
 
-def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
-    """Put the averaged weights of `checkpoint` into the policy."""
-    add_adapter(policy.transformer, config.policy)
+def add_trained(policy: Policy, config: PolicyConfig, checkpoint: Path) -> None:
+    """Put the averaged weights of `checkpoint`, trained as `config` says, into the policy."""
+    add_adapter(policy.transformer, config)
     load_trained(policy.transformer, checkpoint)
