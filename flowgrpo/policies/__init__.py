@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_HOME = {"Conditioning": "conditioning", "Policy": "base"}
+_HOME = {"Conditioning": "flowgrpo.records", "Policy": "flowgrpo.policies.base"}
 __all__ = list(_HOME)
 
 
@@ -13,4 +13,4 @@ def __getattr__(name: str) -> object:
     the memory plan reads, come without torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import lora, modulation, pipelines, surgery
 from flowgrpo.policies.compiled import as_training_forward
-from flowgrpo.policies.conditioning import Conditioning
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
+from flowgrpo.records import Conditioning
 
 
 class Policy(ABC):
