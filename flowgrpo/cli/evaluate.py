@@ -104,7 +104,7 @@ def _evaluate_all(
         label = f"base, CFG {options.guidance:g}"
         evaluations[label] = evaluator(label, options.guidance)
     if checkpoint is not None:
-        add_trained(policy, config.policy, checkpoint)
+        add_trained(policy, config, checkpoint)
         label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"
         evaluations[label] = evaluator(label, scale)
     if options.adapter is not None:

@@ -125,7 +125,9 @@ class RunDirectory:
 
         def adapter(folder: Path) -> None:
             export(transformer, state.ema, self.config.policy, folder)
-            model_card.write(folder, self.config, transformer, state.iteration)
+            model_card.write(
+                folder, self.config, transformer, state.iteration, weights=state.ema.weights
+            )
 
         path = checkpoints.save(
             self.checkpoints, state.iteration, state.tensors(), record, adapter if lora else None
@@ -157,11 +159,12 @@ class RunDirectory:
         return self.checkpoint is not None
 
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
-        """Write summary.json, and the averaged weights for diffusers."""
+        """Write summary.json, and the weights that `state.ema` shows for diffusers."""
         final = self.path / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
         with files.replacing_folder(final) as folder:
             export(transformer, state.ema, self.config.policy, folder)
-            model_card.write(folder, self.config, transformer, state.iteration, summary)
+            iteration, weights = state.iteration, state.ema.weights
+            model_card.write(folder, self.config, transformer, iteration, summary, weights=weights)
         files.write_json(self.path / "summary.json", summary)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from flowgrpo.runs.banner import banner, slow_start
 from flowgrpo.runs.directory import RunDirectory
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import device_name, kernel_backends, versions
-from flowgrpo.runs.state import State
+from flowgrpo.runs.state import State, start_share
 
 
 class DivergedError(RuntimeError):
@@ -192,7 +192,8 @@ class Monitor:
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
-            f"Written to {self.directory.path}: summary.json, curve.png, samples, weights."
+            f"Written to {self.directory.path}: summary.json, curve.png, samples, "
+            f"{_described(self.state)}."
         )
         return summary
 
@@ -206,6 +207,7 @@ class Monitor:
             "iterations": self.state.iteration,
             "images": self.state.iteration * self.config.sample.rows,
             "interrupted": interrupted,
+            "weights": self.state.ema.weights,
             "before": base.to_dict(),
             "before_guided": guided.to_dict() if guided else None,
             "after": {"iteration": iteration, **after.to_dict()},
@@ -267,7 +269,7 @@ class Monitor:
             )
 
     def _evaluate(self, final: bool) -> Evaluation:
-        """Evaluate the averaged weights, log it, and renew the pictures."""
+        """Evaluate the weights that the average shows, log it, and renew the pictures."""
         iteration = self.state.iteration
         with self.state.ema.swapped():
             evaluation = self._measure(f"iteration {iteration}", self.config.sample.guidance_scale)
@@ -328,6 +330,21 @@ class Monitor:
         """Sum the seconds of all processes of the run."""
         before = self.state.totals.get("seconds", {}).get("total", 0.0)
         return before + time.perf_counter() - self._since
+
+
+def _described(state: State) -> str:
+    """Say which weights are exported, for the last line of the screen."""
+    ema = state.ema
+    if ema.weights == "average":
+        return f"weights (the average of decay {ema.decay:g})"
+    text = "weights (as the last update left them"
+    if ema.decay:
+        share = start_share(ema.decay, ema.interval, ema.updates)
+        text += (
+            f": after {ema.updates} updates the average of decay {ema.decay:g}, which moves every "
+            f"{ema.interval}, is still {share:.0%} untrained"
+        )
+    return text + ")"
 
 
 def _step(iteration: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
 from flowgrpo.policies.adapters import add_adapter, trained_parameters
 from flowgrpo.runs.export import export
-from flowgrpo.runs.state import EMA, State, learning_rate
+from flowgrpo.runs.state import EMA, State, learning_rate, shown_weights, start_share
 from support import pipelines
 
 CONFIG = PolicyConfig(lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "ff.net.2"))
@@ -199,3 +199,37 @@ def test_without_decay_the_average_is_the_parameters():
         model.weight.add_(1)
     ema.update()
     assert torch.equal(ema.tensors()["weight"], model.weight)
+
+
+@pytest.mark.parametrize(
+    ("decay", "interval", "updates", "share", "weights"),
+    [
+        (0.9, 8, 0, 1.0, "live"),
+        (0.9, 8, 7, 1.0, "live"),
+        (0.9, 8, 8, 9 / 18, "average"),
+        (0.9, 8, 16, 9 / 18 * 17 / 26, "average"),
+        (0.98, 1, 1, 2 / 11, "average"),
+        # It moves late, and by a tenth each time: half is reached with the seventh step.
+        (0.9, 100, 600, 0.9**6, "live"),
+        (0.9, 100, 700, 0.9**7, "average"),
+        (0.0, 1, 5, 0.0, "live"),
+    ],
+)
+def test_the_average_counts_once_half_of_it_is_trained(decay, interval, updates, share, weights):
+    model = torch.nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        ema = EMA(trained_parameters(model), decay, interval)
+        model.weight.zero_()
+        for _ in range(updates):
+            ema.update()
+    assert start_share(decay, interval, updates) == pytest.approx(share)
+    if decay:
+        # Of the start 1 and weights that are 0 ever since, the average is the start's share.
+        assert ema.shadow["weight"][0, 0].item() == pytest.approx(share)
+    assert ema.weights == shown_weights(decay, interval, updates) == weights
+    expected = share if weights == "average" else 0.0
+    assert ema.tensors()["weight"][0, 0].item() == pytest.approx(expected)
+    with ema.swapped():
+        assert model.weight[0, 0].item() == pytest.approx(expected)
+    assert torch.equal(model.weight, torch.zeros(3, 3))
