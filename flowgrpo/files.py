@@ -5,7 +5,9 @@ A reader, and a process that comes after one that was killed, sees the old conte
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,6 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowgrpo.config import ConfigError
+
+log = logging.getLogger("flowgrpo")
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+"""Errors by which file systems of networks say that they have no fsync of a file or a folder."""
+_without_fsync: set[str] = set()
+"""Errors of fsync that were told."""
 
 
 @contextmanager
@@ -58,7 +66,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(path, replaced)
         os.rename(temporary, path)
-        shutil.rmtree(replaced)
+        # What cannot go, such as a file that NFS holds for a reader, is removed the next time.
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(temporary, path)
     _sync(path.parent)
@@ -73,9 +82,31 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until an open file or folder is on the disk, where its file system can say so.
+
+    A file system without fsync keeps the content and the order of the names; what it may lose is
+    the last moments before a power cut. So it is told once, and the run goes on.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        name = errno.errorcode[error.errno]
+        if name not in _without_fsync:
+            _without_fsync.add(name)
+            log.warning(
+                "This file system refuses fsync (%s: %s), so files that were just written may be "
+                "lost if the machine loses power.",
+                name,
+                error.strerror,
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,7 +114,7 @@ def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -80,9 +80,15 @@ class RunDirectory:
                 checkpoint = saved[-1]
         else:
             _create(folder, config)
-        run = cls(config, checkpoint)
-        run.samples.mkdir(exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
+        try:
+            run = cls(config, checkpoint)
+            run.samples.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {str(folder)!r} cannot be written ({error.strerror}), but a "
+                "run writes its metrics and checkpoints there; make it writable."
+            ) from error
         return run
 
     def log(
@@ -119,7 +125,7 @@ class RunDirectory:
         """Write the checkpoint of `state.iteration`; keep the last two and the best by `score`
         (the evaluation's accuracy, if there was one at this iteration)."""
         self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        files.sync(self._metrics.fileno())
         record = {**files.plain(state.counters()), "score": score, "versions": versions()}
         lora = self.config.policy.adapter == "lora"
 
@@ -270,9 +276,17 @@ def _lock(file: Any, folder: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise ConfigError(
             f"run directory {str(folder)!r} is in use by another process, but one process at a "
             "time writes it; stop that one or choose another --run.out."
         ) from error
+    except OSError as error:
+        # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.
+        log.warning(
+            "The run directory %s cannot be locked on this file system (%s), so nothing keeps a "
+            "second process from writing it too.",
+            folder,
+            error.strerror,
+        )

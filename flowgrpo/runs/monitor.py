@@ -13,10 +13,12 @@ All that is written or shown around the algorithm is here, so that the loop is t
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -33,6 +35,8 @@ from flowgrpo.runs.directory import RunDirectory
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
+
+log = logging.getLogger("flowgrpo")
 
 
 class DivergedError(RuntimeError):
@@ -187,8 +191,9 @@ class Monitor:
         summary = self.summary(interrupted)
         self.directory.finish(summary, self.state, self.policy.transformer)
         rows = {"before": self.untrained["base"], "after": evaluation}
-        picture = pictures.evaluation_grid(rows, self.evaluation_set)
-        pictures.save(picture, self.directory.samples / "before-after.png")
+        with _drawing("before-after.png"):
+            picture = pictures.evaluation_grid(rows, self.evaluation_set)
+            pictures.save(picture, self.directory.samples / "before-after.png")
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
@@ -305,7 +310,8 @@ class Monitor:
         if lines:
             level = guided[0] if guided else None
             label = self.untrained["base"].label
-            pictures.curve(self.directory.path / "curve.png", lines, level, title, label)
+            with _drawing("curve.png"):
+                pictures.curve(self.directory.path / "curve.png", lines, level, title, label)
         pictures.save(samples, self.directory.samples / f"{_step(self.latest[0])}.png")
 
     def _save(self, score: float | None) -> None:
@@ -345,6 +351,20 @@ def _described(state: State) -> str:
             f"{ema.interval}, is still {share:.0%} untrained"
         )
     return text + ")"
+
+
+@contextlib.contextmanager
+def _drawing(name: str) -> Iterator[None]:
+    """Let a picture that cannot be drawn be a warning: the run's numbers do not need it.
+
+    A full disk is an error, as it is for all that comes next.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("%s cannot be drawn (%s: %s).", name, type(error).__name__, error)
 
 
 def _step(iteration: int) -> str:

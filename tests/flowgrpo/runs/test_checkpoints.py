@@ -155,6 +155,28 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
         checkpoints.latest(tmp_path / "checkpoints")
 
 
+def test_an_old_checkpoint_that_cannot_go_is_a_warning(tmp_path, monkeypatch, caplog):
+    state, model = state_of(updates=0)
+    for _ in range(4):
+        use(state, model, 1)
+        save(state, tmp_path)
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", busy)
+    checkpoints.prune(tmp_path / "checkpoints")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and "step-000001 cannot be removed" in messages[0]
+    assert all("Device or resource busy" in message for message in messages)
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000003", "step-000004"]
+    monkeypatch.undo()
+    checkpoints.clean(tmp_path / "checkpoints")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+
+
 def test_saving_again_replaces(tmp_path):
     state, _ = state_of()
     save(state, tmp_path, 0.1)

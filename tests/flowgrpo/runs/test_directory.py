@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -83,6 +85,31 @@ def test_one_process_at_a_time(tmp_path):
     ):
         directory.RunDirectory.open(directory.resume_config(run.path))
     directory.RunDirectory.open(directory.resume_config(tmp_path / "run")).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with directory.RunDirectory.open(config_for(tmp_path / "run")) as run:
+        run.log(0, {"x": 1})
+    assert (
+        run.path.joinpath("metrics.jsonl").read_text()
+        == '{"iteration": 0, "kind": "train", "x": 1}\n'
+    )
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "cannot be locked on this file system" in message and os.strerror(number) in message
+    assert "in use" not in message
+
+
+def test_a_run_that_cannot_be_written_any_more_is_refused(tmp_path, monkeypatch):
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"run' cannot be written \(Is a directory\)"):
+        directory.RunDirectory.open(directory.resume_config(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

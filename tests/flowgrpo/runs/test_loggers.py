@@ -216,3 +216,34 @@ def test_a_run_that_diverges_says_so(metrics):
     with pytest.raises(monitor.DivergedError, match=r"at iteration 7, .* lower optim.lr"):
         monitor.check_finite({"loss": 0.0, **metrics}, 7)
     monitor.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)
+
+
+def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplog):
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
+    config = replace(Config(), **{"run.out": str(tmp_path / "run"), "run.wandb": "p"})
+    with directory.RunDirectory.open(config) as run:
+        run.log(1, {"x": 1.0})
+        (first, _), log = run.loggers._open, fake.calls.append
+        assert first.name == "Weights & Biases"
+
+        def gone(*arguments, **keywords):
+            log("called")
+            raise ConnectionError("the network is gone")
+
+        run.loggers._open[0] = replace_write(first, gone)
+        run.log(2, {"x": 2.0})
+        run.log(3, {"x": 3.0})
+    assert fake.calls.count("called") == 1
+    assert [line["x"] for line in processes.untimed(run.path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+    assert [e.value for e in read(run.path).Scalars("train/x")] == [1.0, 2.0, 3.0]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "flowgrpo"]
+    assert message == (
+        "Weights & Biases failed (ConnectionError: the network is gone) and gets no more numbers; "
+        "metrics.jsonl has them all."
+    )
+
+
+def replace_write(logger, write):
+    return loggers.Logger(logger.name, write, logger.close)

@@ -17,7 +17,7 @@ from flowgrpo.cli.options import EvaluateOptions
 from flowgrpo.config import replace
 from flowgrpo.policies.load import load_policy
 from flowgrpo.prompts.load import has_splits
-from flowgrpo.runs import display
+from flowgrpo.runs import display, monitor
 from flowgrpo.runs.banner import slow_start
 from support import processes
 
@@ -161,3 +161,15 @@ def test_a_longer_run_shows_its_average(tmp_path, shown):
     )
     card = (config.out_dir / "adapter" / "README.md").read_text()
     assert "the weights' average of decay 0.9" in card
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **keywords):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(monitor.pictures, "curve", fail)
+    config = processes.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0})
+    assert train.run(config)["iterations"] == 1
+    messages = [r.getMessage() for r in caplog.records if r.name == "flowgrpo"]
+    assert messages == ["curve.png cannot be drawn (ValueError: no font)."] * 2
+    assert (config.out_dir / "samples" / "before-after.png").is_file()
