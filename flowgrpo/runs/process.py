@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 
 from flowgrpo import __version__
-from flowgrpo.config import RunConfig
+from flowgrpo.config import ConfigError, RunConfig
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
@@ -60,8 +60,24 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def check_one_process() -> None:
+    """Raise ConfigError in a process that a launcher started as one of several."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"the environment variable WORLD_SIZE is {size}, as launchers such as torchrun and "
+            "accelerate set it, but a run is one process on one device; start `flowgrpo` by "
+            "itself, or unset WORLD_SIZE."
+        )
+
+
 def prepare_process(run: RunConfig) -> None:
-    """Set threads, deterministic algorithms, and an allocator that keeps its memory."""
+    """Set threads, deterministic algorithms, and an allocator that keeps its memory.
+
+    Raises:
+        ConfigError: this process is one of several.
+    """
+    check_one_process()
     quiet_loading()
     if run.threads:
         torch.set_num_threads(run.threads)
