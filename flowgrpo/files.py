@@ -146,6 +146,22 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, path)
 
 
+def order_metadata(path: Path) -> None:
+    """Put the metadata of the safetensors file `path` into the order of their names, in place.
+
+    The library writes them in an order that it draws, so equal contents have unequal files.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The tensors' places count from the end of the header, which must stay where it is.
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file.
 

@@ -118,7 +118,7 @@ class RunDirectory:
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Read the lines of metrics.jsonl so far, all or of one kind."""
         text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
         return [line for line in lines if kind in (None, line["kind"])]
 
     def save(self, state: State, transformer: nn.Module, score: float | None = None) -> Path:
@@ -193,13 +193,15 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         size = 0
         for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                values = json.loads(line)
-            except ValueError:
-                break
-            beyond = values["iteration"] > iteration or values.get("final", False)
-            if beyond or not line.endswith(b"\n"):
-                break
+            # An editor may have left an empty line.
+            if line.strip():
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    break
+                beyond = values["iteration"] > iteration or values.get("final", False)
+                if beyond or not line.endswith(b"\n"):
+                    break
             size += len(line)
         os.truncate(path, size)
 

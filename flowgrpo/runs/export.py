@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from flowgrpo import files
 from flowgrpo.config import Config, OptimConfig, PolicyConfig
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import ADAPTER, add_adapter, trained_parameters
+from flowgrpo.policies.adapters import ADAPTER, LORA_FILE, add_adapter, trained_parameters
 from flowgrpo.policies.families import family_of
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import EMA, shown_weights
@@ -26,12 +27,16 @@ def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path)
             return
         from peft.utils import get_peft_model_state_dict
 
+        metadata = transformer.peft_config[ADAPTER].to_dict()
+        # PEFT keeps names of layers in sets, whose order changes from process to process.
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
         family = family_of(transformer)
         family.load_class(family.pipeline).save_lora_weights(
             save_directory=folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_adapter_metadata=metadata,
         )
+        files.order_metadata(folder / LORA_FILE)
 
 
 def load_trained(transformer: nn.Module, optim: OptimConfig, checkpoint: Path) -> None:

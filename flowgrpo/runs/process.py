@@ -104,6 +104,8 @@ class Stop:
     """A request to stop, from a signal to the loop."""
 
     requested: bool = False
+    signal: int = 0
+    """Number of the signal that asked first."""
 
 
 def _leave_terminal() -> None:
@@ -116,11 +118,13 @@ def _leave_terminal() -> None:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Let the first Ctrl-C (SIGTERM, or the end of the terminal) only set `stop.requested`; the
-    second one aborts.
+    """Let the first Ctrl-C, the end of the terminal, or a signal by which a scheduler of a cluster
+    says that the time is nearly up, only set `stop.requested`; a second Ctrl-C aborts.
 
-    The loop looks at `stop.requested` after each iteration, so that what it started is finished and
-    saved. Outside the main thread, where Python delivers no signals, nothing is changed.
+    Schedulers send several signals, which ask for the same once: SLURM sends SIGTERM after the
+    SIGUSR1 of --signal, Grid Engine SIGUSR2 after SIGUSR1. The loop looks at `stop.requested` after
+    each iteration, so that what it started is finished and saved. Outside the main thread, where
+    Python delivers no signals, nothing is changed.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -129,19 +133,29 @@ def stoppable() -> Iterator[Stop]:
 
     def ask(number: int, frame: object) -> None:
         if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
+            # `kill` after a Ctrl-C is the same person, who wants the end now.
+            impatient = stop.signal == signal.SIGINT and number == signal.SIGTERM
+            if number == signal.SIGINT or impatient:
+                raise KeyboardInterrupt
+            return
+        stop.requested, stop.signal = True, number
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
         # os.write, because print may be the very call that the signal interrupted; and the reader
         # may be gone.
         with suppress(OSError):
-            os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
+            again = b"once more" if number == signal.SIGINT else b"Ctrl-C"
+            os.write(2, b"\nFinishing this iteration, then saving; %s to abort at once.\n" % again)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     # Under nohup it is ignored, and stays so.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        # A handler of the caller's stays.
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            numbers.append(number)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop

@@ -10,6 +10,8 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flowgrpo import files
 
@@ -131,3 +133,18 @@ def test_a_disk_that_fails_in_fsync_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         files.write_text(tmp_path / "text", "new")
     assert names(tmp_path) == []
+
+
+def test_metadata_have_an_order(tmp_path):
+    """Whatever stands in them, and the tensors are where they were."""
+    metadata = {"b": "1", "ä": 'a "quote"\n\t\x01\x7f\u2028', "a": "\\ 🙂", "": ""}
+    tensors, contents = {"x": torch.arange(3.0), "y": torch.arange(4, dtype=torch.int64)}, set()
+    path = tmp_path / "t.safetensors"
+    for _ in range(8):
+        save_file(tensors, path, metadata=metadata)
+        files.order_metadata(path)
+        contents.add(path.read_bytes())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == metadata
+            assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
+    assert len(contents) == 1

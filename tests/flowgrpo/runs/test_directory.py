@@ -209,6 +209,25 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
         assert path.read_bytes() == b"".join(whole)
 
 
+@pytest.mark.parametrize("blank", [b"\n", b"  \n", b"\r\n"])
+def test_a_blank_line_in_the_metrics_costs_no_other(tmp_path, blank):
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        for state.iteration in (1, 2, 3):
+            run.log(state.iteration, {"x": state.iteration})
+            if state.iteration == 2:
+                save(run, state)
+    path = tmp_path / "run" / "metrics.jsonl"
+    one, two, three = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(one + blank + two + three)
+    with directory.RunDirectory.open(directory.resume_config(run.path)) as run:
+        assert [line["x"] for line in run.metrics()] == [1, 2, 3]
+        assert run.restore(small_state(config)[0])
+        assert path.read_bytes() == one + blank + two
+        assert [line["x"] for line in run.metrics("train")] == [1, 2]
+
+
 def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
     config = config_for(tmp_path / "run")
     with directory.RunDirectory.open(config) as run:
@@ -242,6 +261,30 @@ def test_first_signal_asks_and_second_aborts(capfd, default_sigint):
             os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGTERM])
+def test_a_scheduler_asks_once_by_several_signals(capfd, default_sigint, first):
+    before = signal.getsignal(first)
+    with stoppable() as stop:
+        os.kill(os.getpid(), first)
+        assert stop.requested and "Ctrl-C to abort at once" in capfd.readouterr().err
+        for number in (first, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(first) == before
+
+
+def test_a_handler_of_the_callers_stays(default_sigint):
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *arguments: calls.append("mine"))
+    try:
+        with stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert calls == ["mine"] and not stop.requested
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_the_end_of_the_terminal_asks_too(default_sigint):

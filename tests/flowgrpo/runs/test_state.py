@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
 from flowgrpo.policies.adapters import add_adapter, trained_parameters
@@ -119,6 +121,27 @@ def test_exported_adapter_is_what_diffusers_loads(folder, tmp_path, decay):
     torch.testing.assert_close(forward(pipe.transformer), expected, rtol=1e-5, atol=1e-5)
     lora = pipe.transformer.peft_config["default_0"]
     assert (lora.r, lora.lora_alpha) == (4, 8)
+
+
+def test_equal_adapters_are_equal_files(folder, tmp_path):
+    """The order of a set, and of safetensors' metadata, is another each time."""
+    contents = set()
+    for number in range(8):
+        model = transformer(folder, torch.float32)
+        targets = CONFIG.lora_targets[:: 1 if number % 2 else -1]
+        config = PolicyConfig(lora_rank=4, lora_alpha=8, lora_targets=targets)
+        add_adapter(model, config, seed=1)
+        state = State.create(model, OptimConfig())
+        export(model, state.ema, config, tmp_path / str(number))
+        path = tmp_path / str(number) / "pytorch_lora_weights.safetensors"
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        assert list(file.keys()) == sorted(file.keys()) and file.get_tensor(min(file.keys())).any()
+    assert metadata["format"] == "pt"
+    names = json.loads(metadata["lora_adapter_metadata"])["transformer.target_modules"]
+    assert names == ["attn.to_q", "ff.net.2"]
 
 
 def test_exported_full_model_is_what_diffusers_loads(folder, tmp_path):
