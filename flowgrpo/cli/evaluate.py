@@ -21,7 +21,8 @@ from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import check_adapter, load_adapter
-from flowgrpo.runs import checkpoints
+from flowgrpo.recipes import RECIPES
+from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
 from flowgrpo.runs.export import add_trained
 from flowgrpo.runs.process import versions
@@ -67,6 +68,10 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     check_numbers(options, "samples", "steps", "cfg", "guidance", "batch_size")
     check_numbers(options, "prompts", "resolution", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
+    require(
+        options.model is None or checkpoint is not None or options.target in RECIPES,
+        f"{options.target!r} is a model, but --model {options.model} was given too; leave one out.",
+    )
     config = _with_options(config, options)
     require(
         checkpoint is None or options.adapter is None,
@@ -78,6 +83,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    if config.run.resume:
+        content.warn_of_another_model(Path(config.run.resume), policy)
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out)
@@ -148,6 +155,7 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "run.eval_prompts": options.prompts,
         "run.eval_samples": options.samples,
         "sample.eval_steps": options.steps,
+        "policy.model": options.model,
         "sample.prompts": options.prompt_set,
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,

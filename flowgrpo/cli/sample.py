@@ -20,6 +20,7 @@ from flowgrpo.config import replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -28,10 +29,11 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     """Write one picture with `count` images of each prompt; with a run, base above trained."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
-    config, checkpoint = config_of_model(options.model), None
+    config, checkpoint = config_of_model(options.model or "nano"), None
     if options.run is not None:
         config, checkpoint = resolve_target(options.run, best=False)
     changes = {
+        "policy.model": options.model,
         "policy.device": options.device,
         "policy.resolution": options.resolution,
         "sample.eval_steps": options.steps,
@@ -39,6 +41,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     }
     config = replace(config, **{name: v for name, v in changes.items() if v is not None})
     policy, out = load_base(config), Path(options.out)
+    if config.run.resume:
+        content.warn_of_another_model(Path(config.run.resume), policy)
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)

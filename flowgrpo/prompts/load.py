@@ -9,6 +9,7 @@ Hugging Face Hub (hub.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
 def has_splits(name: str) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
     return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+
+
+def fingerprint(prompts: Prompts) -> str:
+    """SHA-256 of the texts and metadata, in their order.
+
+    A key whose value is None counts as absent.
+    """
+    digest = hashlib.sha256()
+    for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
+        values = {name: value for name, value in metadata.items() if value is not None}
+        # What is no JSON, such as a date of a data set, counts by its text.
+        entry = json.dumps([text, values], sort_keys=True, default=str)
+        digest.update(entry.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _file_of_split(folder: Path, split: str) -> Path:

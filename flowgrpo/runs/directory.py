@@ -2,6 +2,7 @@
 
     runs/nano-0/
       config.json          the configuration
+      content.json         fingerprints of prompts and weights, see content.py
       metrics.jsonl        one object a line; see `RunDirectory.log`
       tensorboard/         the same numbers as TensorBoard events, and the samples
       samples/*.png        the same prompts and seeds before, during and after
@@ -29,7 +30,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
-from flowgrpo.runs import checkpoints, loggers, model_card
+from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
 from flowgrpo.runs.state import State
@@ -49,8 +50,19 @@ MAY_CHANGE = {
     "policy.offload_text_encoders",
     # Scores are the same beside the rollout and after it.
     "sample.overlap",
+    # Places: what lies there is compared by content.py.
+    "policy.model",
+    "sample.prompts",
+    "policy.device",
+    "run.accept_changes",
+    # Services; their addresses and tokens, see `_without_services`.
+    "reward.timeout",
+    "reward.retries",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
+
+SERVICE_OPTIONS = ("url", "token", "timeout", "retries", "backoff", "concurrency")
+"""Options of rewards that say where and how a service is called."""
 
 
 class RunDirectory:
@@ -64,18 +76,23 @@ class RunDirectory:
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
-    def open(cls, config: Config) -> RunDirectory:
+    def open(cls, config: Config, now: content.Content | None = None) -> RunDirectory:
         """Create the directory of a new run, or open the one that `config.run.resume` names.
+
+        Args:
+            config: of the run.
+            now: the content that it trains and evaluates with; None: it is not looked at.
 
         Raises:
             ConfigError: the directory is not empty, cannot be written, belongs to another
-                configuration or is in use. Nothing is left behind or changed then.
+                configuration or content, or is in use. Nothing is left behind or changed then.
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint = None
+        checkpoint, changes = None, {}
         if config.run.resume:
             _check_same(config, resume_config(folder))
+            changes = content.check(folder, config, now) if now is not None else {}
             if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
                 checkpoint = saved[-1]
         else:
@@ -89,7 +106,30 @@ class RunDirectory:
                 f"the run directory {str(folder)!r} cannot be written ({error.strerror}), but a "
                 "run writes its metrics and checkpoints there; make it writable."
             ) from error
+        if now is not None:
+            try:
+                run._note_content(now, changes)
+            except BaseException:
+                run.close()
+                raise
         return run
+
+    def _note_content(self, now: content.Content, changes: Mapping[str, str]) -> None:
+        """Write content.json, and put aside evaluations that `changes` have made incomparable."""
+        iteration = checkpoints.read_state(self.checkpoint)["iteration"] if self.checkpoint else 0
+        evaluations = self.path / "evaluations"
+        if changes.keys() & {"evaluation", "model"} and evaluations.is_dir():
+            number, aside = 0, evaluations
+            while aside.exists():
+                number += 1
+                aside = self.path / f"evaluations-before-change-{number}"
+            evaluations.rename(aside)
+        if changes:
+            log.warning(
+                "The run goes on with other content, as accepted: %s.", "; ".join(changes.values())
+            )
+        if changes or not (self.path / content.FILE).exists():
+            content.write(self.path, now, iteration, changes)
 
     def log(
         self,
@@ -216,13 +256,22 @@ def resume_config(folder: str | Path) -> Config:
             f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
             "run directory that `flowgrpo train` wrote."
         ) from error
-    return replace(from_json(text), **{"run.resume": str(folder)})
+    # A change is accepted each time anew.
+    return replace(from_json(text), **{"run.resume": str(folder), "run.accept_changes": False})
 
 
 def _check_same(config: Config, stored: Config) -> None:
     """Raise ConfigError if a continuation differs from the run in more than `MAY_CHANGE`."""
-    before = _by_name(stored)
-    for name, value in _by_name(config).items():
+    before, now = (_without_services(_by_name(c)) for c in (stored, config))
+    if config.policy.device != stored.policy.device:
+        log.warning(
+            "policy.device is %r, and the run in %s began with %r: on another kind of device the "
+            "last bits of its numbers are others.",
+            config.policy.device,
+            stored.run.resume,
+            stored.policy.device,
+        )
+    for name, value in now.items():
         if name not in MAY_CHANGE and value != before[name]:
             raise ConfigError(
                 f"{name} is {value!r}, but the run in {stored.run.resume} was started with "
@@ -239,6 +288,33 @@ def _by_name(config: Config) -> dict[str, Any]:
         else:
             fields[section] = values
     return fields
+
+
+def _without_services(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace what only says where the rewards' services are: addresses by their number among the
+    weights, options of `SERVICE_OPTIONS` by nothing."""
+    addresses = [name for name in fields["reward.weights"] if is_address(name)]
+    aliases = {name: f"address {number}" for number, name in enumerate(addresses, start=1)}
+    options = {}
+    for key, value in fields["reward.options"].items():
+        name, _, option = key.rpartition(".")
+        if option not in SERVICE_OPTIONS:
+            options[f"{aliases.get(name, name)}.{option}"] = value
+    weights = {aliases.get(name, name): w for name, w in fields["reward.weights"].items()}
+    report = [aliases.get(name, name) for name in fields["reward.report"]]
+    extra = [name for name in report if is_address(name)]
+    report = [f"reported address {extra.index(n)}" if n in extra else n for n in report]
+    return {
+        **fields,
+        "reward.weights": weights,
+        "reward.report": report,
+        "reward.options": options,
+    }
+
+
+def is_address(name: str) -> bool:
+    """Tell an address of a remote reward from a reward's name."""
+    return name.startswith(("http://", "https://"))
 
 
 def check_directory(config: Config) -> None:

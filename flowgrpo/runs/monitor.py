@@ -13,6 +13,7 @@ All that is written or shown around the algorithm is here, so that the loop is t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import math
@@ -30,8 +31,9 @@ from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.runs import content
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory
+from flowgrpo.runs.directory import RunDirectory, is_address
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
@@ -91,7 +93,9 @@ class Monitor:
                 is left behind then.
         """
         monitor = cls(config, policy, state)
-        monitor.directory = RunDirectory.open(config)
+        # The weights are still those that were loaded; `restore` may replace them.
+        now = content.content_of(config, policy, monitor.evaluation_set)
+        monitor.directory = RunDirectory.open(config, now)
         try:
             restored = monitor.directory.restore(state)
             monitor._open_loggers(restored)
@@ -255,8 +259,23 @@ class Monitor:
     def _load(self, folder: str) -> Evaluation | None:
         """Read an evaluation of this run; None if it is not there or damaged."""
         with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
-            return Evaluation.load(self.directory.path / "evaluations" / folder)
+            evaluation = Evaluation.load(self.directory.path / "evaluations" / folder)
+            # Of runs without content.json: another number of prompts is another set.
+            if evaluation.images == len(self.evaluation_set.seeds):
+                return self._with_present_addresses(evaluation)
         return None
+
+    def _with_present_addresses(self, evaluation: Evaluation) -> Evaluation:
+        """Give the remote rewards of an evaluation, named by address, their names of now."""
+        before, now = list(evaluation.scores), list(self.scorer.weights)
+        if len(before) != len(now):
+            return evaluation
+        names = {b: n if is_address(b) else b for b, n in zip(before, now, strict=True)}
+        return dataclasses.replace(
+            evaluation,
+            scores={names[name]: score for name, score in evaluation.scores.items()},
+            intervals={names.get(n, n): bounds for n, bounds in evaluation.intervals.items()},
+        )
 
     def _measure(self, label: str, guidance_scale: float) -> Evaluation:
         rewards = list(self.scorer.weights)

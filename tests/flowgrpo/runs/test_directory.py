@@ -141,6 +141,47 @@ def test_what_does_not_change_the_numbers_may_change(tmp_path):
     assert again.config.run.steps == 7 and again.config.sample.overlap == 0
 
 
+def services(first: str, second: str, **options) -> dict:
+    weights = {"ocr": 0.5, first: 1.0, second: 2.0}
+    report = ("ocr", second, "http://other")
+    return {"reward.weights": weights, "reward.report": report, "reward.options": options}
+
+
+def test_services_may_change(tmp_path):
+    before = services("http://a:1", "http://b:2", **{"http://a:1.token": "x", "ocr.language": "en"})
+    directory.RunDirectory.open(config_for(tmp_path / "run", **before)).close()
+    changes = {
+        **services("https://c", "http://d/e", **{"ocr.language": "en", "http://d/e.url": "f"}),
+        "reward.timeout": 5.0,
+        "reward.retries": 7,
+        "policy.model": "elsewhere",
+        "policy.device": "cuda:1",
+        "sample.prompts": "elsewhere.txt",
+    }
+    config = replace(directory.resume_config(tmp_path / "run"), **changes)
+    with directory.RunDirectory.open(config) as run:
+        assert run.config.reward.retries == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0, "http://d": 3.0}}, "reward.weights is"),
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0}}, "reward.weights is"),
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0, "clipscore": 2.0}}, "reward.weights is"),
+        ({"reward.report": ("http://b:2", "ocr", "http://other")}, "reward.report is"),
+        ({"reward.report": ("ocr", "http://a:1", "http://other")}, "reward.report is"),
+        ({"reward.options": {"ocr.language": "fr"}}, "reward.options is"),
+        ({"reward.options": {"ocr.language": "en", "http://a:1.batch_size": "3"}}, "reward.opt"),
+    ],
+)
+def test_what_services_count_for_may_not_change(tmp_path, changes, words):
+    before = services("http://a:1", "http://b:2", **{"ocr.language": "en"})
+    directory.RunDirectory.open(config_for(tmp_path / "run", **before)).close()
+    with pytest.raises(ConfigError, match=words):
+        directory.RunDirectory.open(replace(directory.resume_config(tmp_path / "run"), **changes))
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"optim": {"lrr": 1}}'])
 def test_resuming_what_is_no_run_is_refused(tmp_path, content):
     if content:

@@ -40,6 +40,7 @@ def test_a_configuration_without_an_objective_is_that_of_grpo(run_before):
     assert "objective" not in written["optim"]
     fields = to_dict(directory.resume_config(run_before))
     assert fields["optim"].pop("objective") == "grpo"
+    assert fields["run"].pop("accept_changes") is False
     fields["run"]["resume"] = None
     assert fields == written
 
