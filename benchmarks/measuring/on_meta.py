@@ -217,16 +217,25 @@ def _flash(attention, device, query, key, value, mask=None, dropout_p=0.0, is_ca
 
 def _caller() -> str:
     """The innermost line of this project, and the innermost outside torch."""
-    project, other = "", ""
-    root, skipped = Path(__file__).resolve(), Path(torch.__file__).parent
+    other = ""
     for frame, line in traceback.walk_stack(sys._getframe(1)):
-        path = Path(frame.f_code.co_filename)
-        if path == root or skipped in path.parents:
+        name, project = _source(frame.f_code.co_filename)
+        if not name:
             continue
-        other = other or f"{path.name}:{line}"
-        if not project and {"flowgrpo", "flowgrpo_kernels", "benchmarks"} & set(path.parts):
-            project = f"{path.name}:{line}"
-    return other if project in ("", other) else f"{other}, called from {project}"
+        other = other or f"{name}:{line}"
+        if project:
+            innermost = f"{name}:{line}"
+            return other if innermost == other else f"{other}, called from {innermost}"
+    return other
+
+
+@cache
+def _source(filename: str) -> tuple[str, bool]:
+    """(name of a source file, whether it is of this project); no name for this file and torch's."""
+    path = Path(filename)
+    if path == Path(__file__).resolve() or Path(torch.__file__).parent in path.parents:
+        return "", False
+    return path.name, bool({"flowgrpo", "flowgrpo_kernels", "benchmarks"} & set(path.parts))
 
 
 @contextmanager
