@@ -105,14 +105,14 @@ def micro_step(provider: Any, rollout: Any) -> tuple[AbstractContextManager, Cal
     """(context of an update's micro-steps, function of one forward and backward)."""
     if isinstance(provider, FlowGrpoBaseline):
         return nullcontext(), lambda: provider.micro_step(rollout[0], 0)[0].backward()
-    from flowgrpo import objectives, update
+    from flowgrpo import objectives
     from flowgrpo.records import Experience
 
     components, rows = provider.components, slice(0, provider.case.batch)
     values = [torch.ones(provider.case.rows, device=on_meta.DEVICE) for _ in range(2)]
     experience = Experience(rollout, provider.conditioning, components.uncond, *values)
     policy, schedule, micro_step = components.policy, components.schedule, components.micro_step
-    experience = update.with_prepared_conditioning(policy, schedule, experience)
+    experience = objectives.with_prepared_conditioning(policy, schedule, experience)
     batch = objectives.gather_trained_steps(schedule, experience, rows, range(1))
     return micro_step.accumulating(), lambda: micro_step(batch, provider.config, 1)
 

@@ -18,7 +18,7 @@ EPS = 1e-4
 
 
 def advantages(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
-    """float32 advantages and weights, both [K*G], from rewards [K, G].
+    """Compute advantages and weights of the rows, float32 [K*G] each, from rewards [K, G].
 
     A group with a reward that is not finite is dropped: advantage 0 and weight 0; the weights of
     the other rows are scaled so that the mean over all rows is 1. If no group is left, all are 0.
@@ -29,16 +29,16 @@ def advantages(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
             "is expected."
         )
     rewards = rewards.to(torch.float64)
-    kept = rewards.isfinite().all(dim=1, keepdim=True)
+    complete = rewards.isfinite().all(dim=1, keepdim=True)
     # Dropped groups become 0 before any arithmetic, so that NaN cannot spread.
-    rewards = rewards.masked_fill(~kept, 0.0)
+    rewards = rewards.masked_fill(~complete, 0.0)
     # The mean of equal numbers may differ from them in the last bit; a comparison does not.
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
     if config.advantage_std == "group":
         centred = centred / (rewards.std(dim=1, correction=0, keepdim=True) + EPS)
-    elif config.advantage_std == "global" and kept.any():
-        centred = centred / (rewards[kept[:, 0]].std(correction=0) + EPS)
-    weights = kept.expand_as(rewards).to(torch.float32)
+    elif config.advantage_std == "global" and complete.any():
+        centred = centred / (rewards[complete[:, 0]].std(correction=0) + EPS)
+    weights = complete.expand_as(rewards).to(torch.float32)
     weights = weights / weights.mean().clamp(min=1 / weights.numel())
     return centred.to(torch.float32).flatten(), weights.flatten()

@@ -1,9 +1,9 @@
 """Functions recorded as CUDA graphs, so that the host's share is paid once.
 
     graphs = Graphs(policy, CudaRecorder(policy.device))
-    graphs(function, *arguments)        what function(*arguments) returns, by one launch
+    graphs(function, *arguments)        the result of function(*arguments), by one launch
 
-The first call with a geometry runs the function twice, so that kernels are compiled and workspaces
+The first call with new shapes runs the function twice, so that kernels are compiled and workspaces
 exist, and records a further run. Tensors in the arguments (also inside dataclasses, tuples and
 dicts) become static buffers that each call copies into. All other arguments, whether gradients are
 on, and the switches of the policy's adapters are written into the graph; they decide which graph is
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.policies import Policy, compiled
+from flowgrpo.policies import Policy, compiled, lora
 
 WARM_UPS = 2
 LIMIT = 12
@@ -55,7 +55,7 @@ class CaptureError(ConfigError):
 
 
 class CudaRecorder:
-    """Records on a CUDA device. Graphs knows no more of CUDA than the two methods of this class."""
+    """Warms up and captures functions on a CUDA device: all of CUDA that `Graphs` knows."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,13 +64,17 @@ class CudaRecorder:
         self._broken: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, body: Callable[[], Any]) -> None:
-        """Run `body` as often as it takes until nothing is done for the first time."""
+        """Run `body` until kernels are compiled and workspaces are allocated."""
         with self._aside():
             for _ in range(WARM_UPS):
                 body()
 
     def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """(replay, result): what runs the recorded kernels again, and what `body` returned."""
+        """Record the kernels of `body`.
+
+        Returns:
+            A function that runs the recorded kernels again, and the result of `body`.
+        """
         graph = torch.cuda.CUDAGraph()
         # A destructor that unloads a kernel or destroys an event would end the capture.
         gc.collect()
@@ -93,8 +97,11 @@ class CudaRecorder:
         return graph.replay, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a capture broke. torch (2.11) leaves its allocator and its generator in the state
-        of capturing then, in which giving memory back and drawing numbers raise."""
+        """Clean up after a capture that broke.
+
+        torch (2.11) leaves its allocator and its generator in the state of capturing then, in which
+        giving memory back and drawing numbers raise.
+        """
         index = self.device.index
         index = torch.cuda.current_device() if index is None else index
         # RuntimeError: the capture itself has ended well, and so has the allocator's. The names are
@@ -110,7 +117,7 @@ class CudaRecorder:
 
     @contextmanager
     def _aside(self):
-        """On the stream of this recorder, after what was launched and before what will be."""
+        """Switch to the stream of this recorder, in order with the launches before and after."""
         main = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(main)
         try:
@@ -122,14 +129,14 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class Recording:
-    """One function at one geometry."""
+    """A graph of one function for arguments of one signature, with its static buffers."""
 
     inputs: list[Tensor]
     """The static buffers, in the order of the tensors in the arguments."""
     replay: Callable[[], None]
     result: Any
     addresses: tuple[int, ...]
-    """Of all that the graph reads or writes beside its inputs."""
+    """Addresses of all tensors that the graph reads or writes beside its inputs."""
 
 
 class Graphs:
@@ -146,7 +153,7 @@ class Graphs:
         changes: Sequence[Tensor] = (),
         option: str = "sample.capture",
     ) -> Any:
-        """`function(*arguments)`, recorded at the first call with this geometry.
+        """Run `function(*arguments)` as a graph, recorded at the first call with these shapes.
 
         Args:
             changes: tensors that the function changes in place, beside what it returns. Recording
@@ -160,9 +167,9 @@ class Graphs:
             CaptureError: the function cannot be recorded. No graph is kept of it, and `changes`
                 have their values.
         """
-        given: list[Tensor] = []
-        geometry = _geometry(arguments, given)
-        key = (function, geometry, torch.is_grad_enabled(), _switches(self.policy))
+        tensors: list[Tensor] = []
+        signature = _signature(arguments, tensors)
+        key = (function, signature, torch.is_grad_enabled(), _switches(self.policy))
         addresses = (*_addresses(self.policy), *(t.data_ptr() for t in changes))
         # Taken out and put back, which makes it the last in the order of use.
         recording = self.recordings.pop(key, None)
@@ -175,10 +182,10 @@ class Graphs:
             )
             recording = None
         if recording is None:
-            recording = self._record(function, arguments, given, changes, addresses, option)
+            recording = self._record(function, arguments, tensors, changes, addresses, option)
         self.recordings[key] = recording
-        for static, value in zip(recording.inputs, given, strict=True):
-            static.copy_(value)
+        for static, tensor in zip(recording.inputs, tensors, strict=True):
+            static.copy_(tensor)
         recording.replay()
         return recording.result
 
@@ -186,23 +193,23 @@ class Graphs:
         self,
         function: Callable[..., Any],
         arguments: tuple[Any, ...],
-        given: list[Tensor],
+        tensors: list[Tensor],
         changes: Sequence[Tensor],
         addresses: tuple[int, ...],
         option: str,
     ) -> Recording:
         self._make_room(function, option)
-        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in given]
-        places = iter(inputs)
-        bound = _with_tensors(arguments, lambda _: next(places))
+        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        remaining = iter(inputs)
+        static_arguments = _replace_tensors(arguments, lambda _: next(remaining))
         before = [t.clone() for t in changes]
         problems: list[Exception] = []
 
         def body() -> Any:
             try:
-                return function(*bound)
+                return function(*static_arguments)
             except Exception as error:
-                # Ending a broken capture raises once more; this one says why it broke.
+                # Ending a broken capture raises once more; this error says why it broke.
                 problems.append(error)
                 raise
 
@@ -232,7 +239,7 @@ class Graphs:
         return Recording(inputs, replay, result, addresses)
 
     def _make_room(self, function: Callable[..., Any], option: str) -> None:
-        """Drop the graph that was not used for longest when there are too many."""
+        """Drop the least recently used graph when there are `LIMIT` of them."""
         if len(self.recordings) >= LIMIT:
             log.warning(
                 "%s came with a shape that none of its graphs was made for, and %d graphs are "
@@ -258,38 +265,48 @@ def prepare(policy: Policy, config: Config) -> None:
                 f"{name}.capture is on with policy.device {policy.device}, but CUDA graphs need a "
                 f"CUDA device; set {name}.capture to off, or policy.device to cuda."
             )
-    wanted = cuda and config.sample.capture != "off"
-    policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if wanted else None
+    capture = cuda and config.sample.capture != "off"
+    policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if capture else None
 
 
-def _geometry(value: Any, tensors: list[Tensor]) -> Any:
-    """A hashable key of `value`, with shapes for its tensors, which are appended to `tensors`."""
+# Not torch.utils._pytree: every record and every section of the configuration would have to be
+# registered, the walk before each replay takes a fifth longer, and a section without tensors would
+# be built, and so checked, anew.
+def _signature(value: Any, tensors: list[Tensor]) -> Any:
+    """Build a hashable key of `value`, with shape, dtype and device in the place of tensors.
+
+    The tensors are appended to `tensors`. Walks tuples, lists, dicts and dataclasses.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         return value.shape, value.dtype, value.device
     if isinstance(value, tuple | list):
-        return tuple(_geometry(item, tensors) for item in value)
+        return tuple(_signature(item, tensors) for item in value)
     if isinstance(value, dict):
-        return tuple((name, _geometry(item, tensors)) for name, item in value.items())
+        return tuple((name, _signature(item, tensors)) for name, item in value.items())
     if _is_record(value):
         fields = dataclasses.fields(value)
-        return type(value), *(_geometry(getattr(value, f.name), tensors) for f in fields)
+        return type(value), *(_signature(getattr(value, f.name), tensors) for f in fields)
     return value
 
 
-def _with_tensors(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with its tensors replaced, in the order of `_geometry`."""
+def _replace_tensors(value: Any, replacement: Callable[[Tensor], Tensor]) -> Any:
+    """Replace the tensors in `value`, in the order of `_signature`; what has none stays itself."""
     if isinstance(value, Tensor):
-        return put(value)
+        return replacement(value)
     if isinstance(value, tuple | list):
-        return type(value)(_with_tensors(item, put) for item in value)
+        items = [_replace_tensors(item, replacement) for item in value]
+        changed = any(new is not old for new, old in zip(items, value, strict=True))
+        return type(value)(items) if changed else value
     if isinstance(value, dict):
-        return {name: _with_tensors(item, put) for name, item in value.items()}
+        named = {name: _replace_tensors(item, replacement) for name, item in value.items()}
+        changed = any(named[name] is not item for name, item in value.items())
+        return named if changed else value
     if _is_record(value):
         old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        new = {name: _with_tensors(item, put) for name, item in old.items()}
-        changed = {name: item for name, item in new.items() if item is not old[name]}
-        return dataclasses.replace(value, **changed) if _holds_tensor(value) else value
+        new = {name: _replace_tensors(item, replacement) for name, item in old.items()}
+        replaced = {name: item for name, item in new.items() if item is not old[name]}
+        return dataclasses.replace(value, **replaced) if replaced else value
     return value
 
 
@@ -297,69 +314,69 @@ def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _holds_tensor(value: Any) -> bool:
-    found: list[Tensor] = []
-    _geometry(value, found)
-    return bool(found)
-
-
-def _parts(policy: Policy) -> list[nn.Module]:
-    """The modules that a policy computes with: its transformer, and the copy kept of it."""
+def _roots(policy: Policy) -> list[nn.Module]:
+    """List the modules that a policy computes with: its transformer, and a copy as reference."""
     return [value for value in vars(policy).values() if isinstance(value, nn.Module)]
 
 
 def _switches(policy: Policy) -> tuple[Any, ...]:
-    """What the modules decide in Python, which a graph cannot hear of."""
-    found: list[Any] = [id(policy.transformer), policy.transformer.training]
+    """Collect what the modules decide in Python, which a replayed graph would not notice."""
+    switches: list[Any] = [id(policy.transformer), policy.transformer.training]
     for module in _modules(policy.transformer):
         # Every PEFT layer has it in its own dict; hasattr on a module raises and catches an error.
         if "scaling" in vars(module):
             names = (tuple(module.active_adapters), tuple(module.merged_adapters))
-            matrices = vars(module).get("_matrices")
-            # Ready matrices are read, and are no part of the graph; see policies/lora.py.
-            ready = matrices is not None
-            found.append((module.disable_adapters, ready, *names, *module.scaling.items()))
-            if ready and matrices is not module._fixed:
+            product = lora.product_of(module)
+            # Merged matrices are read, and are no part of the graph; see policies/lora.py.
+            ready = product is not None and product.matrices is not None
+            switches.append((module.disable_adapters, ready, *names, *module.scaling.items()))
+            if ready and product.matrices is not product.fixed:
                 raise RuntimeError(
                     "a graph was asked for inside Policy.frozen_weights, whose matrices will be "
                     "let go; set policy.graphs first, or enter frozen_weights with fixed=True"
                 )
-    return tuple(found)
+    return tuple(switches)
 
 
-def _tensors(policy: Policy) -> list[tuple[str, Tensor]]:
-    """Names and tensors that belong to the policy and its modules."""
-    found = [(name, t) for name, t in vars(policy).items() if isinstance(t, Tensor)]
-    for root in _parts(policy):
-        names = {module: name for name, module in root.named_modules()}
+def _tensor_names(policy: Policy) -> list[str]:
+    """Name the tensors of the policy and its modules, in the order of `_addresses`."""
+    names = [name for name, value in vars(policy).items() if isinstance(value, Tensor)]
+    for root in _roots(policy):
+        paths = {module: path for path, module in root.named_modules()}
         for module in _modules(root):
-            for group in (module._parameters, module._buffers):
-                found += [(f"{names[module]}.{n}".lstrip("."), t) for n, t in group.items()]
-    return [(name, t) for name, t in found if t is not None]
+            for tensors in (module._parameters, module._buffers):
+                names += [
+                    f"{paths[module]}.{name}".lstrip(".")
+                    for name, tensor in tensors.items()
+                    if tensor is not None
+                ]
+    return names
 
 
 def _addresses(policy: Policy) -> tuple[int, ...]:
-    """Of `_tensors`, in the same order. Every call walks the modules anew, since a replaced module
-    or parameter is no longer found through a list made before."""
-    found = [t.data_ptr() for t in vars(policy).values() if isinstance(t, Tensor)]
-    for root in _parts(policy):
+    """Collect the addresses of the tensors of the policy and its modules."""
+    addresses = [t.data_ptr() for t in vars(policy).values() if isinstance(t, Tensor)]
+    # Walked anew in every call: a list made once would miss a replaced module or parameter.
+    for root in _roots(policy):
         for module in _modules(root):
-            for group in (module._parameters, module._buffers):
-                found += [t.data_ptr() for t in group.values() if t is not None]
-    return tuple(found)
+            for tensors in (module._parameters, module._buffers):
+                addresses += [t.data_ptr() for t in tensors.values() if t is not None]
+    return tuple(addresses)
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:
-    """root and all below it. SD3.5-medium with adapters has 2951, walked over twice before each
-    replay, which torch's `modules()` makes longer by half."""
-    found = [root]
-    for module in found:
-        found += [child for child in module._modules.values() if child is not None]
-    return found
+    """List `root` and all modules below it."""
+    # Not torch's `modules()`, which takes half as long again: SD3.5-medium with adapters has 2951
+    # modules, walked over twice before each replay.
+    modules = [root]
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def _moved(policy: Policy, old: tuple[int, ...], new: tuple[int, ...]) -> str:
-    names = [name for name, _ in _tensors(policy)]
+    """Name the tensors whose addresses changed, for the log."""
+    names = _tensor_names(policy)
     if len(old) != len(new):
         return "the set of parameters"
     changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
@@ -368,7 +385,7 @@ def _moved(policy: Policy, old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 
 def _explain(error: BaseException, function: Callable, policy: Policy, option: str) -> str:
-    """The sentence for an error in a capture: which module, at which line, said what."""
+    """Compose the message for an error in a capture: the module, the line and its error."""
     names = {module: name for name, module in policy.transformer.named_modules()}
     where, owner = "", None
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -388,6 +405,7 @@ def _explain(error: BaseException, function: Callable, policy: Policy, option: s
 
 
 def _explain_memory(error: BaseException, function: Callable, policy: Policy, option: str) -> str:
+    """Compose the message for a capture that ran out of memory."""
     return (
         f"capturing {function.__name__} of {type(policy.transformer).__name__} ran out of device "
         f"memory ({_first_line(error)}), which a graph needs for good; lower sample.batch_size, or "

@@ -1,11 +1,17 @@
-"""Files that are there whole or not at all: written beside their place, then renamed."""
+"""Files and folders that are there whole or not at all: written beside their path, then renamed.
+
+A reader, and a process that comes after one that was killed, sees the old content or the new one.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +22,68 @@ from safetensors.torch import load_file, save_file
 from flowgrpo.config import ConfigError
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside `path`, which it replaces at the end.
+
+    After an error `path` is as it was, and the new file is gone.
+    """
+    temporary = _beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside `path`, which it replaces at the end, once it is on disk.
+
+    After an error `path` is as it was, and the new folder is gone.
+    """
+    temporary = _beside(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for entry in (*temporary.iterdir(), temporary):
+            _sync(entry)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        # A folder cannot be renamed over a full one.
+        replaced = path.with_name(f".{path.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(path, replaced)
+        os.rename(temporary, path)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(temporary, path)
+    _sync(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    # Processes of several machines may share the folder, so a process id is no name.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
+    """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -32,7 +92,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON: tensors become numbers or lists, numbers that are not finite null."""
+    """Convert `value` for JSON: tensors to numbers or lists, numbers not finite to null."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -45,14 +105,22 @@ def plain(value: Any) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the safetensors file `path`, as `write_text` does."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, beside)
-    os.replace(beside, path)
+    """Replace the safetensors file `path` by `tensors`, of any device."""
+    with replacing(path) as temporary:
+        save_tensors(temporary, tensors)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file where it is; for a path that is not seen yet."""
+    save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; ConfigError if it is none."""
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        ConfigError: the file is missing or no safetensors file.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,13 @@
 """Objectives: what an update learns from, and what it minimises. One row of `OBJECTIVES` each.
 
-`optim.objective` names the row. The loop (train.py, update.py) reads from it how rewards become
-advantages and weights, which samples a micro-step looks at, and the loss.
+`optim.objective` names the row. The loop (train.py, update.py) reads from it, in the order of an
+iteration:
+
+    weigh        rewards -> advantages and weights of the rows
+    micro_steps  which rows share a forward, and how often each is looked at
+    prepare      what all micro-steps share: conditioning, noise levels, old values
+    gather       a micro-step -> its samples: trained steps of the trajectory, or re-noised results
+    loss         samples -> the loss
 
 `grpo` is Flow-GRPO's loss (arXiv 2505.05470, equation 5), with r the ratio of the step's
 probability now to that in the rollout, A the advantage and v, v_ref the velocities with and without
@@ -23,7 +29,7 @@ Deliberate departures from the paper and from flow_grpo:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,22 +38,23 @@ from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, ConfigError, OptimConfig
 from flowgrpo.config.validation import similar
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import velocities
+from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Batch, Experience
+from flowgrpo.sampling.rollout import chunks, prepare_both
 from flowgrpo.sampling.schedule import Schedule
-from flowgrpo_kernels import grpo_loss
+from flowgrpo_kernels import grpo_loss, log_prob
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One micro-step's loss and what is logged of it; all on the device."""
+    """Loss of one micro-step and its metrics; all on the device."""
 
     loss: Tensor
     """0-dim, to be differentiated."""
     metrics: dict[str, Tensor]
     """0-dim each, averaged over the micro-steps of an iteration."""
     ratio: Tensor | None
-    """float32 [rows]: checked to be 1 in the first update; None where the loss has no ratio."""
+    """float32 [M]: checked to be 1 in the first update; None for a loss without a ratio."""
 
 
 @dataclass(frozen=True)
@@ -55,42 +62,118 @@ class Objective:
     """One way to learn from the images of an iteration and their rewards."""
 
     weigh: Callable[[Tensor, OptimConfig], tuple[Tensor, Tensor]]
-    """Rewards float64 [K, G] -> advantages and weights, float32 [B] each."""
-    turns: Callable[[Config], list[range]]
-    """The micro-steps that every chunk of rows takes, each with the numbers that `gather` gets."""
+    """Rewards float64 [K, G], NaN where they failed -> advantages and weights, float32 [B] each."""
+    micro_steps: Callable[[Config], list[tuple[slice, range]]]
+    """All micro-steps of an iteration in their order, each with the rows and numbers for `gather`.
+
+    The optimizer steps take equal shares of them, so `optim.updates_per_iteration` divides their
+    number. Rows may also number pairs or groups: only `gather` reads them.
+    """
+    prepare: Callable[[Policy, Schedule, Experience, Config], tuple[Schedule, Experience]]
+    """Called once, before the first micro-step, with the weights and the schedule of the rollout.
+    Returns the schedule and the experience that `gather` gets."""
     gather: Callable[[Schedule, Experience, slice, range], Batch]
-    """A chunk's rows and the numbers of one micro-step -> the samples that it looks at."""
+    """Rows and numbers of one micro-step -> its samples, M of them in every micro-step."""
     loss: Callable[[Policy, Batch, Config], Loss]
-    """What the micro-step minimises. Captured in a CUDA graph: it must not wait for the device."""
+    """The loss of a micro-step. Captured in a CUDA graph, so it must not wait for the device."""
 
 
-def trained_steps(config: Config) -> list[range]:
-    """Split the trained steps 0 to W - 1 of a row: `optim.steps_per_forward` a micro-step."""
+def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
+    """Pair the rollout's chunks of rows, in its order, with the trained steps 0 to W - 1 of a row,
+    `optim.steps_per_forward` of them a micro-step."""
     steps, size = range(config.sample.trained_steps), config.optim.steps_per_forward
-    return [steps[i : i + size] for i in steps[::size]]
+    return [
+        (rows, steps[i : i + size])
+        for rows in chunks(config.sample.rows, config.sample.batch_size)
+        for i in steps[::size]
+    ]
+
+
+def prepare_grpo(
+    policy: Policy, schedule: Schedule, experience: Experience, config: Config
+) -> tuple[Schedule, Experience]:
+    """Give the experience the conditioning of its rollout and, with `optim.anchor` "replay", the
+    old log-probabilities of the update's own forwards."""
+    experience = with_prepared_conditioning(policy, schedule, experience)
+    if config.optim.anchor == "replay":
+        with policy.frozen_weights():
+            experience = replay(policy, schedule, experience, config)
+    return schedule, experience
+
+
+def with_prepared_conditioning(
+    policy: Policy, schedule: Schedule, experience: Experience
+) -> Experience:
+    """Return `experience` with its conditioning prepared for `schedule`, as the rollout had it."""
+    conditioning, uncond = prepare_both(
+        policy, schedule, experience.conditioning, experience.uncond
+    )
+    return replace(experience, conditioning=conditioning, uncond=uncond)
+
+
+def replay(
+    policy: Policy, schedule: Schedule, experience: Experience, config: Config
+) -> Experience:
+    """Return `experience` with the old log-probabilities computed anew, by the update's forwards.
+
+    Their ratios are then 1 whatever computed the rollout, as long as one forward repeats itself:
+    the anchor for forwards that differ from the rollout's in kernels or number of rows. The price
+    is one forward for each micro-step.
+    """
+    trajectory, scale = experience.trajectory, config.sample.guidance_scale
+    log_probs = trajectory.log_probs.clone()
+    old_velocities = None if trajectory.velocities is None else trajectory.velocities.clone()
+    for rows, numbers in chunks_by_trained_steps(config):
+        batch = gather_trained_steps(schedule, experience, rows, numbers)
+        # With gradients, which nothing uses: without them a forward may take other kernels.
+        velocity, uncond = velocities(
+            policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond
+        )
+        velocity, uncond = velocity.detach(), None if uncond is None else uncond.detach()
+        index, step = _rows_and_steps(experience, rows, numbers)
+        log_probs[step, index] = log_prob(
+            velocity,
+            batch.sample,
+            batch.prev_sample,
+            batch.transitions,
+            batch.table_row,
+            uncond_velocity=uncond,
+            guidance_scale=scale,
+        )
+        if old_velocities is not None:
+            old_velocities[step, index] = guide(velocity, uncond, scale)
+    anchored = replace(trajectory, log_probs=log_probs, velocities=old_velocities)
+    return replace(experience, trajectory=anchored)
+
+
+def _rows_and_steps(experience: Experience, rows: slice, numbers: range) -> tuple[Tensor, Tensor]:
+    """List the rows of a micro-step and the trained steps they are at, int64 [M] each: all rows at
+    their first step, then all at their next."""
+    trained_steps = experience.trajectory.trained_steps
+    index = torch.arange(rows.start, rows.stop, device=trained_steps.device)
+    step = trained_steps[numbers.start : numbers.stop, rows].flatten()
+    return index.repeat(len(numbers)), step
 
 
 def gather_trained_steps(
-    schedule: Schedule, experience: Experience, rows: slice, turns: range
+    schedule: Schedule, experience: Experience, rows: slice, numbers: range
 ) -> Batch:
-    """Collect the chunk `rows` at its trained steps number `turns`, one step after another."""
+    """Collect the chunk `rows` at its trained steps `numbers`, of 0 to W - 1."""
     trajectory = experience.trajectory
-    index = torch.arange(rows.start, rows.stop, device=trajectory.trained_steps.device)
-    index = index.repeat(len(turns))
-    step = trajectory.trained_steps[turns.start : turns.stop, rows].flatten()
+    index, step = _rows_and_steps(experience, rows, numbers)
     old_velocities, uncond = trajectory.velocities, experience.uncond
     return Batch(
         sample=trajectory.latents[step, index],
         prev_sample=trajectory.latents[step + 1, index],
         sigma=schedule.sigmas[step],
         transitions=schedule.transitions,
-        table_row=trajectory.table_rows[turns.start : turns.stop, rows].flatten(),
+        table_row=trajectory.table_rows[numbers.start : numbers.stop, rows].flatten(),
         conditioning=experience.conditioning.rows_at(trajectory.groups[index], step),
         uncond=None if uncond is None else uncond.rows_at(torch.zeros_like(step), step),
-        old_log_prob=trajectory.log_probs[step, index],
-        old_velocity=None if old_velocities is None else old_velocities[step, index],
         advantages=experience.advantages[index],
         weights=experience.weights[index],
+        old_log_prob=trajectory.log_probs[step, index],
+        old_velocity=None if old_velocities is None else old_velocities[step, index],
         step_weights=schedule.weights[step],
     )
 
@@ -103,10 +186,10 @@ def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
     if optim.beta > 0:
         with torch.no_grad(), policy.reference():
             reference = velocities(policy, *inputs)
-    now, uncond = velocities(policy, *inputs)
-    weight = batch.weights
+    velocity, uncond = velocities(policy, *inputs)
+    weights = batch.weights
     out = grpo_loss(
-        now,
+        velocity,
         batch.sample,
         batch.prev_sample,
         batch.old_log_prob,
@@ -120,8 +203,8 @@ def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
         kl_weight=optim.beta,
         clip_range=optim.clip_range,
         adv_clip=optim.adv_clip,
-        row_weight=weight * batch.step_weights if optim.step_weighting == "std" else weight,
-        kl_row_weight=weight,
+        row_weight=weights * batch.step_weights if optim.step_weighting == "std" else weights,
+        kl_row_weight=weights,
         old_velocity=batch.old_velocity if optim.guard else None,
     )
     metrics = {
@@ -135,7 +218,11 @@ def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(
-        weigh=advantages, turns=trained_steps, gather=gather_trained_steps, loss=grpo
+        weigh=advantages,
+        micro_steps=chunks_by_trained_steps,
+        prepare=prepare_grpo,
+        gather=gather_trained_steps,
+        loss=grpo,
     ),
 }
 """`optim.objective` -> its row."""
@@ -145,7 +232,7 @@ def objective_of(config: Config) -> Objective:
     """Look up the row that `optim.objective` names.
 
     Raises:
-        ConfigError: there is none by that name.
+        ConfigError: there is no row of that name.
     """
     name = config.optim.objective
     if name not in OBJECTIVES:

@@ -1,6 +1,6 @@
-"""Random numbers without state: every draw is a hash of (run seed, purpose, indices).
+"""Random numbers without state: a draw is a hash of (run seed, purpose, indices).
 
-Nothing in a run reads or advances a global generator, so a draw depends only on what it is for: an
+Nothing in a run reads or advances a global generator, so a draw depends only on its purpose: an
 iteration can be repeated alone, a resumed run draws what the uninterrupted one would have drawn,
 and a sample keeps its numbers whatever batch or process it is in.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# What a number is drawn for; the values are part of every recorded run, so they never change.
+# Purposes of draws. The values are part of all recorded runs, so they never change.
 PROMPTS, WINDOW, ROW, GROUP, EVALUATION, ADAPTER = range(1, 7)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -24,7 +24,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def draw(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
-    """uint64 hash of the words, one after the other; arrays among `indices` broadcast."""
+    """Hash seed, purpose and indices, one after the other, to uint64; arrays broadcast."""
     state = _splitmix64(np.asarray([seed], dtype=np.uint64))
     for word in (purpose, *indices):
         state = _splitmix64(state ^ np.asarray(word, dtype=np.uint64))
@@ -32,16 +32,18 @@ def draw(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
 
 
 def below(bound: int, seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
-    """int64 integers in [0, bound), bound < 2^32; the bias is below bound / 2^32."""
+    """Draw integers in [0, bound), int64, bound < 2^32; the bias is below bound / 2^32."""
+    # The high half of the hash times bound, without its low 32 bits: a fraction of bound.
     high = draw(seed, purpose, *indices) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
 def permutation(size: int, seed: int, purpose: int, *indices: int) -> np.ndarray:
-    """int64 [size]: a random order of range(size)."""
+    """Draw an order of range(size), int64 [size]."""
+    # Stable, so that equal hashes have one order on all machines.
     return np.argsort(draw(seed, purpose, *indices, np.arange(size)), kind="stable")
 
 
 def sample_seeds(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
-    """int64 seeds in [0, 2^63) for the noise of samples."""
+    """Draw seeds for the noise of samples, int64 in [0, 2^63)."""
     return (draw(seed, purpose, *indices) >> np.uint64(1)).astype(np.int64)

@@ -62,12 +62,12 @@ from flowgrpo.sampling.shared_prefix import rollout_shared_prefix
 from flowgrpo.update import MicroStep, update
 
 Encode = Callable[[Sequence[str]], Conditioning]
-"""Texts -> their embeddings, one row each; takes the place of a pipeline's text encoders."""
+"""Texts -> embeddings, one row each; in place of a pipeline's text encoders."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """All that a run works with, made once by `setup`."""
+    """Model, data and rewards of a run, built once by `setup`."""
 
     objective: Objective
     policy: Policy
@@ -76,9 +76,9 @@ class Components:
     prompts: Prompts
     scorer: Scorer
     uncond: Conditioning | None
-    """Of the empty prompt; None without guidance."""
+    """Embeddings of the empty prompt; None without guidance."""
     reward_thread: RewardThread | None
-    """Computes rewards beside the rollout; None: afterwards."""
+    """Computes rewards beside the rollout; None: they are computed after it."""
     micro_step: MicroStep
 
 
@@ -94,7 +94,7 @@ def run(
         encode: texts -> `Conditioning`, in place of the pipeline's text encoders.
 
     Returns:
-        What summary.json of the run directory holds.
+        The content of summary.json in the run directory.
     """
     components = setup(config, pipeline=pipeline, encode=encode)
     policy, state, group_size = components.policy, components.state, config.sample.group_size
@@ -119,7 +119,7 @@ def run(
                 schedule, micro_step = components.schedule, components.micro_step
                 metrics = update(schedule, state, micro_step, experience, config)
             state.iteration += 1
-            monitor.iteration({**describe(scores, advantages), **metrics}, clock.seconds)
+            monitor.iteration({**describe(scores), **metrics}, clock.seconds)
         return monitor.finish(interrupted=stop.requested)
 
 
@@ -131,7 +131,7 @@ def setup(
     `pipeline` and `encode` are those of `run`.
     """
     objective = objective_of(config)
-    prepare_process(config)
+    prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")
     check_count(prompts, config.sample.prompts_per_iteration)
     scorer = Scorer.of(config.reward)
@@ -168,42 +168,45 @@ def collect(
 
     The images of each chunk go to `scoring` as soon as they are there.
     """
-    policy, state, sample = components.policy, components.state, config.sample
+    policy, iteration, options = components.policy, components.state.iteration, config.sample
 
     def score(latents: Tensor) -> None:
         if scoring is not None:
             scoring.add(policy.decode(latents))
 
     count = len(conditioning)
-    trained_steps = windows(count, config, state.iteration)
-    seeds, noise_seeds = row_seeds(count, config, state.iteration)
+    trained_steps = windows(count, config, iteration)
+    seeds, noise_seeds = row_seeds(count, config, iteration)
     # Without noise in common, or with all windows at the first step, there is nothing to share.
-    shared = sample.share_prefix and sample.shared_noise and sample.last_start > 0
-    return (rollout_shared_prefix if shared else rollout)(
+    shared = options.share_prefix and options.shared_noise and options.last_start > 0
+    sampler = rollout_shared_prefix if shared else rollout
+    return sampler(
         policy,
         conditioning,
         components.schedule,
-        table_rows(trained_steps, sample.steps),
-        groups=torch.arange(count).repeat_interleave(sample.group_size),
+        table_rows(trained_steps, options.steps),
+        groups=torch.arange(count).repeat_interleave(options.group_size),
         seeds=seeds,
         noise_seeds=noise_seeds,
-        batch_size=sample.batch_size,
+        batch_size=options.batch_size,
         uncond=components.uncond,
-        guidance_scale=sample.guidance_scale,
+        guidance_scale=options.guidance_scale,
         trained_steps=trained_steps,
         keep_velocities=config.optim.guard,
         on_chunk=score,
     )
 
 
-def describe(scores: Scores, advantages: Tensor) -> dict[str, Any]:
+def describe(scores: Scores) -> dict[str, Any]:
     """Describe the rewards of one iteration, for metrics.jsonl."""
     scored = scores.total.isfinite()
-    equal = (advantages.view(len(scores.dropped), -1) == 0).all(dim=1) & ~scores.dropped
+    groups = scores.total.view(len(scores.dropped), -1)
+    # A dropped group is NaN, which is not equal to itself.
+    equal = groups.amax(dim=1) == groups.amin(dim=1)
     return {
         "reward": float(scores.total[scored].mean()),
         "reward_std": float(scores.total[scored].std(correction=0)),
-        "rewards": {name: float(part[scored].mean()) for name, part in scores.parts.items()},
+        "rewards": {name: float(score[scored].mean()) for name, score in scores.rewards.items()},
         "equal_groups": int(equal.sum()),
         "dropped_groups": int(scores.dropped.sum()),
     }
@@ -211,7 +214,7 @@ def describe(scores: Scores, advantages: Tensor) -> dict[str, Any]:
 
 @dataclass
 class Clock:
-    """Seconds of the stages of one iteration: ``with clock("rollout"): ...``."""
+    """Measures the stages of one iteration in seconds: ``with clock("rollout"): ...``."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -220,6 +223,7 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        # Launched kernels count to the stage that launched them.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

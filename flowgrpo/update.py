@@ -1,16 +1,16 @@
 """The optimizer steps of one iteration: micro-steps forward and backward, and the ratio check.
 
-A micro-step is one chunk of rows at one of its turns (`Objective.turns`). The chunks are those of
-the rollout, in its order, so that each forward repeats the rollout's bits and the ratios of the
-first update are exactly 1. The largest deviation is measured every time (`check_ratio`).
+A micro-step is one forward and backward; `Objective.micro_steps` lists those of an iteration. For
+grpo they are the chunks of the rollout, in its order, so that each forward repeats the rollout's
+bits and the ratios of the first update are exactly 1. The largest deviation is measured every time
+(`check_ratio`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,17 +20,14 @@ from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.objectives import Loss, Objective
 from flowgrpo.policies import Policy, deterministic
-from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.runs.monitor import DivergedError
 from flowgrpo.runs.state import State
-from flowgrpo.sampling.rollout import chunks, prepare_both
 from flowgrpo.sampling.schedule import Schedule
-from flowgrpo_kernels import log_prob
 
 
 class RatioError(RuntimeError):
-    """The first ratios of an update were not 1: rollout and update disagree on the velocity."""
+    """Ratios of a first update that are not 1: rollout and update disagree on the velocity."""
 
 
 def update(
@@ -40,28 +37,22 @@ def update(
     experience: Experience,
     config: Config,
 ) -> dict[str, Any]:
-    """Take the optimizer steps of one iteration, each over its own share of the chunks.
+    """Take the optimizer steps of one iteration, each over an equal share of the micro-steps.
 
     Returns:
         The means of the objective's metrics over all micro-steps, the gradient norm of each
         optimizer step before clipping, and the largest |ratio - 1| before the first.
     """
-    policy, objective = micro_step.policy, micro_step.objective
-    sample, optim = config.sample, config.optim
-    turns = objective.turns(config)
-    micro_steps = [(rows, t) for rows in chunks(sample.rows, sample.batch_size) for t in turns]
-    experience = with_prepared_conditioning(policy, schedule, experience)
-    if optim.anchor == "replay":
-        with policy.frozen_weights():
-            experience = replay(policy, schedule, objective, experience, micro_steps, config)
+    policy, objective, optim = micro_step.policy, micro_step.objective, config.optim
+    micro_steps = objective.micro_steps(config)
     share = len(micro_steps) // optim.updates_per_iteration
-    scale = loss_scale(policy, sample.batch_size * optim.steps_per_forward, share)
+    schedule, experience = objective.prepare(policy, schedule, experience, config)
     sums: dict[str, Tensor] = {}
     error, norms = torch.zeros((), device=policy.device), []
     for number in range(optim.updates_per_iteration):
-        with micro_step.accumulating(scale):
-            for rows, turn in micro_steps[number * share : (number + 1) * share]:
-                batch = objective.gather(schedule, experience, rows, turn)
+        with micro_step.accumulating():
+            for rows, numbers in micro_steps[number * share : (number + 1) * share]:
+                batch = objective.gather(schedule, experience, rows, numbers)
                 metrics, deviation = micro_step(batch, config, share)
                 # Sums are new tensors: what a graph returned is overwritten by its next replay.
                 for name, value in metrics.items():
@@ -69,11 +60,12 @@ def update(
                 if number == 0:
                     error = torch.maximum(error, deviation)
         norms.append(state.step())
-    # All that is read from the device since the rewards, at once.
+    # The only read from the device since the rewards: it waits for all of the above.
     worst, *values = torch.stack([error, *sums.values(), *norms]).tolist()
     check_ratio(worst, optim.ratio_tolerance)
-    means = {name: value / len(micro_steps) for name, value in zip(sums, values, strict=False)}
-    return {**means, "grad_norm": values[len(sums) :], "max_ratio_error": worst}
+    totals, grad_norms = values[: len(sums)], values[len(sums) :]
+    means = {name: total / len(micro_steps) for name, total in zip(sums, totals, strict=True)}
+    return {**means, "grad_norm": grad_norms, "max_ratio_error": worst}
 
 
 def run_micro_step(
@@ -99,7 +91,7 @@ def run_micro_step(
 
 
 def loss_scale(policy: Policy, rows: int, share: int) -> float:
-    """What the loss of a micro-step of `rows` rows, one of `share`, is multiplied by.
+    """Choose the factor of the loss of a micro-step of `rows` samples, one of `share`.
 
     A mean over rows, elements and micro-steps has gradients of about 1 / (rows x elements x share)
     in a velocity, 1e-8 for SD3.5-medium, and float16 has nothing below 6e-8. Scaled they are about
@@ -112,7 +104,10 @@ def loss_scale(policy: Policy, rows: int, share: int) -> float:
 
 
 class MicroStep:
-    """`run_micro_step`, or with graphs its replayed form: gradients stay at their addresses."""
+    """Runs micro-steps: `run_micro_step` or, with graphs, its replayed form.
+
+    With graphs gradients stay at their addresses.
+    """
 
     def __init__(
         self, policy: Policy, objective: Objective, graphs: cuda_graphs.Graphs | None
@@ -120,22 +115,25 @@ class MicroStep:
         self.policy, self.objective, self.graphs = policy, objective, graphs
         self.parameters = list(policy.parameters()) if graphs else []
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self._scale = 1.0
 
     @contextmanager
-    def accumulating(self, scale: float = 1.0) -> Iterator[None]:
-        """Add up gradients from 0 while no parameter changes; then divide them by `scale`."""
+    def accumulating(self) -> Iterator[None]:
+        """Add up gradients from 0 while no parameter changes; then take out `loss_scale`."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient.zero_()
         with self.policy.frozen_weights(fixed=self.graphs is not None):
             yield
-        if scale != 1:
+        if self._scale != 1:
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / scale)
+            torch._foreach_mul_(gradients, 1 / self._scale)
 
     def __call__(
         self, batch: Batch, config: Config, share: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Run `run_micro_step` on `batch`, one of the `share` micro-steps of an optimizer step."""
+        # The same in all micro-steps of an optimizer step, which have as many samples each.
+        self._scale = loss_scale(self.policy, len(batch.sample), share)
         arguments = (self.policy, self.objective.loss, batch, config, share)
         if self.graphs is None:
             return run_micro_step(*arguments)
@@ -157,54 +155,3 @@ def check_ratio(error: float, tolerance: float) -> None:
             "compute the same velocities; use the same kernels, dtype and batch size in both, or "
             "raise the tolerance."
         )
-
-
-def with_prepared_conditioning(
-    policy: Policy, schedule: Schedule, experience: Experience
-) -> Experience:
-    """Return `experience` with the conditioning of its rollout: same products, same bits."""
-    conditioning, uncond = prepare_both(
-        policy, schedule, experience.conditioning, experience.uncond
-    )
-    return replace(experience, conditioning=conditioning, uncond=uncond)
-
-
-def replay(
-    policy: Policy,
-    schedule: Schedule,
-    objective: Objective,
-    experience: Experience,
-    micro_steps: Sequence[tuple[slice, range]],
-    config: Config,
-) -> Experience:
-    """Return `experience` with the old log-probabilities computed anew, by the update's forwards.
-
-    Their ratios are then 1 whatever computed the rollout, as long as one forward repeats itself:
-    the anchor for forwards that differ from the rollout's in kernels or number of rows. The price
-    is one forward for each trained step.
-    """
-    trajectory, scale = experience.trajectory, config.sample.guidance_scale
-    log_probs = trajectory.log_probs.clone()
-    old_velocities = None if trajectory.velocities is None else trajectory.velocities.clone()
-    for rows, turns in micro_steps:
-        batch = objective.gather(schedule, experience, rows, turns)
-        # With gradients, which nothing uses: without them a forward may take other kernels.
-        velocity, uncond = velocities(
-            policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond
-        )
-        velocity, uncond = velocity.detach(), None if uncond is None else uncond.detach()
-        step = trajectory.trained_steps[turns.start : turns.stop, rows].flatten()
-        index = torch.arange(rows.start, rows.stop, device=step.device).repeat(len(turns))
-        log_probs[step, index] = log_prob(
-            velocity,
-            batch.sample,
-            batch.prev_sample,
-            batch.transitions,
-            batch.table_row,
-            uncond_velocity=uncond,
-            guidance_scale=scale,
-        )
-        if old_velocities is not None:
-            old_velocities[step, index] = guide(velocity, uncond, scale)
-    anchored = replace(trajectory, log_probs=log_probs, velocities=old_velocities)
-    return replace(experience, trajectory=anchored)

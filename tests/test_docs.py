@@ -23,6 +23,7 @@ from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
 from flowgrpo.policies import Policy
+from flowgrpo.policies.family import Family
 from flowgrpo.recipes import RECIPES
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
@@ -297,7 +298,7 @@ def train_config(line: str, monkeypatch) -> Config:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def working_directory(tmp_path, monkeypatch):
     """A working directory with the modules and the run that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     for name, function in {"my_rewards": "score", "my_recipes": "mine"}.items():
@@ -313,7 +314,7 @@ TRAIN = [line for line in COMMANDS if line.startswith("flowgrpo train")]
 
 
 @pytest.mark.parametrize("line", list(dict.fromkeys(TRAIN)))
-def test_training_commands_run(line, workplace, monkeypatch):
+def test_training_commands_run(line, working_directory, monkeypatch):
     if "--run.resume" not in line:
         # `flowgrpo train` alone would take the directory of the run that is resumed.
         line += " --run.out new"
@@ -501,6 +502,14 @@ def test_objectives_table():
     rows = table("docs/new-objective.md", "| field |")
     fields = [field.name for field in dataclasses.fields(objectives.Objective)]
     assert [names(row[0]) for row in rows] == [[name] for name in fields]
+
+
+def test_family_table():
+    rows = table("docs/new-model.md", "| field |")
+    fields = {field.name: field.default for field in dataclasses.fields(Family)}
+    assert [names(row[0]) for row in rows] == [[name] for name in fields]
+    for name, _, default in rows:
+        assert (default == "") == (fields[names(name)[0]] is dataclasses.MISSING), name
 
 
 def test_rewards_table():

@@ -1,9 +1,16 @@
-"""Imports: `kernels/` shadows nobody, dependencies are declared, stages import downwards only."""
+"""Imports: `kernels/` shadows nobody, dependencies are declared, stages import downwards only.
+
+The rules on arrows hold for all imports: at the top of a file, inside functions, and under
+TYPE_CHECKING. An import through a package's `__init__` counts as one of the file that defines the
+name, and what Python itself imports on the way (the `__init__` of the packages above) does not.
+"""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -34,6 +41,17 @@ STAGES = (
     "train",
     "cli",
 )
+# Tools of all stages, which know none of them.
+TOOLS = ("records", "seeds", "files", "config")
+# Rooms beside the stages -> the stages that may use them. Evaluation is sampling and rewards once
+# more; runs/ saves, shows and evaluates for update and train.
+BESIDE = {
+    "evaluation": {"cli"},
+    "runs": {"update", "train", "cli"},
+    "recipes": {"cli"},
+}
+ENTRIES = 22
+"""Files and folders on the first level of flowgrpo/, at most: what one look takes in."""
 
 # What `import transformers, diffusers` reach only when a model is imported.
 PROBE = """
@@ -121,40 +139,210 @@ def test_kernels_never_import_the_trainer():
             assert name.split(".")[0] != "flowgrpo", f"{file} imports {name}"
 
 
-def import_graph() -> dict[str, set[str]]:
-    """Module or folder of the trainer -> those it imports, also inside functions."""
-    modules = {p.stem for p in TRAINER.glob("*.py")} | {
-        p.parent.name for p in TRAINER.glob("*/*.py")
-    }
-    graph: dict[str, set[str]] = {name: set() for name in modules - {"__init__"}}
-    for file in TRAINER.rglob("*.py"):
-        here = file.relative_to(TRAINER).parts[0].removesuffix(".py")
-        for name in imports_of(file, ROOT):
-            parts = [*name.split("."), ""]
-            if parts[0] == "flowgrpo" and parts[1] in graph and here in graph and parts[1] != here:
-                graph[here].add(parts[1])
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """Dotted name -> file of the modules of a package below `root`."""
+    names = {}
+    for file in (root / package).rglob("*.py"):
+        parts = file.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+def imported(module: str, file: Path) -> list[tuple[str, str, str]]:
+    """(module, name in it or "", name here) of each import in a file, wherever it stands."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    imports = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imports += [(alias.name, "", alias.asname or alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            base = above[: len(above) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            imports += [(source, alias.name, alias.asname or alias.name) for alias in node.names]
+    return imports
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a class or function of that name is defined in a file."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return any(getattr(node, "name", None) == name for node in body)
+
+
+def definer(names: dict[str, Path], source: str, name: str) -> str | None:
+    """The module that `from source import name` leads to; None for one of another package."""
+    if f"{source}.{name}" in names:
+        return f"{source}.{name}"
+    if source in names and names[source].name == "__init__.py":
+        for below, original, here in imported(source, names[source]):
+            if here == name and (module := definer(names, below, original)):
+                return module
+        if defines(names[source], "__getattr__"):
+            # The package imports the name when it is first asked for.
+            inside = [m for m in names if m.rpartition(".")[0] == source]
+            if homes := [m for m in inside if defines(names[m], name)]:
+                [home] = homes
+                return home
+    return source if source in names else None
+
+
+def file_graph(root: Path, package: str) -> dict[str, set[str]]:
+    """Module -> the modules of the same package that it imports."""
+    names = modules(root, package)
+    graph = {}
+    for module, file in names.items():
+        targets = {definer(names, source, name) for source, name, _ in imported(module, file)}
+        graph[module] = targets - {None, module, package}
     return graph
 
 
-def test_trainer_imports_have_no_cycle():
-    list(graphlib.TopologicalSorter(import_graph()).static_order())
+def room_graph(root: Path, package: str) -> dict[str, set[str]]:
+    """Room (file or folder on the first level of a package) -> the rooms that it imports."""
+    rooms: dict[str, set[str]] = {}
+    for module, targets in file_graph(root, package).items():
+        if module != package:
+            room = module.split(".")[1]
+            rooms.setdefault(room, set()).update(t.split(".")[1] for t in targets)
+    return {room: targets - {room} for room, targets in rooms.items()}
+
+
+ROOTS = pytest.mark.parametrize(
+    ("root", "package"),
+    [(ROOT, "flowgrpo"), (ROOT / "kernels", "flowgrpo_kernels")],
+    ids=["trainer", "kernels"],
+)
+
+
+@ROOTS
+@pytest.mark.parametrize("graph", [file_graph, room_graph])
+def test_imports_have_no_circle(graph, root, package):
+    """Neither between rooms nor between files; `CycleError` names the files of one."""
+    arrows = graph(root, package)
+    assert len(arrows) > 10 and sum(map(len, arrows.values())) > 20
+    list(graphlib.TopologicalSorter(arrows).static_order())
 
 
 def test_stages_import_downwards_only():
-    graph = import_graph()
-    assert set(STAGES) <= set(graph)
+    graph = room_graph(ROOT, "flowgrpo")
+    assert set(STAGES) | set(TOOLS) | set(BESIDE) <= set(graph)
     for i, stage in enumerate(STAGES):
         assert not graph[stage] & set(STAGES[i + 1 :]), f"{stage} imports a later stage"
-    # What several stages share stands on its own.
-    assert not graph["records"] & set(STAGES)
-    assert not graph["config"] & set(STAGES)
+        for room, users in BESIDE.items():
+            assert stage in users or room not in graph[stage], f"{stage} imports {room}"
 
 
-def test_light_imports():
-    """The package itself, and the command line's help, must not wait for torch."""
-    heavy = "{'torch', 'diffusers', 'transformers'}"
-    code = f"import sys, flowgrpo; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_tools_of_all_stages_import_none():
+    graph = room_graph(ROOT, "flowgrpo")
+    for tool in TOOLS:
+        rooms = graph[tool] - set(TOOLS)
+        assert not rooms, f"{tool} imports {rooms}"
+
+
+def test_recipes_are_configurations_only():
+    """A recipe is looked up without a model, a reward or torch."""
+    assert room_graph(ROOT, "flowgrpo")["recipes"] == {"config", "plan"}
+
+
+def test_first_level_is_one_look():
+    entries = [p for p in TRAINER.iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, sorted(p.name for p in entries)
+
+
+def test_how_imports_are_counted(tmp_path):
+    """Through an `__init__` to the definer, under TYPE_CHECKING, inside functions, relative."""
+    files = {
+        "__init__": "",
+        "room/__init__": "from p.room.base import Base as Base\nfrom p.room import other as other",
+        "room/base": "import torch",
+        "room/other": "from . import base",
+        "lazy/__init__": "def __getattr__(name):\n    ...",
+        "lazy/late": "class Late:\n    pass",
+        "user": "from p.room import Base\nfrom p.lazy import Late\nfrom p import room",
+        "typed": "if TYPE_CHECKING:\n    from p.user import f",
+        "inside": "def f():\n    import p.room.other",
+    }
+    root = tmp_path
+    for name, text in files.items():
+        file = root / "p" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert file_graph(root, "p") == {
+        "p": set(),
+        "p.room": {"p.room.base", "p.room.other"},
+        "p.room.base": set(),
+        "p.room.other": {"p.room.base"},
+        "p.lazy": set(),
+        "p.lazy.late": set(),
+        "p.user": {"p.room.base", "p.lazy.late", "p.room"},
+        "p.typed": {"p.user"},
+        "p.inside": {"p.room.other"},
+    }
+    assert room_graph(root, "p") == {
+        "room": set(),
+        "lazy": set(),
+        "user": {"room", "lazy"},
+        "typed": {"user"},
+        "inside": {"room"},
+    }
+
+
+OLD = (
+    *("boards", "budget", "capture", "checkpoints", "commands", "deterministic", "display"),
+    *("doctor", "evaluate", "losses", "model_card", "pictures", "prefix", "reports", "rollout"),
+    *("scoring", "sections", "validation", "weights", "policies.constants", "policies.embeddings"),
+    *("policies.fused", "policies.loading", "rewards.geneval_rules", "rewards.http"),
+    *("rewards.judges", "rewards.serve"),
+)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_paths_are_gone(name):
+    with pytest.raises(ModuleNotFoundError, match=f"flowgrpo.{name}"):
+        importlib.import_module(f"flowgrpo.{name}")
+
+
+def test_documented_paths():
+    from flowgrpo import nano, train
+    from flowgrpo.config import Config, ConfigError
+    from flowgrpo.policies import Conditioning, Policy
+    from flowgrpo.recipes import RECIPES, recipe
+    from flowgrpo.rewards import RewardError
+    from flowgrpo.rewards.options import configurable
+
+    assert list(inspect.signature(train.run).parameters) == ["config", "pipeline", "encode"]
+    assert isinstance(nano.recipe(steps=1), Config) and recipe("nano").recipe in RECIPES
+    assert issubclass(ConfigError, ValueError) and issubclass(RewardError, Exception)
+    assert callable(configurable) and Policy.encode and Conditioning.then
+
+
+HEAVY = {"torch", "diffusers", "transformers", "flowgrpo_kernels", "numpy", "matplotlib"}
+LIGHT = {
+    "package": "import flowgrpo",
+    "recipes": "from flowgrpo.recipes import recipe; recipe('sd35m_ocr', memory=80.0)",
+    "help": "from flowgrpo.cli.main import main; main(['--help'])",
+    "train --help": "from flowgrpo.cli.main import main; main(['train', '--help'])",
+    "options": "from flowgrpo.cli.train import parse_train; parse_train(['--optim.lr', '1'])",
+}
+
+
+@pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT)
+def test_light_imports(code):
+    """Help, options and recipes must not wait for torch, which takes seconds."""
+    script = f"""
+import sys
+try:
+    {code}
+except SystemExit as stop:
+    assert not stop.code
+heavy = {HEAVY} & set(sys.modules)
+assert not heavy, heavy
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout or "help" not in code
 
 
 def third_party(root: Path, base: Path) -> set[str]:

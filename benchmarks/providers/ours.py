@@ -15,7 +15,8 @@ from torch import Tensor
 from flowgrpo import train, update
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
-from flowgrpo.policies import Conditioning, base
+from flowgrpo.policies import Conditioning
+from flowgrpo.policies import device as devices
 from flowgrpo.prompts.batches import prompt_batch
 from flowgrpo.records import Experience, Trajectory
 from flowgrpo.rewards.background import BackgroundScoring
@@ -73,8 +74,8 @@ def model_in_memory(model: Model, device: str, dtype: str, whole: bool) -> dict[
     """
     if model.name == "nano":
         return {}
-    on = base.choose_device(device)
-    kind = base.choose_dtype(dtype, on)
+    on = devices.choose_device(device)
+    kind = devices.choose_dtype(dtype, on)
 
     def encode(texts: Sequence[str]) -> Conditioning:
         seed = random_weights.EMPTY_PROMPT if list(texts) == [""] else random_weights.PROMPTS

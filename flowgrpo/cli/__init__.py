@@ -1,1 +1,6 @@
-"""The command line: one file a command."""
+"""The command line: one file a command.
+
+main.py     the table of commands, exit codes
+options.py  their options, and how they are read
+targets.py  runs, checkpoints, recipes and models that a command line names
+"""

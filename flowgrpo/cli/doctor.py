@@ -1,4 +1,4 @@
-"""What this machine offers a run: versions, devices, kernel backends, and what is off and why."""
+"""flowgrpo doctor: versions, devices and kernel backends of this machine; what is off, and why."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ MODELS = ("model", "clip_model", "tokenizer", "head")
 
 
 def doctor(console: Console | None = None) -> dict[str, Any]:
-    """Print what was found, and return it."""
+    """Print the state of this machine, section by section, and return it."""
     console = console or Console(highlight=False)
-    found = {
+    sections = {
         "versions": versions(),
         "cpu": cpu(),
         "gpus": gpus(),
@@ -52,7 +52,7 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
         "rewards": reward_states(),
         "recipes": recipe_states(),
     }
-    for section, values in found.items():
+    for section, values in sections.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
@@ -60,16 +60,16 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
             table.add_row(f"  {name}", Text(str(value)))
         console.print(section, style="bold")
         console.print(table)
-    return found
+    return sections
 
 
 def devices() -> list[str]:
-    """Device types that a run can use here."""
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    """List the device types that a run can use here."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def cpu() -> dict[str, Any]:
-    """Name, cores that this process may use, threads, and what speeds up 16-bit arithmetic."""
+    """Describe the CPU: name, cores for this process, threads, extensions for 16-bit arithmetic."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -85,22 +85,22 @@ def cpu() -> dict[str, Any]:
 
 
 def gpus() -> dict[str, str]:
-    """Index -> name, memory and compute capability; or why there is none."""
+    """Describe the GPUs: index -> name, memory and compute capability; or why there is none."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "no usable device" if built else "this torch is built without CUDA"
         return {"none": f"{reason}; runs use the CPU"}
-    found = {}
+    described = {}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         size = device.total_memory / 2**30
-        found[str(index)] = f"{device.name}, {size:.0f} GiB, sm_{device.major}{device.minor}"
-    return found
+        described[str(index)] = f"{device.name}, {size:.0f} GiB, sm_{device.major}{device.minor}"
+    return described
 
 
 def bfloat16(device: str) -> str:
-    """How fast a matrix product is in bfloat16 against float32, and what dtype auto chooses."""
-    from flowgrpo.policies.base import choose_dtype
+    """Time a matrix product in bfloat16 against float32, and name the dtype that auto chooses."""
+    from flowgrpo.policies.device import choose_dtype
 
     seconds = {dtype: _product(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
@@ -109,7 +109,7 @@ def bfloat16(device: str) -> str:
 
 
 def _product(device: str, dtype: torch.dtype, size: int = 768) -> float:
-    """Seconds of one matrix product, the best of a few."""
+    """Time one matrix product, in seconds, the best of a few."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -122,28 +122,30 @@ def _product(device: str, dtype: torch.dtype, size: int = 768) -> float:
 
 
 def kernels() -> dict[str, str]:
-    """Backend -> available or why not; and which backend each device's ops run on."""
+    """Describe the backends: available or why not, and which ops of each device run on which."""
     from flowgrpo_kernels import backend_info
 
     info = backend_info()
-    found = {"FLOWGRPO_KERNELS": str(info["requested"])}
+    lines = {"FLOWGRPO_KERNELS": str(info["requested"])}
     for name, state in info["backends"].items():
-        found[name] = "available" if state["available"] else f"off: {state['reason']}"
-    for device, ops in info["ops"].items():
-        backends = dict.fromkeys(ops.values())
-        parts = [f"{b} ({', '.join(o for o in ops if ops[o] == b)})" for b in backends]
-        found[f"on {device}"] = "; ".join(parts)
-    return found
+        lines[name] = "available" if state["available"] else f"off: {state['reason']}"
+    for device, backend_by_op in info["ops"].items():
+        ops_by_backend: dict[str, list[str]] = {}
+        for op, backend in backend_by_op.items():
+            ops_by_backend.setdefault(backend, []).append(op)
+        texts = [f"{backend} ({', '.join(ops)})" for backend, ops in ops_by_backend.items()]
+        lines[f"on {device}"] = "; ".join(texts)
+    return lines
 
 
 def nano() -> dict[str, str]:
-    """Whether the embedded model's files are there."""
+    """Look for the files of the embedded model."""
     size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file())
     return {"model": f"{MODEL_DIR}, {size / 1e6:.1f} MB" if size else f"absent: no {MODEL_DIR}"}
 
 
 def reward_states() -> dict[str, str]:
-    """Reward -> whether it can run here, or what is missing."""
+    """Describe the rewards: name -> "can run", or the reason why not."""
     from flowgrpo.rewards import REWARDS
 
     return {name: _reward_state(name) for name in REWARDS}
@@ -170,7 +172,7 @@ def _reward_state(name: str) -> str:
 
 
 def _answer(name: str) -> str:
-    """Whether the server of a remote reward answers."""
+    """Ask the server of a remote reward for an answer."""
     from flowgrpo import rewards
 
     try:
@@ -181,7 +183,7 @@ def _answer(name: str) -> str:
 
 
 def at_hand(model: str) -> bool:
-    """Whether `model` is a folder or file, or in the Hub's cache on this machine."""
+    """Look for `model` on this machine: a folder or file, or in the Hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = Path(HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
@@ -189,22 +191,22 @@ def at_hand(model: str) -> bool:
 
 
 def recipe_states(memory: float | None = None) -> dict[str, str]:
-    """Recipe -> expected memory against that of the GPU here, `memory` GiB; and their models."""
+    """Describe the recipes: expected memory against the GPU's, `memory` GiB; and their models."""
     from flowgrpo import plan, recipes
 
     memory = memory or plan.gpu_memory()
-    found = {"GPU": f"{memory:.0f} GiB" if memory else "none here; recipes are made for 80 GiB"}
+    states = {"GPU": f"{memory:.0f} GiB" if memory else "none here; recipes are made for 80 GiB"}
     models = {}
     for name in sorted(set(recipes.RECIPES) - {"nano"}):
         config = recipes.recipe(name, memory=memory)
-        need = plan.expected_memory(config, plan.KNOWN[config.policy.model])["total"]
-        little = ", more than there is" if memory and need > memory else ""
+        need = plan.expected_memory(config, plan.sizes_of(config.policy.model))["total"]
         rows = config.sample.batch_size
-        images = f"{rows} image{'s' * (rows > 1)} a forward"
-        found[name] = f"about {need:.0f} GiB, {images}{little}"
+        text = f"about {need:.0f} GiB, {rows} {'image' if rows == 1 else 'images'} a forward"
+        if memory and need > memory:
+            text += ", more than there is"
+        states[name] = text
         models[config.policy.model] = at_hand(config.policy.model)
-    for model, here in models.items():
-        found[model] = (
-            "at hand" if here else "to be downloaded; accept its licence on the Hub first"
-        )
-    return found
+    for model, present in models.items():
+        download = "to be downloaded; accept its licence on the Hub first"
+        states[model] = "at hand" if present else download
+    return states

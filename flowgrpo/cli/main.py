@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Who read the output, such as `| head`, has enough. What is left of it is written when
-        # Python ends, and would fail once more.
+        # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
+        # it ends, which would fail once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

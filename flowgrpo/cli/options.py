@@ -138,17 +138,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Reads dict[str, float] as NAME WEIGHT NAME WEIGHT ..., and dict[str, str] in the same way;
-    tyro fixes a default's keys."""
+    """Read dict[str, float] as NAME WEIGHT NAME WEIGHT ..., and dict[str, str] in the same way; by
+    itself tyro fixes a default's keys."""
     registry = tyro.constructors.ConstructorRegistry()
 
-    def once(names: list[str]) -> None:
-        twice = [name for place, name in enumerate(names) if name in names[:place]]
+    def check_unique(names: list[str]) -> None:
+        twice = [name for number, name in enumerate(names) if name in names[:number]]
         if twice:
             raise ConfigError(f"{twice[0]!r} is given twice, but once is expected; leave one out.")
 
     def weights(words: list[str]) -> dict[str, float]:
-        once(words[::2])
+        check_unique(words[::2])
         try:
             pairs = zip(words[::2], map(float, words[1::2]), strict=True)
             return dict(pairs)
@@ -164,7 +164,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
                 f"the options are {' '.join(words)!r}, but NAME.OPTION VALUE, repeated, is "
                 "expected; write, for example, geneval.batch_size 16."
             )
-        once(words[::2])
+        check_unique(words[::2])
         return dict(zip(words[::2], words[1::2], strict=True))
 
     readers = {
@@ -189,10 +189,10 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 
 def option_value(argv: list[str], name: str) -> str | None:
-    """The value of `name VALUE` or `name=VALUE`, or None."""
-    for place, word in enumerate(argv):
-        if word == name and place + 1 < len(argv):
-            return argv[place + 1]
+    """Find the value of `name VALUE` or `name=VALUE` in `argv`, or None."""
+    for number, word in enumerate(argv):
+        if word == name and number + 1 < len(argv):
+            return argv[number + 1]
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None

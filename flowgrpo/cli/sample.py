@@ -16,9 +16,7 @@ from flowgrpo.cli.targets import (
     load_base,
     resolve_target,
 )
-from flowgrpo.config import (
-    replace,
-)
+from flowgrpo.config import replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
@@ -33,23 +31,23 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     config, checkpoint = config_of_model(options.model), None
     if options.run is not None:
         config, checkpoint = resolve_target(options.run, best=False)
-    given = {
+    changes = {
         "policy.device": options.device,
         "policy.resolution": options.resolution,
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
-    config = replace(config, **{name: v for name, v in given.items() if v is not None})
+    config = replace(config, **{name: v for name, v in changes.items() if v is not None})
     policy, out = load_base(config), Path(options.out)
     texts = list(options.prompts)
-    # All of these before the base model's images, which may take minutes.
+    # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
-    each = torch.arange(options.count).repeat(len(texts))
-    drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), each.numpy())
+    copy = torch.arange(options.count).repeat(len(texts))
+    drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), copy.numpy())
 
     def images() -> torch.Tensor:
         return evaluate.generate_images(
@@ -64,7 +62,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config, checkpoint)
+        add_trained(policy, config.policy, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)

@@ -1,4 +1,4 @@
-"""What a command line points at: a run, a checkpoint, a recipe, a model; and where it writes."""
+"""Targets of a command line: a run, a checkpoint, a recipe or a model, and the folder to write."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from flowgrpo.cli.options import EvaluateOptions, SampleOptions
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.config.validation import require
 from flowgrpo.policies import Policy
+from flowgrpo.policies.load import load_policy
 from flowgrpo.recipes import RECIPES, recipe
 from flowgrpo.runs import checkpoints, directory
 from flowgrpo.runs.process import prepare_process
 
 
 def load_base(config: Config) -> Policy:
-    """The model of `config` without adapters."""
-    prepare_process(config)
-    dtype = "float32" if config.policy.adapter == "full" else config.policy.dtype
-    policy = Policy.load(
-        config.policy.model, device=config.policy.device, dtype=dtype, config=config.policy
-    )
+    """Load the model of `config` without adapters."""
+    prepare_process(config.run)
+    policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)
     return policy
 
@@ -37,16 +35,16 @@ def check_numbers(
 
 
 def config_of_model(model: str) -> Config:
-    """The configuration for a model without a run."""
+    """Make the configuration for a model without a run."""
     base = Config(recipe=Path(model).name)
-    # The embedded model is small, whatever else there is may be large.
+    # The embedded model is small, any other may be large.
     rows = base.sample.batch_size if model == "nano" else 8
     return replace(base, **{"policy.model": model, "sample.batch_size": rows})
 
 
 def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
-    """(configuration, checkpoint) of a run directory or checkpoint folder; (configuration, None) of
-    a recipe's name or a model."""
+    """Find the configuration and checkpoint of a run directory or checkpoint folder; for a recipe's
+    name or a model the checkpoint is None."""
     folder = Path(target)
     if not folder.exists() and target in RECIPES:
         return recipe(target), None
@@ -66,6 +64,7 @@ def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
 
 
 def check_writable(folder: Path) -> None:
+    """Raise ConfigError unless `folder` can be created and written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".flowgrpo-probe"

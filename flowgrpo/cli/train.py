@@ -1,4 +1,4 @@
-"""flowgrpo train: a run by a recipe and what the command line says otherwise."""
+"""flowgrpo train: a run by a recipe and the fields that the command line changes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import errno
 import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
-from flowgrpo.config import (
-    Config,
-    ConfigError,
-)
+from flowgrpo.config import Config, ConfigError
 from flowgrpo.recipes import recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,7 +20,7 @@ def train(argv: list[str]) -> int:
     from flowgrpo.runs import directory, loggers, monitor
 
     directory.check_directory(config)
-    loggers.check(config)
+    loggers.check(config.run)
     show_plan(config)
     try:
         summary = flowgrpo_train.run(config)
@@ -55,7 +52,7 @@ def show_plan(config: Config) -> None:
 
 
 def parse_train(argv: list[str]) -> Config:
-    """The configuration that a `train` command line asks for."""
+    """Read the configuration that a `train` command line asks for."""
     named = bool(argv) and not argv[0].startswith("-")
     name, options = (argv[0], argv[1:]) if named else ("nano", argv)
     folder = option_value(options, "--run.resume")
@@ -71,10 +68,17 @@ def parse_train(argv: list[str]) -> Config:
     else:
         base = recipe(name)
     sections = TrainOptions(base.policy, base.sample, base.reward, base.optim, base.run)
-    given = parse(TrainOptions, options, f"flowgrpo train {base.recipe}", sections)
-    if folder is not None and given.run.out != base.run.out:
+    sections = parse(TrainOptions, options, f"flowgrpo train {base.recipe}", sections)
+    if folder is not None and sections.run.out != base.run.out:
         raise ConfigError(
-            f"run.out is {given.run.out!r} with run.resume {folder!r}, but a run goes on in its "
+            f"run.out is {sections.run.out!r} with run.resume {folder!r}, but a run goes on in its "
             "own directory; leave --run.out out."
         )
-    return Config(base.recipe, given.policy, given.sample, given.reward, given.optim, given.run)
+    return Config(
+        recipe=base.recipe,
+        policy=sections.policy,
+        sample=sections.sample,
+        reward=sections.reward,
+        optim=sections.optim,
+        run=sections.run,
+    )

@@ -1,4 +1,4 @@
-"""What a run can be told: `Config`, its five sections, and the error that states a rule."""
+"""The configuration of a run: `Config`, its five sections, and the error that states a rule."""
 
 from flowgrpo.config.config import Config as Config
 from flowgrpo.config.config import from_dict as from_dict

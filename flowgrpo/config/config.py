@@ -1,4 +1,4 @@
-"""Everything a run can be told, as one frozen value.
+"""The whole configuration of a run, as one frozen value.
 
 A ``Config`` is five frozen dataclasses, one per concern (sections.py), and the rules that join
 them. A rule that a value breaks raises ``ConfigError`` with the rule in it, at construction, so a
@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.config.sections import OptimConfig as OptimConfig
-from flowgrpo.config.sections import PolicyConfig as PolicyConfig
-from flowgrpo.config.sections import RewardConfig as RewardConfig
-from flowgrpo.config.sections import RunConfig as RunConfig
-from flowgrpo.config.sections import SampleConfig as SampleConfig
-from flowgrpo.config.validation import ConfigError as ConfigError
-from flowgrpo.config.validation import build, check_types, require
-from flowgrpo.config.validation import replace as replace
+from flowgrpo.config.sections import (
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    RunConfig,
+    SampleConfig,
+)
+from flowgrpo.config.validation import ConfigError, build, check_types, require
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Made by a recipe, changed by `replace`."""
+    """The configuration of a whole run. A recipe returns it, `replace` changes it."""
 
     recipe: str = "custom"
-    """Name of the recipe that made it."""
+    """Name of the recipe that returned it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -72,7 +72,7 @@ class Config:
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Names of the rewards that evaluation reports, the trained ones among them; the first is
+        """Names of the rewards that evaluation reports, those of training among them; the first is
         the accuracy."""
         return tuple(dict.fromkeys((*self.reward.report, *self.reward.weights)))
 
@@ -88,22 +88,22 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of JSON values (tuples become lists)."""
+    """Convert the config to nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; unknown fields and values of a wrong type raise ConfigError."""
+    """Invert `to_dict`; unknown fields and values of a wrong type raise ConfigError."""
     return build(Config, values)
 
 
 def to_json(config: Config) -> str:
-    """The config as indented JSON text."""
+    """Write the config as indented JSON text."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`."""
+    """Invert `to_json`."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -31,7 +31,7 @@ Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B =
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """Field name -> the docstring under it, from the source of the dataclass `section`."""
+    """Read the docstring under each field from the source of the dataclass `section`."""
     [body] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     docs: dict[str, str] = {}
     for node, below in zip(body.body, body.body[1:], strict=False):
@@ -41,26 +41,26 @@ def field_docs(section: type) -> dict[str, str]:
 
 
 def sections() -> dict[str, type]:
-    """Section name -> its dataclass, in the order of `Config`."""
+    """List the sections' dataclasses by name, in the order of `Config`."""
     hints = typing.get_type_hints(Config)
     names = [field.name for field in dataclasses.fields(Config)]
     return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
 
 
 def default(field: dataclasses.Field) -> Any:
-    """The value that a field has without a recipe."""
+    """Return the value that a field has without a recipe."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def code(text: object) -> str:
-    """`text` as code in a cell of a Markdown table."""
+    """Quote `text` as code in a cell of a Markdown table."""
     return "`" + str(text).replace("|", "\\|") + "`"
 
 
 def section_table(name: str, section: type) -> str:
-    """The heading of one section and the table of its fields."""
+    """Write the heading of one section and the table of its fields."""
     docs = field_docs(section)
     rows = [f"## {name}", "", inspect.getdoc(section), "", "| field | type | default | |"]
     rows.append("|---|---|---|---|")
@@ -72,7 +72,7 @@ def section_table(name: str, section: type) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Write the whole page."""
     tables = [section_table(name, section) for name, section in sections().items()]
     return "\n".join([HEAD.format(count=len(tables)), *tables])
 

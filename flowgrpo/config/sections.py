@@ -39,7 +39,7 @@ class PolicyConfig:
     # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
     max_sequence_length: int = 0
     """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
-    # The default of FluxPipeline, and flow_grpo's in its pickscore_flux recipes.
+    # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
     text_cache: str = "auto"
@@ -162,7 +162,7 @@ class SampleConfig:
 
     @property
     def rows(self) -> int:
-        """B = K G: images sampled in one iteration."""
+        """Images sampled in one iteration, B = K G."""
         return self.prompts_per_iteration * self.group_size
 
     @property
@@ -172,8 +172,8 @@ class SampleConfig:
 
     @property
     def window_bounds(self) -> tuple[int, int]:
-        """(first, end): the steps a window may cover. flow_grpo leaves out the last step too,
-        int(T * 0.99): its Gaussian is too sharp for a ratio to be trusted."""
+        """First and end (exclusive) of the steps that a window may cover. flow_grpo leaves out the
+        last step too, int(T * 0.99): its Gaussian is too sharp for a ratio to be trusted."""
         return self.window_range or (0, int(self.steps * 0.99))
 
     @property
@@ -183,20 +183,20 @@ class SampleConfig:
 
     @property
     def trained_steps(self) -> int:
-        """W: stochastic steps of one row, each trained in the update."""
+        """Stochastic steps of one row, W, each trained in the update."""
         low, high = self.window_bounds
         return self.window_size or high - low
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min(
-        (d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d)
-    )
+def _nearest_divisor(number: int, size: int) -> int:
+    """Find the divisor of `number` that is nearest to `size`, the smaller of two."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - size), d))
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What the images are rewarded for."""
+    """Rewards of the images, and how they are combined."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
     """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
@@ -230,7 +230,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """What is learned from the rewards, a row of objectives.py: grpo."""
+    """Objective of the update, a row of objectives.py: grpo."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -305,7 +305,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run writes, how long it goes and what it shows."""
+    """Output, length and evaluation of the run."""
 
     out: str | None = None
     """Run directory, new or empty; default: runs/RECIPE-SEED."""

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """What the user gave cannot be used; the message is one sentence that says what to do.
+    """A value of the user's that cannot be used; the message says what to do, in one sentence.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -25,7 +25,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether `value` has the type that the annotation `hint` of a config field states."""
+    """Check `value` against the type that the annotation `hint` of a config field states."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -47,6 +47,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _expected(hint: Any) -> str:
+    """Name the values that the annotation `hint` allows."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     # In Python 3.10 dict[str, float] counts as a type, whose name is dict.
@@ -74,15 +75,15 @@ def check_positive(section: str, values: Any, *names: str, zero: bool = False) -
 
 
 def similar(name: str, names: typing.Iterable[str]) -> str:
-    """ " (did you mean ...?)" for the closest of `names`, or nothing."""
+    """Suggest the closest of `names`, as " (did you mean ...?)", or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_fields(cls: type, given: typing.Iterable[str], prefix: str = "") -> None:
-    """Raise unless every name in `given` is a field of the dataclass `cls`."""
+def check_fields(cls: type, names: typing.Iterable[str], prefix: str = "") -> None:
+    """Raise unless all `names` are fields of the dataclass `cls`."""
     known = [f.name for f in dataclasses.fields(cls)]
-    for name in given:
+    for name in names:
         require(
             name in known,
             f"{prefix}{name} is no field of the configuration{similar(name, known)}, but one of "
@@ -91,23 +92,23 @@ def check_fields(cls: type, given: typing.Iterable[str], prefix: str = "") -> No
 
 
 def build(cls: type, values: Any, prefix: str = "") -> Any:
-    """The dataclass `cls` from nested dicts of JSON values; lists become tuples."""
+    """Build the dataclass `cls` from nested dicts of JSON values; lists become tuples."""
     require(
         isinstance(values, dict),
         f"{prefix.rstrip('.') or 'the configuration'} is {values!r}, but an object with the fields "
         f"of {cls.__name__} is expected; correct it.",
     )
     check_fields(cls, values, prefix)
-    hints, made = typing.get_type_hints(cls), {}
+    hints, fields = typing.get_type_hints(cls), {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = build(hints[name], value, f"{prefix}{name}.")
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**fields)
 
 
 def replace(config: T, **changes: Any) -> T:
-    """A copy of `config` with fields changed by dotted name: ``**{"sample.steps": 8}``.
+    """Copy `config` with fields changed by dotted name: ``**{"sample.steps": 8}``.
 
     `config` is a dataclass whose fields are sections, dataclasses too, or plain values. Fields of
     one section change together, so only the result has to be valid.

@@ -1,1 +1,9 @@
-"""Held-out prompts -> images -> scores, tables and pictures."""
+"""Evaluation: held-out prompts -> images -> scores, tables and pictures.
+
+evaluation_set.py  prompts and their seeds
+evaluate.py        images, every reward, the accuracy and its interval
+quality.py         figures that no reward asks for, and how far they may move
+statistics.py      means over tasks, bootstrap, diversity
+table.py           evaluations side by side
+pictures.py        grids of images, and the curve
+"""

@@ -1,8 +1,8 @@
 """Pictures that people look at: grids of images with captions, and the accuracy curve.
 
 Small images are enlarged by nearest neighbour, so that every pixel of the model stays what it is.
-A green or red bar under an image says whether the verifier accepted it; other scores than right or
-wrong are written there.
+A green bar under an image says that the verifier accepted it, a red one that it did not; other
+scores than right or wrong are written there.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from flowgrpo.files import replacing
+
+if TYPE_CHECKING:
+    from flowgrpo.evaluation.evaluate import Evaluation
+    from flowgrpo.evaluation.evaluation_set import EvaluationSet
 
 INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
 RIGHT, WRONG = "#2da44e", "#cf222e"
@@ -23,13 +29,24 @@ LINES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d7
 TILE, GAP, TEXT = 112, 10, 13
 
 
+def evaluation_grid(
+    evaluations: Mapping[str, Evaluation], evaluation_set: EvaluationSet
+) -> Image.Image:
+    """Draw the images of `evaluations` (by label), one row each: the same prompts and seeds."""
+    first = next(iter(evaluations.values()))
+    texts = evaluation_set.prompts.texts[: len(first.shown)]
+    rows = {label: evaluation.shown for label, evaluation in evaluations.items()}
+    marks = {label: evaluation.marks for label, evaluation in evaluations.items()}
+    return grid(rows, texts, marks)
+
+
 def grid(
     rows: Mapping[str, torch.Tensor],
     captions: Sequence[str],
     marks: Mapping[str, Sequence[float]] | None = None,
     columns: int = 6,
 ) -> Image.Image:
-    """The images of each row label, one column a caption: `{"base": ..., "trained": ...}`.
+    """Draw the images of each row label, one column a caption: `{"base": ..., "trained": ...}`.
 
     Args:
         rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other.
@@ -51,8 +68,9 @@ def grid(
     font = ImageFont.load_default(TEXT)
     lines = [_wrap(caption, font, width) for caption in captions]
     columns = min(columns, len(captions))
-    labelled = len(rows) > 1
-    margin = GAP + (max(math.ceil(font.getlength(label)) for label in rows) + GAP) * labelled
+    labelled, margin = len(rows) > 1, GAP
+    if labelled:
+        margin += max(math.ceil(font.getlength(label)) for label in rows) + GAP
     bar, number = _heights(marks or {})
     blocks = [range(i, min(i + columns, len(captions))) for i in range(0, len(captions), columns)]
     text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
@@ -85,23 +103,24 @@ def grid(
 
 
 def _heights(marks: Mapping[str, Sequence[float]]) -> tuple[int, int]:
-    """Pixels under each image for the bar and for the number; 0 where there is none."""
+    """Count the pixels under each image for the bar and for the number; 0 where there is none."""
     scores = [score for row in marks.values() for score in row if not math.isnan(score)]
-    share = bool(marks) and all(0 <= score <= 1 for score in scores)
-    return 5 * share, (TEXT + 4) * any(score not in (0, 1) for score in scores)
+    with_bar = bool(marks) and all(0 <= score <= 1 for score in scores)
+    with_number = any(score not in (0, 1) for score in scores)
+    return 5 if with_bar else 0, TEXT + 4 if with_number else 0
 
 
 def _write(
     draw: ImageDraw.ImageDraw, font: Any, score: float, below: tuple[int, int, int], bar: int
 ) -> None:
-    """`score` under the image and its bar; below: (left, top, right) of what is under the image."""
+    """Write `score` under the image and its bar; below: (left, top, right) of the space there."""
     left, top, right = below
     text = "failed" if math.isnan(score) else f"{score:.4g}"
     draw.text(((left + right) // 2, top + bar), text, FAINT, font, anchor="ma")
 
 
 def _tile(image: torch.Tensor) -> Image.Image:
-    """One image at a side of about TILE pixels or its own, enlarged by a whole factor."""
+    """Make one image's tile: about TILE pixels a side or its own, enlarged by a whole factor."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     factor = max(1, round(TILE / picture.height))
     if picture.height > 3 * TILE:
@@ -112,7 +131,7 @@ def _tile(image: torch.Tensor) -> Image.Image:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """`text` in lines no wider than `width` pixels, at most four, broken at spaces."""
+    """Break `text` at spaces into lines no wider than `width` pixels, at most four."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -127,9 +146,8 @@ def save(picture: Image.Image, path: Path) -> Path:
     """Write a PNG so that a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    picture.save(beside, format="PNG", optimize=True)
-    beside.replace(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
     return path
 
 
@@ -140,7 +158,7 @@ def curve(
     title: str = "",
     label: str = "accuracy",
 ) -> Path:
-    """Held-out accuracy against iterations, with a thin line for each task.
+    """Draw the held-out accuracy against iterations, with a thin line for each task.
 
     Args:
         path: the PNG to write.
@@ -148,7 +166,7 @@ def curve(
             "elapsed" is the training time in seconds so far and may be missing.
         guided: the base model with guidance: {"accuracy", "guidance_scale"}.
         title: a line above the plot.
-        label: what was measured; "accuracy" is drawn in percent.
+        label: name of the score; "accuracy" is drawn in percent.
     """
     import matplotlib
 
@@ -160,7 +178,7 @@ def curve(
     y = [scale * entry["accuracy"] for entry in evaluations]
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    _thin_lines(axes, x, evaluations, scale)
+    _task_lines(axes, x, evaluations, scale)
     bounds = [entry.get("interval") for entry in evaluations]
     if all(bounds):
         low, high = ([scale * value for value in side] for side in zip(*bounds, strict=True))
@@ -174,26 +192,27 @@ def curve(
         axes.axhline(level, color=GUIDED, lw=1.2, ls="--", label=name, zorder=3)
     last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
-    _dress(axes, evaluations, title, f"held-out {label}{',' * bool(unit)}{unit}")
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", facecolor=PAPER)
-    beside.replace(path)
+    _style(axes, evaluations, title, f"held-out {label},{unit}" if unit else f"held-out {label}")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor=PAPER)
     return path
 
 
-def _thin_lines(
+def _task_lines(
     axes: Any, x: list[int], evaluations: Sequence[Mapping[str, Any]], scale: float
 ) -> None:
+    """Draw a thin line for each task."""
     names = list(evaluations[0].get("tasks") or ())
     for number, name in enumerate(names):
         # A task whose rewards all failed is null.
-        found = [entry["tasks"].get(name) for entry in evaluations]
-        values = [math.nan if value is None else scale * value for value in found]
+        means = [entry["tasks"].get(name) for entry in evaluations]
+        values = [math.nan if mean is None else scale * mean for mean in means]
         label = name.replace("_", " ")
         axes.plot(x, values, color=LINES[number % len(LINES)], lw=0.9, alpha=0.75, label=label)
 
 
-def _dress(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str, ylabel: str) -> None:
+def _style(axes: Any, evaluations: Sequence[Mapping[str, Any]], title: str, ylabel: str) -> None:
+    """Set limits, ticks, legend and colours, and a second scale in minutes."""
     axes.set_xlabel("iteration", fontsize=9, color=INK)
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
     if ylabel.endswith("%"):

@@ -10,17 +10,22 @@ from torch import Tensor
 
 
 def task_means(per_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
-    """Mean of each task in the order of first appearance; prompts whose reward failed are left
-    out. Empty if the prompts have no tasks."""
+    """Average each task's scores, in the order of first appearance, without prompts whose reward
+    failed. Empty if the prompts have no tasks.
+
+    Args:
+        per_prompt: float64 [N], NaN where the reward failed.
+        tags: the task of each entry.
+    """
     names = list(dict.fromkeys(tags))
     if names == [""]:
         return {}
-    of = np.asarray(tags)
-    return {name: float(np.nanmean(per_prompt[of == name])) for name in names}
+    task_of = np.asarray(tags)
+    return {name: float(np.nanmean(per_prompt[task_of == name])) for name in names}
 
 
 def balanced_mean(per_prompt: np.ndarray, tags: Sequence[str]) -> float:
-    """The mean over tasks of their means; over prompts if there are no tasks."""
+    """Average the means of the tasks; the prompts themselves if there are no tasks."""
     means = task_means(per_prompt, tags)
     return float(np.nanmean(list(means.values()) if means else per_prompt))
 
@@ -54,7 +59,12 @@ def bootstrap(
 
 
 def diversity(images: Tensor, samples: int) -> float:
-    """Mean root-mean-square distance of two images of one prompt, for pixels in [0, 1]."""
+    """Average the root-mean-square distance of two images of one prompt, for pixels in [0, 1].
+
+    Args:
+        images: uint8 [N * samples, 3, H, W], those of one entry together.
+        samples: images of each entry, at least 2.
+    """
     pixels = images.view(-1, samples, images[0].numel()).float() / 255
     distances = torch.cdist(pixels, pixels) / pixels.shape[-1] ** 0.5
     return float(distances.sum() / (len(pixels) * samples * (samples - 1)))

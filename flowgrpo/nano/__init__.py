@@ -3,9 +3,9 @@
 scenes.py    the world: shapes, colours, positions; painting
 prompts.py   the six GenEval tasks in miniature; splits; the parser
 draw.py      prompts -> pictures that fulfil them
-verify.py    pictures -> what is in them, scores and quality figures
+verify.py    pictures -> objects, scores and quality figures
 model.py     the networks, of SD3.5's classes; model/ holds the weights
-pretrain.py  made the weights
+pretrain.py  the training of the weights
 recipes.py   the run of `flowgrpo train`
 """
 
@@ -19,7 +19,7 @@ MODEL_DIR = Path(__file__).parent / "model"
 
 
 def recipe(**overrides: Any):
-    """The Config of `flowgrpo train`; see `flowgrpo.nano.recipes.recipe`."""
+    """Build the Config of `flowgrpo train`; see `flowgrpo.nano.recipes.recipe`."""
     from flowgrpo.nano.recipes import recipe as make
 
     return make(**overrides)

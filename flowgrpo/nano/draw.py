@@ -1,5 +1,4 @@
-"""From prompts to pictures that fulfil them: the data that nano is pretrained on, and the
-verifier's test cases."""
+"""Prompts -> pictures that fulfil them: nano's pretraining data and the verifier's test cases."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ def _pool(objects: int) -> Layout:
 
 @cache
 def _related(name: str, objects: int) -> np.ndarray:
-    """Indices into the pool of layouts whose first object stands in the named relation, and in no
-    other, to the second."""
+    """Find the layouts of the pool whose first object has the relation `name`, and no other, to the
+    second."""
     pool = _pool(objects)
     extent = 2 * HALF_EXTENT * (pool.scales[:, 0] + pool.scales[:, 1])
     offset = pool.centers[:, 0] - pool.centers[:, 1]
@@ -39,9 +38,9 @@ def _related(name: str, objects: int) -> np.ndarray:
 
 
 def with_more(record: dict, rng: np.random.Generator) -> dict:
-    """A record whose picture shows one or two objects more, of any shape and colour, if they fit.
+    """Add one or two objects to a record, of any shape and colour, if they fit in a picture.
 
-    Its prompt stays: true of the picture, but not all of it.
+    Its prompt stays, and is true of the picture, but names only a part of it.
     """
     free = MAX_OBJECTS - sum(entry["count"] for entry in record["include"])
     count = min(free, 1 + int(rng.random() < 0.3))
@@ -50,10 +49,10 @@ def with_more(record: dict, rng: np.random.Generator) -> dict:
 
 
 def draw(metadata: list[dict], rng: np.random.Generator) -> np.ndarray:
-    """One picture a prompt that fulfils it: uint8 [M, 3, 24, 24].
+    """Draw one picture a prompt that fulfils it: uint8 [M, 3, 24, 24].
 
-    What the prompt leaves open is drawn at random: places, sizes, and the colour of each group of
-    like objects.
+    What the prompt leaves open is drawn at random: positions, sizes, and the colour of each group
+    of like objects.
     """
     m = len(metadata)
     shapes = np.full((m, MAX_OBJECTS), -1)

@@ -26,8 +26,7 @@ SHIFT = 2.0
 
 
 def build(seed: int = 0):
-    """A fresh pipeline, `StableDiffusion3Pipeline` without VAE and with one text encoder, in
-    float32."""
+    """Build a fresh `StableDiffusion3Pipeline`, without VAE, with one text encoder, in float32."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,

@@ -68,7 +68,7 @@ class Pretraining:
 
 
 def caption(rng: np.random.Generator, extra_share: float) -> dict:
-    """A training prompt's metadata: the six tasks evenly, or a composition outside them."""
+    """Draw a training prompt's metadata: the six tasks evenly, or a composition outside them."""
     if rng.random() < extra_share:
         color = lambda: list(COLORS)[rng.integers(len(COLORS))]  # noqa: E731
         first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
@@ -79,8 +79,8 @@ def caption(rng: np.random.Generator, extra_share: float) -> dict:
             f"a {color()} {first} {RELATIONS[rng.integers(4)]} a {color()} {second}"
         )
     tag = prompts.TAGS[rng.integers(len(prompts.TAGS))]
-    own = _train_by_tag()[tag]
-    return own[rng.integers(len(own))]
+    candidates = _train_by_tag()[tag]
+    return candidates[rng.integers(len(candidates))]
 
 
 @cache
@@ -92,7 +92,7 @@ def _train_by_tag() -> dict[str, list[dict]]:
 
 
 def encode(pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token embeddings [B, 10, 128] and pooled embeddings [B, 128]."""
+    """Encode B texts: token embeddings [B, 10, 128] and pooled embeddings [B, 128]."""
     tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     device = pipeline.text_encoder.device
     out = pipeline.text_encoder(tokens.input_ids.to(device))
@@ -103,7 +103,7 @@ def encode(pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def sample(
     pipeline, texts: list[str], steps: int, seed: int, guidance: float = 1.0
 ) -> torch.Tensor:
-    """Images by Euler steps of the probability-flow ODE: uint8 [B, 3, 24, 24]."""
+    """Sample images, uint8 [B, 3, 24, 24], by Euler steps of the probability-flow ODE."""
     device = pipeline.transformer.device
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(texts), 3, 24, 24, generator=generator).to(device)
@@ -122,8 +122,10 @@ def sample(
 
 
 def evaluate(pipeline, split: str, count: int, steps: int = 20, guidance: float = 1.0) -> dict:
-    """Strict accuracy over `count` prompts of a split, the six tasks evenly; per task; quality
-    figures."""
+    """Measure strict accuracy, in all and per task, and quality figures.
+
+    Over `count` prompts of a split, the six tasks evenly.
+    """
     records = prompts.balanced(split, count)
     images = sample(pipeline, [m["prompt"] for m in records], steps, seed=1, guidance=guidance)
     strict = verify.score(images, records)["strict"]
@@ -138,8 +140,7 @@ def evaluate(pipeline, split: str, count: int, steps: int = 20, guidance: float 
 
 
 def optimizers(modules: list[nn.Module], config: Pretraining) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, except adaLN's; AdamW for embeddings, norms, biases,
-    modulation and output."""
+    """Build Muon for the matrices inside blocks, except adaLN's, and AdamW for all else."""
     matrices, rest = [], []
     for module in modules:
         for name, p in module.named_parameters():
@@ -152,7 +153,7 @@ def optimizers(modules: list[nn.Module], config: Pretraining) -> list[torch.opti
 
 
 def schedule(step: int, config: Pretraining) -> float:
-    """Learning-rate factor: linear warm-up, flat, linear to zero over the last `anneal` share."""
+    """Compute the learning-rate factor: it rises, stays, and falls over the last `anneal` share."""
     left = (config.steps - step) / (config.anneal * config.steps)
     return min(1.0, (step + 1) / config.warmup, left)
 
@@ -196,18 +197,18 @@ def run(config: Pretraining) -> dict:
         save(pipeline, config.out / "model")
         for module in modules:
             module.float()
-        found = {
+        held_out = {
             f"guidance {guidance}": evaluate(pipeline, "heldout", config.eval_images, 40, guidance)
             for guidance in (1.0, 2.0, 3.5)
         }
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        return write(log, {"config": settings, "heldout, 40 steps": found})
+        return write(log, {"config": settings, "heldout, 40 steps": held_out})
 
 
 def flow_matching(
     pipeline: object, config: Pretraining, rng: np.random.Generator, generator: torch.Generator
 ) -> torch.Tensor:
-    """The loss of one batch of new pictures: the velocity's squared error at random sigmas."""
+    """Compute the loss of one batch of new pictures: the velocity's squared error."""
     records = [caption(rng, config.extra_captions) for _ in range(config.batch_size)]
     scenes = [with_more(m, rng) if rng.random() < config.incomplete else m for m in records]
     x0 = torch.from_numpy(draw(scenes, rng)).float() / 127.5 - 1

@@ -63,7 +63,7 @@ def _noun(count: int, shape: str) -> str:
 
 
 def parse(prompt: str) -> dict:
-    """GenEval-style metadata of a prompt: {"tag", "include": [{"class", "count", "color"?,
+    """Parse a prompt into GenEval's metadata: {"tag", "include": [{"class", "count", "color"?,
     "position"?}], "prompt"}.
 
     Raises:
@@ -124,9 +124,9 @@ def _joint(words: list[str], prompt: str) -> tuple[str, list[str]]:
     if words[0] in JOINTS:
         return words[0], words[1:]
     for name in RELATIONS:
-        parts = name.split()
-        if words[: len(parts)] == parts:
-            return name, words[len(parts) :]
+        relation = name.split()
+        if words[: len(relation)] == relation:
+            return name, words[len(relation) :]
     raise ValueError(
         f"prompt {prompt!r}: expected one of {', '.join((*JOINTS, *RELATIONS))} between two objects"
     )
@@ -149,7 +149,7 @@ def _record(prompt: str, objects: list[dict], position: str | None) -> dict:
 
 
 def _all_prompts() -> list[tuple[str, str]]:
-    """Every (prompt, split key) of the six tasks."""
+    """List all (prompt, split key) of the six tasks."""
     pairs = list(permutations(SHAPES, 2))
     out = [
         (f"{a} {s}", "") for a in ("a", "one", "a single", "just one", "only one") for s in SHAPES
@@ -171,18 +171,21 @@ def _all_prompts() -> list[tuple[str, str]]:
 
 @cache
 def _splits() -> dict[str, tuple[dict, ...]]:
-    """Within each task, three tenths of the keys in the order of their hashes are held out and one
-    tenth is for tuning."""
+    """Deal the records out: split -> records.
+
+    Within each task, in the order of the keys' hashes, three tenths of the keys are held out and
+    one tenth is for tuning.
+    """
     records = [(parse(text), key) for text, key in _all_prompts()]
-    part = {}
+    split_of_key = {}
     for tag in TAGS:
         keys = sorted({key for m, key in records if m["tag"] == tag}, key=_hash)
         heldout, tune = math.ceil(0.3 * len(keys)), math.ceil(0.4 * len(keys))
-        part |= {
+        split_of_key |= {
             k: "heldout" if i < heldout else "tune" if i < tune else "train"
             for i, k in enumerate(keys)
         }
-    return {name: tuple(m for m, key in records if part[key] == name) for name in SPLITS}
+    return {name: tuple(m for m, key in records if split_of_key[key] == name) for name in SPLITS}
 
 
 def _hash(key: str) -> bytes:
@@ -190,7 +193,7 @@ def _hash(key: str) -> bytes:
 
 
 def records(name: str) -> tuple[dict, ...]:
-    """Metadata of all prompts of one split: "train", "tune" or "heldout"."""
+    """List the metadata of all prompts of one split: "train", "tune" or "heldout"."""
     if name not in SPLITS:
         raise ConfigError(
             f"the split is {name!r}, but one of {', '.join(SPLITS)} is expected; name one."
@@ -199,10 +202,11 @@ def records(name: str) -> tuple[dict, ...]:
 
 
 def split(name: str) -> Prompts:
-    """The prompts of a split as training and evaluation use them.
+    """Build the prompts of a split as training and evaluation use them.
 
     "tune" and "heldout" are the prompts as they are. "train" has the tasks in the proportion of
-    `TRAINING_SHARES`, so a task with few prompts repeats them; each repetition has its own place.
+    `TRAINING_SHARES`, so a task with few prompts repeats them; each repetition has another
+    index.
     """
     entries = records(name)
     if name == "train":
@@ -212,19 +216,20 @@ def split(name: str) -> Prompts:
 
 
 def balanced(name: str, count: int) -> list[dict]:
-    """Metadata of the first `count` prompts of a split with the six tasks in turn."""
+    """List the metadata of the first `count` prompts of a split with the six tasks in turn."""
     return _in_turn(name, TAGS, count)
 
 
 def _in_turn(name: str, tags: Sequence[str], count: int) -> list[dict]:
-    own = {tag: [m for m in records(name) if m["tag"] == tag] for tag in TAGS}
+    by_tag = {tag: [m for m in records(name) if m["tag"] == tag] for tag in TAGS}
     taken = dict.fromkeys(TAGS, 0)
     out = []
     for i in range(count):
         tag = tags[i % len(tags)]
+        candidates = by_tag[tag]
         # Stride through the task's prompts by a step coprime to their number, so that a short
         # prefix is varied.
-        out.append(own[tag][taken[tag] * _coprime_step(len(own[tag])) % len(own[tag])])
+        out.append(candidates[taken[tag] * _coprime_step(len(candidates)) % len(candidates)])
         taken[tag] += 1
     return out
 

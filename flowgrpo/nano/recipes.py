@@ -1,6 +1,6 @@
 """The run of `flowgrpo train`: Flow-GRPO on the embedded model, with the reasons for its numbers.
 
-What they were chosen by is in benchmarks/LOG.md, with an ablation.
+The study behind them is in benchmarks/LOG.md, with an ablation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LORA_TARGETS = (
 
 
 def recipe(**overrides: Any) -> Config:
-    """The embedded default.
+    """Build the Config of the embedded default.
 
     Args:
         overrides: fields of `run` by their names (steps=200), or any field by its dotted name

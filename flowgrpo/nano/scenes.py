@@ -38,7 +38,7 @@ GAP, MARGIN = 1.5, 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """Places for n objects each in many scenes: centres [M, n, 2] as (x, y) and scales [M, n]."""
+    """Positions of n objects each in M scenes: centres [M, n, 2] as (x, y) and scales [M, n]."""
 
     centers: np.ndarray
     scales: np.ndarray
@@ -48,8 +48,8 @@ class Layout:
 
 
 def random_layouts(count: int, objects: int, rng: np.random.Generator) -> Layout:
-    """`count` layouts of `objects` objects whose boxes neither touch nor leave the image, uniform
-    among all such.
+    """Draw `count` layouts of `objects` objects whose boxes neither touch nor leave the image,
+    uniform among all such.
 
     Plain rejection, but a layout that already fails is dropped before its next object is drawn: few
     draws of four fit.
@@ -72,7 +72,7 @@ def random_layouts(count: int, objects: int, rng: np.random.Generator) -> Layout
 
 
 def relation(offset: np.ndarray, extent: np.ndarray) -> np.ndarray:
-    """Which relations hold for an object displaced by `offset` from another: bool [..., 4] in the
+    """Test the relations of an object displaced by `offset` from another: bool [..., 4], in the
     order of RELATIONS.
 
     GenEval's rule: a tenth of the summed box sides (`extent`, [..., 2]) is taken off each
@@ -88,7 +88,7 @@ def relation(offset: np.ndarray, extent: np.ndarray) -> np.ndarray:
 def coverage(
     shape: np.ndarray, center: np.ndarray, scale: np.ndarray, size: int = IMAGE_SIZE
 ) -> np.ndarray:
-    """Opacity in [0, 1] of objects on a size x size grid, float32 [N, size, size].
+    """Compute the opacity in [0, 1] of objects on a size x size grid, float32 [N, size, size].
 
     Args:
         shape: int [N], index into SHAPES.

@@ -1,5 +1,5 @@
-"""nano's verifier: what is in an image, by classical vision, and whether it is what the prompt
-asked for.
+"""nano's verifier: finds the objects of an image by classical vision, and compares them with the
+prompt.
 
 A pixel belongs to the foreground when it is far from the background colour; 4-connected components
 of the foreground are objects. An object's colour is the palette entry nearest to the median of its
@@ -56,7 +56,7 @@ class Detected:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Opacity windows [shape, scale, fy, fx, W, W] and their areas [shape, scale].
+    """Paint the templates: opacity [shape, scale, fy, fx, W, W] and areas [shape, scale].
 
     Each window has the template's *centroid* (not its box centre) at column and row W // 2 + f /
     _FRACTION.
@@ -81,15 +81,15 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _classify(alpha: np.ndarray, center: np.ndarray, area: float) -> str | None:
-    """The best-fitting shape of an object with opacity `alpha` [24, 24], or None if none overlaps
+    """Choose the shape that an object's opacity, `alpha` [24, 24], overlaps best; None if none
     enough."""
     windows, areas = _templates()
     position = np.floor(center * _FRACTION + 0.5) / _FRACTION  # (x, y) on the template grid
-    whole = np.floor(position).astype(int)
-    fx, fy = ((position - whole) * _FRACTION).astype(int)
+    pixel = np.floor(position).astype(int)
+    fx, fy = ((position - pixel) * _FRACTION).astype(int)
     half = _WINDOW // 2
     padded = np.pad(alpha, _WINDOW)
-    top, left = whole[1] - half + _WINDOW, whole[0] - half + _WINDOW
+    top, left = pixel[1] - half + _WINDOW, pixel[0] - half + _WINDOW
     patch = padded[top : top + _WINDOW, left : left + _WINDOW]
     best, best_overlap = None, MIN_OVERLAP
     for k, name in enumerate(SHAPES):
@@ -102,17 +102,17 @@ def _classify(alpha: np.ndarray, center: np.ndarray, area: float) -> str | None:
 
 
 def find_objects(image: np.ndarray) -> list[Detected]:
-    """Objects of one image, uint8 [3, 24, 24], in the order of their first pixel."""
+    """Find the objects of one image, uint8 [3, 24, 24], in the order of their first pixel."""
     pixels = image.astype(np.float32).transpose(1, 2, 0) / 255
     offset = pixels - _BACKGROUND
     distance = np.sqrt((offset * offset).sum(-1))
     labels, count = ndimage.label(distance > FOREGROUND_DISTANCE)
-    found = []
+    objects = []
     for index in range(1, count + 1):
         mask = labels == index
         if mask.sum() < MIN_AREA / 2:
             if mask.sum() >= 3:
-                found.append(_junk(mask))
+                objects.append(_junk(mask))
             continue
         # The core: pixels inside the edge, whose colour is not mixed with the background.
         core = ndimage.binary_erosion(mask)
@@ -135,8 +135,8 @@ def find_objects(image: np.ndarray) -> list[Detected]:
         error = float(errors[nearest])
         shape = _classify(alpha, center, area) if area >= MIN_AREA else None
         name = _COLOR_NAMES[nearest] if error <= COLOR_DISTANCE else None
-        found.append(Detected(shape, name, (float(center[0]), float(center[1])), extent, error))
-    return found
+        objects.append(Detected(shape, name, (float(center[0]), float(center[1])), extent, error))
+    return objects
 
 
 def _junk(mask: np.ndarray) -> Detected:
@@ -146,19 +146,19 @@ def _junk(mask: np.ndarray) -> Detected:
 
 
 def _score_one(objects: list[Detected], metadata: dict) -> tuple[float, float]:
-    """(strict, partial) of one image's objects against one GenEval-style record."""
+    """Score one image's objects against one GenEval-style record: (strict, partial)."""
     groups, terms = [], []
-    for wanted in metadata["include"]:
-        group = [o for o in objects if o.shape == wanted["class"]]
-        terms.append(max(0.0, 1.0 - abs(len(group) - wanted["count"]) / wanted["count"]))
-        if "color" in wanted:
-            right = [o for o in group if o.color == wanted["color"]]
-            terms.append(min(len(right), wanted["count"]) / wanted["count"])
+    for wish in metadata["include"]:
+        group = [o for o in objects if o.shape == wish["class"]]
+        terms.append(max(0.0, 1.0 - abs(len(group) - wish["count"]) / wish["count"]))
+        if "color" in wish:
+            right = [o for o in group if o.color == wish["color"]]
+            terms.append(min(len(right), wish["count"]) / wish["count"])
             # With colours asked for, the position is that of the rightly coloured objects, where
             # there are any.
             group = right or group
-        if "position" in wanted:
-            names, target = wanted["position"]
+        if "position" in wish:
+            names, target = wish["position"]
             terms.append(float(_holds(names, group, groups[target])))
         groups.append(group)
     asked = sum(w["count"] for w in metadata["include"])
@@ -193,7 +193,7 @@ def _as_numpy(images) -> np.ndarray:
 
 
 def score(images, metadata: list[dict]) -> dict[str, np.ndarray]:
-    """Strict and partial scores of images against their prompts' metadata.
+    """Score images against their prompts' metadata, strictly and partially.
 
     Args:
         images: uint8 [B, 3, 24, 24], array or tensor.
@@ -216,8 +216,7 @@ def score(images, metadata: list[dict]) -> dict[str, np.ndarray]:
 
 
 def quality(images, metadata: list[dict]) -> dict[str, float]:
-    """Figures that show reward hacking: how clean and how varied the images are, whatever their
-    prompts.
+    """Measure reward hacking: how clean and how varied the images are, whatever their prompts.
 
     Returns:
         palette: mean RGB distance (0 to 1 a channel) of the objects' colours from their palette

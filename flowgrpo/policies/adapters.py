@@ -9,8 +9,9 @@ from torch import nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
-from flowgrpo.policies import Policy, lora
-from flowgrpo.policies.base import family_of
+from flowgrpo.policies import lora
+from flowgrpo.policies.base import Policy
+from flowgrpo.policies.families import family_of
 
 ADAPTER = "default"
 
@@ -44,7 +45,7 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     targets = config.lora_targets
     if targets is None:
-        targets = family_of(transformer)[1].lora_targets
+        targets = family_of(transformer).lora_targets
     for target in targets:
         require(
             any(name == target or name.endswith(f".{target}") for name in names),

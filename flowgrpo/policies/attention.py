@@ -10,10 +10,10 @@ leading underscore:
     flash, flash_3, flash_3_hub, xformers, ...                     packages, if they are installed
     plain              softmax(q k^T) v in three calls, for small problems on a CPU
     auto               native_flash on CUDA in 16 bits, native_efficient there in 32, plain on a CPU
-                       in 16 bits (native_math for models other than SD3), native otherwise
+                       in 16 bits (native_math for families without `plain`), native otherwise
 
-SD3's own processor calls PyTorch directly and ignores diffusers' `set_attention_backend`, so SD3
-models get `JointAttention` first.
+A processor of diffusers that calls PyTorch directly ignores `set_attention_backend`; a family with
+such layers gives them another one (`Family.attention_processors`).
 """
 
 from __future__ import annotations
@@ -29,34 +29,47 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import deterministic, lora
+from flowgrpo.policies.family import Family, import_hook
 
-# Names of the layers that get the tokens of the image, and of the text.
-OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+# Names of the layers that make query, key and value of the tokens of the image, and of the text.
+IMAGE_LAYERS = ("to_q", "to_k", "to_v")
+TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj")
 PLAIN = "plain"
+FIXED = "the model's only"
+"""Name of the kernel where a family's attention is a call of its own."""
 aten = torch.ops.aten
 
 
-def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Make every attention layer of `transformer` use the kernel `name`; returns what "auto" chose.
+def pin(
+    transformer: nn.Module, family: Family, name: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Make each attention layer of `transformer` use the kernel `name`; returns what "auto" chose.
 
-    Raises ConfigError for a kernel that is unknown, not installed, or that cannot run on the
-    device, at the transformer's head size or in `dtype`: it is tried once, with a gradient.
+    Raises:
+        ConfigError: the kernel is unknown, not installed, or cannot run on the device, at the
+            transformer's head size or in `dtype`: it is tried once, with a gradient.
     """
-    joint = _sd3_layers(transformer)
+    if family.fixed_attention:
+        if name != "auto":
+            raise ConfigError(
+                f"policy.attention is {name}, but the attention of {type(transformer).__name__} is "
+                "a call of its own; set policy.attention to auto."
+            )
+        return FIXED
+    layers = []
+    if family.attention_processors:
+        layers = import_hook(family.attention_processors)(transformer)
     if name == "auto":
-        name = _choose(device, dtype, bool(joint))
-    if name == PLAIN and not joint:
+        name = _choose(device, dtype, plain=bool(layers))
+    if name == PLAIN and not layers:
         raise ConfigError(
-            "policy.attention is plain, but only SD3's layers can use it; choose native_math."
+            f"policy.attention is plain, but the layers of {type(transformer).__name__} cannot use "
+            "it; choose native_math."
         )
-    for layer in joint:
-        layer.set_processor(JointAttention())
-        lora.share_input(layer, OWN, ADDED)
     backend = None if name == PLAIN else _backend(name)
     if backend in KERNELS:
         _leave_switches_alone(backend)
@@ -68,8 +81,8 @@ def pin(transformer: nn.Module, name: str, device: torch.device, dtype: torch.dt
                 transformer.set_attention_backend(backend.value)
         # Once, forward and backward, so that what cannot run, or in an update's backward may not,
         # says so before the first image.
-        parts = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
-        out = attend(*parts, backend).sum()
+        inputs = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
+        out = attend(*inputs, backend).sum()
         with deterministic.deterministic_backward():
             out.backward()
     except Exception as error:
@@ -146,64 +159,21 @@ def _leave_switches_alone(backend: AttentionBackendName) -> None:
     """Let diffusers call the operator of a kernel by its name.
 
     Its own function names it by turning all others off meanwhile, with switches of the whole
-    process: a reward that attends in the thread beside (scoring.py), in float32 or with a mask,
-    would find no kernel at all.
+    process: a reward that attends in the thread beside (rewards/background.py), in float32 or with
+    a mask, would find no kernel at all.
     """
-    own, kernel = _AttentionBackendRegistry._backends[backend], KERNELS[backend]
-    if getattr(own, "_of_flowgrpo", False):
+    by_switches, kernel = _AttentionBackendRegistry._backends[backend], KERNELS[backend]
+    if getattr(by_switches, "_flowgrpo", False):
         return
 
     def call(query: Tensor, key: Tensor, value: Tensor, **more: object) -> Tensor:
         if query.shape[-1] % 8 or any(isinstance(x, Tensor) or x for x in more.values()):
             # What the operator cannot do by itself, and no transformer here asks for.
-            return own(query, key, value, **more)
+            return by_switches(query, key, value, **more)
         return kernel(*(x.permute(0, 2, 1, 3) for x in (query, key, value))).permute(0, 2, 1, 3)
 
-    call._of_flowgrpo = True
+    call._flowgrpo = True
     _AttentionBackendRegistry._backends[backend] = call
-
-
-class JointAttention:
-    """SD3's attention over the tokens of image and text together, by a kernel of one's choice.
-
-    The arithmetic of diffusers' JointAttnProcessor2_0. A layer without text tokens (`attn2` of
-    SD3.5-medium's dual blocks) attends over the image's alone.
-    """
-
-    _attention_backend: AttentionBackendName | None = None
-    """None: plain. diffusers' `set_attention_backend` writes here."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Image [B, N, C] and text tokens [B, M, C] -> the same shapes; without text, one."""
-        if attention_mask is not None:
-            raise ValueError("attention_mask: SD3's layers attend everywhere; pass None")
-        split = lambda x: x.unflatten(-1, (attn.heads, -1))  # noqa: E731  [B, S, H, D]
-        norm = lambda layer, x: x if layer is None else layer(x)  # noqa: E731
-        query, key, value = map(split, projections(attn, OWN, hidden_states))
-        query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
-        if encoder_hidden_states is None:
-            out = attend(query, key, value, self._attention_backend).flatten(2)
-            return attn.to_out[1](attn.to_out[0](out))
-        made = projections(attn, ADDED, encoder_hidden_states)
-        text_query, text_key, text_value = map(split, made)
-        text_query = norm(attn.norm_added_q, text_query)
-        text_key = norm(attn.norm_added_k, text_key)
-        out = attend(
-            torch.cat([query, text_query], dim=1),
-            torch.cat([key, text_key], dim=1),
-            torch.cat([value, text_value], dim=1),
-            self._attention_backend,
-        ).flatten(2)
-        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
-        if not attn.context_pre_only:
-            text = attn.to_add_out(text)
-        return attn.to_out[1](attn.to_out[0](image)), text
 
 
 def projections(attn: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
@@ -211,19 +181,13 @@ def projections(attn: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tens
     return lora.joint_projection([getattr(attn, name) for name in names], x)
 
 
-def _sd3_layers(transformer: nn.Module) -> list[Attention]:
-    kinds = (JointAttnProcessor2_0, JointAttention)
-    layers = (m for m in transformer.modules() if isinstance(m, Attention))
-    return [layer for layer in layers if isinstance(layer.processor, kinds)]
-
-
-def _choose(device: torch.device, dtype: torch.dtype, joint: bool) -> str:
+def _choose(device: torch.device, dtype: torch.dtype, plain: bool) -> str:
     if device.type == "cuda":
         return "native_efficient" if dtype == torch.float32 else "native_flash"
     if device.type == "cpu" and dtype != torch.float32:
         # The backward pass of the CPU's flash kernel takes ten times its forward in 16 bits
         # (32 against 7 ms at 192 x 45 x 32, one thread).
-        return PLAIN if joint else "native_math"
+        return PLAIN if plain else "native_math"
     return "native"
 
 

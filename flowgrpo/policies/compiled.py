@@ -2,20 +2,21 @@
 
 Each block is compiled by itself: all blocks of a kind share their code, so a model of 24 blocks
 takes the compilation of three. Inductor's own CUDA graphs stay off; the rollout captures all of its
-steps in one. What is captured runs twice before that (capture.py), on the stream of the capture:
-there forward and backward are compiled, and the first launches load modules and choose among
-variants of a kernel. In the capture itself nothing may be compiled (`settled`). Compiled code holds
-no addresses: blocks get their weights, and lora.py's ready matrices, as inputs.
+steps in one. What is captured runs twice before that (cuda_graphs.py), on the stream of the
+capture: there forward and backward are compiled, and the first launches load modules and choose
+among variants of a kernel. In the capture itself nothing may be compiled (`no_recompile`). Compiled
+code holds no addresses: blocks get their weights, and lora.py's merged matrices, as inputs.
 
 Inductor fuses a forward that has a backward otherwise than one that has none, and the two differ in
 the last bits, so a rollout without gradients would give first ratios other than 1. Hence
-`training_form`: the rollout, too, runs the forward that has a backward, and lets go of what that
-would have kept. The price is the writing of those tensors, block by block; no memory stays taken.
+`as_training_forward`: the rollout, too, runs the forward that has a backward, and lets go of what
+that would have kept. The price is the writing of those tensors, block by block; no memory stays
+taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -26,33 +27,28 @@ from torch import Tensor, nn
 VARIANTS = 32
 
 
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compile every block in place, on its first call with each kind of input."""
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block in place, on its first call with each kind of input.
+
+    Adds to it torch's `_compiled_call_impl`.
+    """
     import torch._dynamo
 
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
-    for block in transformer_blocks(transformer):
+    for block in blocks:
         # Off by default, but TORCHINDUCTOR_CUDAGRAPHS in the environment would turn them on.
         block.compile(fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
 
 
-def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers transformer, those of one stream (FLUX) after those of two."""
-    return [
-        *transformer.transformer_blocks,
-        *getattr(transformer, "single_transformer_blocks", ()),
-    ]
-
-
 def no_recompile() -> AbstractContextManager[None]:
-    """Inside, a block that was not compiled for what it is given raises RuntimeError."""
+    """Forbid compilation inside: a block with an input of a new kind raises RuntimeError."""
     return torch.compiler.set_stance("fail_on_recompile")
 
 
 @contextmanager
 def as_training_forward() -> Iterator[None]:
-    """Inside, a forward is computed as for training, but nothing is kept for a backward."""
+    """Compute forwards inside as for training, but keep nothing for a backward."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _refuse):
         yield
 
@@ -62,4 +58,6 @@ def _forget(tensor: Tensor) -> None:
 
 
 def _refuse(nothing: None) -> Tensor:
-    raise RuntimeError("a forward in training_form keeps nothing; run it with gradients instead")
+    raise RuntimeError(
+        "a forward in as_training_forward keeps nothing; run it with gradients instead"
+    )

@@ -1,4 +1,4 @@
-"""What a model is told about its prompts."""
+"""Text embeddings of prompts, as the stages hand them on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Conditioning:
     pooled: Tensor
     """[N, P]: one vector a prompt."""
     table: Tensor | None = None
-    """[T, N, M]: all modulations (policies/constants.py) of each of T steps."""
+    """[T, N, M]: all modulations (policies/modulation.py) of each of T steps."""
     modulation: Tensor | None = None
     """[N, M]: those of the step that a row is at."""
 
@@ -31,11 +31,11 @@ class Conditioning:
 
     @property
     def prepared(self) -> bool:
-        """Whether embeds are projected and modulations are here."""
+        """True: embeds are projected and modulations are here."""
         return self.table is not None or self.modulation is not None
 
     def to(self, device: torch.device) -> Conditioning:
-        """The same on `device`."""
+        """Copy to `device`, where it is not there."""
         return self._each(lambda tensor, dim: tensor.to(device))
 
     def rows(self, index: Tensor) -> Conditioning:
@@ -43,7 +43,7 @@ class Conditioning:
         return self._each(lambda tensor, dim: tensor[(slice(None),) * dim + (index,)])
 
     def at(self, step: int) -> Conditioning:
-        """All prompts, at the step number `step`."""
+        """Take the modulations of the step number `step`, for all prompts."""
         if self.table is None:
             return self
         return Conditioning(self.embeds, self.pooled, modulation=self.table[step])
@@ -74,12 +74,14 @@ class Conditioning:
         return self._each(lambda a, b, dim: torch.cat([a, b], dim=dim), other)
 
     def _each(self, change: Callable[..., Tensor], *others: Conditioning) -> Conditioning:
-        """change(tensor, those of the others, dimension of the prompts) of every tensor."""
-        made: dict[str, Tensor | None] = {}
+        """Apply change(tensor, those of the others, dimension of the prompts) to each tensor."""
+        changed: dict[str, Tensor] = {}
         for name in (f.name for f in fields(self)):
-            tensors = [getattr(one, name) for one in (self, *others)]
-            there = [tensor is not None for tensor in tensors]
-            if any(there) != all(there):
+            tensors = [getattr(conditioning, name) for conditioning in (self, *others)]
+            absent = [tensor is None for tensor in tensors]
+            if any(absent) != all(absent):
                 raise ValueError("other: both must be prepared alike (Policy.prepare), or neither")
-            made[name] = change(*tensors, int(name == "table")) if all(there) else None
-        return Conditioning(**made)
+            if not any(absent):
+                # A table has the steps in front of the prompts.
+                changed[name] = change(*tensors, 1 if name == "table" else 0)
+        return Conditioning(**changed)

@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def deterministic_backward() -> Iterator[None]:
-    """For a backward pass: inside, attention's gradients have the same bits every time, where
-    `runs.prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
+    """Give attention's gradients the same bits in each backward pass inside, where
+    `prepare_process` asked for that. While PyTorch may only warn, its attention kernels go on
     adding them up in any order. Elsewhere it may only warn: a reward may want what it forbids."""
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         yield
@@ -21,8 +21,8 @@ def deterministic_backward() -> Iterator[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For a forward that a `repeatable` backward pass runs again (`context_fn` of torch's
-    checkpoint): nothing for the first time, and the settings of now for the second. Under others
+    """Contexts of a forward that a `deterministic_backward` runs again (`context_fn` of torch's
+    checkpoint): none for the first time, and the settings of now for the second. Under others
     PyTorch refuses some attention kernels (cuDNN's), and torch.compile would compile once more."""
     return nullcontext(), _debug_mode(torch.get_deterministic_debug_mode())
 

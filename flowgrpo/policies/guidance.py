@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.base import Policy
+from flowgrpo.policies.conditioning import Conditioning
 
 
 def velocities(

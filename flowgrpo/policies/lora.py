@@ -12,15 +12,17 @@ The gradient of W is never formed: dB = s dy^T (x A^T), dA = (s dy B)^T x, and d
 what both of them and dx need. PEFT's parameters, their names, saving, merging and switching off
 stay.
 
-Query, key and value of an attention layer have one input, and one product (`together`): their A
-stand below each other, and so do their [W, s B], with s B of each layer in columns of its own and
-zeros beside it. x is then read and extended once, and its gradient is one sum inside a product.
+Query, key and value of an attention layer have one input, and one product (`joint_projection`):
+their A stand below each other, and so do their [W, s B], with s B of each layer in columns of its
+own and zeros beside it. x is then read and extended once, and its gradient is one sum inside a
+product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -31,6 +33,27 @@ from torch.autograd.function import once_differentiable
 Matrices = tuple[Tensor, Tensor, Tensor | None]
 
 
+@dataclass(frozen=True)
+class SharedInput:
+    """Groups of layers, by name, that a module calls by `joint_projection`; its `_flowgrpo`."""
+
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass(eq=False)
+class Product:
+    """The product that a LoRA layer computes; its `_flowgrpo`."""
+
+    layers: tuple[nn.Module, ...]
+    """The layers whose matrices are merged for it: itself, several of one input, or none, where it
+    is one of several and not the first."""
+    matrices: Matrices | None = None
+    """Merged matrices that hold as they are, inside `merged_matrices`; None: they are made in each
+    call."""
+    fixed: Matrices | None = None
+    """Memory of merged matrices that stays where it is."""
+
+
 def lora_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that PEFT has put an adapter into, in the model's order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,74 +62,85 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def switched_off(these: list[nn.Module]) -> Iterator[None]:
-    """Inside, the layers compute what they did before PEFT."""
+def disable_adapters(layers: list[nn.Module]) -> Iterator[None]:
+    """Switch the layers' adapters off inside: they compute what they did before PEFT."""
     # The flag alone: PEFT's enable_adapters also walks over the parameters to freeze and unfreeze
     # them, which took longer than a layer of a small model.
-    for layer in these:
+    for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in these:
+        for layer in layers:
             layer._disable_adapters = False
 
 
 @contextmanager
-def merged(these: list[nn.Module], fixed: bool = False) -> Iterator[None]:
-    """Inside, A and [W, s B] are made once and not in every call: no parameter may change.
+def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[None]:
+    """Merge A and [W, s B] once for all calls inside: no parameter may change.
 
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
     inside holds for every later time.
     """
-    short = [layer for layer in these if _is_short(layer) and layer._leads]
-    for layer in short:
+    products = [product_of(layer) for layer in layers]
+    products = [product for product in products if product is not None and product.layers]
+    for product in products:
         if fixed:
-            layer._fixed = _matrices(layer._leads, layer._fixed)
-        layer._matrices = layer._fixed if fixed else _matrices(layer._leads)
+            product.fixed = merge(product.layers, product.fixed)
+            product.matrices = product.fixed
+        else:
+            product.matrices = merge(product.layers)
     try:
         yield
     finally:
-        for layer in short:
-            layer._matrices = None
+        for product in products:
+            product.matrices = None
 
 
 def share_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
-    """Say that `module` calls each of these groups of its layers by `together`."""
-    module._one_input = groups
+    """Say that `module` calls each of these groups of its layers by `joint_projection`.
+
+    Adds to the module: `_flowgrpo` (`SharedInput`).
+    """
+    module._flowgrpo = SharedInput(groups)
 
 
 def install(model: nn.Module) -> None:
-    """Give every plain LoRA linear layer of `model` the forward of this file; leave the others."""
+    """Give each plain LoRA linear layer of `model` the forward of this file; leave the others.
+
+    Adds to these layers: `_flowgrpo` (`Product`) and `forward`.
+    """
     for layer in lora_layers(model):
         if _is_plain(layer):
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
-            layer._matrices = layer._fixed = None
-            # The layers whose product it holds the matrices of: itself, several, or none.
-            layer._leads = (layer,)
+            layer._flowgrpo = Product((layer,))
     for module in model.modules():
-        for names in vars(module).get("_one_input", ()):
+        shared = vars(module).get("_flowgrpo")
+        for names in shared.groups if isinstance(shared, SharedInput) else ():
             group = tuple(getattr(module, name, None) for name in names)
-            if not all(layer is not None and _is_short(layer) for layer in group):
+            if any(layer is None or product_of(layer) is None for layer in group):
                 continue
             if len({layer.base_layer.bias is None for layer in group}) == 1:
                 for layer in group:
-                    layer._leads = ()
-                group[0]._leads = group
+                    layer._flowgrpo.layers = ()
+                group[0]._flowgrpo.layers = group
 
 
-def joint_projection(these: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in these], from one product if their module has said so (`one_input`)
+def product_of(layer: nn.Module) -> Product | None:
+    """The product of a layer that has the forward of this file; None: it has another."""
+    product = vars(layer).get("_flowgrpo")
+    return product if isinstance(product, Product) else None
+
+
+def joint_projection(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers], from one product if their module has said so (`share_input`)
     and all of them have their adapters; the results are slices of it."""
-    leader, group = these[0], tuple(these)
-    if getattr(leader, "_leads", ()) != group or any(t.disable_adapters or t.merged for t in group):
+    group, product = tuple(layers), getattr(layers[0], "_flowgrpo", None)
+    joint = isinstance(product, Product) and product.layers == group
+    if not joint or any(layer.disable_adapters or layer.merged for layer in group):
         return [layer(x) for layer in group]
-    return _product(group, leader._matrices or _matrices(group), x)
-
-
-def _is_short(layer: nn.Module) -> bool:
-    return getattr(layer.forward, "__func__", None) is _forward
+    return _multiply(group, product.matrices or merge(group), x)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -128,18 +162,17 @@ def _is_plain(layer: nn.Module) -> bool:
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
     if self.disable_adapters or self.merged:
         return self.base_layer(x)
-    group = (self,)
-    merged = self._matrices if self._leads == group else None
-    return _product(group, merged or _matrices(group), x)[0]
+    group, product = (self,), self._flowgrpo
+    # Those of the first of several layers are not its own.
+    matrices = product.matrices if product.layers == group else None
+    return _multiply(group, matrices or merge(group), x)[0]
 
 
-def _product(
-    group: tuple[nn.Module, ...], matrices: tuple[Tensor, Tensor, Tensor | None], x: Tensor
-) -> list[Tensor]:
+def _multiply(group: tuple[nn.Module, ...], matrices: Matrices, x: Tensor) -> list[Tensor]:
     parameters = [w for layer in group for w in _parameters(layer)]
     scales = [_scale(layer) for layer in group]
-    found = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), *matrices, scales, *parameters)
-    return [y.unflatten(0, x.shape[:-1]) for y in found]
+    outputs = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), *matrices, scales, *parameters)
+    return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
 
 def _parameters(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
@@ -155,17 +188,17 @@ def _scale(layer: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _matrices(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrices:
+def merge(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrices:
     """A [R, in], [W, s B] [out, in + R] and the bias [out] or None in the dtype of W, with R and
     out summed over the group; written over `into` if that fits."""
-    parts = [(layer.base_layer, *_parameters(layer), _scale(layer)) for layer in group]
-    base, low_a, b, scale = parts[0]
+    terms = [(layer.base_layer, *_parameters(layer), _scale(layer)) for layer in group]
+    base, low_a, b, scale = terms[0]
     weight, bias, scaled_b = base.weight, base.bias, b * scale
     if len(group) > 1:
-        weight = torch.cat([base.weight for base, _, _, _ in parts])
-        bias = None if bias is None else torch.cat([base.bias for base, _, _, _ in parts])
-        low_a = torch.cat([a for _, a, _, _ in parts])
-        scaled_b = torch.block_diag(*(b * scale for _, _, b, scale in parts))
+        weight = torch.cat([base.weight for base, _, _, _ in terms])
+        bias = None if bias is None else torch.cat([base.bias for base, _, _, _ in terms])
+        low_a = torch.cat([a for _, a, _, _ in terms])
+        scaled_b = torch.block_diag(*(b * scale for _, _, b, scale in terms))
     scaled_b = scaled_b.to(weight.dtype)
     if into is None or (into[0].dtype, into[0].device) != (weight.dtype, weight.device):
         return low_a.to(weight.dtype, copy=True), torch.cat((weight, scaled_b), dim=1), bias
@@ -176,8 +209,8 @@ def _matrices(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Mat
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Of n layers: x [N, in], A [R, in] and [W, s B] [out, in + R] in x's dtype, bias [out] or
-    None, the n values of s, and A_1, B_1, A_2, ..., the parameters that get the gradients
+    """The product of n layers: x [N, in], A [R, in] and [W, s B] [out, in + R] in x's dtype, bias
+    [out] or None, the n values of s, and A_1, B_1, A_2, ..., the parameters that get the gradients
     -> n tensors [N, out_i]."""
 
     @staticmethod
@@ -206,5 +239,5 @@ class _LoraLinear(torch.autograd.Function):
             b.split(ctx.ranks, dim=1)[i] * s
             for i, (b, s) in enumerate(zip(db, ctx.scales, strict=True))
         ]
-        pairs = [part for pair in zip(da, db, strict=True) for part in pair]
-        return dx, None, None, None, None, *pairs
+        gradients = [gradient for pair in zip(da, db, strict=True) for gradient in pair]
+        return dx, None, None, None, None, *gradients

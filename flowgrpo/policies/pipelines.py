@@ -1,19 +1,83 @@
-"""Diffusers pipelines from a folder, the Hugging Face Hub or memory, and where their parts lie."""
+"""Diffusers pipelines from a folder, the Hugging Face Hub or memory, with their family."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from flowgrpo.config import ConfigError
+from flowgrpo.policies import families
+from flowgrpo.policies.device import choose_dtype
+from flowgrpo.policies.family import Family
 
 
-def pipeline_class(source: str, model: str) -> str:
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers pipeline that is loaded, and what is known of it."""
+
+    pipeline: Any
+    family: Family
+    dtype: torch.dtype
+    """Type of its transformer's weights."""
+    name: str
+    """Folder, Hub id or name by which the user called it."""
+    folder: Path | None = None
+    """Folder of its files; None: it came without them."""
+
+
+def load(model: str, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
+    """Load the pipeline in a folder or Hub repository; "nano" is the embedded one.
+
+    All of it is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
+    activations leave float16's range. A Hub repository is downloaded first, so the folder is the
+    snapshot that was loaded.
+
+    Raises:
+        ConfigError: it is not there, incomplete, or of no known family.
+    """
+    source, dtype = model, choose_dtype(dtype, device)
+    if model == "nano":
+        from flowgrpo.nano import MODEL_DIR
+
+        source = str(MODEL_DIR)
+    family = families.family_named(_class_name(source, model), model)
+    cls = family.load_class(family.pipeline)
+    try:
+        folder = Path(source if Path(source).is_dir() else cls.download(source))
+        return Pipeline(_load_files(cls, folder, dtype), family, dtype, model, folder)
+    # Loading corrupt or foreign files raises whatever the reader of that file raises.
+    except Exception as error:
+        raise ConfigError(
+            f"policy.model {model!r} could not be loaded as a {cls.__name__} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "restore its files."
+        ) from error
+
+
+def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
+    """Take over a pipeline that somebody else has loaded, in the dtypes that `load` gives one;
+    "auto" is that of its transformer.
+
+    Raises:
+        ConfigError: it is no pipeline of a known family.
+    """
+    family = families.family_of_pipeline(pipeline)
+    dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
+    for name, component in pipeline.components.items():
+        target = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+        if isinstance(component, nn.Module) and component.dtype != target:
+            component.to(target)
+    return Pipeline(pipeline, family, dtype, str(pipeline.name_or_path or family.pipeline))
+
+
+def _class_name(source: str, model: str) -> str:
     """`_class_name` of a pipeline folder or Hub repository; `model` is what the user called it."""
     index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
     try:
@@ -47,52 +111,28 @@ def _from_hub(source: str, model: str) -> Path:
         ) from error
 
 
-def load_pipeline(cls: type, source: str, name: str, dtype: torch.dtype) -> tuple[object, Path]:
-    """(pipeline, its folder), with None for the components that model_index.json has as null.
-
-    Everything is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
-    activations leave float16's range. A Hub repository is downloaded first, so the folder is the
-    snapshot that was loaded.
-    """
-    try:
-        folder = Path(source if Path(source).is_dir() else cls.download(source))
-        index = cls.load_config(folder)
-        absent = {
-            part: None
-            for part, value in index.items()
-            if isinstance(value, list) and value[0] is None
-        }
-        apart = dtype == torch.float16 and "vae" in index and "vae" not in absent
-        dtypes = {"default": dtype, "vae": torch.float32} if apart else dtype
-        with warnings.catch_warnings():
-            # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
-            warnings.simplefilter("ignore", FutureWarning)
-            return cls.from_pretrained(folder, torch_dtype=dtypes, **absent), folder
-    # Loading corrupt or foreign files raises whatever the reader of that file raises.
-    except Exception as error:
-        raise ConfigError(
-            f"policy.model {name!r} could not be loaded as a {cls.__name__} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "restore its files."
-        ) from error
+def _load_files(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of class `cls`, with None for the components that model_index.json has as
+    null."""
+    index = cls.load_config(folder)
+    absent = {
+        name: None for name, value in index.items() if isinstance(value, list) and value[0] is None
+    }
+    apart = dtype == torch.float16 and "vae" in index and "vae" not in absent
+    dtypes = {"default": dtype, "vae": torch.float32} if apart else dtype
+    with warnings.catch_warnings():
+        # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
+        warnings.simplefilter("ignore", FutureWarning)
+        return cls.from_pretrained(folder, torch_dtype=dtypes, **absent)
 
 
-def cast(pipeline: object, dtype: torch.dtype) -> object:
-    """`pipeline`, which somebody else has loaded, in the dtypes that `load_pipeline` gives one."""
-    for name, part in pipeline.components.items():
-        wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
-        if isinstance(part, nn.Module) and part.dtype != wanted:
-            part.to(wanted)
-    return pipeline
-
-
-def place(pipeline: object, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
+def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
     """Freeze the pipeline's models and move all but those in `stay` to `device`."""
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-            if not any(part is other for other in stay):
-                part.to(device)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+            if not any(component is other for other in stay):
+                component.to(device)
 
 
 def check_resolution(
@@ -100,7 +140,8 @@ def check_resolution(
 ) -> int:
     """Pixels on each side: `resolution`, or `default` where that is 0.
 
-    Raises ConfigError unless it is a multiple of `multiple` and at most `largest`.
+    Raises:
+        ConfigError: it is no multiple of `multiple`, or more than `largest`.
     """
     pixels = resolution or default
     if pixels % multiple:

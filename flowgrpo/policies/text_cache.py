@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
+from flowgrpo.files import replacing
 from flowgrpo.policies.conditioning import Conditioning
 
 log = logging.getLogger("flowgrpo")
@@ -60,7 +60,7 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the device; equal texts are encoded once."""
         known = {text: self._cache.read(text) if self._cache else None for text in texts}
-        missing = [text for text, found in known.items() if found is None]
+        missing = [text for text, row in known.items() if row is None]
         with self._on_device(bool(missing)):
             for text in missing:
                 known[text] = self._encode(text)
@@ -106,35 +106,33 @@ class TextCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, text: str) -> Conditioning | None:
-        """What `write` stored, on the CPU; None, with a warning, for a file that is not intact."""
+        """The embeddings that `write` stored, on the CPU; None, with a warning, for a file that is
+        not intact."""
         path = self.path(text)
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
                 stored = (file.metadata() or {}).get("sha256")
-                found = Conditioning(file.get_tensor("embeds"), file.get_tensor("pooled"))
-            if stored != _digest(found):
+                row = Conditioning(file.get_tensor("embeds"), file.get_tensor("pooled"))
+            if stored != _digest(row):
                 raise ValueError("its tensors are not those that were stored")
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("%s cannot be used (%s); its text is encoded again.", path, error)
             return None
-        return found
+        return row
 
     def write(self, text: str, row: Conditioning) -> None:
         """Store the embeddings of `text`; readers see the whole file or none."""
         if self._broken:
             return
         path, row = self.path(text), row.to(torch.device("cpu"))
-        # Processes of several machines may share the folder, so a process id is no name.
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         tensors = {"embeds": row.embeds.contiguous(), "pooled": row.pooled.contiguous()}
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file(tensors, beside, metadata={"text": text, "sha256": _digest(row)})
-            os.replace(beside, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"text": text, "sha256": _digest(row)})
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             # A full disk stops no run: embeddings are only computed more often.
             self._broken = True
             log.warning("%s cannot be written (%s); no more text is cached.", path, error)
@@ -143,17 +141,17 @@ class TextCache:
 def open_cache(
     setting: str,
     folder: Path | None,
-    parts: Iterable[str],
+    components: Iterable[str],
     dtype: torch.dtype,
     max_length: int,
     device: torch.device,
 ) -> TextCache | None:
-    """The cache that `policy.text_cache` names, for the text parts of the pipeline in `folder`.
+    """Open the cache that `policy.text_cache` names, for a pipeline's text encoders in `folder`.
 
     Args:
         setting: a folder; "auto" for flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "" for none.
         folder: None for a pipeline that came without its files, which gets no cache.
-        parts: the pipeline's folders with text encoders and tokenizers.
+        components: the pipeline's folders with text encoders and tokenizers.
         max_length: tokens of the T5 encoder.
     """
     if not setting or folder is None:
@@ -161,7 +159,7 @@ def open_cache(
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     identity = {
-        "files": fingerprint(folder, parts),
+        "files": fingerprint(folder, components),
         "dtype": str(dtype),
         "max_length": max_length,
         "device": on,
@@ -170,16 +168,16 @@ def open_cache(
     return TextCache((home if setting == "auto" else Path(setting)).expanduser(), identity)
 
 
-def fingerprint(folder: Path, parts: Iterable[str]) -> str:
-    """SHA-256 of the files in `folder`/`parts`.
+def fingerprint(folder: Path, components: Iterable[str]) -> str:
+    """SHA-256 of the files in `folder`/`components`.
 
     A file above 1 MiB counts by size, modification time, first and last MiB, as reading 10 GB of
     T5 would take longer than encoding a prompt set. In the Hub's cache it counts by its name there,
     which is the SHA-256 of its content.
     """
     digest = hashlib.sha256()
-    for part in sorted(parts):
-        for path in sorted((folder / part).rglob("*")):
+    for component in sorted(components):
+        for path in sorted((folder / component).rglob("*")):
             if path.is_file():
                 entry = [path.relative_to(folder).as_posix(), *_content(path)]
                 digest.update(json.dumps(entry).encode())

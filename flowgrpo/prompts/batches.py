@@ -21,27 +21,27 @@ def check_count(prompts: Prompts, count: int) -> None:
 
 
 def prompt_batch(prompts: Prompts, config: Config, iteration: int) -> Prompts:
-    """The K prompts of an iteration, all different.
+    """Draw the K prompts of an iteration, all different.
 
     The set is shuffled once per epoch and cut into batches; what is left over at the end of an
     epoch waits for the next shuffle.
     """
     count = config.sample.prompts_per_iteration
     check_count(prompts, count)
-    epoch, place = divmod(iteration, len(prompts) // count)
+    epoch, number = divmod(iteration, len(prompts) // count)
     order = seeds.permutation(len(prompts), config.run.seed, seeds.PROMPTS, epoch)
-    return prompts.take(order[place * count : (place + 1) * count])
+    return prompts.take(order[number * count : (number + 1) * count])
 
 
 def row_seeds(count: int, config: Config, iteration: int) -> tuple[Tensor, Tensor]:
-    """int64 [B] twice, for `count` groups: seeds of the steps' noise and of the initial noise.
+    """Draw the seeds of `count` groups: of the steps' noise and of the initial noise, int64 [B].
 
     With `sample.shared_noise` the rows of one group start from the same latent.
     """
     rows = np.arange(count * config.sample.group_size)
-    own = torch.from_numpy(seeds.sample_seeds(config.run.seed, seeds.ROW, iteration, rows))
+    step_seeds = seeds.sample_seeds(config.run.seed, seeds.ROW, iteration, rows)
     if not config.sample.shared_noise:
-        return own, own
+        return torch.from_numpy(step_seeds), torch.from_numpy(step_seeds)
     groups = rows // config.sample.group_size
-    shared = seeds.sample_seeds(config.run.seed, seeds.GROUP, iteration, groups)
-    return own, torch.from_numpy(shared)
+    group_seeds = seeds.sample_seeds(config.run.seed, seeds.GROUP, iteration, groups)
+    return torch.from_numpy(step_seeds), torch.from_numpy(group_seeds)

@@ -22,7 +22,7 @@ HELD_OUT = ("test", "validation")
 
 
 def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Texts and metadata of the set called `name`, "hub:..." as above.
+    """Load texts and metadata of the set called `name`, "hub:..." as above.
 
     Raises:
         ConfigError: the library is missing, or there is no such set, split or column.
@@ -45,30 +45,33 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
             f"({type(error).__name__}: {reason.rstrip('.')}); check the name, your access and the "
             "network."
         ) from error
-    wanted = ("train",) if split == "train" else HELD_OUT
-    there = [part for part in wanted if part in splits]
+    candidates = ("train",) if split == "train" else HELD_OUT
+    present = [candidate for candidate in candidates if candidate in splits]
     require(
-        bool(there),
+        bool(present),
         f"the data set {source!r} has the splits {', '.join(splits)}, but one of "
-        f"{', '.join(wanted)} is expected for the {split} prompts; choose another set, or a file.",
+        f"{', '.join(candidates)} is expected for the {split} prompts; choose another set, or a "
+        "file.",
     )
-    table = splits[there[0]]
-    text = [name for name in ([column] if column else COLUMNS) if name in table.column_names]
+    table = splits[present[0]]
+    columns = [name for name in ([column] if column else COLUMNS) if name in table.column_names]
     require(
-        bool(text),
+        bool(columns),
         f"the data set {source!r} has the columns {', '.join(table.column_names)}, but "
         f"{column or ' or '.join(COLUMNS)} is expected to hold the prompts; name one by "
         f"{PREFIX}{source}:COLUMN.",
     )
     media = [name for name, kind in table.features.items() if type(kind).__name__ in MEDIA]
     table = table.remove_columns(media)
-    rows = [row for row in table if isinstance(row[text[0]], str)]
+    prompt = columns[0]
+    rows = [row for row in table if isinstance(row[prompt], str)]
     plain = [name for name in table.column_names if all(_is_plain(row[name]) for row in rows[:1])]
-    metadata = [{name: row[name] for name in plain} | {"prompt": row[text[0]]} for row in rows]
+    metadata = [{name: row[name] for name in plain} | {"prompt": row[prompt]} for row in rows]
     return [entry["prompt"] for entry in metadata], metadata
 
 
 def _is_plain(value: Any) -> bool:
+    """Tell whether JSON can hold `value`."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

@@ -25,7 +25,7 @@ TABLES = (".json", ".csv", ".tsv")
 
 
 def load_prompts(name: str, split: str = "train") -> Prompts:
-    """The prompts of a set, "train" or another split. A single file is the same in every split."""
+    """Load a split of a prompt set. A single file is the same in every split."""
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
@@ -51,14 +51,14 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
         f"sample.prompts is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
         "with one prompt a line, or a JSONL file.",
     )
-    found = _read_jsonl(path) if kind == ".jsonl" else _read_text(path)
-    if not found.texts:
+    prompts = _read_jsonl(path) if kind == ".jsonl" else _read_text(path)
+    if not prompts.texts:
         raise ConfigError(f"the prompt file {path} has no prompts; write one a line.")
-    return found
+    return prompts
 
 
 def has_splits(name: str) -> bool:
-    """Whether the set holds prompts out; a single file is the same in every split."""
+    """Tell whether training does not see all of the set: a single file has no splits."""
     return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
 
 

@@ -29,19 +29,19 @@ def score(
     device: str = "auto",
     batch_size: int = 32,
 ):
-    """The predicted rating."""
-    found = clip.load(model, device=device, batch_size=batch_size)
-    layers = [(w.to(found.device), b.to(found.device)) for w, b in linear_layers(head)]
-    if layers[0][0].shape[1] != found.model.config.projection_dim:
+    """Build the aesthetic predictor: a rating of 1 ... 10."""
+    encoder = clip.load(model, device=device, batch_size=batch_size)
+    layers = [(w.to(encoder.device), b.to(encoder.device)) for w, b in linear_layers(head)]
+    if layers[0][0].shape[1] != encoder.model.config.projection_dim:
         raise RewardError(
             f"the head {head} of reward 'aesthetic' takes vectors of {layers[0][0].shape[1]} "
-            f"numbers, but {model} gives {found.model.config.projection_dim}; use the CLIP model "
+            f"numbers, but {model} gives {encoder.model.config.projection_dim}; use the CLIP model "
             "that the head was made for."
         )
 
     @torch.inference_mode()
     def rate(images, prompts, metadata) -> Tensor:
-        values = found.images(images)
+        values = encoder.images(images)
         for weight, bias in layers:
             values = functional.linear(values, weight, bias)
         return values[:, 0]
@@ -50,14 +50,14 @@ def score(
 
 
 def linear_layers(head: str) -> list[tuple[Tensor, Tensor]]:
-    """(weight [out, in], bias [out]) of the head's layers, first to last."""
-    found: dict[int, dict[str, Tensor]] = {}
+    """Read (weight [out, in], bias [out]) of the head's layers, first to last."""
+    tensors: dict[int, dict[str, Tensor]] = {}
     for name, tensor in models.tensors(head).items():
-        place = re.search(r"(?:^|\.)layers\.(\d+)\.(weight|bias)$", name)
-        if place:
-            found.setdefault(int(place[1]), {})[place[2]] = tensor.float()
-    layers = [(found[i].get("weight"), found[i].get("bias")) for i in sorted(found)]
-    if not layers or any(part is None for layer in layers for part in layer):
+        match = re.search(r"(?:^|\.)layers\.(\d+)\.(weight|bias)$", name)
+        if match:
+            tensors.setdefault(int(match[1]), {})[match[2]] = tensor.float()
+    layers = [(tensors[i].get("weight"), tensors[i].get("bias")) for i in sorted(tensors)]
+    if not layers or any(tensor is None for layer in layers for tensor in layer):
         raise RewardError(
             f"the head {head} of reward 'aesthetic' has no complete layers.N.weight and "
             "layers.N.bias, but those of the linear aesthetic predictor are expected; name its "

@@ -1,8 +1,8 @@
 """Rewards beside the rollout: images of one chunk are scored while the next is sampled.
 
-A reward compares nothing across images, but a group is kept or dropped as a whole, so images are
+A reward compares nothing across images, but a group is scored or dropped as a whole, so images are
 handed on in whole groups: those that a chunk completes. That is so with and without a thread, and
-scores are put together in the order of the rows, so both give the same bits also where a reward's
+scores are concatenated in the order of the rows, so both give the same bits also where a reward's
 network computes other bits for another number of images.
 
 One thread computes the rewards. At most `waiting` portions of images are with it; then `add` waits,
@@ -28,10 +28,10 @@ from flowgrpo.rewards import Scorer
 
 
 class RewardThread:
-    """The thread that computes rewards, and its stream. One for a run."""
+    """The thread of a run that computes rewards, and its stream."""
 
     def __init__(self, device: torch.device, waiting: int) -> None:
-        self._free = threading.BoundedSemaphore(waiting)
+        self._slots = threading.BoundedSemaphore(waiting)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # No ThreadPoolExecutor: its threads are waited for at the end of the process, and a reward
@@ -43,20 +43,20 @@ class RewardThread:
         weakref.finalize(self, self._work.put, None)
 
     def submit(self, work: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> Future:
-        """Start work(images) when the images are there; waits while too much is under way."""
+        """Queue work(images), to start once the images are decoded; waits for a free slot."""
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(images.device))
-        self._free.acquire()
+        self._slots.acquire()
         future: Future = Future()
-        future.add_done_callback(lambda _, free=self._free: free.release())
+        future.add_done_callback(lambda _, slots=self._slots: slots.release())
         self._work.put(partial(_answer, future, work, images, self._stream, ready))
         return future
 
 
 def _serve(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    """Do one after the other, until None comes."""
+    """Run queued calls one after the other, until None comes."""
     while (call := work.get()) is not None:
         call()
         # Its images would stay in memory until the next one comes.
@@ -70,43 +70,45 @@ def _answer(
     stream: torch.cuda.Stream | None,
     ready: torch.cuda.Event | None,
 ) -> None:
-    """Put what work(images) returns or raises into `future`."""
+    """Run work(images) and put its result or its error into `future`."""
     try:
         if ready is None:
-            found = work(images)
+            scores = work(images)
         else:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 # The allocator must not reuse the images before this stream has read them.
                 images.record_stream(stream)
-                found = work(images)
-    # Whatever it is, also SystemExit of a user's reward: whoever asks for the result gets it.
+                scores = work(images)
+    # Any error, also SystemExit of a user's reward: it is raised where the result is asked for.
     except BaseException as error:
         future.set_exception(error)
     else:
-        future.set_result(found)
+        future.set_result(scores)
 
 
 class BackgroundScoring:
-    """The rewards of one iteration.
+    """The rewards of one iteration, computed while its images come.
 
-    scoring = Scoring(scorer, prompts, group_size, worker)
+    scoring = BackgroundScoring(scorer, prompts, group_size, reward_thread)
     scoring.add(images)                     the next rows, in order; any number
     scores = scoring.finish()
     """
 
     def __init__(
-        self, scorer: Scorer, prompts: Prompts, group_size: int, worker: RewardThread | None = None
+        self, scorer: Scorer, prompts: Prompts, group_size: int, thread: RewardThread | None = None
     ) -> None:
+        """thread: computes the rewards; None: they are computed in `finish`."""
         self.scorer, self.prompts = scorer, prompts
-        self.group_size, self.worker = group_size, worker
-        self._rest: list[Tensor] = []
+        self.group_size, self.thread = group_size, thread
+        # Images of a group that is not complete yet.
+        self._pending: list[Tensor] = []
         self._scored = 0
         self._portions: list[Callable[[], dict[str, Tensor]]] = []
         self._running: list[Future] = []
 
     def add(self, images: Tensor) -> None:
-        """Take uint8 images [b, 3, H, W] of the next b rows.
+        """Add the images of the next b rows, uint8 [b, 3, H, W].
 
         Raises:
             Exception: what a reward raised for earlier images.
@@ -114,38 +116,39 @@ class BackgroundScoring:
         for future in self._running:
             if future.done():
                 future.result()
-        self._rest.append(images)
-        groups = sum(map(len, self._rest)) // self.group_size
+        self._pending.append(images)
+        groups = sum(map(len, self._pending)) // self.group_size
         if groups == 0:
             return
-        ready = torch.cat(self._rest)
+        images = torch.cat(self._pending)
         count = groups * self.group_size
-        self._rest = [ready[count:]] if len(ready) > count else []
+        complete = images[:count]
+        self._pending = [images[count:]] if len(images) > count else []
         prompts = self.prompts.take(range(self._scored, self._scored + groups))
         self._scored += groups
 
-        def work(portion: Tensor) -> dict[str, Tensor]:
-            return self.scorer.parts(portion, prompts, self.group_size)
+        def score(images: Tensor) -> dict[str, Tensor]:
+            return self.scorer.score_each(images, prompts, self.group_size)
 
-        if self.worker is None:
-            self._portions.append(lambda: work(ready[:count]))
+        if self.thread is None:
+            self._portions.append(partial(score, complete))
         else:
-            future = self.worker.submit(work, ready[:count])
+            future = self.thread.submit(score, complete)
             self._running.append(future)
             self._portions.append(future.result)
 
     def finish(self) -> Scores:
-        """The scores of all rows, when they are there.
+        """Wait for the scores of all rows.
 
         Raises:
             ValueError: images are missing.
             Exception: what a reward raised.
         """
-        if self._scored != len(self.prompts) or self._rest:
+        if self._scored != len(self.prompts) or self._pending:
             raise ValueError(
-                f"{self._scored} groups of images were added and {sum(map(len, self._rest))} "
+                f"{self._scored} groups of images were added and {sum(map(len, self._pending))} "
                 f"images beyond, but {len(self.prompts)} groups of {self.group_size} are expected"
             )
-        found = [portion() for portion in self._portions]
-        parts = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        return self.scorer.combine(parts, self.group_size)
+        scores = [portion() for portion in self._portions]
+        rewards = {name: torch.cat([portion[name] for portion in scores]) for name in scores[0]}
+        return self.scorer.combine(rewards, self.group_size)

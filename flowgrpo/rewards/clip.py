@@ -23,7 +23,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def pixels(images: Tensor, size: int, fit: str = "crop") -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, size, size], normalised.
+    """Prepare images, uint8 [B, 3, H, W], for the model: float32 [B, 3, size, size], normalised.
 
     fit: "crop" brings the shorter edge to `size` and crops the centre; "pad" brings the longer edge
     there and pads with black.
@@ -31,22 +31,22 @@ def pixels(images: Tensor, size: int, fit: str = "crop") -> Tensor:
     height, width = images.shape[-2:]
     edge = min(height, width) if fit == "crop" else max(height, width)
     # torchvision's rule: the long edge is truncated in a crop; HPSv2's: rounded when it pads.
-    whole = int if fit == "crop" else round
-    new = tuple(whole(side * size / edge) for side in (height, width))
-    images = resize(images, new)
+    to_int = int if fit == "crop" else round
+    resized = tuple(to_int(side * size / edge) for side in (height, width))
+    images = resize(images, resized)
     if fit == "pad":
-        down, right = size - new[0], size - new[1]
+        down, right = size - resized[0], size - resized[1]
         images = functional.pad(
             images, (right // 2, right - right // 2, down // 2, down - down // 2)
         )
     else:
-        top, left = (round((side - size) / 2) for side in new)
+        top, left = (round((side - size) / 2) for side in resized)
         images = images[..., top : top + size, left : left + size]
     return normalise(images / 255)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """float [B, 3, H, W] in [0, 1] -> CLIP's normalisation."""
+    """Apply CLIP's normalisation to images, float [B, 3, H, W] in [0, 1]."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images - mean) / std
 
@@ -63,35 +63,35 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.device
 
     @torch.inference_mode()
     def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> unit vectors float32 [B, D]."""
+        """Embed images, uint8 [B, 3, H, W], as unit vectors, float32 [B, D]."""
         size = self.model.config.vision_config.image_size
-        parts = [
+        vectors = [
             self.pixels(pixels(chunk.to(self.device), size, self.fit))
             for chunk in images.split(self.batch_size)
         ]
-        return torch.cat(parts)
+        return torch.cat(vectors)
 
     @torch.inference_mode()
     def pixels(self, values: Tensor) -> Tensor:
-        """Normalised images [B, 3, size, size] -> unit vectors float32 [B, D]."""
+        """Embed normalised images, [B, 3, size, size], as unit vectors, float32 [B, D]."""
         # Not get_image_features: what it returns differs between transformers 4 and 5.
         pooled = self.model.vision_model(pixel_values=values).pooler_output
         return functional.normalize(self.model.visual_projection(pooled), dim=-1)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts -> unit vectors float32 [B, D]; the same text is encoded once."""
-        different = list(dict.fromkeys(texts))
+        """Embed B texts as unit vectors, float32 [B, D]; equal texts are encoded once."""
+        unique = list(dict.fromkeys(texts))
         length = self.model.config.text_config.max_position_embeddings
-        parts = []
-        for start in range(0, len(different), self.batch_size):
+        vectors = []
+        for start in range(0, len(unique), self.batch_size):
             tokens = self.tokenizer(
-                different[start : start + self.batch_size],
+                unique[start : start + self.batch_size],
                 padding=True,
                 truncation=True,
                 max_length=length,
@@ -100,17 +100,17 @@ class Clip:
             pooled = self.model.text_model(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             ).pooler_output
-            parts.append(functional.normalize(self.model.text_projection(pooled), dim=-1))
-        place = {text: row for row, text in enumerate(different)}
-        return torch.cat(parts)[[place[text] for text in texts]]
+            vectors.append(functional.normalize(self.model.text_projection(pooled), dim=-1))
+        rows = {text: row for row, text in enumerate(unique)}
+        return torch.cat(vectors)[[rows[text] for text in texts]]
 
     def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """float32 [B]: the cosine between each image and its text."""
+        """Compute the cosine between each image and its text, float32 [B]."""
         return (self.images(images) * self.texts(texts)).sum(dim=-1)
 
     @property
     def scale(self) -> Tensor:
-        """The factor of the cosine in the model's logits (100 in most CLIP models)."""
+        """Factor of the cosine in the model's logits (100 in most CLIP models)."""
         return self.model.logit_scale.exp()
 
 
@@ -123,6 +123,6 @@ def load(
     revision: str | None = None,
     fit: str = "crop",
 ) -> Clip:
-    """The CLIP model in a folder or Hub id; `tokenizer` if it lies elsewhere."""
-    found = models.pretrained("CLIPModel", model, models.device(device), revision)
-    return Clip(found, models.tokenizer(tokenizer or model), batch_size, fit)
+    """Load the CLIP model of a folder or Hub id; `tokenizer`: another of its tokenizer."""
+    network = models.pretrained("CLIPModel", model, models.device(device), revision)
+    return Clip(network, models.tokenizer(tokenizer or model), batch_size, fit)

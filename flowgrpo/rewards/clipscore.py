@@ -21,6 +21,8 @@ def score(
     device: str = "auto",
     batch_size: int = 32,
 ):
-    """CLIP's logit / 30."""
-    found = clip.load(model, device=device, batch_size=batch_size)
-    return lambda images, prompts, metadata: found.scale * found.cosine(images, prompts) / DIVISOR
+    """Build the CLIP score: CLIP's logit / 30."""
+    encoder = clip.load(model, device=device, batch_size=batch_size)
+    return lambda images, prompts, metadata: (
+        encoder.scale * encoder.cosine(images, prompts) / DIVISOR
+    )

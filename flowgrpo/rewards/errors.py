@@ -1,4 +1,4 @@
-"""The error of a reward, and the place in the user's own code that it came through."""
+"""The error of a reward, and the line of the user's code that raised it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class RewardError(ConfigError):
 
 
 def describe_error(error: Exception) -> str:
-    """An error on one line, with the place in the user's own code that it came through."""
+    """Describe an error on one line, with the last line of the user's code in its traceback."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = text if len(text) <= 300 else f"{text[:300]} ..."
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame)]
-    return f"{text}, {places[-1].filename} line {places[-1].lineno}" if places else text
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame)]
+    return f"{text}, {frames[-1].filename} line {frames[-1].lineno}" if frames else text
 
 
 def _is_users(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is neither of an installed library, nor of Python, nor of this package."""
-    path, known = Path(frame.filename), sysconfig.get_paths()
-    theirs = {Path(known[name]) for name in ("stdlib", "purelib", "platlib")}
-    return path.is_file() and not {*theirs, Path(__file__).parents[1]} & {*path.parents}
+    """Tell a frame of the user's code from those of libraries, Python and this package."""
+    path, paths = Path(frame.filename), sysconfig.get_paths()
+    libraries = {Path(paths[name]) for name in ("stdlib", "purelib", "platlib")}
+    return path.is_file() and not {*libraries, Path(__file__).parents[1]} & {*path.parents}

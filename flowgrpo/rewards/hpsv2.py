@@ -23,8 +23,8 @@ def score(
     device: str = "auto",
     batch_size: int = 32,
 ):
-    """The cosine between image and text. The revision is of a Hub id only."""
-    found = clip.load(
+    """Build HPS v2: the cosine between image and text. `revision` is used with a Hub id only."""
+    encoder = clip.load(
         model,
         tokenizer=tokenizer,
         device=device,
@@ -32,4 +32,4 @@ def score(
         revision=revision,
         fit="pad",
     )
-    return lambda images, prompts, metadata: found.cosine(images, prompts)
+    return lambda images, prompts, metadata: encoder.cosine(images, prompts)

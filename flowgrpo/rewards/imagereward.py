@@ -29,7 +29,7 @@ MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 TOKENS = 35
 HEAD = (0, 2, 4, 6, 7)
-"""Places of the linear layers of the MLP."""
+"""Numbers of the linear layers in the MLP."""
 
 # Pattern in the authors' names -> what transformers calls it; applied in this order.
 NAMES = (
@@ -54,15 +54,15 @@ def score(
     device: str = "auto",
     batch_size: int = 32,
 ):
-    """The normalised reward: mean 0 and standard deviation 1 over the authors' data."""
+    """Build ImageReward, normalised: mean 0 and standard deviation 1 over the authors' data."""
     on = models.device(device)
     weights = renamed(models.tensors(model))
-    vision, text, head = (part.to(on) for part in build(weights, model))
+    vision, text, head = (module.to(on) for module in build(weights, model))
     tokens = models.tokenizer(tokenizer)
 
     @torch.inference_mode()
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        found = []
+        rewards = []
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             pixels = clip.pixels(images[rows].to(on), vision.config.image_size)
@@ -80,24 +80,24 @@ def score(
                 encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=on),
             )
-            found.append((head(out.last_hidden_state[:, 0])[:, 0] - MEAN) / STD)
-        return torch.cat(found)
+            rewards.append((head(out.last_hidden_state[:, 0])[:, 0] - MEAN) / STD)
+        return torch.cat(rewards)
 
     return rate
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of `build`'s parts: vision.*, text.*, mlp.*."""
-    found = {}
+    """Rename the authors' tensors for the modules of `build`: vision.*, text.*, mlp.*."""
+    tensors = {}
     for name, tensor in weights.items():
-        for pattern, new in NAMES:
-            name = re.sub(pattern, new, name)
-        found[name] = tensor.float()
-    return found
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor.float()
+    return tensors
 
 
 def build(weights: dict[str, Tensor], source: str) -> tuple[Any, Any, torch.nn.Sequential]:
-    """(vision encoder, text encoder, head) with these weights; sizes are read off the tensors."""
+    """Build vision encoder, text encoder and head; sizes are those of the tensors."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     try:
@@ -146,7 +146,7 @@ def build(weights: dict[str, Tensor], source: str) -> tuple[Any, Any, torch.nn.S
 
 
 class Linear(torch.nn.Module):
-    """A layer of the head."""
+    """A linear layer of the head, frozen."""
 
     def __init__(self, weights: dict[str, Tensor], name: str) -> None:
         super().__init__()
@@ -154,19 +154,18 @@ class Linear(torch.nn.Module):
         self.register_buffer("bias", weights[f"{name}.bias"])
 
     def forward(self, values: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
+        """Map values [..., in] to [..., out]."""
         return functional.linear(values, self.weight, self.bias)
 
 
 def _layers(weights: dict[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in weights if (found := re.match(pattern, name)))
+    """Count the layers whose number is the group of `pattern`."""
+    matches = (re.match(pattern, name) for name in weights)
+    return 1 + max(int(match[1]) for match in matches if match)
 
 
 def _fill(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str) -> None:
-    """Load strictly what `module` has; the file may hold more."""
-    wanted = module.state_dict()
-    module.load_state_dict(
-        {name: weights[prefix + name] for name in wanted if not name.endswith("position_ids")},
-        strict=False,
-    )
+    """Load all weights of `module`, frozen; a missing one raises, the file may hold more."""
+    names = [name for name in module.state_dict() if not name.endswith("position_ids")]
+    module.load_state_dict({name: weights[prefix + name] for name in names}, strict=False)
     module.eval().requires_grad_(False)

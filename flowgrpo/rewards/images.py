@@ -17,8 +17,8 @@ from torch.nn import functional
 def check_images(images: Any, prompts: Sequence[Any], metadata: Sequence[Any]) -> None:
     """Raise unless `images` is uint8 [B, 3, H, W] with B prompts and B metadata."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        found = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"images is {found}, but a uint8 tensor [B, 3, H, W] is expected.")
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images is {kind}, but a uint8 tensor [B, 3, H, W] is expected.")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}, but [B, 3, H, W] is expected.")
     if not len(images) == len(prompts) == len(metadata):
@@ -29,34 +29,34 @@ def check_images(images: Any, prompts: Sequence[Any], metadata: Sequence[Any]) -
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] -> RGB."""
+    """Convert an image, uint8 [3, H, W], to Pillow's RGB."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy(), mode="RGB")
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """Any Pillow image -> uint8 [3, H, W]."""
+    """Convert any Pillow image to uint8 [3, H, W]."""
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
 
 
 def to_png(image: Tensor) -> str:
-    """uint8 [3, H, W] -> base64 of a PNG file, which keeps every bit."""
+    """Encode an image, uint8 [3, H, W], as base64 of a PNG file, which loses nothing."""
     buffer = io.BytesIO()
-    # Level 1: requests leave at once, and are as exact as at any other.
+    # Level 1: the fastest, and as exact as any other.
     to_pil(image).save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def from_png(text: str, max_pixels: int = 4096 * 4096) -> Tensor:
-    """The inverse of `to_png`.
+    """Decode what `to_png` encoded, uint8 [3, H, W].
 
     Raises:
         ValueError: `text` is no base64 of a PNG file, or the image is larger than `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        # The size stands in the header: nothing is decompressed before it is known to fit.
+        # The size is in the header: nothing is decompressed before it is checked.
         if image.width * image.height <= max_pixels:
             return from_pil(image)
     except Image.DecompressionBombError as error:
@@ -67,16 +67,16 @@ def from_png(text: str, max_pixels: int = 4096 * 4096) -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, *size], whole numbers in 0 ... 255.
+    """Resize images, uint8 [B, 3, H, W], to float32 [B, 3, *size], whole numbers in 0 ... 255.
 
     Bicubic and antialiased as Pillow resizes 8-bit images, which rounds and clips after the first
     of its two passes too: the horizontal one (Pillow 13 may begin with the other).
     """
-    found = images.float()
-    for new in ((found.shape[-2], size[1]), size):
-        if found.shape[-2:] != new:
-            found = functional.interpolate(
-                found, size=new, mode="bicubic", align_corners=False, antialias=True
+    resized = images.float()
+    for shape in ((resized.shape[-2], size[1]), size):
+        if resized.shape[-2:] != shape:
+            resized = functional.interpolate(
+                resized, size=shape, mode="bicubic", align_corners=False, antialias=True
             )
-            found = found.round_().clamp_(0, 255)
-    return found
+            resized = resized.round_().clamp_(0, 255)
+    return resized

@@ -21,7 +21,7 @@ QUALITY = 95
 def incompressibility(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> list[float]:
-    """[B] sizes in kilobytes of 1000 bytes."""
+    """Measure the JPEG size of each image [B], in kilobytes of 1000 bytes."""
     check_images(images, prompts, metadata)
     return [_kilobytes(image) for image in images]
 
@@ -29,7 +29,7 @@ def incompressibility(
 def compressibility(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> list[float]:
-    """[B] negative sizes; 0 would be an empty file."""
+    """Score small files high: -size / 500 of each image [B]; 0 would be an empty file."""
     return [-size / 500 for size in incompressibility(images, prompts, metadata)]
 
 

@@ -13,7 +13,7 @@ from flowgrpo.rewards import RewardError
 
 
 def device(name: str) -> torch.device:
-    """`name`, where "auto" is cuda if there is one, else cpu."""
+    """Read a device's name; "auto" is cuda if there is one, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -27,7 +27,7 @@ def device(name: str) -> torch.device:
 
 @cache
 def pretrained(kind: str, model: str, on: torch.device, revision: str | None = None) -> Any:
-    """The frozen transformers model of class `kind` in a folder or Hub id, float32.
+    """Load the transformers model of class `kind` from a folder or Hub id, frozen, in float32.
 
     One copy serves all rewards that name the same model.
 
@@ -37,17 +37,17 @@ def pretrained(kind: str, model: str, on: torch.device, revision: str | None = N
     import transformers
 
     try:
-        found = getattr(transformers, kind).from_pretrained(
+        network = getattr(transformers, kind).from_pretrained(
             model, use_safetensors=True, dtype=torch.float32, revision=revision or "main"
         )
     except (OSError, ValueError) as error:
         raise _unusable(f"the model {model}", kind + " with safetensors weights", error) from error
-    return found.eval().requires_grad_(False).to(on)
+    return network.eval().requires_grad_(False).to(on)
 
 
 @cache
 def tokenizer(name: str) -> Any:
-    """The tokenizer in a folder or Hub id."""
+    """Load the tokenizer of a folder or Hub id."""
     import transformers
 
     try:
@@ -57,7 +57,7 @@ def tokenizer(name: str) -> Any:
 
 
 def tensors(source: str, file: str = "model.safetensors") -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: a file, or `file` in a folder or Hub id."""
+    """Read the tensors of a .safetensors file, or of `file` in a folder or Hub id."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from safetensors import SafetensorError

@@ -15,12 +15,12 @@ from flowgrpo.rewards import RewardError
 
 
 def strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
-    """[B] scores in {0, 1}."""
+    """Score images [B] with 1 where all is right, else 0."""
     return _score(images, metadata)["strict"]
 
 
 def partial(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
-    """[B] scores in [0, 1]."""
+    """Score images [B] with the share of what is right, in [0, 1]."""
     return _score(images, metadata)["partial"]
 
 

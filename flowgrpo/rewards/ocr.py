@@ -33,7 +33,10 @@ Reader = Callable[[Any], list[str]]
 
 @configurable("ocr", check=lambda prompt, entry: quoted_text(prompt))
 def score(*, engine: str = "rapidocr", workers: int = 0):
-    """engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8."""
+    """Build the text-rendering reward.
+
+    engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8.
+    """
     if engine not in ENGINES:
         raise RewardError(
             f"the engine of reward 'ocr' is {engine!r}, but one of {', '.join(ENGINES)} is "
@@ -41,44 +44,45 @@ def score(*, engine: str = "rapidocr", workers: int = 0):
         )
     library(engine, "ocr")
     distance = library("rapidfuzz.distance", "ocr").Levenshtein.distance
-    own = threading.local()
+    # An engine is not safe to share between threads.
+    local = threading.local()
     workers = workers or min(8, _cores())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
 
     def read(image: Tensor) -> str:
-        if not hasattr(own, "reader"):
-            own.reader = ENGINES[engine]()
-        return "".join(own.reader(to_pil(image)))
+        if not hasattr(local, "reader"):
+            local.reader = ENGINES[engine]()
+        return "".join(local.reader(to_pil(image)))
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-        wanted = [quoted_text(prompt) for prompt in prompts]
-        texts = pool.map(read, images.cpu())
-        return [similarity(text, want, distance) for text, want in zip(texts, wanted, strict=True)]
+        targets = [quoted_text(prompt) for prompt in prompts]
+        pairs = zip(pool.map(read, images.cpu()), targets, strict=True)
+        return [similarity(text, target, distance) for text, target in pairs]
 
     return rate
 
 
 def quoted_text(prompt: str) -> str:
-    """The text in quotes that the image should show.
+    """Find the text in quotes that the image should show.
 
     Raises:
         RewardError: there is none.
     """
-    found = re.search(r'"([^"]*)"', prompt) or re.search(r"“([^”]*)”", prompt)
-    if not found or not _plain(found[1]):
+    match = re.search(r'"([^"]*)"', prompt) or re.search(r"“([^”]*)”", prompt)
+    if not match or not _plain(match[1]):
         raise RewardError(
             f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what "
             'it reads with it; write the text as in: a sign that says "OPEN".'
         )
-    return found[1]
+    return match[1]
 
 
-def similarity(read: str, wanted: str, distance: Callable[[str, str], int]) -> float:
-    """Score in [0, 1] of the text `read` where `wanted` should stand."""
-    read, wanted = _plain(read), _plain(wanted)
-    if wanted in read:
+def similarity(read: str, target: str, distance: Callable[[str, str], int]) -> float:
+    """Score in [0, 1] the text `read` where `target` should stand."""
+    read, target = _plain(read), _plain(target)
+    if target in read:
         return 1.0
-    return max(0.0, 1.0 - distance(read, wanted) / len(wanted))
+    return max(0.0, 1.0 - distance(read, target) / len(target))
 
 
 def _cores() -> int:

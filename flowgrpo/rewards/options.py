@@ -39,12 +39,12 @@ class ConfigurableReward:
         self,
         name: str,
         build: Callable[..., Reward],
-        given: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         check: Check | None = None,
     ) -> None:
         self.name, self.check = name, check
         self.__doc__ = build.__doc__
-        self._build, self._given = build, dict(given or {})
+        self._build, self._explicit = build, dict(options or {})
         self._reward: Reward | None = None
         self._lock = threading.Lock()
 
@@ -55,14 +55,11 @@ class ConfigurableReward:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Option name -> the value that holds now."""
-        return {
-            option: self._given[option] if option in self._given else self._found(option, default)
-            for option, default in self.defaults.items()
-        }
+        """Option name -> its present value: explicit, of the environment, or the default."""
+        return {option: self._value(option, default) for option, default in self.defaults.items()}
 
     def configured(self, **options: Any) -> ConfigurableReward:
-        """The same reward with these options; a text becomes a number where one is expected.
+        """Return the same reward with these options; text becomes a number where one is expected.
 
         Raises:
             RewardError: an option is unknown, or its value has a wrong type.
@@ -77,7 +74,7 @@ class ConfigurableReward:
             options[option] = self._typed(
                 f"the option {option} of reward {self.name!r}", option, value
             )
-        return ConfigurableReward(self.name, self._build, {**self._given, **options}, self.check)
+        return ConfigurableReward(self.name, self._build, {**self._explicit, **options}, self.check)
 
     def build(self) -> Reward:
         """Load what the reward needs; a second call changes nothing."""
@@ -87,17 +84,19 @@ class ConfigurableReward:
             return self._reward
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-        """Scores [B] of images uint8 [B, 3, H, W]."""
+        """Score images, uint8 [B, 3, H, W], by B numbers."""
         check_images(images, prompts, metadata)
         return self.build()(images, prompts, metadata)
 
-    def _found(self, option: str, default: Any) -> Any:
+    def _value(self, option: str, default: Any) -> Any:
+        if option in self._explicit:
+            return self._explicit[option]
         variable = f"FLOWGRPO_REWARD_{self.name}_{option}".upper()
         text = os.environ.get(variable)
         return default if text is None else self._typed(variable, option, text)
 
     def _typed(self, what: str, option: str, value: Any) -> Any:
-        """`value` as the type of the option's default."""
+        """Convert `value` to the type of the option's default, or raise."""
         default = self.defaults[option]
         if value is default:
             return value
@@ -117,15 +116,15 @@ class ConfigurableReward:
 def configurable(
     name: str, check: Check | None = None
 ) -> Callable[[Callable[..., Reward]], ConfigurableReward]:
-    """Decorator: a function of options that returns a reward becomes a `ConfigurableReward`.
+    """Decorate a function of options that returns a reward: it becomes a `ConfigurableReward`.
 
-    check: looks at the prompts of a run before its first image.
+    check: called with the prompts of a run before its first image.
     """
     return lambda build: ConfigurableReward(name, build, check=check)
 
 
 def library(module: str, reward: str, install: str | None = None) -> Any:
-    """The imported module, or a RewardError that says what to install."""
+    """Import a module, or raise a RewardError that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -23,6 +23,8 @@ def score(
     device: str = "auto",
     batch_size: int = 32,
 ):
-    """PickScore / 26. The model card takes its processor from the CLIP model it was tuned from."""
-    found = clip.load(model, tokenizer=tokenizer, device=device, batch_size=batch_size)
-    return lambda images, prompts, metadata: found.scale * found.cosine(images, prompts) / DIVISOR
+    """Build PickScore / 26. Its tokenizer is that of the CLIP model that it was tuned from."""
+    encoder = clip.load(model, tokenizer=tokenizer, device=device, batch_size=batch_size)
+    return lambda images, prompts, metadata: (
+        encoder.scale * encoder.cosine(images, prompts) / DIVISOR
+    )

@@ -1,12 +1,12 @@
 """The weighted sum of several rewards, and what happens when one fails.
 
-`Scorer` is the weighted sum of several. A reward that raises or returns scores that are not finite
-is asked again, group by group; a group that fails every time is dropped and counted, never scored 0
-in silence. A wrong number of scores is a mistake that no repetition mends, and raises.
+A reward that raises or returns scores that are not finite is asked again, group by group; a group
+that fails every time is dropped and counted, never scored 0 in silence. A wrong number of scores is
+a mistake that no repetition mends, and raises.
 
 Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
 by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
-before the weights, with s the scores of one reward, [K, G], and only rows that are kept:
+before the weights, with s the scores of one reward, [K, G], and only groups that are complete:
 
     std      s / sqrt(mean_k var_g(s))         its std inside the groups; how a prompt's groups
                                                differ plays no part, as advantages have none of it
@@ -33,12 +33,11 @@ from flowgrpo.rewards.table import Reward, load, options_of
 EPS = 1e-8
 """Added to a std before it divides: a reward that is the same everywhere stays finite."""
 
-
 log = logging.getLogger("flowgrpo")
 
 
 class Scorer:
-    """The weighted sum of rewards over K groups of images."""
+    """Scores K groups of images by the weighted sum of rewards."""
 
     def __init__(
         self,
@@ -54,16 +53,16 @@ class Scorer:
         self.retries, self.normalize = retries, normalize
         self.rewards = {}
         for name in self.weights:
-            own = dict((options or {}).get(name, {}))
+            arguments = dict((options or {}).get(name, {}))
             if timeout and "timeout" in getattr(load(name), "defaults", {}):
-                own.setdefault("timeout", timeout)
-            self.rewards[name] = load(name, own)
+                arguments.setdefault("timeout", timeout)
+            self.rewards[name] = load(name, arguments)
         self.problems: dict[str, str] = {}
-        """Why each reward failed last."""
+        """Reward name -> its last error."""
 
     @classmethod
     def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
-        """The rewards that `config` trains with; or those `reported`, each by itself."""
+        """Load the rewards that `config` trains with; or those `reported`, each by itself."""
         weights = dict.fromkeys(reported, 1.0) or config.weights
         names = dict.fromkeys((*config.weights, *config.report, *weights))
         return cls(
@@ -75,8 +74,7 @@ class Scorer:
         )
 
     def prepare(self, prompts: Prompts) -> None:
-        """Find out before the first image what cannot work: look at the prompts, load what the
-        rewards need, call remote ones.
+        """Check the rewards before the first image: their prompts, models, libraries and servers.
 
         Raises:
             RewardError: a reward cannot judge images of a prompt; or a model, a library or a
@@ -99,47 +97,48 @@ class Scorer:
         Raises:
             RewardError: a reward returned a wrong number of scores, or failed for every group.
         """
-        return self.combine(self.parts(images, prompts, group_size), group_size)
+        return self.combine(self.score_each(images, prompts, group_size), group_size)
 
-    def parts(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
-        """float64 scores of each reward for some of the groups, NaN in those that failed.
+    def score_each(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
+        """Score images of some groups by each reward, float64 [b]; NaN in groups that failed.
 
         Raises:
             RewardError: a reward returned a wrong number of scores.
         """
         return {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
 
-    def combine(self, parts: dict[str, Tensor], group_size: int) -> Scores:
-        """The weighted sum over all groups, from what `parts` returned for them in turn.
+    def combine(self, rewards: dict[str, Tensor], group_size: int) -> Scores:
+        """Sum the rewards of all groups, float64 [B] each, by their weights.
 
         Raises:
             RewardError: a reward failed for every group.
         """
-        for name, scores in parts.items():
+        for name, scores in rewards.items():
             if len(_failed(scores, group_size)) * group_size == len(scores):
                 raise RewardError(
                     f"reward {name!r} failed for all {len(scores) // group_size} groups after "
                     f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
                     "scores are expected; mend it."
                 )
-        kept = torch.stack(list(parts.values())).isfinite().all(dim=0)
-        kept = kept.view(-1, group_size).all(dim=1)
+        finite = torch.stack(list(rewards.values())).isfinite().all(dim=0)
+        complete = finite.view(-1, group_size).all(dim=1)
         total = sum(
-            weight * normalize(parts[name].view(-1, group_size), kept, self.normalize).flatten()
+            weight
+            * normalize(rewards[name].view(-1, group_size), complete, self.normalize).flatten()
             for name, weight in self.weights.items()
         )
         dropped = total.isnan().view(-1, group_size).any(dim=1)
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
-        return Scores(total, parts, dropped)
+        return Scores(total, rewards, dropped)
 
     def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
-        """float64 [B] scores of one reward, NaN in the groups that failed every attempt."""
+        """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
         problems = ["it returned scores that are not finite"]
 
-        def attempt(rows: slice, these: Prompts) -> None:
+        def attempt(rows: slice, groups: Prompts) -> None:
             try:
-                scores[rows] = _call(self.rewards[name], name, images[rows], these, group_size)
+                scores[rows] = _call(self.rewards[name], name, images[rows], groups, group_size)
             except RewardError:
                 raise
             # A reward is the user's code or a remote service: anything may come out of it.
@@ -161,28 +160,28 @@ class Scorer:
         return scores
 
 
-def normalize(scores: Tensor, kept: Tensor, how: str) -> Tensor:
-    """One reward's scores [K, G] as the weighted sum takes them, see the top of this file.
+def normalize(scores: Tensor, complete: Tensor, method: str) -> Tensor:
+    """Normalise one reward's scores [K, G] by `reward.normalize`, see the top of this file.
 
-    kept: bool [K], groups that no reward failed for; the others take no part.
+    complete: bool [K], groups that no reward failed for; the others take no part.
     """
-    if how == "std":
-        inside = scores[kept].var(dim=1, correction=0).mean().sqrt()
+    if method == "std":
+        inside = scores[complete].var(dim=1, correction=0).mean().sqrt()
         return scores / (inside + EPS)
-    if how == "group":
+    if method == "group":
         centred = scores - scores.mean(dim=1, keepdim=True)
         return centred / (scores.std(dim=1, correction=0, keepdim=True) + EPS)
     return scores
 
 
 def _failed(scores: Tensor, group_size: int) -> list[int]:
-    """The groups with a score that is not finite."""
+    """List the groups with a score that is not finite."""
     bad = ~scores.isfinite().view(-1, group_size).all(dim=1)
     return bad.nonzero()[:, 0].tolist()
 
 
 def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
-    """float64 scores of `images` on the CPU; the count is checked."""
+    """Call a reward and check its answer: float64 [b] on the CPU."""
     texts = [text for text in prompts.texts for _ in range(group_size)]
     metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
     out = reward(images, texts, metadata)

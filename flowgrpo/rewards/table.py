@@ -37,12 +37,11 @@ REWARDS = {
     "pickscore": "flowgrpo.rewards.pickscore:score",
     "unifiedreward": "flowgrpo.rewards.remote.judges:unifiedreward",
 }
-
 """Reward name -> "module:function"."""
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """The reward called `name`, with these options; an http:// or https:// address is a remote one.
+    """Load the reward `name` with these options; an http:// or https:// address is a remote one.
 
     The same name and options give the same object, so what it loads is loaded once.
     """
@@ -58,7 +57,7 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
             f"package.module:function is expected{similar(name, REWARDS)}; name one of these."
         )
     try:
-        found = getattr(importlib.import_module(module), function)
+        reward = getattr(importlib.import_module(module), function)
     # A module of the user's own may raise anything while it is imported.
     except Exception as error:
         missing = isinstance(error, ImportError | AttributeError)
@@ -67,16 +66,17 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
             f"({error if missing else describe_error(error)}); check the name, or install what it "
             "needs."
         ) from error
-    if not callable(found):
-        raise RewardError(f"reward {name!r} is {type(found).__name__}, but a function is expected.")
+    if not callable(reward):
+        kind = type(reward).__name__
+        raise RewardError(f"reward {name!r} is {kind}, but a function is expected.")
     if not options:
-        return found
-    if not hasattr(found, "configured"):
+        return reward
+    if not hasattr(reward, "configured"):
         raise RewardError(
             f"reward {name!r} takes no options, but {', '.join(options)} is given in "
             "reward.options; leave it out."
         )
-    return _configured(found, tuple(sorted(options.items())))
+    return _configured(reward, tuple(sorted(options.items())))
 
 
 @cache
@@ -84,20 +84,20 @@ def _configured(reward: Any, options: tuple[tuple[str, Any], ...]) -> Reward:
     return reward.configured(**dict(options))
 
 
-def options_of(given: Mapping[str, str], names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Reward name -> option -> text, from texts under NAME.OPTION.
+def options_of(texts: Mapping[str, str], names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Sort the texts under NAME.OPTION by reward: reward name -> option -> text.
 
     Raises:
         RewardError: a key is not of that form, or its name is none of `names`.
     """
-    found: dict[str, dict[str, str]] = {name: {} for name in names}
-    for key, value in given.items():
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in texts.items():
         # From the right, since an address or a module has dots of its own.
         name, _, option = key.rpartition(".")
-        if name not in found:
+        if name not in options:
             raise RewardError(
                 f"reward.options has {key!r}, but NAME.OPTION is expected with one of the rewards "
-                f"of this run, {', '.join(found)}{similar(name, found)}; correct the name."
+                f"of this run, {', '.join(options)}{similar(name, options)}; correct the name."
             )
-        found[name][option] = value
-    return found
+        options[name][option] = value
+    return options

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from flowgrpo.config import ConfigError
-from flowgrpo.files import read_tensors
+from flowgrpo.files import read_tensors, replacing_folder, save_tensors
 
 FORMAT = "flowgrpo-checkpoint-1"
 STATE = "state.json"
@@ -46,44 +44,30 @@ def save(
         iteration: completed iterations; names the checkpoint.
         tensors: file stem ("weights", ...) -> name -> tensor.
         record: JSON values stored in state.json under "record".
-        extra: writes further files into the folder it is given, before the checkpoint appears.
+        extra: f(folder), writes further files there before the checkpoint appears.
     """
     final = folder / f"{PREFIX}{iteration:06d}"
-    beside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for stem, values in tensors.items():
-        copies = {name: value.detach().to("cpu").contiguous() for name, value in values.items()}
-        save_file(copies, beside / f"{stem}.safetensors")
-    if extra is not None:
-        extra(beside)
-    sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-    state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
-    (beside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for path in (*beside.iterdir(), beside):
-        _sync(path)
-    if final.exists():
-        # A resumed run reaches an iteration again; a folder cannot be renamed over a full one.
-        replaced = folder / f".{final.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-        os.rename(beside, final)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(beside, final)
-    _sync(folder)
+    # A resumed run reaches an iteration again, and replaces its checkpoint.
+    with replacing_folder(final) as temporary:
+        for stem, values in tensors.items():
+            save_tensors(temporary / f"{stem}.safetensors", values)
+        if extra is not None:
+            extra(temporary)
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first."""
+    """List the checkpoints under `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and (p / STATE).is_file())
 
 
 def latest(run_dir: str | Path) -> Path:
-    """The newest checkpoint of a run directory, or `run_dir` itself if it is a checkpoint."""
+    """Find the newest checkpoint of a run directory; `run_dir` itself if it is a checkpoint."""
     run_dir = Path(run_dir)
     if (run_dir / STATE).is_file():
         return run_dir
@@ -97,7 +81,7 @@ def latest(run_dir: str | Path) -> Path:
 
 
 def best(run_dir: str | Path) -> Path:
-    """The checkpoint of a run directory with the best score; the newest if none has one."""
+    """Find the checkpoint of a run directory with the best score; the newest if none has one."""
     newest = latest(run_dir)
     candidates = list_checkpoints(newest.parent)
     scores = {path: read_state(path)["record"].get("score") for path in candidates}
@@ -106,12 +90,14 @@ def best(run_dir: str | Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
+    """Read state.json of a checkpoint: {"format", "iteration", "sha256", "record"}."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
-        int(state["iteration"]), dict(state["sha256"]), dict(state["record"])
+        for name, kind in (("iteration", int), ("sha256", dict), ("record", dict)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"its {name} is {state[name]!r}, not of type {kind.__name__}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _corrupt(checkpoint / STATE, error) from error
     return state
@@ -124,7 +110,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def load(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
-    """The tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
+    """Read the tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
     path = checkpoint / f"{stem}.safetensors"
     _compare(path, read_state(checkpoint)["sha256"].get(path.name))
     return read_tensors(path)
@@ -159,14 +145,14 @@ def prune(folder: Path, keep: int = 2) -> None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
-    kept = {*checkpoints[-keep:], best(folder.parent)}
+    newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
-        if path not in kept:
+        if path not in newest_and_best:
             shutil.rmtree(path)
 
 
 def clean(folder: Path) -> None:
-    """Remove what a process that died while writing has left."""
+    """Remove the folders that a process left when it died while writing."""
     for leftover in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -192,11 +178,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

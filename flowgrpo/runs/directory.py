@@ -1,8 +1,8 @@
-"""The run directory, and what a process needs to run and to be stopped.
+"""The run directory: what a run writes, and how it goes on.
 
     runs/nano-0/
-      config.json          the configuration, as given
-      metrics.jsonl        one object a line; see `Run.log`
+      config.json          the configuration
+      metrics.jsonl        one object a line; see `RunDirectory.log`
       tensorboard/         the same numbers as TensorBoard events, and the samples
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
@@ -10,7 +10,7 @@
       adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
-A run that is killed and resumed goes on with the numbers it would have had: `State` (weights.py) is
+A run that is killed and resumed goes on with the numbers it would have had: `State` (state.py) is
 restored to the bit, metrics.jsonl is cut back to the checkpoint, and nothing reads torch's global
 generator. Two equal runs write equal metrics.jsonl except under the key "seconds".
 """
@@ -29,55 +29,58 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
-from flowgrpo.policies.adapters import add_adapter as add_adapter
 from flowgrpo.runs import checkpoints, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
-from flowgrpo.runs.state import EMA as EMA
-from flowgrpo.runs.state import State as State
-from flowgrpo.runs.state import make_optimizer as make_optimizer
+from flowgrpo.runs.state import State
 
 log = logging.getLogger("flowgrpo")
 MAY_CHANGE = {
-    "run": (
-        *("steps", "out", "resume", "eval_every", "checkpoint_every", "threads", "wandb"),
-        "progress",
-    ),
+    "run.steps",
+    "run.out",
+    "run.resume",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.threads",
+    "run.wandb",
+    "run.progress",
     # Cached embeddings are the fresh ones to the bit.
-    "policy": ("text_cache", "offload_text_encoders"),
+    "policy.text_cache",
+    "policy.offload_text_encoders",
     # Scores are the same beside the rollout and after it.
-    "sample": ("overlap",),
+    "sample.overlap",
 }
-"""Section -> fields in which a continuation may differ: they do not change its numbers."""
+"""Fields in which a continuation may differ: they do not change its numbers."""
 
 
 class RunDirectory:
-    """A run directory that this process writes to. Made by `Run.open`, closed by `close`."""
+    """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, folder: Path, checkpoint: Path | None) -> None:
-        self.config, self.dir, self.checkpoint = config, folder, checkpoint
-        self.samples, self.checkpoints = folder / "samples", folder / "checkpoints"
-        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        _lock(self._metrics, folder)
-        self.boards = loggers.Loggers(config, folder)
+    def __init__(self, config: Config, checkpoint: Path | None) -> None:
+        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+        self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        _lock(self._metrics, self.path)
+        self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
     def open(cls, config: Config) -> RunDirectory:
-        """Create the directory of a new run, or take up the one that `config.run.resume` names.
+        """Create the directory of a new run, or open the one that `config.run.resume` names.
 
         Raises:
             ConfigError: the directory is not empty, cannot be written, belongs to another
                 configuration or is in use. Nothing is left behind or changed then.
         """
         folder = config.out_dir
-        loggers.check(config)
+        loggers.check(config.run)
+        checkpoint = None
         if config.run.resume:
-            _same_config(config, resume_config(folder))
-            found = checkpoints.list_checkpoints(folder / "checkpoints")
-            run = cls(config, folder, found[-1] if found else None)
+            _check_same(config, resume_config(folder))
+            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
+                checkpoint = saved[-1]
         else:
             _create(folder, config)
-            run = cls(config, folder, None)
+        run = cls(config, checkpoint)
         run.samples.mkdir(exist_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
         return run
@@ -104,11 +107,11 @@ class RunDirectory:
             line["seconds"] = files.plain(seconds)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        self.boards.write(line, kind, pictures or {})
+        self.loggers.write(line, kind, pictures or {})
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far, all or of one kind."""
-        text = (self.dir / "metrics.jsonl").read_text(encoding="utf-8")
+        """Read the lines of metrics.jsonl so far, all or of one kind."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         return [line for line in lines if kind in (None, line["kind"])]
 
@@ -155,17 +158,15 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
         """Write summary.json, and the averaged weights for diffusers."""
-        final = self.dir / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
-        beside = self.dir / f".{final.name}.{os.getpid()}"
-        export(transformer, state.ema, self.config.policy, beside)
-        model_card.write(beside, self.config, transformer, state.iteration, summary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(beside, final)
-        files.write_json(self.dir / "summary.json", summary)
+        final = self.path / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
+        with files.replacing_folder(final) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
+            model_card.write(folder, self.config, transformer, state.iteration, summary)
+        files.write_json(self.path / "summary.json", summary)
 
     def close(self) -> None:
         """Flush and release the directory."""
-        self.boards.close()
+        self.loggers.close()
         self._metrics.close()
 
     def __enter__(self) -> RunDirectory:
@@ -174,28 +175,28 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _cut_metrics(self, done: int) -> None:
-        """Keep the lines up to iteration `done`; the rest comes again, with the same numbers.
+    def _cut_metrics(self, iteration: int) -> None:
+        """Cut metrics.jsonl after `iteration`; the rest comes again, with the same numbers.
 
         Also dropped are a line that was being written when the process died, and an evaluation that
-        was made only because the run ended ("final").
+        was run only because the run ended ("final").
         """
-        path = self.dir / "metrics.jsonl"
-        kept = 0
+        path = self.path / "metrics.jsonl"
+        size = 0
         for line in path.read_bytes().splitlines(keepends=True):
             try:
-                parsed = json.loads(line)
+                values = json.loads(line)
             except ValueError:
                 break
-            over = parsed["iteration"] > done or parsed.get("final", False)
-            if over or not line.endswith(b"\n"):
+            beyond = values["iteration"] > iteration or values.get("final", False)
+            if beyond or not line.endswith(b"\n"):
                 break
-            kept += len(line)
-        os.truncate(path, kept)
+            size += len(line)
+        os.truncate(path, size)
 
 
 def resume_config(folder: str | Path) -> Config:
-    """The configuration of the run in `folder`, set to go on there."""
+    """Read the configuration of the run in `folder`, set to go on there."""
     path = Path(folder) / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -207,21 +208,26 @@ def resume_config(folder: str | Path) -> Config:
     return replace(from_json(text), **{"run.resume": str(folder)})
 
 
-def _same_config(given: Config, stored: Config) -> None:
-    a, b = to_dict(given), to_dict(stored)
-    for section, names in MAY_CHANGE.items():
-        for name in names:
-            a[section].pop(name), b[section].pop(name)
-    for section, values in a.items():
-        pairs = values if isinstance(values, dict) else {"": values}
-        other = b[section] if isinstance(b[section], dict) else {"": b[section]}
-        for name, value in pairs.items():
-            if value != other[name]:
-                raise ConfigError(
-                    f"{f'{section}.{name}'.rstrip('.')} is {value!r}, but the run in "
-                    f"{stored.run.resume} was started with {other[name]!r}; leave it as it was, or "
-                    "start a new run with another --run.out."
-                )
+def _check_same(config: Config, stored: Config) -> None:
+    """Raise ConfigError if a continuation differs from the run in more than `MAY_CHANGE`."""
+    before = _by_name(stored)
+    for name, value in _by_name(config).items():
+        if name not in MAY_CHANGE and value != before[name]:
+            raise ConfigError(
+                f"{name} is {value!r}, but the run in {stored.run.resume} was started with "
+                f"{before[name]!r}; leave it as it was, or start a new run with another --run.out."
+            )
+
+
+def _by_name(config: Config) -> dict[str, Any]:
+    """List the fields of a configuration by dotted name, as JSON values."""
+    fields: dict[str, Any] = {}
+    for section, values in to_dict(config).items():
+        if isinstance(values, dict):
+            fields |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            fields[section] = values
+    return fields
 
 
 def check_directory(config: Config) -> None:
@@ -237,15 +243,16 @@ def check_directory(config: Config) -> None:
 
 
 def _create(folder: Path, config: Config) -> None:
+    """Create the directory of a new run with its config.json."""
     check_directory(config)
-    # Folders made here go again if the directory turns out not to be writable.
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # Folders that are new are removed again if the directory turns out not to be writable.
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / "config.json", to_json(config))
     except OSError as error:
-        if made:
-            shutil.rmtree(made[-1], ignore_errors=True)
+        if new:
+            shutil.rmtree(new[-1], ignore_errors=True)
         raise ConfigError(
             f"run.out {str(folder)!r} cannot be written ({error.strerror}), but a directory that "
             "can be created and written is expected; choose another --run.out."
@@ -253,6 +260,7 @@ def _create(folder: Path, config: Config) -> None:
 
 
 def _lock(file: Any, folder: Path) -> None:
+    """Lock the open `file` of `folder` for this process, where the system has such locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,8 +1,8 @@
-"""What a run shows on the terminal: banner, progress, and the table of evaluations.
+"""The terminal of a run: banner, progress, and the table of evaluations.
 
 On a terminal the progress is a bar with the figures of the last iteration under it; elsewhere (a
-file, a CI log) it is about forty plain lines a run. An evaluation has a bar of its own (`Watch`),
-elsewhere about ten lines, and none if it is short.
+file, a CI log) it is about forty plain lines a run. An evaluation has a bar of its own
+(`EvaluationProgress`), elsewhere about ten lines, and none if it is short.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowgrpo.config import Config
-from flowgrpo.evaluation.table import comparison, show
+from flowgrpo.evaluation.table import comparison, print_whole
 
 if TYPE_CHECKING:
     from flowgrpo.evaluation.evaluate import Evaluation
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PLAIN_LINES = 40
 QUIET = 30.0
 """Seconds that an evaluation goes on before the first plain line, and between two of them."""
-EQUAL = 10
+EQUAL_ITERATIONS = 10
 """Iterations in a row without a reward that differs inside a group, before the run says so."""
 # Metric -> its name and format in the progress.
 FIGURES = {
@@ -44,12 +44,12 @@ FIGURES = {
 
 class Terminal(Console):
     """A console whose reader may go: `flowgrpo train | tee log` loses tee to the same Ctrl-C that
-    the run is to be saved by. What is printed from then on is dropped."""
+    the run is to be saved by. Lines that are printed from then on are dropped."""
 
     def on_broken_pipe(self) -> None:
         """Fall silent; rich would exit."""
         self.quiet = True
-        # What is left in the buffers is written when Python ends, and would fail once more.
+        # Python writes the rest of the buffers when it ends, which would fail once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -60,16 +60,18 @@ class Display:
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.console = console or Terminal(highlight=False)
         self.config = config
-        self.mode = mode_of(config, self.console)
-        self.every = max(1, config.run.steps // PLAIN_LINES)
+        self.mode = mode_of(config.run.progress, self.console)
+        self.line_interval = max(1, config.run.steps // PLAIN_LINES)
         self._times: deque[float] = deque(maxlen=50)
         self._evaluation = 0.0
         self._live: Live | None = None
-        self._told = False
+        self._expected = False
+        """The expected time to the end was printed."""
         self._equal, self._warned = 0, False
+        """Iterations in a row without a difference, and if the warning was printed."""
 
     def banner(self, lines: Mapping[str, str]) -> None:
-        """Name and value a line, under the name of the recipe."""
+        """Print a name and a value a line, under the name of the recipe."""
         if self.mode == "none":
             return
         table = Table.grid(padding=(0, 2))
@@ -82,16 +84,16 @@ class Display:
         self.console.print()
 
     def note(self, text: str) -> None:
-        """One line between the others."""
+        """Print one line between the others."""
         if self.mode != "none":
             self.console.print(text, soft_wrap=True, markup=False)
 
-    def iteration(self, done: int, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Show the figures of the iteration that made it `done`, which took `seconds`."""
+    def iteration(self, iteration: int, metrics: Mapping[str, Any], seconds: float) -> None:
+        """Show the figures of the iteration number `iteration` (from 1), which took `seconds`."""
         if self.mode == "none":
             return
         self._times.append(seconds)
-        left = self.seconds_left(done)
+        left = self.seconds_left(iteration)
         rate = self.config.sample.rows / seconds if seconds > 0 else 0.0
         figures = "  ".join(
             f"{name} {form.format(metrics[key])}"
@@ -100,34 +102,35 @@ class Display:
         )
         text = f"{figures}  {rate:.0f} images/s"
         if self.mode == "bar":
-            self._bar(done, text, left)
-        elif done % self.every == 0 or done in (1, self.config.run.steps):
+            self._bar(iteration, text, left)
+        elif iteration % self.line_interval == 0 or iteration in (1, self.config.run.steps):
             self.console.print(
-                f"iteration {done}/{self.config.run.steps}  {text}  {clock(left)} left",
+                f"iteration {iteration}/{self.config.run.steps}  {text}  {clock(left)} left",
                 soft_wrap=True,
                 markup=False,
             )
-        if len(self._times) == 3 and not self._told:
-            self._told = True
+        if len(self._times) == 3 and not self._expected:
+            self._expected = True
             self.note(f"Expected time to the end: {clock(left)}.")
         self._look_for_differences(metrics)
 
     def _look_for_differences(self, metrics: Mapping[str, Any]) -> None:
-        """Say once a run that no group's rewards differed for `EQUAL` iterations."""
+        """Warn once a run that no group's rewards differed for `EQUAL_ITERATIONS` iterations."""
         groups = self.config.sample.prompts_per_iteration
         empty = metrics.get("equal_groups", 0) + metrics.get("dropped_groups", 0)
         self._equal = self._equal + 1 if empty >= groups else 0
-        if self._equal == EQUAL and not self._warned:
+        if self._equal == EQUAL_ITERATIONS and not self._warned:
             self._warned = True
             self.note(
-                f"Nothing to learn from: for {EQUAL} iterations the rewards were equal inside each "
-                f"of the {groups} groups; try other prompts (sample.prompts), more noise "
-                "(sample.noise_level), larger groups (sample.group_size) or a finer reward "
+                f"Nothing to learn from: for {EQUAL_ITERATIONS} iterations the rewards were equal "
+                f"inside each of the {groups} groups; try other prompts (sample.prompts), more "
+                "noise (sample.noise_level), larger groups (sample.group_size) or a finer reward "
                 "(reward.weights)."
             )
 
-    def seconds_left(self, done: int) -> float:
-        """Expected seconds to the end: the recent iterations' mean, and the evaluations to come."""
+    def seconds_left(self, iteration: int) -> float:
+        """Expect the seconds to the end after `iteration`: by the mean of the recent iterations,
+        and with the evaluations to come."""
         if not self._times:
             return 0.0
         run = self.config.run
@@ -135,29 +138,30 @@ class Display:
         times = list(self._times)[1:] or list(self._times)
         evaluations = 1
         if run.eval_every:
-            evaluations = -(-run.steps // run.eval_every) - done // run.eval_every
+            evaluations = -(-run.steps // run.eval_every) - iteration // run.eval_every
         mean = sum(times) / len(times)
-        return max(run.steps - done, 0) * mean + max(evaluations, 0) * self._evaluation
+        return max(run.steps - iteration, 0) * mean + max(evaluations, 0) * self._evaluation
 
     def evaluating(self, label: str, images: int, rewards: Iterable[str]) -> EvaluationProgress:
-        """The progress of an evaluation that begins, in place of the bar."""
+        """Open the progress of an evaluation, in place of the bar."""
         self.pause()
         return EvaluationProgress(self.console, self.mode, label, images, rewards)
 
-    def evaluation(self, iteration: int, label: str, report: Evaluation) -> None:
+    def evaluation(self, iteration: int, label: str, evaluation: Evaluation) -> None:
         """Show an evaluation in one line."""
-        self._evaluation = report.seconds
-        low, high = report.interval
+        self._evaluation = evaluation.seconds
+        low, high = evaluation.interval
         self.note(
-            f"iteration {iteration}  {label}: held-out {report.label} {report.accuracy:.3f} "
-            f"({low:.3f} to {high:.3f}), {report.images} images in {report.seconds:.1f} s"
+            f"iteration {iteration}  {label}: held-out {evaluation.label} "
+            f"{evaluation.accuracy:.3f} ({low:.3f} to {high:.3f}), {evaluation.images} images in "
+            f"{evaluation.seconds:.1f} s"
         )
 
-    def table(self, reports: Mapping[str, Evaluation], tolerances: Mapping[str, float]) -> None:
-        """The table of `comparison`."""
+    def table(self, evaluations: Mapping[str, Evaluation], tolerances: Mapping[str, float]) -> None:
+        """Show the table of `comparison`."""
         if self.mode != "none":
             self.pause()
-            show(self.console, comparison(reports, tolerances))
+            print_whole(self.console, comparison(evaluations, tolerances))
 
     def pause(self) -> None:
         """Take the bar down; the next iteration puts it up again."""
@@ -165,7 +169,7 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def _bar(self, done: int, text: str, left: float) -> None:
+    def _bar(self, iteration: int, text: str, left: float) -> None:
         if self._live is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -180,21 +184,22 @@ class Display:
             )
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
-        self._progress.update(self._task, completed=done, left=clock(left))
+        self._progress.update(self._task, completed=iteration, left=clock(left))
         self._live.update(Group(self._progress, Text(text, style="dim", overflow="ellipsis")))
 
 
-def mode_of(config: Config, console: Console) -> str:
-    """What `run.progress` asks for on this console: "bar", "plain" or "none"."""
-    mode = config.run.progress
-    return ("bar" if console.is_terminal else "plain") if mode == "auto" else mode
+def mode_of(progress: str, console: Console) -> str:
+    """Choose "bar", "plain" or "none" by `run.progress` and the console."""
+    if progress != "auto":
+        return progress
+    return "bar" if console.is_terminal else "plain"
 
 
 class EvaluationProgress:
-    """The progress of one evaluation, as `evaluate.evaluate` tells it::
+    """The progress of one evaluation, which `evaluate.evaluate` reports::
 
-        with Watch(console, mode, "base", 2212, ["geneval_strict"]) as watch:
-            evaluate.evaluate(..., watch=watch)
+        with EvaluationProgress(console, mode, "base", 2212, ["geneval_strict"]) as progress:
+            evaluate.evaluate(..., on_progress=progress)
 
     On a terminal a bar that is taken down at the end. Elsewhere nothing for the first `QUIET`
     seconds, then one line, and one for each tenth of the images.
@@ -209,7 +214,7 @@ class EvaluationProgress:
         self._tenth = 0
 
     def __enter__(self) -> EvaluationProgress:
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         # The seconds and images that the speed is measured from.
         self._since = (self._started, 0)
         self._progress = self._timer = None
@@ -226,7 +231,7 @@ class EvaluationProgress:
             self._task = self._progress.add_task(self.label, total=self.total, count=self._count())
             self._progress.start()
         elif self.mode == "plain":
-            # Of its own accord, as a first batch or a reward may take many minutes.
+            # A timer, as a first batch or a reward may take many minutes.
             self._timer = threading.Timer(QUIET, self._line)
             self._timer.daemon = True
             self._timer.start()
@@ -251,7 +256,7 @@ class EvaluationProgress:
                 self._since = (now, images)
             self._images = images
         if self._progress is not None:
-            # Without a total the bar moves to and fro: no reward tells how far it is.
+            # Without a total the bar moves to and fro: no reward reports its progress.
             total = None if self._scoring else self.total
             self._progress.update(
                 self._task,
@@ -267,8 +272,8 @@ class EvaluationProgress:
         if self._scoring:
             return now - self._started >= QUIET
         new = 10 * self._images // self.total > self._tenth
-        # Of the last images nothing is told, as scoring follows at once.
-        return new and now - self._told >= QUIET and self._images < self.total
+        # The last images have no line, as scoring follows at once.
+        return new and now - self._printed >= QUIET and self._images < self.total
 
     def _text(self) -> str:
         return f"{self.label}: scoring by {self.rewards}" if self._scoring else self.label
@@ -279,14 +284,14 @@ class EvaluationProgress:
         return f"{self._images}/{self.total} images  {self._left}".rstrip()
 
     def _line(self) -> None:
-        self._told, self._tenth = time.monotonic(), 10 * self._images // self.total
-        passed = f"{clock(self._told - self._started)} passed"
+        self._printed, self._tenth = time.monotonic(), 10 * self._images // self.total
+        passed = f"{clock(self._printed - self._started)} passed"
         text = f"{self._text()}  {self._count()}  {passed}"
         self.console.print(text, soft_wrap=True, markup=False)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Write seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from flowgrpo.config import Config, PolicyConfig
+from flowgrpo.config import PolicyConfig
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import ADAPTER, add_adapter, trained_parameters
-from flowgrpo.policies.base import family_of
+from flowgrpo.policies.families import family_of
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import EMA
 
@@ -21,10 +21,10 @@ def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path)
         if config.adapter == "full":
             transformer.save_pretrained(folder)
             return
-        import diffusers
         from peft.utils import get_peft_model_state_dict
 
-        getattr(diffusers, family_of(transformer)[0]).save_lora_weights(
+        family = family_of(transformer)
+        family.load_class(family.pipeline).save_lora_weights(
             save_directory=folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
             transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
@@ -40,7 +40,7 @@ def load_trained(transformer: nn.Module, checkpoint: Path) -> None:
     checkpoints.restore(parameters, values)
 
 
-def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
-    """Put the averaged weights of `checkpoint` into the policy."""
-    add_adapter(policy.transformer, config.policy)
+def add_trained(policy: Policy, config: PolicyConfig, checkpoint: Path) -> None:
+    """Put the averaged weights of `checkpoint`, trained as `config` says, into the policy."""
+    add_adapter(policy.transformer, config)
     load_trained(policy.transformer, checkpoint)

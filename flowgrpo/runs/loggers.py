@@ -1,4 +1,4 @@
-"""Where a run's numbers and sample pictures also go: TensorBoard and, if asked, Weights & Biases.
+"""Loggers of a run's numbers and sample pictures: TensorBoard and, if asked, Weights & Biases.
 
 A list becomes numbers only if its name is in `SERIES`: its mean and its last value.
 """
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowgrpo.config import Config, ConfigError, to_dict
+from flowgrpo.config import Config, ConfigError, RunConfig, to_dict
 
 Pictures = Mapping[str, Image.Image]
 
 SERIES = ("grad_norm",)
-"""Lists with one number an update: an iteration's mean, and the last as what moved on since."""
+"""Lists with one number an update, of which the iteration's mean and its last are logged."""
 
 
 @dataclass(frozen=True)
-class Board:
-    """One place that takes numbers and pictures."""
+class Logger:
+    """A service that takes numbers and pictures."""
 
     write: Callable[[Mapping[str, float], Pictures, int], None]
     """f(name -> number, name -> picture, iteration)."""
@@ -33,14 +33,15 @@ class Board:
 
 
 class Loggers:
-    """All boards of the run in `folder`."""
+    """All loggers of the run in `folder`."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self._open: list[Board] | None = None
+        self._open: list[Logger] | None = None
 
     def open(self, iteration: int) -> None:
-        """Open them for lines from `iteration` on; what a resumed run wrote of these is hidden.
+        """Open them for lines from `iteration` on; lines that a resumed run wrote of these are
+        hidden.
 
         Raises:
             ConfigError: Weights & Biases cannot be started.
@@ -48,39 +49,42 @@ class Loggers:
         self._open = start(self.config, self.folder, iteration)
 
     def write(self, line: Mapping[str, Any], kind: str, pictures: Pictures) -> None:
-        """A line of metrics.jsonl, and pictures by name, under "kind/name"; opens the boards if
-        `open` has not."""
+        """Write a line of metrics.jsonl, and pictures by name, under "kind/name"; open the loggers
+        if `open` has not."""
         if self._open is None:
             self.open(line["iteration"])
-        found = dict(numbers(line, kind))
-        named = {f"{kind}/{name}": picture for name, picture in pictures.items()}
-        for board in self._open:
-            board.write(found, named, line["iteration"])
+        values = dict(numbers(line, kind))
+        tagged = {f"{kind}/{name}": picture for name, picture in pictures.items()}
+        for logger in self._open:
+            logger.write(values, tagged, line["iteration"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
-        for board in self._open or ():
-            board.close()
+        """Write all that is still in memory."""
+        for logger in self._open or ():
+            logger.close()
 
 
-def check(config: Config) -> None:
-    """Raise ConfigError if a board that `config` asks for is not installed."""
-    if config.run.wandb and importlib.util.find_spec("wandb") is None:
+def check(run: RunConfig) -> None:
+    """Raise ConfigError if a logger that `run` asks for is not installed."""
+    if run.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"run.wandb is {config.run.wandb!r}, but the package wandb, which it needs, is not "
+            f"run.wandb is {run.wandb!r}, but the package wandb, which it needs, is not "
             "installed; install flowgrpo[wandb] or leave run.wandb out."
         )
 
 
-def start(config: Config, folder: Path, iteration: int) -> list[Board]:
-    """The boards of the run in `folder`, whose next number is of `iteration`."""
+def start(config: Config, folder: Path, iteration: int) -> list[Logger]:
+    """Start the loggers of the run in `folder`, whose next number is of `iteration`."""
+    loggers = []
     # The one that may fail comes first, so that the other has written nothing then.
-    found = [wandb(config, folder)] if config.run.wandb else []
-    return [*found, tensorboard(folder / "tensorboard", iteration if config.run.resume else None)]
+    if config.run.wandb:
+        loggers.append(wandb(config, folder))
+    loggers.append(tensorboard(folder / "tensorboard", iteration if config.run.resume else None))
+    return loggers
 
 
-def tensorboard(folder: Path, purge: int | None) -> Board:
-    """TensorBoard events under `folder`; those written from iteration `purge` on are hidden."""
+def tensorboard(folder: Path, purge: int | None) -> Logger:
+    """Log to TensorBoard events under `folder`; those from iteration `purge` on are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), purge_step=purge)
@@ -94,11 +98,11 @@ def tensorboard(folder: Path, purge: int | None) -> Board:
         # on from may be younger.
         writer.flush()
 
-    return Board(write, writer.close)
+    return Logger(write, writer.close)
 
 
-def wandb(config: Config, folder: Path) -> Board:
-    """Weights & Biases; a resumed run goes on in the same record there.
+def wandb(config: Config, folder: Path) -> Logger:
+    """Log to Weights & Biases; a resumed run goes on in the same record there.
 
     Raises:
         ConfigError: it cannot be started, for example without a login.
@@ -129,12 +133,12 @@ def wandb(config: Config, folder: Path) -> Board:
         images = {name: wandb.Image(picture) for name, picture in pictures.items()}
         record.log({**numbers, **images}, step=iteration)
 
-    return Board(write, record.finish)
+    return Logger(write, record.finish)
 
 
 def numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line as ("train/rewards/x", 0.5), nested dicts included, and of a
-    list in `SERIES` ("train/grad_norm/mean", 0.5) and ("train/grad_norm/last", 0.25)."""
+    """List the numbers of a metrics line as ("train/rewards/x", 0.5), nested dicts included, and of
+    a list in `SERIES` ("train/grad_norm/mean", 0.5) and ("train/grad_norm/last", 0.25)."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}/{name}")

@@ -15,7 +15,8 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config
-from flowgrpo.policies.base import family_of
+from flowgrpo.policies.families import family_of
+from flowgrpo.policies.family import Family
 
 FILE = "README.md"
 
@@ -30,7 +31,7 @@ def write(
     """Write the card of the weights in `folder`, trained for `iteration` iterations.
 
     Args:
-        summary: what summary.json holds, for the numbers before and after.
+        summary: the content of summary.json, for the numbers before and after.
     """
     from huggingface_hub import ModelCardData
 
@@ -45,7 +46,7 @@ def write(
     optim = config.optim
     average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
     kind = "LoRA adapter" if lora else "Transformer"
-    parts = [
+    paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {config.recipe}: {_base(config)} after Flow-GRPO",
         f"{kind} of {_base(config)}, trained by online reinforcement learning (Flow-GRPO, "
@@ -53,53 +54,48 @@ def write(
         _table(("", ""), _settings(config, transformer)),
     ]
     if summary is not None:
-        parts += ["## Before and after", _numbers(summary)]
-    parts += ["## Load it", f"```python\n{load_lines(config, transformer)}\n```"]
+        paragraphs += ["## Before and after", _numbers(summary)]
+    paragraphs += ["## Load it", f"```python\n{load_lines(config, transformer)}\n```"]
     path = folder / FILE
-    files.write_text(path, "\n\n".join(parts) + "\n")
+    files.write_text(path, "\n\n".join(paragraphs) + "\n")
     return path
 
 
 def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDER") -> str:
     """Python that makes an image with the weights in `folder`."""
-    policy, name = config.policy, family_of(transformer)[0]
+    policy, family = config.policy, family_of(transformer)
     if policy.model == "nano":
         return (
             "from flowgrpo.policies import Policy\n\n"
             'policy = Policy.load("nano")  # its one text encoder is not what diffusers expects\n'
             f'policy.pipeline.load_lora_weights("{folder}")'
         )
+    library, pipeline, cls = family.library, family.pipeline, family.transformer
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
-    call = f'image = pipe("a prompt", {_arguments(config, name)}).images[0]'
+    call = f'image = pipe("a prompt", {_arguments(config, family)}).images[0]'
     if policy.adapter == "lora":
         return (
-            f"import torch\nfrom diffusers import {name}\n\n"
-            f'pipe = {name}.from_pretrained({base}).to("cuda")\n'
+            f"import torch\nfrom {library} import {pipeline}\n\n"
+            f'pipe = {pipeline}.from_pretrained({base}).to("cuda")\n'
             f'pipe.load_lora_weights("{folder}")\n{call}'
         )
-    cls = family_of(transformer)[1].transformer
     return (
-        f"import torch\nfrom diffusers import {cls}, {name}\n\n"
+        f"import torch\nfrom {library} import {cls}, {pipeline}\n\n"
         f'transformer = {cls}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)\n'
-        f'pipe = {name}.from_pretrained({base}, transformer=transformer).to("cuda")\n{call}'
+        f"pipe = {pipeline}.from_pretrained({base}, transformer=transformer)"
+        f'.to("cuda")\n{call}'
     )
 
 
-def _arguments(config: Config, pipeline: str) -> str:
+def _arguments(config: Config, family: Family) -> str:
     """The pipeline's arguments that make it sample as evaluation did."""
-    policy, sample = config.policy, config.sample
+    policy = config.policy
     arguments: dict[str, Any] = {}
     if policy.resolution:
         arguments |= {"height": policy.resolution, "width": policy.resolution}
-    arguments["num_inference_steps"] = sample.eval_steps
-    if pipeline == "FluxPipeline":
-        arguments["guidance_scale"] = policy.embedded_guidance
-        if sample.guidance_scale != 1:
-            arguments |= {"negative_prompt": "", "true_cfg_scale": sample.guidance_scale}
-    else:
-        arguments["guidance_scale"] = sample.guidance_scale
-    # The default of both policies.
-    arguments["max_sequence_length"] = policy.max_sequence_length or 128
+    arguments["num_inference_steps"] = config.sample.eval_steps
+    if family.call_arguments is not None:
+        arguments |= family.call_arguments(config)
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
@@ -121,7 +117,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
         window = f"a window of {sample.window_size} in steps {low} to {high - 1}"
     trained = "all weights of the transformer"
     if policy.adapter == "lora":
-        targets = policy.lora_targets or family_of(transformer)[1].lora_targets
+        targets = policy.lora_targets or family_of(transformer).lora_targets
         trained = f"rank {policy.lora_rank}, alpha {policy.lora_alpha}, on {', '.join(targets)}"
     return [
         ("Recipe", config.recipe),
@@ -138,7 +134,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
             f"{sample.steps} steps in training ({sample.eval_steps} in evaluation), "
             f"{sample.transition}, noise level {sample.noise_level:g}, trained: {window}",
         ),
-        ("Guidance", _guidance(config, family_of(transformer)[0])),
+        ("Guidance", _guidance(config, family_of(transformer))),
         ("Trained", trained),
         (
             "Optimizer",
@@ -149,12 +145,12 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _guidance(config: Config, pipeline: str) -> str:
+def _guidance(config: Config, family: Family) -> str:
     scale = config.sample.guidance_scale
-    found = f"classifier-free, {scale:g}" if scale != 1 else "none"
-    if pipeline == "FluxPipeline":
-        found += f"; embedded, {config.policy.embedded_guidance:g}"
-    return found
+    kinds = f"classifier-free, {scale:g}" if scale != 1 else "none"
+    if family.embedded_guidance:
+        kinds += f"; embedded, {config.policy.embedded_guidance:g}"
+    return kinds
 
 
 def _numbers(summary: Mapping[str, Any]) -> str:

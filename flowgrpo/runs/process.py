@@ -1,4 +1,4 @@
-"""The process of a run: threads, allocator, determinism, versions, and how it is stopped."""
+"""The process of a run: threads, allocator, determinism, device, versions, and its end."""
 
 from __future__ import annotations
 
@@ -15,22 +15,39 @@ from importlib import metadata
 import torch
 
 from flowgrpo import __version__
-from flowgrpo.config import Config
+from flowgrpo.config import RunConfig
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and the libraries that decide the numbers."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "flowgrpo": __version__}
+    """List the versions of Python, this package and the libraries that decide the numbers."""
+    installed: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "flowgrpo": __version__,
+    }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
+            installed[name] = None
     # The package's version does not always name the build, such as +cu130; the module's does.
-    found["torch"] = str(torch.__version__)
-    return found
+    installed["torch"] = str(torch.__version__)
+    return installed
+
+
+def kernel_backends(device: torch.device) -> str:
+    """Name the kernel backends that run on `device`, for example "native"."""
+    from flowgrpo_kernels import backend_info
+
+    return ", ".join(sorted(set(backend_info()["ops"][device.type].values())))
+
+
+def device_name(device: torch.device) -> str:
+    """Name a GPU, or the CPU with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def quiet_loading() -> None:
@@ -43,11 +60,11 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def prepare_process(config: Config) -> None:
-    """Threads, deterministic algorithms, and an allocator that keeps its memory."""
+def prepare_process(run: RunConfig) -> None:
+    """Set threads, deterministic algorithms, and an allocator that keeps its memory."""
     quiet_loading()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     if torch.cuda.is_available():
         # cuBLAS reads this when it starts; without it its results may differ between two runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -58,21 +75,23 @@ def prepare_process(config: Config) -> None:
         # again were half of nano's time. M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; old glibc
         # refuses more than 32 MiB for the last.
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 1 << 30), libc.mallopt(-2, 1 << 26)
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
+        libc.mallopt(-1, 1 << 30)
+        libc.mallopt(-2, 1 << 26)
+        if not libc.mallopt(-3, 1 << 30):
+            libc.mallopt(-3, 1 << 25)
     except (OSError, AttributeError):
         pass
 
 
 @dataclass
 class Stop:
-    """Whether the run was asked to stop."""
+    """A request to stop, from a signal to the loop."""
 
     requested: bool = False
 
 
 def _leave_terminal() -> None:
-    """Write to nowhere what would go to a terminal that is gone, which is an error from now on."""
+    """Send to nowhere what would go to a terminal that is gone, which is an error from now on."""
     for number in (1, 2):
         with suppress(OSError):
             if os.isatty(number):
@@ -98,8 +117,8 @@ def stoppable() -> Iterator[Stop]:
         stop.requested = True
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
-        # os.write, because print may be the very call that the signal interrupted; and whoever read
-        # it may be gone.
+        # os.write, because print may be the very call that the signal interrupted; and the reader
+        # may be gone.
         with suppress(OSError):
             os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
 

@@ -1,8 +1,8 @@
-"""The trained weights and everything that moves with them: LoRA, optimizer, average.
+"""The trained weights and everything that moves with them: optimizer and average.
 
 `State` bundles them with the counters of a run; it is what a checkpoint holds and the whole of what
 the next iteration depends on. Weights are only ever changed in place, so that their addresses stay
-what a captured graph has recorded.
+those that a captured graph has recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowgrpo.runs import checkpoints
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters` with the learning rate of the first update."""
+    """Create AdamW over `parameters` with the learning rate of the first update."""
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate(config, 0),
@@ -35,8 +35,8 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
 
 
 def learning_rate(config: OptimConfig, update: int) -> float:
-    """Learning rate of the update number `update` (from 0): a linear rise over `warmup` updates to
-    `lr`; with `decay`, a linear fall to a tenth of it over that many updates."""
+    """Compute the learning rate of the update number `update` (from 0): a linear rise over `warmup`
+    updates to `lr`; with `decay`, a linear fall to a tenth of it over that many updates."""
     rise = min(1.0, (update + 1) / max(config.warmup, 1))
     fall = max(0.1, 1 - 0.9 * update / config.decay) if config.decay else 1.0
     return config.lr * rise * fall
@@ -49,38 +49,40 @@ class EMA:
     that the average forgets its start. With decay 0 the average is the parameters themselves.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, every: int = 1) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], decay: float, interval: int = 1
+    ) -> None:
         self.parameters = parameters
-        self.decay, self.every, self.updates = decay, every, 0
+        self.decay, self.interval, self.updates = decay, interval, 0
         self.shadow: dict[str, torch.Tensor] = {}
         if decay > 0:
             self.shadow = {n: p.detach().float().clone() for n, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Count one optimizer step and, every `every` of them, move the average."""
+        """Count one optimizer step and, every `interval` of them, move the average."""
         self.updates += 1
-        if self.shadow and self.updates % self.every == 0:
+        if self.shadow and self.updates % self.interval == 0:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             for name, parameter in self.parameters.items():
                 self.shadow[name].lerp_(parameter.detach().float(), 1.0 - decay)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The averaged parameters by name (the parameters themselves with decay 0)."""
+        """Averaged parameters by name (the parameters themselves with decay 0)."""
         return self.shadow or {name: p.detach() for name, p in self.parameters.items()}
 
     @contextmanager
     @torch.no_grad()
     def swapped(self) -> Iterator[None]:
         """Put the average into the model, in place; the parameters come back with their bits."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         for name, tensor in self.shadow.items():
             self.parameters[name].copy_(tensor)
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, tensor in kept.items():
+                for name, tensor in trained.items():
                     self.parameters[name].copy_(tensor)
 
 
@@ -102,17 +104,17 @@ class State:
 
     @classmethod
     def create(cls, transformer: nn.Module, config: OptimConfig) -> State:
-        """The state before the first iteration of a transformer that `add_adapter` prepared."""
+        """Create the state before the first iteration of a transformer with its adapter in it."""
         parameters = trained_parameters(transformer)
         optimizer = make_optimizer(list(parameters.values()), config)
         ema = EMA(parameters, config.ema_decay, config.ema_every)
         return cls(parameters, optimizer, config, ema)
 
     def step(self) -> torch.Tensor:
-        """One optimizer step from the accumulated gradients, then none are left.
+        """Take one optimizer step with the accumulated gradients, and drop them.
 
         Returns:
-            The gradients' norm before scaling, a 0-dim tensor on the device.
+            The gradients' norm before clipping, a 0-dim tensor on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.updates)
@@ -125,7 +127,7 @@ class State:
         return norm
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """File stem -> name -> tensor: what a checkpoint stores."""
+        """Tensors of a checkpoint: file stem -> name -> tensor."""
         names = list(self.parameters)
         stored = self.optimizer.state_dict()["state"]
         moments = {
@@ -137,7 +139,7 @@ class State:
         return {"weights": weights, "optimizer": moments, "ema": dict(self.ema.shadow)}
 
     def counters(self) -> dict[str, Any]:
-        """The JSON half of what a checkpoint stores."""
+        """Counters of a checkpoint, as JSON values."""
         return {"updates": self.updates, "ema_updates": self.ema.updates, "totals": self.totals}
 
     def restore(self, checkpoint: Path) -> None:
@@ -157,6 +159,7 @@ class State:
         self.ema.updates, self.totals = record["ema_updates"], record["totals"]
 
     def _moments(self, stored: dict[str, torch.Tensor], checkpoint: Path) -> dict[int, dict]:
+        """Sort the optimizer's tensors of a file by the number of their parameter."""
         index = {name: number for number, name in enumerate(self.parameters)}
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in stored.items():

@@ -1,4 +1,4 @@
-"""Sampling: noise -> T steps of the transition -> latents, all states kept.
+"""Sampling: noise -> T steps of the transition -> latents.
 
 Step i is x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps (flowgrpo_kernels.transitions). Which
 row of the transition table a row of the batch uses at step i is data: the table holds the
@@ -7,18 +7,20 @@ one forward.
 
     window of group k = [start_k, start_k + W): stochastic and trained; elsewhere the ODE step
 
-Rows are processed in chunks of a fixed number, in order. The update uses the same chunks: kernels
-of matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
+Rows are sampled in chunks of a fixed size, in order. The update uses the same chunks: kernels of
+matrix products may depend on the number of rows, and the on-policy ratio shall be exactly 1.
 
-What the transformer makes of prompts and times alone, such as the modulation of its blocks, is made
-once for all prompts and steps (`Policy.prepare`) and looked up in every forward, here and in the
-update, unless it depends on what is trained.
+What the transformer computes from prompts and times alone, such as the modulation of its blocks, is
+computed once for all prompts and steps (`Policy.prepare`) and looked up in every forward, here and
+in the update, unless it depends on trained weights.
 
-`denoise` is the whole algorithm for one chunk. With `policy.graphs` (capture.py) it is replayed as
-one CUDA graph where all states are kept, which is training, and step by step (`stepping`), with a
-graph that serves any number of steps, where only the result is, which is evaluation. Initial noise,
-windows and noise levels are data in it: seeds, rows of the table, and the table. prefix.py has
-another rollout, of fewer rows, for groups that have the steps before their window in common.
+`denoise` is the algorithm for one chunk. With `policy.graphs` (cuda_graphs.py) training, which
+stores all states, replays it as one CUDA graph; evaluation, which needs the result alone, replays
+one step at a time (`step_function`), with a graph that serves any number of steps. Initial noise,
+windows and noise levels are inputs of a graph: seeds, rows of the table, and the table.
+
+shared_prefix.py has another rollout, of fewer rows, for groups that share the steps before their
+window.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,21 +41,22 @@ from flowgrpo_kernels import Transitions, initial_noise, sde_step
 
 
 def chunks(rows: int, batch_size: int) -> list[slice]:
-    """The rows of each forward, in order."""
+    """Split the rows 0 to `rows` - 1 into those of each forward, in order."""
     return [slice(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
 
 
 def prepare_both(
     policy: Policy, schedule: Schedule, conditioning: Conditioning, uncond: Conditioning | None
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Both by `Policy.prepare`, for the steps of `schedule`; what is prepared already stays."""
-    without = None if uncond is None else policy.prepare(uncond, schedule.sigmas)
-    return policy.prepare(conditioning, schedule.sigmas), without
+    """Apply `Policy.prepare`, for the steps of `schedule`, to both; idempotent."""
+    if uncond is not None:
+        uncond = policy.prepare(uncond, schedule.sigmas)
+    return policy.prepare(conditioning, schedule.sigmas), uncond
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the sampling of b rows starts from; all of it is data to a captured rollout."""
+    """Inputs for sampling b rows; tensors, so one captured rollout serves every chunk."""
 
     conditioning: Conditioning
     """b rows."""
@@ -62,11 +66,22 @@ class Chunk:
     """float32 [T+1]."""
     transitions: Transitions
     table_rows: Tensor
-    """int64 [T, b]: of the transition table."""
+    """int64 [T, b]: the row of the transition table that each step takes."""
     seeds: Tensor
-    """int64 [b]: of the steps' noise."""
+    """int64 [b]: seeds of the steps' noise."""
     noise_seeds: Tensor
-    """int64 [b]: of the initial noise."""
+    """int64 [b]: seeds of the initial noise."""
+
+
+class Buffers(NamedTuple):
+    """Memory that a rollout writes to, for b rows."""
+
+    latents: Tensor
+    """float32 [T+1, b, C, H, W]: every state; or [2, b, ...], of which the last is the result."""
+    log_probs: Tensor
+    """float32 [T, b]."""
+    velocities: Tensor | None
+    """[T, b, C, H, W], after guidance; None unless they are stored."""
 
 
 @torch.no_grad()
@@ -83,79 +98,90 @@ def rollout(
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
     trained_steps: Tensor | None = None,
-    keep: bool = True,
+    keep_states: bool = True,
     keep_velocities: bool = False,
     on_chunk: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample one latent for each row.
 
     Args:
-        conditioning: of the prompts; `groups` [B] says which one a row has.
+        conditioning: embeddings of the K prompts; `groups` [B] says which one a row has.
         schedule: sigmas and transition table.
         table_rows: int64 [T, B], the row of the transition table that each step of a row takes.
-        seeds: int64 [B], of the steps' noise; `noise_seeds` of the initial one (default: the same).
+        seeds: int64 [B], seeds of the steps' noise.
+        noise_seeds: int64 [B], seeds of the initial noise; default: `seeds`.
         batch_size: rows of one forward.
         uncond: embeddings of the empty prompt, for guidance.
         trained_steps: int64 [W, B], the trained steps, recorded in the result.
-        keep: keep all states; otherwise `latents` has two, of which latents[-1] is the result.
-        keep_velocities: keep the (guided) velocities too.
+        keep_states: store all states; otherwise `latents` has two, and latents[-1] is the result.
+        keep_velocities: store the velocities too, after guidance.
         on_chunk: called with the results [b, C, H, W] of each chunk as soon as it is launched.
     """
-    device, rows = policy.device, seeds.numel()
-    sample_chunk = chunk_sampler(policy, keep)
+    device, total = policy.device, seeds.numel()
+    sample_chunk = chunk_sampler(policy, keep_states)
     seeds, groups, table_rows = seeds.to(device), groups.to(device), table_rows.to(device)
     noise_seeds = seeds if noise_seeds is None else noise_seeds.to(device)
-    found = make_buffers(policy, len(table_rows), rows, uncond is not None, keep, keep_velocities)
-    if keep:
+    buffers = make_buffers(
+        policy, len(table_rows), total, uncond is not None, keep_states, keep_velocities
+    )
+    if keep_states:
         # Of all prompts at once, as the update does; an evaluation may have too many for that.
         conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
-    whole = torch.arange(min(batch_size, rows), device=device)
-    for part in chunks(rows, batch_size):
+    offsets = torch.arange(min(batch_size, total), device=device)
+    for rows in chunks(total, batch_size):
         # A short last chunk repeats its last row, also without a graph: fewer may mean other bits.
-        place = (whole + part.start).clamp(max=rows - 1)
+        index = (offsets + rows.start).clamp(max=total - 1)
         chunk = Chunk(
-            *prepare_both(policy, schedule, conditioning.rows(groups[place]), uncond),
+            *prepare_both(policy, schedule, conditioning.rows(groups[index]), uncond),
             schedule.sigmas,
             schedule.transitions,
-            table_rows[:, place],
-            seeds[place],
-            noise_seeds[place],
+            table_rows[:, index],
+            seeds[index],
+            noise_seeds[index],
         )
-        made = sample_chunk(policy, chunk, guidance_scale, keep, keep_velocities)
-        for into, value in zip(found, made, strict=True):
-            if into is not None:
-                into[:, part] = value[:, : part.stop - part.start]
+        result = sample_chunk(policy, chunk, guidance_scale, keep_states, keep_velocities)
+        for buffer, values in zip(buffers, result, strict=True):
+            if buffer is not None:
+                buffer[:, rows] = values[:, : rows.stop - rows.start]
         if on_chunk is not None:
-            on_chunk(found[0][-1, part])
-    return make_trajectory(found, table_rows, trained_steps, groups, seeds)
+            on_chunk(buffers.latents[-1, rows])
+    return make_trajectory(buffers, table_rows, trained_steps, groups, seeds)
 
 
 def make_trajectory(
-    found: tuple[Tensor, Tensor, Tensor | None],
+    buffers: Buffers,
     table_rows: Tensor,
     trained_steps: Tensor | None,
     groups: Tensor,
     seeds: Tensor,
 ) -> Trajectory:
-    """The record of what is in the `buffers`, with the table rows of the trained steps."""
+    """Build the record of a rollout from its buffers; arguments as for `rollout`."""
     if trained_steps is None:
         trained_steps = torch.empty(0, table_rows.shape[1], dtype=torch.int64)
     trained_steps = trained_steps.to(table_rows.device)
-    trained = table_rows.gather(0, trained_steps)
-    return Trajectory(*found[:2], trained, trained_steps, groups, seeds, found[2])
+    return Trajectory(
+        latents=buffers.latents,
+        log_probs=buffers.log_probs,
+        table_rows=table_rows.gather(0, trained_steps),
+        trained_steps=trained_steps,
+        groups=groups,
+        seeds=seeds,
+        velocities=buffers.velocities,
+    )
 
 
 def make_buffers(
-    policy: Policy, steps: int, rows: int, guidance: bool, keep: bool, keep_velocities: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Uninitialised latents [T+1 or 2, rows, ...], log_probs [T, rows], velocities or None."""
+    policy: Policy, steps: int, rows: int, guidance: bool, keep_states: bool, keep_velocities: bool
+) -> Buffers:
+    """Allocate the buffers of a rollout of `steps` steps, uninitialised, on the policy's device."""
     shape, device = (rows, *policy.latent_shape), policy.device
     velocities = None
     if keep_velocities:
+        # Guidance is computed in float32; without it a velocity is what the model returned.
         dtype = torch.float32 if guidance else policy.dtype
         velocities = torch.empty(steps, *shape, dtype=dtype, device=device)
-    latents = torch.empty(steps + 1 if keep else 2, *shape, device=device)
-    return latents, torch.empty(steps, rows, device=device), velocities
+    latents = torch.empty(steps + 1 if keep_states else 2, *shape, device=device)
+    return Buffers(latents, torch.empty(steps, rows, device=device), velocities)
 
 
 def sampler_step(
@@ -173,23 +199,34 @@ def sampler_step(
     out: Tensor | None = None,
     log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The next states of rows that may be at different steps, their log-probabilities and, with
-    `keep_velocity`, the (guided) velocities.
+    """Take one step of b rows, which may be at different steps of the schedule.
 
-    sigma [b] and steps [b], rows of the table, belong to the rows of `sample`.
+    Args:
+        sample: float32 [b, C, H, W], the states.
+        sigma: float32 [b], their noise levels.
+        steps: int64 [b], the row of the transition table that each takes.
+        seeds: int64 [b], seeds of the steps' noise.
+        out, log_prob_out: memory for the first two results.
+
+    Returns:
+        The next states [b, C, H, W], their log-probabilities [b] and, with `keep_velocity`, the
+        velocities after guidance [b, C, H, W].
     """
     conditional, unconditional = velocities(policy, sample, sigma, conditioning, uncond)
-    used = guide(conditional, unconditional, guidance_scale) if keep_velocity else None
-    made = sde_step(
+    guided = guide(conditional, unconditional, guidance_scale) if keep_velocity else None
+    prev_sample, log_prob = sde_step(
         conditional, sample, transitions, steps, seeds=seeds, uncond_velocity=unconditional,
         guidance_scale=guidance_scale, out=out, log_prob_out=log_prob_out,
     )  # fmt: skip
-    return *made, used
+    return prev_sample, log_prob, guided
 
 
 def step_function(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
-    """Return `sampler_step`, or with `policy.graphs` its replayed form: a graph for each number of
-    rows, to be used inside `Policy.frozen_weights`, whose result the next call overwrites."""
+    """Return `sampler_step`, or with `policy.graphs` its replayed form.
+
+    That has a graph for each number of rows, is to be called inside `Policy.frozen_weights`, and
+    overwrites its result at the next call.
+    """
     if policy.graphs is None:
         return sampler_step
 
@@ -200,11 +237,11 @@ def step_function(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor 
         kinds = tuple(dict.fromkeys(transitions.kinds))
         rows = Transitions(transitions.table[steps], None, kinds, index)
         inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
-        found = policy.graphs(sampler_step, policy, *inputs)
-        for name, value in zip(("out", "log_prob_out"), found, strict=False):
+        result = policy.graphs(sampler_step, policy, *inputs)
+        for name, value in zip(("out", "log_prob_out"), result, strict=False):
             if name in buffers:
                 buffers[name].copy_(value)
-        return found
+        return result
 
     return step
 
@@ -213,22 +250,24 @@ def denoise(
     policy: Policy,
     chunk: Chunk,
     guidance_scale: float,
-    keep: bool,
+    keep_states: bool,
     keep_velocities: bool,
-    step: Callable[..., object] = sampler_step,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Latents, log_probs and velocities of the rows of one chunk, as `buffers` describes them."""
+    step: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = sampler_step,
+) -> Buffers:
+    """Sample the b rows of one chunk: initial noise, then T steps."""
     total, rows = chunk.table_rows.shape
     guidance = chunk.uncond is not None
-    latents, log_probs, velocities = make_buffers(
-        policy, total, rows, guidance, keep, keep_velocities
-    )
-    # Places counted so that the result is the last one, in a full buffer and in one of two.
-    states = [latents[(i - total - 1) % len(latents)] for i in range(total + 1)]
+    buffers = make_buffers(policy, total, rows, guidance, keep_states, keep_velocities)
+    latents, log_probs, velocities = buffers
+    if keep_states:
+        states = [latents[i] for i in range(total + 1)]
+    else:
+        # Two latents in turn, counted from the end, where the result lies in latents[1].
+        states = [latents[1 - (total - i) % 2] for i in range(total + 1)]
     states[0].copy_(initial_noise(chunk.noise_seeds, states[0].shape[1:]))
     with policy.frozen_weights():
         for i in range(total):
-            used = step(
+            _, _, velocity = step(
                 policy,
                 states[i],
                 chunk.sigmas[i].expand(rows),
@@ -241,17 +280,19 @@ def denoise(
                 keep_velocities,
                 out=states[i + 1],
                 log_prob_out=log_probs[i],
-            )[2]
+            )
             if velocities is not None:
-                velocities[i].copy_(used)
-    return latents, log_probs, velocities
+                velocities[i].copy_(velocity)
+    return buffers
 
 
-def chunk_sampler(policy: Policy, keep: bool) -> Callable[..., tuple]:
-    """`denoise`, or the form of it that replays graphs."""
+def chunk_sampler(policy: Policy, keep_states: bool) -> Callable[..., Buffers]:
+    """Return `denoise`, or with `policy.graphs` its replayed form: whole, or step by step."""
     if policy.graphs is None:
         return denoise
-    return partial(policy.graphs, denoise) if keep else partial(denoise, step=step_function(policy))
+    if keep_states:
+        return partial(policy.graphs, denoise)
+    return partial(denoise, step=step_function(policy))
 
 
 def sample_images(
@@ -264,32 +305,35 @@ def sample_images(
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
-    watch: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Images, uint8 [B, 3, H, W], by the deterministic sampler: what evaluation looks at.
+    """Sample images, uint8 [B, 3, H, W], by the deterministic sampler, as evaluation does.
 
-    watch: told after each chunk how many images there are, or on a GPU will be.
+    Arguments are those of `rollout`, and:
+        steps: steps of the sampler.
+        on_progress: called after each chunk with the number of images so far; on a GPU those that
+            are launched.
     """
     schedule = ode_schedule(policy, steps)
-    table = torch.arange(steps)[:, None].expand(steps, seeds.numel())
+    table_rows = torch.arange(steps)[:, None].expand(steps, seeds.numel())
     images: list[Tensor] = []
 
-    def on_chunk(latents: Tensor) -> None:
+    def decode(latents: Tensor) -> None:
         images.append(policy.decode(latents))
-        if watch is not None:
-            watch(sum(map(len, images)))
+        if on_progress is not None:
+            on_progress(sum(map(len, images)))
 
     rollout(
         policy,
         conditioning,
         schedule,
-        table,
+        table_rows,
         groups=groups,
         seeds=seeds,
         batch_size=batch_size,
         uncond=uncond,
         guidance_scale=guidance_scale,
-        keep=False,
-        on_chunk=on_chunk,
+        keep_states=False,
+        on_chunk=decode,
     )
     return torch.cat(images)

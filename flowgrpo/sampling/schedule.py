@@ -19,10 +19,10 @@ TRANSITIONS = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a sampler, computed once in float64 and put on the device."""
+    """Sigmas and transitions of a sampler, computed once in float64 and put on the device."""
 
     sigmas: Tensor
-    """float32 [T+1]: what the model is told at each step."""
+    """float32 [T+1]: the noise level that the model gets at each step; the last is 0."""
     transitions: Transitions
     """Row i: step i by the SDE; row T + i: step i by the ODE."""
     weights: Tensor
@@ -34,21 +34,21 @@ class Schedule:
         return self.sigmas.numel() - 1
 
 
-def training_schedule(policy: Policy, sample: SampleConfig, kl: str = "std_dev") -> Schedule:
-    """The training sampler of a policy."""
-    sigmas = policy.sigmas(sample.steps)
-    stochastic = TRANSITIONS[sample.transition](sigmas, sample.noise_level, kl=kl)
-    both = Transitions.cat(stochastic, ode(sigmas))
-    low, high = sample.window_bounds
+def training_schedule(policy: Policy, config: SampleConfig, kl: str = "std_dev") -> Schedule:
+    """Build the training sampler of a policy: `sample.transition` above, the ODE below it."""
+    sigmas = policy.sigmas(config.steps)
+    stochastic = TRANSITIONS[config.transition](sigmas, config.noise_level, kl=kl)
+    transitions = Transitions.cat(stochastic, ode(sigmas))
+    low, high = config.window_bounds
     return Schedule(
         sigmas.to(policy.device, torch.float32),
-        both.to(policy.device),
+        transitions.to(policy.device),
         step_weights(stochastic, low, high).to(policy.device),
     )
 
 
 def ode_schedule(policy: Policy, steps: int) -> Schedule:
-    """The deterministic sampler of `steps` steps."""
+    """Build the deterministic sampler of `steps` steps."""
     sigmas = policy.sigmas(steps)
     return Schedule(
         sigmas.to(policy.device, torch.float32),
@@ -58,7 +58,7 @@ def ode_schedule(policy: Policy, steps: int) -> Schedule:
 
 
 def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
-    """float32 [T]: C / |B|, of mean 1 over the steps [low, high).
+    """Compute C / |B| of each step, float32 [T], of mean 1 over the steps [low, high).
 
     The gradient of log_prob in the velocity is (B / C) eps / D, so these weights give every step
     the same scale of gradient.
@@ -69,17 +69,18 @@ def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
 
 
 def windows(groups: int, config: Config, iteration: int) -> Tensor:
-    """int64 [W, B]: the trained steps of each row, the same for all rows of a group."""
+    """Draw the window of each group: the trained steps of each row, int64 [W, B]."""
     low, high = config.sample.window_bounds
     length = config.sample.trained_steps
-    count, number = high - low - length + 1, np.arange(groups)
-    start = low + random.below(count, config.run.seed, random.WINDOW, iteration, number)
-    start = torch.from_numpy(start).repeat_interleave(config.sample.group_size)
+    choices = high - low - length + 1
+    shift = random.below(choices, config.run.seed, random.WINDOW, iteration, np.arange(groups))
+    start = torch.from_numpy(low + shift).repeat_interleave(config.sample.group_size)
     return start[None, :] + torch.arange(length)[:, None]
 
 
 def table_rows(trained_steps: Tensor, steps: int) -> Tensor:
-    """int64 [T, B]: the table row of each step, stochastic at `trained_steps` [W, B], else ODE.
+    """Look up the table row of each step, int64 [T, B]: the SDE at `trained_steps` [W, B], else
+    the ODE.
 
     Raises:
         ConfigError: a trained step is no step of the schedule.

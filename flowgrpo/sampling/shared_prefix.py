@@ -3,20 +3,20 @@
 Rows of one group that start from the same noise (sample.shared_noise) are one row until the first
 stochastic step. With start_k the first step of group k's window and W its length:
 
-    1. before start_k      one row for each group
-    2. the window          whole chunks, row b at step start_b + w in forward w
-    3. after the window    the rows that have left theirs, all at the same step
+    1. prefix    steps before start_k: one row for each group, the first (its leader)
+    2. window    whole chunks, row b at step start_b + w in forward w
+    3. suffix    steps after the window: the rows that have left theirs, all at the same step
 
-Forward w of a chunk in part 2 has the same rows at the same steps as the update's micro-step
-number w, so the first ratios are exactly 1 even with kernels whose results for a row depend on the
-rest of the batch. Steps 1 and 3 are deterministic and not trained: the number of rows in their
-forwards is free. It decides the last bits of the images, so this is another rollout than
-`rollout.rollout`, bit for bit, of the same distribution.
+Forward w of a chunk's window has the same rows at the same steps as the update's micro-step number
+w, so the first ratios are exactly 1 even with kernels whose results for a row depend on the rest of
+the batch. Prefix and suffix are deterministic and not trained: the number of rows in their forwards
+is free. It decides the last bits of the images, so this is another rollout than `rollout.rollout`,
+bit for bit, of the same distribution.
 
-The number of forwards changes with the windows, and so would the number of rows in those of parts 1
-and 3. They are filled up to one of a few sizes by repetitions of their last row, whether there are
-graphs or not: each size is one CUDA graph of one step (`rollout.stepping`), and other windows need
-no new ones. Which rows a forward has is known on the host, and is sent to the device once, before
+The number of forwards changes with the windows, and so would the number of rows in those of prefix
+and suffix. They are padded to one of a few sizes by repetitions of their last row, with graphs and
+without: each size is one CUDA graph of one step (`rollout.step_function`), and other windows need
+no new ones. Which rows a forward has is known on the host, and is copied to the device once, before
 the first step; nothing waits for the device.
 
 `train.collect` takes this rollout, captured or not, where sample.share_prefix and
@@ -37,6 +37,7 @@ from torch import Tensor
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.records import Trajectory
 from flowgrpo.sampling.rollout import (
+    Buffers,
     chunks,
     make_buffers,
     make_trajectory,
@@ -51,13 +52,14 @@ SIZES = 4
 
 
 class Forward(NamedTuple):
-    """One step of some rows, each at its own place in the schedule."""
+    """One step of n rows, each at its own step of the schedule."""
 
     rows: Tensor
-    """int64 [n]; all behind the first `kept` repeat the last of those."""
-    places: Tensor
-    """int64 [n]: step numbers."""
-    kept: int
+    """int64 [n]; those behind the first `valid` are padding, copies of the last of them."""
+    steps: Tensor
+    """int64 [n]."""
+    valid: int
+    """Rows whose results are stored."""
 
 
 @torch.no_grad()
@@ -81,21 +83,28 @@ def rollout_shared_prefix(
 
     Rows of a group follow each other, and share window (consecutive steps) and initial noise.
     """
-    total, rows, device = len(table_rows), seeds.numel(), policy.device
-    # Each size costs a compilation of every kind of block; then one has to do.
-    allowed = sizes(min(batch_size, rows), 1 if policy.compiled else SIZES)
-    host, leaders, parts = trained_steps.cpu(), _leaders(groups.cpu()), chunks(rows, batch_size)
-    own_stages = (_own_steps(host, part, total, allowed) for part in parts)
-    shared, *own = _sent([_shared_steps(host[0], leaders, allowed), *own_stages], device)
-    groups, seeds = groups.to(device), seeds.to(device)
-    table_rows = table_rows.to(device)
-    found = make_buffers(policy, total, rows, uncond is not None, True, keep_velocities)
+    steps, total, device = len(table_rows), seeds.numel(), policy.device
+    # Compiled blocks are compiled for each size anew, so then there is only one.
+    sizes = forward_sizes(min(batch_size, total), 1 if policy.compiled else SIZES)
+    windows, leaders = trained_steps.cpu(), _leaders(groups.cpu())
+    prefix, *stages = _to_device(
+        [
+            _prefix_forwards(windows[0], leaders, sizes),
+            *(
+                _window_and_suffix_forwards(windows, rows, steps, sizes)
+                for rows in chunks(total, batch_size)
+            ),
+        ],
+        device,
+    )
+    groups, seeds, table_rows = groups.to(device), seeds.to(device), table_rows.to(device)
+    buffers = make_buffers(policy, steps, total, uncond is not None, True, keep_velocities)
     conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
-    latents, step = found[0], step_function(policy)
+    latents, step = buffers.latents, step_function(policy)
 
-    def forward(one: Forward) -> None:
-        b, i, kept = one.rows, one.places, slice(one.kept)
-        made = step(
+    def run(forward: Forward) -> None:
+        b, i, valid = forward.rows, forward.steps, slice(forward.valid)
+        result = step(
             policy,
             latents[i, b],
             schedule.sigmas[i],
@@ -107,78 +116,86 @@ def rollout_shared_prefix(
             guidance_scale,
             keep_velocities,
         )
-        for into, value, place in zip(found, made, (i + 1, i, i), strict=True):
-            if into is not None:
-                into[place[kept], b[kept]] = value[kept]
+        # Step i of a row stores the state i + 1, log-probability i and velocity i.
+        for buffer, values, index in zip(buffers, result, (i + 1, i, i), strict=True):
+            if buffer is not None:
+                buffer[index[valid], b[valid]] = values[valid]
 
     latents[0] = initial_noise(noise_seeds.to(device), policy.latent_shape)
     with policy.frozen_weights():
-        for one in shared:
-            forward(one)
-        _spread(found, int(host[0].max()), leaders.to(device))
-        for part, these in zip(parts, own, strict=True):
-            for one in these:
-                forward(one)
+        for forward in prefix:
+            run(forward)
+        _copy_from_leaders(buffers, int(windows[0].max()), leaders.to(device))
+        for rows, forwards in zip(chunks(total, batch_size), stages, strict=True):
+            for forward in forwards:
+                run(forward)
             if on_chunk is not None:
-                on_chunk(latents[-1, part])
-    return make_trajectory(found, table_rows, trained_steps, groups, seeds)
+                on_chunk(latents[-1, rows])
+    return make_trajectory(buffers, table_rows, trained_steps, groups, seeds)
 
 
-def sizes(batch_size: int, count: int) -> list[int]:
-    """The numbers of rows that forwards of parts 1 and 3 have, ascending."""
+def forward_sizes(batch_size: int, count: int) -> list[int]:
+    """List the numbers of rows that forwards of prefix and suffix may have, ascending."""
     return sorted({-(-batch_size // 2**k) for k in range(count)})
 
 
-def _shared_steps(starts: Tensor, leaders: Tensor, allowed: list[int]) -> list[Forward]:
-    """Part 1: the first row of each group goes to its window."""
-    alone = leaders.unique()
-    found = []
+def _prefix_forwards(starts: Tensor, leaders: Tensor, sizes: list[int]) -> list[Forward]:
+    """List the forwards that bring the leader of each group to its window."""
+    unique = leaders.unique()
+    forwards = []
     for i in range(int(starts.max())):
-        row = alone[starts[alone] > i]
-        found += _filled(row, torch.full_like(row, i), allowed)
-    return found
+        rows = unique[starts[unique] > i]
+        forwards += _padded(rows, torch.full_like(rows, i), sizes)
+    return forwards
 
 
-def _spread(found: tuple[Tensor | None, ...], end: int, leaders: Tensor) -> None:
-    """The rows of a group get what its first row has. `end`: the latest start of a window."""
-    # What lies behind a group's own start here is overwritten later.
-    for state in (state for buffer in found if buffer is not None for state in buffer[: end + 1]):
-        state.copy_(state[leaders])
-
-
-def _own_steps(trained_steps: Tensor, part: slice, total: int, allowed: list[int]) -> list[Forward]:
-    """Parts 2 and 3 of one chunk."""
-    row = torch.arange(part.start, part.stop)
+def _window_and_suffix_forwards(
+    windows: Tensor, rows: slice, steps: int, sizes: list[int]
+) -> list[Forward]:
+    """List the forwards of one chunk from its windows [W, B] to the last step."""
+    index = torch.arange(rows.start, rows.stop)
     # Exactly the rows of the update's forward, also in a last chunk that is short.
-    found = [Forward(row, place, len(row)) for place in trained_steps[:, part]]
-    ends = trained_steps[-1, part] + 1
-    for i in range(int(ends.min()), total):
-        after = row[ends <= i]
-        found += _filled(after, torch.full_like(after, i), allowed)
-    return found
+    forwards = [Forward(index, step, len(index)) for step in windows[:, rows]]
+    ends = windows[-1, rows] + 1
+    for i in range(int(ends.min()), steps):
+        finished = index[ends <= i]
+        forwards += _padded(finished, torch.full_like(finished, i), sizes)
+    return forwards
 
 
-def _filled(row: Tensor, place: Tensor, allowed: list[int]) -> list[Forward]:
-    """Forwards of the largest allowed size, and of the smallest that holds what remains."""
-    found = []
-    for part in chunks(len(row), allowed[-1]):
-        kept = part.stop - part.start
-        size = next(size for size in allowed if size >= kept)
-        index = torch.arange(part.start, part.start + size).clamp(max=part.stop - 1)
-        found.append(Forward(row[index], place[index], kept))
-    return found
+def _padded(rows: Tensor, steps: Tensor, sizes: list[int]) -> list[Forward]:
+    """Split rows into forwards of the largest size, and of the smallest that holds the rest."""
+    forwards = []
+    for chunk in chunks(len(rows), sizes[-1]):
+        valid = chunk.stop - chunk.start
+        size = next(size for size in sizes if size >= valid)
+        index = torch.arange(chunk.start, chunk.start + size).clamp(max=chunk.stop - 1)
+        forwards.append(Forward(rows[index], steps[index], valid))
+    return forwards
 
 
-def _sent(stages: list[list[Forward]], device: torch.device) -> list[list[Forward]]:
-    """The same on the device, by one copy."""
-    every = [one for stage in stages for one in stage]
-    flat = torch.stack([torch.cat([one[i] for one in every]) for i in range(2)]).to(device)
-    pieces = zip(*(half.split([len(one.rows) for one in every]) for half in flat), strict=True)
-    return [[Forward(*next(pieces), one.kept) for one in stage] for stage in stages]
+def _copy_from_leaders(buffers: Buffers, end: int, leaders: Tensor) -> None:
+    """Give all rows of a group what its leader has, up to `end`, the latest start of a window."""
+    for buffer in buffers:
+        if buffer is not None:
+            # What lies behind a group's own start here is overwritten later.
+            for values in buffer[: end + 1]:
+                values.copy_(values[leaders])
+
+
+def _to_device(stages: list[list[Forward]], device: torch.device) -> list[list[Forward]]:
+    """Move the rows and steps of all forwards to `device` by one copy."""
+    forwards = [forward for stage in stages for forward in stage]
+    rows = torch.cat([forward.rows for forward in forwards])
+    steps = torch.cat([forward.steps for forward in forwards])
+    counts = [len(forward.rows) for forward in forwards]
+    moved = (values.split(counts) for values in torch.stack([rows, steps]).to(device))
+    pairs = zip(*moved, strict=True)
+    return [[Forward(*next(pairs), forward.valid) for forward in stage] for stage in stages]
 
 
 def _leaders(groups: Tensor) -> Tensor:
-    """int64 [B]: the first row of each row's group."""
+    """Find the first row of each row's group, int64 [B]."""
     _, counts = torch.unique_consecutive(groups, return_counts=True)
     first = counts.cumsum(0) - counts
     return first.repeat_interleave(counts)

@@ -128,7 +128,7 @@ def test_matrices_that_will_be_let_go_are_refused(parts):
     policy = parts.policy
     layers = lora.lora_layers(policy.transformer)
     with (
-        lora.merged(layers),
+        lora.merged_matrices(layers),
         pytest.raises(RuntimeError, match=r"inside Policy\.frozen_weights, whose"),
     ):
         policy.graphs(lambda policy: None, policy)

@@ -18,7 +18,7 @@ import torch
 
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
-from flowgrpo.policies.load import recompute
+from flowgrpo.policies.surgery import recompute
 from flowgrpo.records import Experience
 from flowgrpo.sampling import rollout
 from flowgrpo.sampling.schedule import ode_schedule
@@ -188,7 +188,7 @@ def test_what_is_captured_has_all_of_its_inputs_on_the_device(made):
                 groups=torch.zeros(3, dtype=torch.int64),
                 seeds=torch.arange(3),
                 batch_size=2,
-                keep=False,
+                keep_states=False,
             )
         assert recorder.captures == 3
     finally:

@@ -34,11 +34,11 @@ def test_the_plan_is_what_an_iteration_holds(name):
     with context as watch:
         counted = bench_counted.peak(make, watch)[2] / plan.GIB
     config = bench_counted.ours.config(case, "meta", **bench_counted.CHANGES[provider])
-    clip = plan.KNOWN[IDS[case.model.name]].clip_tokens
-    lengths = {"policy.max_sequence_length": case.model.text_tokens - clip}
-    found = plan.expected_memory(replace(config, **lengths), plan.KNOWN[IDS[case.model.name]])
+    sizes = plan.sizes_of(IDS[case.model.name])
+    lengths = {"policy.max_sequence_length": case.model.text_tokens - sizes.fixed_tokens}
+    found = plan.expected_memory(replace(config, **lengths), sizes)
     # The text encoders and the CUDA context are not counted.
-    encoders = 2 * plan.KNOWN[IDS[case.model.name]].encoders / plan.GIB
+    encoders = 2 * sizes.encoders / plan.GIB
     planned = found["total"] - encoders - found["overhead"]
     if found["rollout"] > found["update"]:
         # The decoder's fourth map is inside a kernel of the GPU, where nothing is counted.

@@ -11,9 +11,11 @@ from huggingface_hub import constants
 from flowgrpo import plan
 from flowgrpo.cli import main
 from flowgrpo.config import Config, PolicyConfig, replace
-from flowgrpo.policies import attention
-from flowgrpo.policies import blocks as policies_blocks
+from flowgrpo.policies import attention, blocks
 from flowgrpo.policies.adapters import add_adapter
+from flowgrpo.policies.families import family_of
+from flowgrpo.policies.flux.sizes import DOUBLE, SINGLE
+from flowgrpo.policies.sd3.sizes import DUAL, JOINT
 from flowgrpo.recipes import recipe
 from support import pipelines
 
@@ -48,7 +50,6 @@ def flux(**changes):
 
 
 def test_known_sizes_are_those_of_the_real_classes():
-    known = plan.KNOWN
     medium = {
         "num_layers": 24,
         "num_attention_heads": 24,
@@ -67,7 +68,7 @@ def test_known_sizes_are_those_of_the_real_classes():
         ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
         ("black-forest-labs/FLUX.1-dev", flux),
     ):
-        assert known[name].parameters == count(make), name
+        assert plan.sizes_of(name).parameters == count(make), name
 
 
 def stored(transformer, inputs) -> int:
@@ -92,25 +93,26 @@ ROWS = 2
 
 def trainable(model, rank=8, fuse=False):
     model = model.to(torch.bfloat16).requires_grad_(False)
-    attention.pin(model, "native_flash", torch.device("cpu"), torch.bfloat16)
+    family = family_of(model)
+    attention.pin(model, family, "native_flash", torch.device("cpu"), torch.bfloat16)
     if fuse:
-        policies_blocks.fuse(model)
+        blocks.fuse(model, family)
     add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
     return model
 
 
-def per_block(blocks, more, tokens):
+def per_block(fewer, more, tokens):
     """Bytes a token that one block more leaves: what grows with both blocks and tokens."""
     few, many = tokens
-    grown = [run(many) - run(few) for run in (blocks, more)]
+    grown = [run(many) - run(few) for run in (fewer, more)]
     return (grown[1] - grown[0]) / (many - few) / ROWS
 
 
 def sd3_run(layers, dual, fuse, text=20, rank=8):
     small = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "sample_size": 24}
-    blocks = {"num_layers": layers, "dual_attention_layers": tuple(range(dual))}
+    kinds = {"num_layers": layers, "dual_attention_layers": tuple(range(dual))}
     model = trainable(
-        sd3(num_attention_heads=2, pos_embed_max_size=24, **small, **blocks), rank, fuse
+        sd3(num_attention_heads=2, pos_embed_max_size=24, **small, **kinds), rank, fuse
     )
 
     def run(image):
@@ -153,15 +155,15 @@ def flux_run(double, single, fuse, rank=8):
 @pytest.mark.parametrize(
     ("kind", "run", "fewer", "more"),
     [
-        ("joint", sd3_run, (2, 0), (3, 0)),
+        (JOINT, sd3_run, (2, 0), (3, 0)),
         # The first block has nothing to keep before its adapters, so the second is the one counted.
-        ("dual", sd3_run, (3, 1), (3, 2)),
-        ("double", flux_run, (1, 1), (2, 1)),
-        ("single", flux_run, (1, 1), (1, 2)),
+        (DUAL, sd3_run, (3, 1), (3, 2)),
+        (DOUBLE, flux_run, (1, 1), (2, 1)),
+        (SINGLE, flux_run, (1, 1), (1, 2)),
     ],
 )
 def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
-    a, b = plan.STORED_FUSED[kind] if fuse else plan.STORED[kind]
+    a, b = kind.stored_fused if fuse else kind.stored
     found = per_block(run(*fewer, fuse), run(*more, fuse), (64, 144))
     assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
 
@@ -179,7 +181,7 @@ def test_a_folder_has_the_sizes_of_its_files(tmp_path):
     assert found.encoders == pytest.approx(
         sum(size for name, size in sizes.items() if name.startswith("text")), rel=0.01
     )
-    assert (found.joint, found.dual, found.width) == (2, 0, 16)
+    assert (found.blocks, found.width) == (((JOINT, 2), (DUAL, 0)), 16)
     for other in ("nano", str(tmp_path), "someone/else"):
         assert plan.sizes_of(other) is None
 
@@ -190,7 +192,7 @@ def is_model(part) -> bool:
 
 def test_memory_moves_with_what_it_is_made_of():
     base = recipe("sd35m_geneval", memory=80.0)
-    arch = plan.KNOWN[base.policy.model]
+    arch = plan.sizes_of(base.policy.model)
 
     def parts(**changes):
         names = {name.replace("__", "."): value for name, value in changes.items()}
@@ -221,7 +223,7 @@ def test_memory_moves_with_what_it_is_made_of():
 def test_rows_of_a_forward_fit_and_divide(memory):
     found = recipe("sd35m_geneval_1gpu", memory=memory)
     rows = found.sample.batch_size
-    arch = plan.KNOWN[found.policy.model]
+    arch = plan.sizes_of(found.policy.model)
     assert 96 % rows == 0 and rows <= plan.MOST_ROWS
     assert plan.expected_memory(found, arch)["total"] <= 0.8 * memory
     larger = [r for r in range(rows + 1, plan.MOST_ROWS + 1) if 96 % r == 0]

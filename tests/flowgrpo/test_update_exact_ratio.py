@@ -33,7 +33,7 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
     config = setups.config(pixel_model, tmp_path, **{"policy.dtype": dtype, **CASES[case]})
     parts = setups.parts(config)
     experience = setups.experience(parts, config)
-    experience = update.with_prepared_conditioning(parts.policy, parts.schedule, experience)
+    experience = objectives.with_prepared_conditioning(parts.policy, parts.schedule, experience)
     every = chunks(config.sample.rows, config.sample.batch_size)
     for rows, turn in itertools.product(every, range(config.sample.trained_steps)):
         batch = objectives.gather_trained_steps(

@@ -1,4 +1,4 @@
-"""A recorder for `capture.Graphs` that needs no GPU, and is as strict as a CUDA graph.
+"""A recorder for `cuda_graphs.Graphs` that needs no GPU, and is as strict as a CUDA graph.
 
 While a function is captured, every tensor operation is written down with the memory of its
 operands. A replay runs these operations on that memory, and nothing of the function's Python: what
@@ -31,7 +31,7 @@ FROM_HOST = {aten.lift_fresh, aten.lift_fresh_copy}
 
 
 class Recorder:
-    """The two methods of `capture.CudaRecorder`; counts its captures."""
+    """The two methods of `cuda_graphs.CudaRecorder`; counts its captures."""
 
     def __init__(self) -> None:
         self.warm_ups = self.captures = self.replays = 0
@@ -182,7 +182,7 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
 
 
 class Silent:
-    """The methods of `capture.CudaRecorder`, for functions that are run and watched."""
+    """The methods of `cuda_graphs.CudaRecorder`, for functions that are run and watched."""
 
     def __init__(self, watch) -> None:
         self.watch, self.captures = watch, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from flowgrpo import train
 from flowgrpo import update as updates
 from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
+from flowgrpo.policies import lora
 from flowgrpo.prompts.batches import prompt_batch
 from flowgrpo.records import Experience
 
@@ -80,3 +82,14 @@ def experience(made: train.Components, config: Config) -> Experience:
     rewards = torch.randn(shape, generator=generator, dtype=torch.float64)
     gains, weights = advantages(rewards, config.optim)
     return Experience(trajectory, conditioning, made.uncond, gains, weights)
+
+
+def double_copies(parts):
+    """The transformer in float64 with PEFT's own forward: with adapters on, and off."""
+    model = copy.deepcopy(parts.policy.transformer).double()
+    for layer in lora.lora_layers(model):
+        del layer.forward
+    base = copy.deepcopy(model)
+    for layer in lora.lora_layers(base):
+        layer.enable_adapters(False)
+    return model, base

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -32,11 +31,13 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
+from flowgrpo.policies.pipelines import Pipeline
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-MAX_SEQUENCE_LENGTH = 128
-"""T5 tokens in flow_grpo's train_flux.py; the pipeline's own default is 512."""
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""Components of the pipeline that a text's embeddings depend on."""
 PATCH = 2
 """Latent pixels on each side of a token."""
 
@@ -52,13 +53,13 @@ class Rotary(nn.Module):
         return self.tables
 
     @contextmanager
-    def inside(self, transformer: nn.Module) -> Iterator[None]:
-        """Inside, `transformer` has these tables; its own module comes back, for other images."""
-        own, transformer.pos_embed = transformer.pos_embed, self
+    def put_into(self, transformer: nn.Module) -> Iterator[None]:
+        """Give `transformer` these tables inside; its own module comes back, for other images."""
+        replaced, transformer.pos_embed = transformer.pos_embed, self
         try:
             yield
         finally:
-            transformer.pos_embed = own
+            transformer.pos_embed = replaced
 
 
 @final
@@ -67,16 +68,14 @@ class FluxPolicy(Policy):
 
     def __init__(
         self,
-        pipeline: object,
-        folder: Path | None,
-        name: str,
+        source: Pipeline,
         device: torch.device,
-        dtype: torch.dtype,
         config: PolicyConfig,
         encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
-        self._check_parts(*(TEXT_PARTS if encode is None else ()), "vae")
+        self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
+        self.device = device
+        self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
         pipelines.place(self.pipeline, device, encoders if offload else ())
@@ -86,7 +85,7 @@ class FluxPolicy(Policy):
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
         self.resolution = pipelines.check_resolution(
-            config.resolution, default, PATCH * factor, None, name
+            config.resolution, default, PATCH * factor, None, self.name
         )
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
         self._set_positions(factor)
@@ -97,12 +96,12 @@ class FluxPolicy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
+            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
-    def _check_parts(self, *needed: str) -> None:
-        lacking = [part for part in needed if getattr(self.pipeline, part) is None]
+    def _check_components(self, *needed: str) -> None:
+        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
         if lacking:
             raise ConfigError(
                 f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
@@ -139,7 +138,7 @@ class FluxPolicy(Policy):
 
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = self._guidance
-        with self._rotary.inside(self.transformer), self._with_precomputed(conditioning):
+        with self._rotary.put_into(self.transformer), self._with_precomputed(conditioning):
             return self.transformer(
                 hidden_states=sample.to(self.dtype),
                 timestep=self._timestep(sigma),

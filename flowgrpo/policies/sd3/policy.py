@@ -13,8 +13,6 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import MethodType
 from typing import final
 
 import torch
@@ -22,28 +20,14 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Conditioning, Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.policies.pipelines import Pipeline
+from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_PARTS += ("tokenizer", "tokenizer_2", "tokenizer_3")
-MAX_SEQUENCE_LENGTH = 128
-
-
-def keep_positions(patches: nn.Module, side: int) -> None:
-    """Cut the position embeddings of latents of `side` pixels out of their grid once, and not by a
-    copy in every forward. `patches` is the transformer's PatchEmbed."""
-    cropped = patches.cropped_pos_embed(side, side).clone()
-    # A buffer, so that a captured graph notices when it moves; not one that is saved.
-    patches.register_buffer("_cropped", cropped, persistent=False)
-    patches._side = side
-    patches.cropped_pos_embed = MethodType(_cropped_pos_embed, patches)
-
-
-def _cropped_pos_embed(self: nn.Module, height: int, width: int) -> Tensor:
-    if height == width == self._side:
-        return self._cropped
-    # The pipeline itself may be asked for images of another size.
-    return type(self).cropped_pos_embed(self, height, width)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_COMPONENTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+"""Components of the pipeline that a text's embeddings depend on."""
 
 
 @final
@@ -52,15 +36,13 @@ class SD3Policy(Policy):
 
     def __init__(
         self,
-        pipeline: object,
-        folder: Path | None,
-        name: str,
+        source: Pipeline,
         device: torch.device,
-        dtype: torch.dtype,
         config: PolicyConfig,
         encode: Callable[[Sequence[str]], Conditioning] | None,
     ) -> None:
-        self.name, self.device, self.dtype, self.pipeline = name, device, dtype, pipeline
+        self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
+        self.device = device
         encoders = self._find_encoders(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
         pipelines.place(self.pipeline, device, encoders if offload else ())
@@ -76,7 +58,7 @@ class SD3Policy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, folder, TEXT_PARTS, dtype, self._length, device
+            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
@@ -94,20 +76,20 @@ class SD3Policy(Policy):
         )
         side = self.resolution // factor
         self.latent_shape = (config.in_channels, side, side)
-        keep_positions(self.transformer.pos_embed, side)
 
     def _find_encoders(self, needed: bool) -> list[nn.Module]:
         """The text encoders that the pipeline has; `needed`: those that texts are encoded by."""
-        found = {name: getattr(self.pipeline, name) for name in TEXT_PARTS[:3]}
-        there = [name for name, part in found.items() if part is not None]
-        self._one_encoder = needed and there == ["text_encoder"]
-        if needed and not self._one_encoder and there[:2] != ["text_encoder", "text_encoder_2"]:
+        encoders = {name: getattr(self.pipeline, name) for name in TEXT_ENCODERS}
+        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        names = list(encoders)
+        self._one_encoder = needed and names == ["text_encoder"]
+        if needed and not self._one_encoder and names[:2] != ["text_encoder", "text_encoder_2"]:
             raise ConfigError(
-                f"policy.model {self.name!r} has the text encoders {', '.join(there) or 'none'}, "
+                f"policy.model {self.name!r} has the text encoders {', '.join(names) or 'none'}, "
                 "but text_encoder and text_encoder_2, with text_encoder_3 or without, are expected "
                 "(or text_encoder alone); restore the missing one."
             )
-        return [part for part in found.values() if part is not None]
+        return list(encoders.values())
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         if self._one_encoder:

@@ -28,5 +28,5 @@ def folder(name: str) -> Path:
 
 
 def words(text: str, between: str = ";") -> list[str]:
-    """The parts of a list that is written as one text."""
+    """Split a list that is written as one text."""
     return text.split(between)

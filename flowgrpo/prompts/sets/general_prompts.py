@@ -82,8 +82,8 @@ RARE = words(
 Line = dict[str, Any]
 
 
-def parts() -> Iterator[tuple[list[Line], int, int]]:
-    """Each kind of prompt: 30 to train with and 8 to test with where there are enough."""
+def tasks() -> Iterator[tuple[list[Line], int, int]]:
+    """Yield (candidates, training prompts, test prompts) of each kind: 30 and 8 of most."""
     for tag, prompts in _kinds().items():
         test = min(8, len(prompts) // 4)
         lines = [{"tag": tag, "prompt": prompt} for prompt in prompts]
@@ -91,7 +91,7 @@ def parts() -> Iterator[tuple[list[Line], int, int]]:
 
 
 def key(line: Line) -> str:
-    """The prompt itself."""
+    """Return the prompt itself."""
     return line["prompt"]
 
 
@@ -126,7 +126,7 @@ def _a(noun: str, start: bool = False) -> str:
 
 
 def _misspelt(sentence: str) -> str:
-    """Two letters inside each word of six or more letters change places."""
+    """Swap two letters inside each word of six or more letters."""
     words = sentence.split(" ")
     for i, word in enumerate(words):
         if len(word) > 5:

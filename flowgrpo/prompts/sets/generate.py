@@ -1,4 +1,4 @@
-"""Writes the prompt sets of this folder: python -m flowgrpo.prompts.sets.generate [FOLDER]
+"""Write the prompt sets of this folder: python -m flowgrpo.prompts.sets.generate [FOLDER]
 
 Every set is a choice from all the prompts that its grammar can make. The choice is by a hash of the
 content, so the files are the same on any machine and any version of Python.
@@ -18,39 +18,39 @@ from flowgrpo.prompts.sets import general_prompts, geneval_prompts, ocr_prompts
 Line = dict[str, Any]
 
 GRAMMARS = {"geneval": geneval_prompts, "ocr": ocr_prompts, "general": general_prompts}
-"""Prompt set -> module with `parts` (candidates, counts) and `key` (what parts may not share)."""
+"""Prompt set -> module with `tasks` (candidates, counts) and `key` (the splits never share one)."""
 
 
 def deal(
     candidates: Iterable[Line], train: int, test: int, key: Callable[[Line], str]
 ) -> tuple[list[Line], list[Line]]:
-    """`train` and `test` lines, none with the same `key`, in an order without meaning."""
-    found: dict[str, Line] = {}
+    """Choose `train` and `test` lines, none with the same `key`, in the order of a hash."""
+    lines: dict[str, Line] = {}
     for line in sorted(candidates, key=lambda line: _hash(line["prompt"])):
-        found.setdefault(key(line), line)
-    order = sorted(found, key=_hash)
+        lines.setdefault(key(line), line)
+    order = sorted(lines, key=_hash)
     if len(order) < train + test:
         raise ValueError(f"{len(order)} different prompts, but {train} + {test} are wanted.")
-    return [found[k] for k in order[:train]], [found[k] for k in order[train : train + test]]
+    return [lines[k] for k in order[:train]], [lines[k] for k in order[train : train + test]]
 
 
 def sets() -> dict[str, list[Line]]:
-    """File name -> its lines."""
-    parts: dict[str, list[Line]] = {}
+    """Make all sets: file name -> its lines."""
+    files: dict[str, list[Line]] = {}
     for name, module in GRAMMARS.items():
         train: list[Line] = []
         test: list[Line] = []
-        for candidates, n_train, n_test in module.parts():
+        for candidates, n_train, n_test in module.tasks():
             more_train, more_test = deal(candidates, n_train, n_test, module.key)
             train += more_train
             test += more_test
-        parts[f"{name}/train_metadata.jsonl"] = _mixed(train)
-        parts[f"{name}/test_metadata.jsonl"] = _mixed(test)
-    return parts
+        files[f"{name}/train_metadata.jsonl"] = _mixed(train)
+        files[f"{name}/test_metadata.jsonl"] = _mixed(test)
+    return files
 
 
 def text(lines: Sequence[Line]) -> str:
-    """The JSONL text of a set."""
+    """Format a set as JSONL."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 

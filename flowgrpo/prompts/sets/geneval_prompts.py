@@ -58,8 +58,8 @@ BENCHMARK = frozenset(
 Line = dict[str, Any]
 
 
-def parts() -> Iterator[tuple[list[Line], int, int]]:
-    """(candidates, training prompts, test prompts) of each task."""
+def tasks() -> Iterator[tuple[list[Line], int, int]]:
+    """Yield (candidates, training prompts, test prompts) of each task."""
     tasks = (
         (_single(), 60, 20),
         (_two(), 100, 50),
@@ -73,25 +73,25 @@ def parts() -> Iterator[tuple[list[Line], int, int]]:
 
 
 def key(line: Line) -> str:
-    """What the prompt asks for, whatever the order in which it names the objects."""
+    """Describe what the prompt asks for, without the order in which it names the objects."""
     objects = [
         f"{wish['count']} {wish.get('color', '')} {wish['class']}" for wish in line["include"]
     ]
     if line["tag"] == "position":
         relation = line["include"][1]["position"][0]
-        found = (objects[1], relation, objects[0])
+        order = (objects[1], relation, objects[0])
         other = (objects[0], POSITIONS[relation], objects[1])
-        return f"position {min(found, other)}"
+        return f"position {min(order, other)}"
     return f"{line['tag']} {sorted(objects)}"
 
 
 def fingerprint(line: Line) -> str:
-    """A short hash of `key`."""
+    """Hash `key`, briefly."""
     return hashlib.sha256(key(line).encode()).hexdigest()[:10]
 
 
 def _noun(name: str, color: str = "") -> str:
-    """ "a red car", "an apple", "a pair of red scissors"."""
+    """Write an object with its article: "a red car", "an apple", "a pair of red scissors"."""
     words = f"pair of {color} {name}" if name in PAIRS else f"{color} {name}"
     words = " ".join(words.split())
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -140,8 +140,8 @@ def _color_attr() -> Iterator[Line]:
     # Every pair of classes, with the colours that a hash of the pair gives: enough to choose from.
     for a, b in combinations([name for name in CLASSES if name != "person"], 2):
         number = int(hashlib.sha256(f"{a} {b}".encode()).hexdigest(), 16)
-        place, other = divmod(number % 90, 9)
-        colors = COLORS[place], [c for c in COLORS if c != COLORS[place]][other]
+        first, second = divmod(number % 90, 9)
+        colors = COLORS[first], [c for c in COLORS if c != COLORS[first]][second]
         if number // 90 % 2:
             a, b = b, a
         wishes = [{"class": n, "count": 1, "color": c} for n, c in zip((a, b), colors, strict=True)]

@@ -80,15 +80,15 @@ Line = dict[str, Any]
 
 
 def phrases() -> list[str]:
-    """All texts that may stand in a prompt."""
-    found = [f"{a} {b}" for a, b in product(FIRST, SECOND)]
-    found += [pattern.format(year) for pattern, year in product(DATED, YEARS)]
-    found += [pattern.format(number) for pattern, number in product(NUMBERED, NUMBERS)]
-    return [*found, *SAYINGS, *SHORT]
+    """List the texts that may stand in a prompt."""
+    texts = [f"{a} {b}" for a, b in product(FIRST, SECOND)]
+    texts += [pattern.format(year) for pattern, year in product(DATED, YEARS)]
+    texts += [pattern.format(number) for pattern, number in product(NUMBERED, NUMBERS)]
+    return [*texts, *SAYINGS, *SHORT]
 
 
-def parts() -> Iterator[tuple[list[Line], int, int]]:
-    """Two thirds names of two words, the rest as varied as it can be."""
+def tasks() -> Iterator[tuple[list[Line], int, int]]:
+    """Yield (candidates, training prompts, test prompts): two thirds are names of two words."""
     names = [f"{a} {b}" for a, b in product(FIRST, SECOND)]
     others = [text for text in phrases() if text not in set(names)]
     yield _lines(names), 500, 100
@@ -96,7 +96,7 @@ def parts() -> Iterator[tuple[list[Line], int, int]]:
 
 
 def key(line: Line) -> str:
-    """The text to render."""
+    """Return the text to render."""
     return re.search('"(.*)"', line["prompt"])[1]
 
 

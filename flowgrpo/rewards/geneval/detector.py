@@ -55,8 +55,8 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        """uint8 [B, 3, H, W] -> the detections of each image that may count, in no order."""
-        found = []
+        """Detect objects in images, uint8 [B, 3, H, W]; those of an image in no order."""
+        detections = []
         size = images.shape[-2:]
         for chunk in images.split(self.batch_size):
             inside, pixels = self._prepare(chunk.to(self.model.device))
@@ -64,11 +64,11 @@ class Detector:
             for logits, masks in zip(
                 out.class_queries_logits, out.masks_queries_logits, strict=True
             ):
-                found.append(_detections(logits, masks, pixels.shape[-2:], inside, size))
-        return found
+                detections.append(_detections(logits, masks, pixels.shape[-2:], inside, size))
+        return detections
 
     def _prepare(self, images: Tensor) -> tuple[tuple[int, int], Tensor]:
-        """(height and width of the image in it, normalised and padded pixels)."""
+        """Resize, normalise and pad images: (their height and width inside, float32 pixels)."""
         height, width = images.shape[-2:]
         longest = self.edge * 1333 / 800
         scale = min(self.edge / min(height, width), longest / max(height, width))
@@ -90,20 +90,20 @@ def _detections(
     inside: tuple[int, int],
     size: Sequence[int],
 ) -> list[Detection]:
-    """From class logits [Q, 81] and mask logits [Q, h, w] of one image."""
+    """Build the detections of one image from class logits [Q, 81] and mask logits [Q, h, w]."""
     scores = logits.softmax(dim=-1)[:, :-1]
-    best, places = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+    best, index = scores.flatten().topk(min(CANDIDATES, scores.numel()))
     # A mask's own score is at most 1, so what lies under the threshold here stays there.
-    places = places[best > THRESHOLD]
-    queries, classes = places // len(CLASSES), places % len(CLASSES)
-    if not len(places):
+    index = index[best > THRESHOLD]
+    queries, classes = index // len(CLASSES), index % len(CLASSES)
+    if not len(index):
         return []
-    whole = _resize(masks[queries].float(), padded)[:, : inside[0], : inside[1]]
-    whole = _resize(whole, size)
-    binary = whole > 0
+    resized = _resize(masks[queries].float(), padded)[:, : inside[0], : inside[1]]
+    resized = _resize(resized, size)
+    binary = resized > 0
     area = binary.flatten(1).sum(1)
-    certainty = (whole.sigmoid() * binary).flatten(1).sum(1) / (area + 1e-6)
-    values = (scores.flatten()[places] * certainty).tolist()
+    certainty = (resized.sigmoid() * binary).flatten(1).sum(1) / (area + 1e-6)
+    values = (scores.flatten()[index] * certainty).tolist()
     return [
         Detection(CLASSES[name], _box(mask), score, mask)
         for name, score, mask, pixels in zip(
@@ -120,7 +120,7 @@ def _resize(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _box(mask: Tensor) -> tuple[float, float, float, float]:
-    """x1, y1, x2, y2 around bool [H, W], x2 and y2 exclusive."""
+    """Find the box x1, y1, x2, y2 around a mask, bool [H, W]; x2 and y2 exclusive."""
     x, y = mask.any(dim=0).nonzero()[:, 0], mask.any(dim=1).nonzero()[:, 0]
     return float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1)
 
@@ -132,21 +132,21 @@ class ColorClassifier:
         self.model = model
         self._classifiers: dict[str, Tensor] = {}
 
-    def __call__(self, found: Sequence[tuple[Tensor, Detection]]) -> list[Detection]:
-        """Pairs (image uint8 [3, H, W], object in it) -> the objects with their colours."""
-        named: list[Detection] = []
-        for start in range(0, len(found), self.model.batch_size):
-            chunk = found[start : start + self.model.batch_size]
+    def __call__(self, objects: Sequence[tuple[Tensor, Detection]]) -> list[Detection]:
+        """Name the colours of pairs (image uint8 [3, H, W], object in it)."""
+        colored: list[Detection] = []
+        for start in range(0, len(objects), self.model.batch_size):
+            chunk = objects[start : start + self.model.batch_size]
             size = self.model.model.config.vision_config.image_size
-            crops = torch.cat([clip.pixels(_crop(image, one)[None], size) for image, one in chunk])
-            vectors = self.model.pixels(crops.to(self.model.device))
-            for vector, (_, one) in zip(vectors, chunk, strict=True):
-                place = int((self._classifier(one.name) @ vector).argmax())
-                named.append(replace(one, color=COLORS[place]))
-        return named
+            crops = [clip.pixels(_crop(image, detection)[None], size) for image, detection in chunk]
+            vectors = self.model.pixels(torch.cat(crops).to(self.model.device))
+            for vector, (_, detection) in zip(vectors, chunk, strict=True):
+                best = int((self._classifier(detection.name) @ vector).argmax())
+                colored.append(replace(detection, color=COLORS[best]))
+        return colored
 
     def _classifier(self, name: str) -> Tensor:
-        """[10, D]: a unit vector for each colour of an object called `name`."""
+        """Embed the ten colours of an object called `name`: unit vectors [10, D]."""
         if name not in self._classifiers:
             texts = [s.format(color=color, name=name) for color in COLORS for s in SENTENCES]
             vectors = self.model.texts(texts).view(len(COLORS), len(SENTENCES), -1).mean(dim=1)
@@ -154,9 +154,9 @@ class ColorClassifier:
         return self._classifiers[name]
 
 
-def _crop(image: Tensor, one: Detection) -> Tensor:
-    """The object on grey, cut out at its box: uint8 [3, h, w]."""
-    if one.mask is not None:
-        image = torch.where(one.mask, image.to(one.mask.device), GREY)
-    x1, y1, x2, y2 = (round(edge) for edge in one.box)
+def _crop(image: Tensor, detection: Detection) -> Tensor:
+    """Cut the object out at its box, on grey: uint8 [3, h, w]."""
+    if detection.mask is not None:
+        image = torch.where(detection.mask, image.to(detection.mask.device), GREY)
+    x1, y1, x2, y2 = (round(edge) for edge in detection.box)
     return image[:, y1:y2, x1:x2].to(torch.uint8)

@@ -1,10 +1,10 @@
-"""GenEval: do the objects, counts, colours and positions of the prompt show (Ghosh et al.,
-https://arxiv.org/abs/2310.11513)?
+"""GenEval: objects, counts, colours and positions of the prompt, looked for in the image (Ghosh et
+al., https://arxiv.org/abs/2310.11513).
 
 geneval          the partial reward that flow_grpo trains with
 geneval_strict   1 if everything holds, else 0: the benchmark's figure
 
-The rules are in geneval_rules.py, detection and colours in geneval_detector.py. Deliberate
+The rules are in rules.py, detection and colours in detector.py. Deliberate
 departures from the benchmark, none of them in the rules:
 
 1. Mask2Former is transformers' (the authors' own Swin-S weights for COCO instances,
@@ -44,7 +44,7 @@ def partial(
     batch_size: int = 8,
     edge: int = 800,
 ):
-    """flow_grpo's reward, at most 1. edge: pixels of the shorter edge that the detector sees."""
+    """Build flow_grpo's reward, at most 1. edge: shorter edge that the detector sees, in pixels."""
     return _reward(rules.partial, model, clip_model, device, batch_size, edge)
 
 
@@ -57,7 +57,7 @@ def strict(
     batch_size: int = 8,
     edge: int = 800,
 ):
-    """The benchmark's judgement, 0 or 1."""
+    """Build the benchmark's judgement, 0 or 1."""
 
     def judge(objects: Objects, metadata: Mapping[str, Any]) -> float:
         return float(rules.strict(objects, metadata)[0])
@@ -73,66 +73,73 @@ def _reward(
     batch_size: int,
     edge: int,
 ):
-    eyes = _eyes(model, clip_model, device, batch_size, edge)
+    detector = _cached_detector(model, clip_model, device, batch_size, edge)
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         for entry in metadata:
             rules.check(entry)
-        seen = eyes.look(images, metadata)
-        return [judge(objects, entry) for objects, entry in zip(seen, metadata, strict=True)]
+        pairs = zip(detector(images, metadata), metadata, strict=True)
+        return [judge(objects, entry) for objects, entry in pairs]
 
     return rate
 
 
 @cache
-def _eyes(model: str, clip_model: str, device: str, batch_size: int, edge: int) -> CachedDetector:
-    """One pair of models for both rewards."""
-    found = models.pretrained("Mask2FormerForUniversalSegmentation", model, models.device(device))
+def _cached_detector(
+    model: str, clip_model: str, device: str, batch_size: int, edge: int
+) -> CachedDetector:
+    """Load one pair of models for both rewards."""
+    network = models.pretrained("Mask2FormerForUniversalSegmentation", model, models.device(device))
     return CachedDetector(
-        Detector(found, batch_size, edge), ColorClassifier(clip.load(clip_model, device=device))
+        Detector(network, batch_size, edge), ColorClassifier(clip.load(clip_model, device=device))
     )
 
 
 class CachedDetector:
-    """Detector and colours, with the result of the last look: both rewards are often asked about
-    the same images, one after the other."""
+    """Detector and colours that remember their last result.
 
-    def __init__(self, detector: Detector, painter: ColorClassifier) -> None:
-        self.detector, self.painter = detector, painter
+    Both rewards are often asked about the same images, one after the other.
+    """
+
+    def __init__(self, detector: Detector, classifier: ColorClassifier) -> None:
+        self.detector, self.classifier = detector, classifier
         self._last: tuple[Any, int, list[dict[str, Any]], list[Objects]] | None = None
 
-    def look(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
-        """The objects of each image that count, with colours where the metadata asks for them."""
+    def __call__(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
+        """Detect the objects of each image that count, with colours where the metadata has them."""
         if self._last is not None:
-            known, version, entries, seen = self._last
-            if known() is images and version == images._version and entries == metadata:
-                return seen
-        seen = self._paint(images, metadata)
+            reference, version, entries, objects = self._last
+            # The version counts writes in place: the same tensor may hold other images by now.
+            if reference() is images and version == images._version and entries == metadata:
+                return objects
+        objects = self._detect(images, metadata)
 
-        def forget(gone: Any) -> None:
-            if self._last is not None and self._last[0] is gone:
+        def forget(reference: Any) -> None:
+            if self._last is not None and self._last[0] is reference:
                 self._last = None
 
-        self._last = weakref.ref(images, forget), images._version, list(metadata), seen
-        return seen
+        self._last = weakref.ref(images, forget), images._version, list(metadata), objects
+        return objects
 
-    def _paint(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
-        seen = [
-            rules.keep(found, entry["tag"])
-            for found, entry in zip(self.detector(images), metadata, strict=True)
+    def _detect(self, images: Tensor, metadata: list[dict[str, Any]]) -> list[Objects]:
+        objects = [
+            rules.select(detections, entry["tag"])
+            for detections, entry in zip(self.detector(images), metadata, strict=True)
         ]
-        colored = [
+        colored_classes = [
             (row, wish["class"])
             for row, entry in enumerate(metadata)
             for wish in entry["include"]
             if "color" in wish
         ]
-        todo = [
-            (row, name, place)
-            for row, name in dict.fromkeys(colored)
-            for place in range(len(seen[row].get(name, ())))
+        targets = [
+            (row, name, i)
+            for row, name in dict.fromkeys(colored_classes)
+            for i in range(len(objects[row].get(name, ())))
         ]
-        painted = self.painter([(images[row], seen[row][name][i]) for row, name, i in todo])
-        for (row, name, place), one in zip(todo, painted, strict=True):
-            seen[row][name][place] = one
-        return seen
+        colored = self.classifier(
+            [(images[row], objects[row][name][i]) for row, name, i in targets]
+        )
+        for (row, name, i), detection in zip(targets, colored, strict=True):
+            objects[row][name][i] = detection
+        return objects

@@ -1,7 +1,7 @@
 """The rules of GenEval (Ghosh et al., https://arxiv.org/abs/2310.11513; evaluate_images.py of
 https://github.com/djghosh13/geneval): from detected objects and a prompt's metadata to a score.
 
-    keep      score > 0.3 (0.9 in the task counting), the best 16 of a class, best first; of two
+    select    score > 0.3 (0.9 in the task counting), the best 16 of a class, best first; of two
               boxes of a class that overlap by MAX_OVERLAP or more the better one (1, as in the
               benchmark: both)
     include   at least `count` objects of the class; the best `count` are looked at further
@@ -57,7 +57,7 @@ class Detection:
 
 
 Objects = Mapping[str, Sequence[Detection]]
-"""Class -> the detections of it that are kept, best first."""
+"""Class -> the detections of it that count, best first."""
 
 
 def check(metadata: Mapping[str, Any]) -> None:
@@ -70,10 +70,10 @@ def check(metadata: Mapping[str, Any]) -> None:
             and wish.get("color", COLORS[0]) in COLORS
             for wish in wishes
         )
-        for place, wish in enumerate(metadata["include"]):
+        for number, wish in enumerate(metadata["include"]):
             if "position" in wish:
                 relation, target = wish["position"]
-                fits &= relation in POSITIONS and 0 <= target < place
+                fits &= relation in POSITIONS and 0 <= target < number
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -84,24 +84,25 @@ def check(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def keep(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]]:
-    """The detections that count, by class, best first."""
+def select(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]]:
+    """Select the detections that count, by class, best first."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     ordered = sorted(detections, key=lambda d: d.score, reverse=True)
     objects: dict[str, list[Detection]] = {}
     for name in dict.fromkeys(d.name for d in ordered):
         best = [d for d in ordered if d.name == name and d.score > threshold][:MAX_OBJECTS]
-        kept: list[Detection] = []
-        for one in best:
-            if MAX_OVERLAP == 1 or all(overlap(one.box, other.box) < MAX_OVERLAP for other in kept):
-                kept.append(one)
-        if kept:
-            objects[name] = kept
+        selected: list[Detection] = []
+        for detection in best:
+            overlaps = (overlap(detection.box, better.box) for better in selected)
+            if MAX_OVERLAP == 1 or all(share < MAX_OVERLAP for share in overlaps):
+                selected.append(detection)
+        if selected:
+            objects[name] = selected
     return objects
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes of whole pixels (hence the + 1)."""
+    """Compute intersection over union of two boxes of whole pixels (hence the + 1)."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
@@ -112,7 +113,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """How `a` stands to `b`: up to two of POSITIONS.
+    """List how `a` stands to `b`: up to two of POSITIONS.
 
     The offset between the centres is shortened, in each direction, by a tenth of both objects' size
     there. It counts in a direction in which it is more than half of the whole distance.
@@ -126,80 +127,80 @@ def relations(a: Detection, b: Detection) -> set[str]:
         )
         for i in (0, 1)
     ]
-    if all(abs(part) < 1e-3 for part in shortened):
+    if all(abs(component) < 1e-3 for component in shortened):
         return set()
     distance = math.hypot(*offset)
-    dx, dy = (part / distance for part in shortened)
+    dx, dy = (component / distance for component in shortened)
     tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {name for name, holds in tests.items() if holds}
 
 
 def strict(objects: Objects, metadata: Mapping[str, Any]) -> tuple[bool, str]:
-    """The benchmark's judgement, and what is wrong ("" if nothing is)."""
+    """Judge as the benchmark does: (right or not, the problems in words)."""
     problems: list[str] = []
     matched: list[Sequence[Detection] | None] = []
     for wish in metadata["include"]:
         name, count = wish["class"], wish["count"]
-        found = objects.get(name, ())[:count]
+        detections = objects.get(name, ())[:count]
         problem = ""
-        if len(found) < count:
-            problem = f"{len(found)} {name} found, at least {count} wanted"
-        elif "color" in wish and _colored(found, wish) < count:
-            seen = ", ".join(str(d.color) for d in found)
-            problem = f"{name} is {seen}, {wish['color']} wanted"
+        if len(detections) < count:
+            problem = f"{len(detections)} {name} found, at least {count} wanted"
+        elif "color" in wish and _colored(detections, wish) < count:
+            colors = ", ".join(str(d.color) for d in detections)
+            problem = f"{name} is {colors}, {wish['color']} wanted"
         elif "position" in wish:
-            problem = _misplaced(found, wish, matched)
-        matched.append(None if problem else found)
+            problem = _misplaced(detections, wish, matched)
+        matched.append(None if problem else detections)
         problems += [problem] if problem else []
     for wish in metadata.get("exclude", ()):
-        found = objects.get(wish["class"], ())
-        if len(found) >= wish["count"]:
+        detections = objects.get(wish["class"], ())
+        if len(detections) >= wish["count"]:
             problems.append(
-                f"{len(found)} {wish['class']} found, fewer than {wish['count']} wanted"
+                f"{len(detections)} {wish['class']} found, fewer than {wish['count']} wanted"
             )
     return not problems, "; ".join(problems)
 
 
 def partial(objects: Objects, metadata: Mapping[str, Any]) -> float:
-    """flow_grpo's reward: at most 1; 1 where everything is right."""
+    """Score as flow_grpo does: at most 1, and 1 where everything is right."""
     terms: list[float] = []
     matched: list[Sequence[Detection] | None] = []
     for wish in metadata["include"]:
         count = wish["count"]
-        found = objects.get(wish["class"], ())
-        right = len(found) == count
-        terms.append(1 - abs(count - len(found)) / count)
+        detections = objects.get(wish["class"], ())
+        right = len(detections) == count
+        terms.append(1 - abs(count - len(detections)) / count)
         if not right and ("color" in wish or "position" in wish):
             terms.append(0.0)
         if right and "color" in wish:
-            colored = _colored(found, wish)
+            colored = _colored(detections, wish)
             terms.append(1 - abs(count - colored) / count)
             right = colored == count
         if right and "position" in wish:
             target = matched[wish["position"][1]]
-            right = not _misplaced(found, wish, matched)
+            right = not _misplaced(detections, wish, matched)
             terms += [1.0] if right else [0.0] if target is None else [0.0, 1.0]
-        matched.append(found if right else None)
+        matched.append(detections if right else None)
     return sum(terms) / len(terms) if terms else 0.0
 
 
-def _colored(found: Sequence[Detection], wish: Mapping[str, Any]) -> int:
-    return sum(d.color == wish["color"] for d in found)
+def _colored(detections: Sequence[Detection], wish: Mapping[str, Any]) -> int:
+    return sum(d.color == wish["color"] for d in detections)
 
 
 def _misplaced(
-    found: Sequence[Detection],
+    detections: Sequence[Detection],
     wish: Mapping[str, Any],
     matched: Sequence[Sequence[Detection] | None],
 ) -> str:
-    """What is wrong with the position, "" if nothing is."""
+    """Say what is wrong with the position; "" if nothing is."""
     relation, target = wish["position"]
     if matched[target] is None:
         return f"nothing that {wish['class']} could be {relation}"
-    for one in found:
+    for detection in detections:
         for other in matched[target]:
-            seen = relations(one, other)
-            if relation not in seen:
-                what = " and ".join(sorted(seen)) or "at the same place"
-                return f"{wish['class']} is {what}, {relation} wanted"
+            actual = relations(detection, other)
+            if relation not in actual:
+                words = " and ".join(sorted(actual)) or "at the same place"
+                return f"{wish['class']} is {words}, {relation} wanted"
     return ""

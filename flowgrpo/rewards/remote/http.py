@@ -34,7 +34,7 @@ def score(
     retries: int = 3,
     backoff: float = 0.5,
 ):
-    """batch_size images a request, `concurrency` requests at once."""
+    """Build a remote reward: `batch_size` images a request, `concurrency` requests at once."""
     if url and not urlsplit(url).path:
         url += "/score"
     server = Server(
@@ -48,7 +48,7 @@ def score(
     )
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-        def part(start: int) -> list[float]:
+        def score_batch(start: int) -> list[float]:
             rows = slice(start, start + batch_size)
             payload = {
                 "images": [to_png(image) for image in images[rows]],
@@ -57,15 +57,15 @@ def score(
             }
             return scores_in(server, server.post(payload), len(payload["images"]))
 
-        parts = server.each(part, range(0, len(images), batch_size))
-        return [value for values in parts for value in values]
+        batches = server.each(score_batch, range(0, len(images), batch_size))
+        return [value for values in batches for value in values]
 
     rate.reach = server.reach
     return rate
 
 
 def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
-    """The scores of a reply.
+    """Read the scores of a reply.
 
     Raises:
         RewardError: there are not `count` of them.

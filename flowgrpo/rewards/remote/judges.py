@@ -69,7 +69,7 @@ ACS = (
 AXES = ("Alignment", "Coherence", "Style")
 NUMBER = r"([1-4](?:\.\d+)?|5(?:\.0+)?)(?![\d.]*\d)"
 STYLES: dict[str, tuple[str, Callable[[str], float]]] = {}
-"""Style -> (question, what reads the grade in 1 ... 5 or NaN from the answer)."""
+"""Style -> (question, function that reads the grade in 1 ... 5, or NaN, from the answer)."""
 
 QUALITY = "How would you rate the quality of this image?"
 BEGIN = "The quality of the image is"
@@ -89,7 +89,10 @@ def unifiedreward(
     retries: int = 3,
     backoff: float = 0.5,
 ):
-    """url: of the API, for example http://127.0.0.1:8000/v1. style: final or acs."""
+    """Build UnifiedReward.
+
+    url: of the API, for example http://127.0.0.1:8000/v1. style: final or acs.
+    """
     if style not in STYLES:
         raise RewardError(
             f"the style of reward 'unifiedreward' is {style!r}, but one of {', '.join(STYLES)} is "
@@ -98,7 +101,7 @@ def unifiedreward(
     server = _server("unifiedreward", url, token, timeout, retries, backoff, concurrency)
     question, grade = STYLES[style]
 
-    def one(image: Tensor, prompt: str) -> float:
+    def judge(image: Tensor, prompt: str) -> float:
         payload = {
             "model": model,
             "messages": [_user(image, question.format(prompt=prompt), image_first=True)],
@@ -107,7 +110,7 @@ def unifiedreward(
         }
         return grade(answer(server, server.post(payload))) / 5
 
-    return _judge(server, one)
+    return _as_reward(server, judge)
 
 
 @configurable("deqa")
@@ -121,10 +124,10 @@ def deqa(
     retries: int = 3,
     backoff: float = 0.5,
 ):
-    """url: of the API, for example http://127.0.0.1:8000/v1."""
+    """Build DeQA-Score. url: of the API, for example http://127.0.0.1:8000/v1."""
     server = _server("deqa", url, token, timeout, retries, backoff, concurrency)
 
-    def one(image: Tensor, prompt: str) -> float:
+    def judge(image: Tensor, prompt: str) -> float:
         payload = {
             "model": model,
             "messages": [
@@ -140,31 +143,31 @@ def deqa(
         }
         return expected_level(server, server.post(payload)) / 5
 
-    return _judge(server, one)
+    return _as_reward(server, judge)
 
 
 def answer(server: Server, reply: dict[str, Any]) -> str:
-    """The text of a chat completion."""
+    """Read the text of a chat completion."""
     return _first_choice(server, reply, "message", "content")
 
 
 def final_score(text: str) -> float:
-    """The grade after "Final Score:", or NaN."""
-    found = re.search(rf"Final Score:\s*{NUMBER}", text)
-    return float(found[1]) if found else math.nan
+    """Read the grade after "Final Score:", or NaN."""
+    match = re.search(rf"Final Score:\s*{NUMBER}", text)
+    return float(match[1]) if match else math.nan
 
 
 def axes_score(text: str) -> float:
-    """The mean of the three grades, or NaN if one is missing."""
+    """Average the three grades; NaN if one is missing."""
     grades = [re.search(rf"{axis} Score \(1-5\):\s*{NUMBER}", text) for axis in AXES]
-    return sum(float(found[1]) for found in grades) / len(AXES) if all(grades) else math.nan
+    return sum(float(match[1]) for match in grades) / len(AXES) if all(grades) else math.nan
 
 
 STYLES.update(final=(FINAL, final_score), acs=(ACS, axes_score))
 
 
 def expected_level(server: Server, reply: dict[str, Any]) -> float:
-    """The mean of LEVELS under the model's next token, or NaN if none is likely.
+    """Average LEVELS under the model's next token; NaN if none is likely.
 
     Raises:
         RewardError: the endpoint returns no log-probabilities.
@@ -198,10 +201,12 @@ def _server(
     )
 
 
-def _judge(server: Server, one: Callable[[Tensor, str], float]):
+def _as_reward(server: Server, judge: Callable[[Tensor, str], float]):
+    """Build a reward that asks `judge` about all images at once."""
+
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         pairs = list(zip(images.cpu(), prompts, strict=True))
-        scores = server.each(lambda pair: one(*pair), pairs)
+        scores = server.each(lambda pair: judge(*pair), pairs)
         without = sum(math.isnan(value) for value in scores)
         if without:
             log.warning(
@@ -217,24 +222,25 @@ def _judge(server: Server, one: Callable[[Tensor, str], float]):
 
 
 def _user(image: Tensor, question: str, *, image_first: bool) -> dict[str, Any]:
-    parts = [
+    content = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_png(image)}"}},
         {"type": "text", "text": question},
     ]
-    return {"role": "user", "content": parts if image_first else parts[::-1]}
+    return {"role": "user", "content": content if image_first else content[::-1]}
 
 
 def _first_choice(server: Server, reply: dict[str, Any], *path: str, kind: Any = str) -> Any:
-    """What stands at `path` in the reply's first choice."""
+    """Read the value at `path` in the reply's first choice."""
     try:
-        found = reply["choices"][0]
+        value = reply["choices"][0]
         for name in path:
-            found = found.get(name) if name == "logprobs" else found[name]
-        if not isinstance(found, kind):
-            raise TypeError(type(found).__name__)
+            # An endpoint without log-probabilities leaves the key out.
+            value = value.get(name) if name == "logprobs" else value[name]
+        if not isinstance(value, kind):
+            raise TypeError(type(value).__name__)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise RemoteError(
             f"the endpoint {server.url} of reward {server.reward!r} answered {str(reply)[:80]!r}, "
             f"but a chat completion with choices[0].{'.'.join(path)} is expected; check the url."
         ) from error
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""Serves a reward to other machines, by the protocol of flowgrpo.rewards.remote.http.
+"""Serve a reward to other machines, by the protocol of flowgrpo.rewards.remote.http.
 
     POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]}
                     -> {"scores": [...]}
@@ -73,8 +73,8 @@ def serve(
         # Models are loaded before the first request, so that a missing one shows at once.
         if hasattr(reward, "build"):
             reward.build()
-        shown = f"[{host}]" if ":" in host else host
-        print(f"reward {name!r} on http://{shown}:{sock.getsockname()[1]}/score", flush=True)
+        address = f"[{host}]" if ":" in host else host
+        print(f"reward {name!r} on http://{address}:{sock.getsockname()[1]}/score", flush=True)
         # Nothing is to be done before and after; its task would answer Ctrl-C with a traceback.
         settings = uvicorn.Config(application, log_level="warning", lifespan="off")
         with contextlib.suppress(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
+    """Open a listening socket; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -95,7 +95,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Tell whether only this machine reaches `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -111,7 +111,7 @@ def app(
     max_images: int = MAX_IMAGES,
     max_pixels: int = MAX_PIXELS,
 ) -> Any:
-    """The ASGI application."""
+    """Build the ASGI application."""
     fastapi = library("fastapi", name, INSTALL)
     from fastapi.security import HTTPBearer
     from pydantic import BaseModel, Field
@@ -130,14 +130,14 @@ def app(
 
     api = fastapi.FastAPI(title=f"flowgrpo reward {name}", version="1")
     lock = threading.Lock()
-    # The gate below checks the token; this one shows it on the OpenAPI page.
-    shown = [fastapi.Depends(HTTPBearer(auto_error=False))] if token else []
+    # AuthMiddleware checks the token; this shows it on the OpenAPI page.
+    documented = [fastapi.Depends(HTTPBearer(auto_error=False))] if token else []
 
     @api.get("/health")
     def health() -> dict[str, str]:
         return {"reward": name}
 
-    @api.post("/score", dependencies=shown)
+    @api.post("/score", dependencies=documented)
     def score(request: Request) -> Reply:
         images = _images(fastapi, request, max_pixels)
         try:
@@ -184,8 +184,8 @@ class AuthMiddleware:
         await send({"type": "http.response.body", "body": b""})
 
     def _refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-        given = headers.get(b"authorization", b"")
-        if self.expected and not hmac.compare_digest(given, self.expected):
+        authorization = headers.get(b"authorization", b"")
+        if self.expected and not hmac.compare_digest(authorization, self.expected):
             return 401, "the bearer token is missing or wrong"
         if b"content-length" not in headers:
             return 411, "the request has no Content-Length"
@@ -196,22 +196,22 @@ class AuthMiddleware:
 
 
 async def _drop(receive: Any) -> None:
-    """Read what is left of a request, and keep none of it."""
+    """Read the rest of a request and discard it."""
     while (await receive()).get("more_body", False):
         pass
 
 
 def _images(fastapi: Any, request: Any, max_pixels: int) -> torch.Tensor:
-    """uint8 [B, 3, H, W] of the request; status 422 if it cannot be."""
+    """Decode the images of a request, uint8 [B, 3, H, W]; status 422 if that fails."""
     counts = {len(request.images), len(request.prompts), len(request.metadata)}
     if len(counts) > 1:
         raise fastapi.HTTPException(422, "images, prompts and metadata differ in number")
     images = []
-    for place, text in enumerate(request.images):
+    for number, text in enumerate(request.images):
         try:
             images.append(from_png(text, max_pixels))
         except ValueError as error:
-            raise fastapi.HTTPException(422, f"image {place}: {error}") from error
+            raise fastapi.HTTPException(422, f"image {number}: {error}") from error
         if images[-1].shape != images[0].shape:
-            raise fastapi.HTTPException(422, f"image {place} has another size than image 0")
+            raise fastapi.HTTPException(422, f"image {number} has another size than image 0")
     return torch.stack(images)

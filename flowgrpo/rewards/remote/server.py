@@ -59,7 +59,7 @@ class Server:
         )
 
     def post(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that the server answers.
+        """Send JSON and return the JSON object that the server answers.
 
         Raises:
             RemoteError: no answer after all tries, or one that is no JSON object.
@@ -96,11 +96,11 @@ class Server:
             ) from error
 
     def each(self, call: Callable[[T], Any], values: Sequence[T]) -> list[Any]:
-        """`call` of each value, at most `concurrency` at once; the first error is raised."""
+        """Call `call` with each value, at most `concurrency` at once; the first error is raised."""
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.reward) as pool:
             calls = [pool.submit(call, value) for value in values]
             try:
-                return [done.result() for done in calls]
+                return [future.result() for future in calls]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -124,29 +124,30 @@ class Server:
                 f"{status} ({_detail(response)}); check the address, the protocol and the prompts."
             )
         try:
-            found = response.json()
+            reply = response.json()
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            reply = None
+        if not isinstance(reply, dict):
             raise RemoteError(
                 f"the server {self.url} of reward {self.reward!r} answered {response.text[:80]!r}, "
                 "but a JSON object is expected; check that the address is that of a reward server."
             )
-        return found
+        return reply
 
 
 def _detail(response: Any) -> str:
-    """What the server says was wrong, on one line."""
+    """Read the server's account of an error, on one line."""
     try:
-        found = response.json()
-        found = found.get("detail") or found.get("error") or found
+        reply = response.json()
+        detail = reply.get("detail") or reply.get("error") or reply
     except (ValueError, AttributeError):
-        found = response.text or response.reason_phrase
-    return " ".join(str(found).split())[:300]
+        detail = response.text or response.reason_phrase
+    return " ".join(str(detail).split())[:300]
 
 
-def _retry_after(response: Any, otherwise: float) -> float:
+def _retry_after(response: Any, default: float) -> float:
+    """Read the seconds of the header Retry-After."""
     try:
         return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):
-        return otherwise
+        return default

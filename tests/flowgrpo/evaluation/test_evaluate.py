@@ -11,6 +11,7 @@ import torch
 from flowgrpo import rewards
 from flowgrpo.config import replace
 from flowgrpo.evaluation import evaluate
+from flowgrpo.evaluation.evaluation_set import EvaluationSet, load_evaluation_set, select
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
 from flowgrpo.policies import Policy
 from flowgrpo.records import Prompts
@@ -22,30 +23,30 @@ def tagged(**counts: int) -> Prompts:
     return Prompts.of(*zip(*entries, strict=True))
 
 
-def held(prompts: Prompts, samples: int = 1) -> evaluate.EvaluationSet:
-    return evaluate.EvaluationSet(prompts, torch.arange(len(prompts) * samples), samples)
+def entries_of(prompts: Prompts, samples: int = 1) -> EvaluationSet:
+    return EvaluationSet(prompts, torch.arange(len(prompts) * samples), samples)
 
 
 def test_tasks_take_turns_and_short_ones_repeat():
-    found = evaluate.select(tagged(a=2, b=10, c=5), 15)
-    tags = [entry["tag"] for entry in found.metadata]
+    chosen = select(tagged(a=2, b=10, c=5), 15)
+    tags = [entry["tag"] for entry in chosen.metadata]
     assert tags == ["a", "b", "c"] * 5
-    assert found.texts[::3] == ("a 0", "a 1", "a 0", "a 1", "a 0")
-    assert found.texts[1::3] == ("b 0", "b 2", "b 4", "b 6", "b 8")
-    assert found.texts[2::3] == ("c 0", "c 1", "c 2", "c 3", "c 4")
+    assert chosen.texts[::3] == ("a 0", "a 1", "a 0", "a 1", "a 0")
+    assert chosen.texts[1::3] == ("b 0", "b 2", "b 4", "b 6", "b 8")
+    assert chosen.texts[2::3] == ("c 0", "c 1", "c 2", "c 3", "c 4")
 
 
 def test_without_tasks_no_prompt_repeats():
     prompts = Prompts.of([str(i) for i in range(7)])
-    assert evaluate.select(prompts, 100).texts == prompts.texts
-    assert evaluate.select(prompts, 3).texts == ("0", "2", "4")
-    assert evaluate.select(prompts, 0) is prompts
+    assert select(prompts, 100).texts == prompts.texts
+    assert select(prompts, 3).texts == ("0", "2", "4")
+    assert select(prompts, 0) is prompts
 
 
 def test_seeds_belong_to_prompts_and_are_the_same_for_every_run(tmp_path):
     config = processes.make(tmp_path, **{"run.eval_prompts": 9, "run.eval_samples": 3})
-    one = evaluate.evaluation_set(config)
-    other = evaluate.evaluation_set(
+    one = load_evaluation_set(config)
+    other = load_evaluation_set(
         replace(config, **{"run.seed": 5, "optim.lr": 1.0, "run.eval_prompts": 0})
     )
     assert len(set(one.seeds.tolist())) == 27
@@ -69,7 +70,7 @@ def test_accuracy_gives_every_task_the_same_weight():
 def test_interval_agrees_with_theory_and_covers():
     """For n independent prompts the standard error is sqrt(p (1 - p) / n), per task."""
     generator = np.random.default_rng(1)
-    prompts = held(tagged(a=400, b=100))
+    prompts = entries_of(tagged(a=400, b=100))
     inside = 0
     for _ in range(40):
         values = np.concatenate([generator.random(400) < 0.8, generator.random(100) < 0.4])
@@ -85,8 +86,8 @@ def test_interval_agrees_with_theory_and_covers():
 def test_repeats_of_a_prompt_do_not_narrow_the_interval():
     prompts = tagged(a=20)
     values = (np.arange(20) % 3 == 0).astype(float)
-    once = bootstrap(values, held(prompts).tags, prompts.indices)
-    again = held(prompts.take(list(range(20)) * 4))
+    once = bootstrap(values, entries_of(prompts).tags, prompts.indices)
+    again = entries_of(prompts.take(list(range(20)) * 4))
     again = bootstrap(np.tile(values, 4), again.tags, again.prompts.indices)
     assert again == pytest.approx(once, abs=1e-12)
 
@@ -112,7 +113,7 @@ def tiny_policy(tmp_path_factory):
 def measure(config, policy, **changes):
     scorer = rewards.Scorer({"support.processes:red": 1.0, "test_evaluate:green": 1.0}, retries=0)
     options = {"steps": 3, "batch_size": 4, **changes}
-    return evaluate.evaluate(policy, evaluate.evaluation_set(config), scorer, **options)
+    return evaluate.evaluate(policy, load_evaluation_set(config), scorer, **options)
 
 
 def green(images, prompts, metadata):
@@ -128,15 +129,15 @@ def test_report_is_the_rewards_of_the_sampled_images(tiny_policy, tmp_path):
         return {"brightness": images.double().mean() / 255}
 
     report = measure(config, policy, quality=quality)
-    found = evaluate.evaluation_set(config)
+    evaluation_set = load_evaluation_set(config)
     images = evaluate.generate_images(
-        policy, found.prompts.texts, found.seeds, 2, steps=3, batch_size=4
+        policy, evaluation_set.prompts.texts, evaluation_set.seeds, 2, steps=3, batch_size=4
     )
     scores = processes.red(images, None, None).double()
     assert torch.equal(report.per_image, scores)
     assert torch.equal(report.shown, images[::2])
     assert report.marks == scores[::2].tolist()
-    means = task_means(scores.view(-1, 2).mean(1).numpy(), found.tags)
+    means = task_means(scores.view(-1, 2).mean(1).numpy(), evaluation_set.tags)
     assert report.tasks == means and report.accuracy == pytest.approx(np.mean(list(means.values())))
     assert report.interval[0] <= report.accuracy <= report.interval[1]
     assert list(report.scores) == ["support.processes:red", "test_evaluate:green"]

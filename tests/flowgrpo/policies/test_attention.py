@@ -13,8 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import attention
+from flowgrpo.policies.families import family_of
 
 CPU = torch.device("cpu")
+
+
+def pin(transformer: torch.nn.Module, *arguments) -> str:
+    return attention.pin(transformer, family_of(transformer), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def run_sd3(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["plain", "native", "native_math", "native_flash"])
 def test_sd3_as_diffusers_computes_it(sd3, name):
     ours = copy.deepcopy(sd3)
-    assert attention.pin(ours, name, CPU, torch.float32) == name
+    assert pin(ours, name, CPU, torch.float32) == name
     for expected, found in zip(run_sd3(copy.deepcopy(sd3)), run_sd3(ours), strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -80,7 +85,7 @@ def test_sd3_as_diffusers_computes_it(sd3, name):
 )
 def test_auto_gives_the_same_bits_with_and_without_gradients(sd3, dtype, chosen):
     model = copy.deepcopy(sd3).to(dtype)
-    assert attention.pin(model, "auto", CPU, dtype) == chosen
+    assert pin(model, "auto", CPU, dtype) == chosen
     with_gradients = run_sd3(model)[0]
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(s, generator=draw).to(dtype) for s in ((2, 4, 8, 8), (2, 5, 24), (2, 20))]
@@ -91,8 +96,8 @@ def test_auto_gives_the_same_bits_with_and_without_gradients(sd3, dtype, chosen)
 
 def test_pin_may_be_called_again(sd3):
     model = copy.deepcopy(sd3)
-    attention.pin(model, "plain", CPU, torch.float32)
-    attention.pin(model, "native", CPU, torch.float32)
+    pin(model, "plain", CPU, torch.float32)
+    pin(model, "native", CPU, torch.float32)
     assert torch.equal(run_sd3(model)[0], run_sd3(copy.deepcopy(sd3))[0])
 
 
@@ -100,7 +105,7 @@ def test_pin_may_be_called_again(sd3):
 def test_pin_prints_nothing(sd3, caplog, monkeypatch, name):
     """diffusers would say at each call that its backends are experimental."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    attention.pin(copy.deepcopy(sd3), name, CPU, torch.float32)
+    pin(copy.deepcopy(sd3), name, CPU, torch.float32)
     assert caplog.records == []
     copy.deepcopy(sd3).set_attention_backend("native")
     assert "experimental" in caplog.text
@@ -115,7 +120,7 @@ def test_flux_uses_the_named_kernel(flux, monkeypatch):
         "dispatch_attention_fn",
         lambda *a, **k: used.append(k["backend"]) or original(*a, **k),
     )
-    assert attention.pin(flux, "auto", CPU, torch.bfloat16) == "native_math"
+    assert pin(flux, "auto", CPU, torch.bfloat16) == "native_math"
     ids = torch.zeros(4, 3)
     flux(
         hidden_states=torch.randn(1, 4, 8),
@@ -143,7 +148,7 @@ class Switches(TorchDispatchMode):
 @pytest.mark.parametrize("model", ["sd3", "flux"])
 def test_a_reward_beside_may_choose_another_kernel(request, model):
     model = request.getfixturevalue(model)
-    attention.pin(model, "native_flash", CPU, torch.float32)
+    pin(model, "native_flash", CPU, torch.float32)
     backend = attention._backend("native_flash")
     with Switches() as switches:
         attention.attend(*torch.randn(3, 1, 4, 2, 16), backend)
@@ -165,7 +170,7 @@ def has_the_bits_of_pytorchs_choice(name, kind, device, dtype):
 
     parts = torch.randn(3, 2, 40, 3, 64, device=device, dtype=dtype)
     transformer = SD3Transformer2DModel(num_layers=1, attention_head_dim=64, num_attention_heads=1)
-    attention.pin(transformer, name, torch.device(device), dtype)
+    pin(transformer, name, torch.device(device), dtype)
     ours = partial(attention.attend, backend=attention._backend(name))
 
     def theirs(*parts):
@@ -220,9 +225,9 @@ def test_plain_attends_like_pytorch_in_float64():
 )
 def test_what_cannot_be_had_is_refused(sd3, name, message):
     with pytest.raises(ConfigError, match=message):
-        attention.pin(copy.deepcopy(sd3), name, CPU, torch.float32)
+        pin(copy.deepcopy(sd3), name, CPU, torch.float32)
 
 
 def test_plain_is_for_sd3_alone(flux):
-    with pytest.raises(ConfigError, match="only SD3's layers"):
-        attention.pin(flux, "plain", CPU, torch.float32)
+    with pytest.raises(ConfigError, match="layers of FluxTransformer2DModel cannot use it"):
+        pin(flux, "plain", CPU, torch.float32)

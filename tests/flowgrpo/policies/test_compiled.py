@@ -126,8 +126,8 @@ def test_training_form_keeps_nothing():
 
 def test_all_blocks_are_compiled_one_by_one(pixel_model, tmp_path):
     config = setups.config(pixel_model, tmp_path, **{"policy.compile": True})
-    transformer = setups.parts(config).policy.transformer
-    found = compiled.transformer_blocks(transformer)
+    policy = setups.parts(config).policy
+    transformer, found = policy.transformer, policy.family.blocks_of(policy.transformer)
     assert found == list(transformer.transformer_blocks)
     assert all(block._compiled_call_impl is not None for block in found)
     assert transformer._compiled_call_impl is None

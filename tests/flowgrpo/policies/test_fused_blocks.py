@@ -11,6 +11,8 @@ from torch import nn
 from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Conditioning, Policy, blocks
+from flowgrpo.policies.families import family_of
+from flowgrpo.policies.sd3 import blocks as sd3_blocks
 from support import setups
 from support.cpu_graphs import assert_equal, eager, evaluate, made
 
@@ -142,10 +144,8 @@ def test_names_and_the_kept_reference_stay(kinds, tmp_path):
     ours = policy_of(kinds, "sd3.5-medium", tmp_path, **full, **FUSED)
     theirs = policy_of(kinds, "sd3.5-medium", tmp_path, **full)
     assert list(ours.transformer.state_dict()) == list(theirs.transformer.state_dict())
-    copies = [policy._frozen.transformer_blocks[0] for policy in (ours, theirs)]
-    assert (
-        copies[0].forward.__func__ is blocks._sd3_block and copies[0].forward.__self__ is copies[0]
-    )
+    copy = ours._frozen.transformer_blocks[0]
+    assert copy.forward.__func__ is sd3_blocks.joint_block and copy.forward.__self__ is copy
     with torch.no_grad(), ours.reference(), theirs.reference():
         close = {"rtol": 1e-5, "atol": 3e-6}
         torch.testing.assert_close(*(p.velocity(*inputs(p)) for p in (ours, theirs)), **close)
@@ -174,7 +174,7 @@ def test_unknown_modules(kinds, tmp_path, kind, name, module):
     owner, _, last = name.rpartition(".")
     setattr(transformer.get_submodule(owner), last, module)
     with pytest.raises(ConfigError, match=rf"{name} is a .* set policy.fused to false"):
-        blocks.fuse(transformer)
+        blocks.fuse(transformer, family_of(transformer))
     assert "forward" not in vars(transformer.transformer_blocks[0])
 
 

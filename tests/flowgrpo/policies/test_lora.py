@@ -57,7 +57,7 @@ def test_switched_off_is_the_base():
     x = torch.randn(4, 20)
     on = net(x)
     base = net[1](layer.base_layer(x))
-    with lora.switched_off([layer]):
+    with lora.disable_adapters([layer]):
         assert torch.equal(net(x), base)
     assert torch.equal(net(x), on) and all(p.requires_grad for p in layer.lora_A.parameters())
     # PEFT's own switch works too.
@@ -124,7 +124,7 @@ def test_held_matrices_give_the_same_bits_and_are_let_go():
         return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
 
     plain = results()
-    with lora.merged([layer]):
+    with lora.merged_matrices([layer]):
         assert all(map(torch.equal, plain, results()))
         with torch.no_grad():
             layer.lora_B["default"].weight.add_(1.0)
@@ -136,6 +136,6 @@ def test_held_lets_go_after_an_error():
     net = model(torch.float32)
     lora.install(net)
     (layer,) = lora.lora_layers(net)
-    with pytest.raises(RuntimeError, match="inside"), lora.merged([layer]):
+    with pytest.raises(RuntimeError, match="inside"), lora.merged_matrices([layer]):
         raise RuntimeError("inside")
-    assert layer._matrices is None
+    assert layer._flowgrpo.matrices is None

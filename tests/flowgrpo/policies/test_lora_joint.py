@@ -16,7 +16,7 @@ NAMES = ("to_q", "to_k", "to_v")
 
 
 class Heads(nn.Module):
-    """Query, key and value of one input, of different widths; `together` as attention calls it."""
+    """Query, key and value of one input, of different widths, in one `joint_projection`."""
 
     def __init__(self, bias: tuple[bool, bool, bool] = (True, True, True)) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ def model(dtype=torch.float32, joint=True, targets=NAMES, short=True, **options)
 
 def products(monkeypatch) -> list[int]:
     """How many layers each product is of, as they come."""
-    counts, product = [], lora._product
-    monkeypatch.setattr(lora, "_product", lambda g, *a: counts.append(len(g)) or product(g, *a))
+    counts, product = [], lora._multiply
+    monkeypatch.setattr(lora, "_multiply", lambda g, *a: counts.append(len(g)) or product(g, *a))
     return counts
 
 
@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_gradients_or_held_matrices():
     with torch.no_grad():
         assert all(map(torch.equal, net(x), expected))
     for fixed in (False, True):
-        with lora.merged(lora.lora_layers(net), fixed):
+        with lora.merged_matrices(lora.lora_layers(net), fixed):
             assert all(map(torch.equal, net(x), expected))
 
 
@@ -97,9 +97,9 @@ def test_held_matrices_are_made_once_and_can_stay_in_place():
     x = torch.randn(4, 12).bfloat16()
     addresses = set()
     for _ in range(2):
-        with lora.merged(lora.lora_layers(net), fixed=True):
-            assert all(layer._matrices is None for layer in others)
-            addresses.add(tuple(t.data_ptr() for t in leader._matrices))
+        with lora.merged_matrices(lora.lora_layers(net), fixed=True):
+            assert all(layer._flowgrpo.matrices is None for layer in others)
+            addresses.add(tuple(t.data_ptr() for t in leader._flowgrpo.matrices))
             before = net(x)
             with torch.no_grad():
                 for layer in (leader, *others):
@@ -108,7 +108,7 @@ def test_held_matrices_are_made_once_and_can_stay_in_place():
         after = net(x)
         assert not any(map(torch.equal, after, before))
     assert len(addresses) == 1
-    with lora.merged(lora.lora_layers(net), fixed=True):
+    with lora.merged_matrices(lora.lora_layers(net), fixed=True):
         assert all(map(torch.equal, net(x), after))
 
 
@@ -116,7 +116,7 @@ def test_a_layer_by_itself_is_itself():
     net, apart = model(), model(joint=False)
     x = torch.randn(4, 12)
     for within in (False, True):
-        with lora.merged(lora.lora_layers(net) if within else []):
+        with lora.merged_matrices(lora.lora_layers(net) if within else []):
             for name in NAMES:
                 assert torch.equal(getattr(net, name)(x), getattr(apart, name)(x))
 
@@ -124,7 +124,7 @@ def test_a_layer_by_itself_is_itself():
 def test_switched_off_it_is_the_base():
     net = model()
     x = torch.randn(4, 12)
-    with lora.switched_off(lora.lora_layers(net)):
+    with lora.disable_adapters(lora.lora_layers(net)):
         for y, name in zip(net(x), NAMES, strict=True):
             assert torch.equal(y, getattr(net, name).base_layer(x))
     on = net(x)

@@ -9,6 +9,7 @@ import torch
 
 from flowgrpo import train
 from flowgrpo.policies import Policy, modulation
+from flowgrpo.policies.families import family_of
 from support import setups
 from support.cpu_graphs import assert_equal, eager, evaluate, made
 
@@ -30,7 +31,7 @@ def sample_of(policy, rows):
 def spoil(transformer):
     """No forward can compute constants any more without being found out."""
     with torch.no_grad():
-        for norm in modulation.norms(transformer):
+        for norm in modulation.norms(transformer, family_of(transformer).modulation):
             norm.linear.weight.fill_(torch.nan)
         for name in ("time_text_embed", "context_embedder"):
             for parameter in getattr(transformer, name).parameters():
@@ -115,9 +116,7 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
     monkeypatch.setattr(torch.nn.functional, "silu", counted)
     policy.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(len(inside)))
     tables, table = [], modulation.precompute
-    monkeypatch.setattr(
-        modulation, "precompute", lambda model, c: tables.append(len(c)) or table(model, c)
-    )
+    monkeypatch.setattr(modulation, "precompute", lambda *a: tables.append(len(a[-1])) or table(*a))
     for parts.state.iteration in range(2):
         metrics = setups.update(parts, setups.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0

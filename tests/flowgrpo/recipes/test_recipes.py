@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+
 import pytest
 
 from flowgrpo import plan
 from flowgrpo.cli import train
-from flowgrpo.config import Config, ConfigError, from_json, to_json
+from flowgrpo.config import Config, ConfigError, from_json, replace, to_json
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import NAMES
-from flowgrpo.recipes import BETA, RECIPES, paper, recipe
+from flowgrpo.recipes import RECIPES, recipe
+from flowgrpo.recipes.sd3 import paper
 from flowgrpo.rewards import Scorer
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CONFIGS = json.loads((GOLDEN / "flow_grpo_configs.json").read_text())
+PEERS = {
+    "geneval_sd3": "sd35m_geneval",
+    "general_ocr_sd3": "sd35m_ocr",
+    "pickscore_sd3": "sd35m_pickscore",
+    "geneval_sd3_fast_nocfg": "sd35m_geneval_window",
+    "pickscore_sd3_fast_nocfg": "sd35m_pickscore_window",
+    "geneval_sd3_guard": "sd35m_geneval_guard",
+    "general_ocr_sd3_guard": "sd35m_ocr_guard",
+    "pickscore_sd3_guard": "sd35m_pickscore_guard",
+    "pickscore_flux": "flux_pickscore",
+    "pickscore_flux_fast": "flux_pickscore_window",
+}
+"""Function of flow_grpo's configuration (tests/golden/README.md) -> the recipe that it is here."""
 
 
 def custom() -> Config:
@@ -36,82 +57,120 @@ def test_recipes_are_found_by_name():
             recipe(name)
 
 
-# flow_grpo's general_ocr_sd3, geneval_sd3, pickscore_sd3; geneval_sd3_fast_nocfg,
-# pickscore_sd3_fast_nocfg; grpo_guard.py; pickscore_flux, pickscore_flux_fast. Fields: K, G, T,
-# guidance, noise level, transition, window, clip range, beta, lr, advantage_std.
-SDE, CPS = "flow_sde", "cps"
-NUMBERS = {
-    "sd35m_geneval": (48, 24, 10, 4.5, 0.7, SDE, 0, 1e-4, 0.04, 3e-4, "global"),
-    "sd35m_ocr": (48, 24, 10, 4.5, 0.7, SDE, 0, 1e-4, 0.04, 3e-4, "global"),
-    "sd35m_pickscore": (48, 24, 10, 4.5, 0.7, SDE, 0, 1e-4, 0.01, 3e-4, "global"),
-    "sd35m_geneval_window": (48, 24, 10, 1.0, 0.8, CPS, 3, 1e-5, 0.0, 3e-4, "global"),
-    "sd35m_pickscore_window": (64, 18, 10, 1.0, 0.8, CPS, 3, 1e-5, 0.0, 3e-4, "global"),
-    "sd35m_geneval_guard": (48, 24, 10, 4.5, 0.7, SDE, 0, 2e-6, 0.0, 1e-4, "group"),
-    "sd35m_pickscore_guard": (48, 24, 10, 4.5, 0.7, SDE, 0, 4e-6, 0.0, 1e-4, "group"),
-    "flux_pickscore": (48, 24, 6, 1.0, 0.9, SDE, 0, 1e-4, 0.0, 3e-4, "global"),
-    "flux_pickscore_window": (48, 24, 6, 1.0, 0.8, CPS, 3, 1e-5, 0.0, 3e-4, "group"),
-}
+@pytest.mark.parametrize(("theirs", "name"), PEERS.items())
+def test_numbers_are_those_of_flow_grpo(theirs, name):
+    """Each function of their configuration, read by the page on moving, is the recipe."""
+    config = recipe(name, memory=80.0)
+    expected = translated(CONFIGS[theirs])
+    assert len(expected) > 12
+    assert {field: get(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_are_those_of_the_papers(name):
-    found = recipe(name, memory=80.0)
-    sample, optim, policy = found.sample, found.optim, found.policy
-    assert NUMBERS[name] == (
-        sample.prompts_per_iteration,
-        sample.group_size,
-        sample.steps,
-        sample.guidance_scale,
-        sample.noise_level,
-        sample.transition,
-        sample.window_size,
-        optim.clip_range,
-        optim.beta,
-        optim.lr,
-        optim.advantage_std,
+def get(config: Config, field: str) -> object:
+    """The value of a field by its dotted name."""
+    return functools.reduce(getattr, field.split("."), config)
+
+
+def translated(theirs: dict) -> dict[str, object]:
+    """Values of flow_grpo's configuration as fields of ours."""
+    flux = "FLUX" in theirs["pretrained.model"]
+    steps, window = theirs["sample.num_steps"], theirs.get("sample.sde_window_size", 0)
+    scale = theirs["sample.guidance_scale"]
+    fields = {
+        "policy.model": theirs["pretrained.model"],
+        "policy.resolution": theirs["resolution"],
+        "reward.weights": theirs["reward_fn"],
+        "sample.prompts_per_iteration": theirs["groups"],
+        "sample.group_size": theirs["sample.num_image_per_prompt"],
+        "sample.steps": steps,
+        "sample.eval_steps": theirs["sample.eval_num_steps"],
+        # FLUX.1-dev takes its scale as an input; there is no second forward.
+        "policy.embedded_guidance" if flux else "sample.guidance_scale": scale,
+        "sample.noise_level": theirs["sample.noise_level"],
+        "sample.transition": theirs.get("sample.sde_type", "flow_sde"),
+        "sample.window_size": window,
+        "sample.trained_steps": window or int(steps * theirs["train.timestep_fraction"]),
+        "optim.advantage_std": "global" if theirs["sample.global_std"] else "group",
+        "optim.updates_per_iteration": theirs["updates"],
+        "optim.lr": theirs["train.learning_rate"],
+        "optim.weight_decay": theirs["train.adam_weight_decay"],
+        "optim.adv_clip": theirs["train.adv_clip_max"],
+        "optim.clip_range": theirs["train.clip_range"],
+        "optim.beta": theirs["train.beta"],
+    }
+    if window:
+        fields["sample.window_range"] = tuple(theirs["sample.sde_window_range"])
+    if flux:
+        fields["sample.guidance_scale"] = 1.0
+    return fields
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"nano"}))
+def test_sizes_of_an_iteration(name):
+    """1152 images an iteration as in the paper, or eight groups on one GPU; two updates on them."""
+    config = recipe(name, memory=80.0)
+    sample, optim, policy = config.sample, config.optim, config.policy
+    small = name.endswith("_1gpu")
+    assert sample.rows == 8 * sample.group_size if small else sample.rows == 1152
+    assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
+    assert policy.offload_text_encoders == small
+    need = plan.expected_memory(config, plan.sizes_of(policy.model))["total"]
+    assert need <= plan.FILL * 80
+    # One more row would not fit, or not divide an update's rows, or is past the bound.
+    larger = (
+        n for n in range(sample.batch_size + 1, plan.MOST_ROWS + 1) if sample.rows // 2 % n == 0
     )
-    flux = name.startswith("flux")
-    assert (policy.lora_rank, policy.lora_alpha) == ((64, 128) if flux else (32, 64))
-    assert sample.eval_steps == (28 if flux else 40)
-    assert (optim.ema_decay, optim.ema_every, optim.weight_decay) == (0.9, 8, 1e-4)
-    assert (optim.updates_per_iteration, optim.adv_clip, policy.resolution) == (2, 5.0, 512)
-    assert optim.guard == name.endswith("guard")
+    for rows in larger:
+        trial = replace(config, **{"sample.batch_size": rows})
+        assert plan.expected_memory(trial, plan.sizes_of(policy.model))["total"] > plan.FILL * 80
+    # Windows are CPS without guidance; only Guard has the Guard; a KL needs its reference.
+    windowed = "_window" in name
+    assert (sample.transition == "cps") == (sample.window_size == 3) == windowed
+    assert optim.guard == ("_guard" in name)
+    assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
+    rank = 64 if name.startswith("flux") else 32
+    assert (policy.lora_rank, policy.lora_alpha) == (rank, 2 * rank)
 
 
-@pytest.mark.parametrize("task", BETA)
-def test_beta_in_both_conventions(task):
-    code, true = paper(task, memory=80.0).optim, paper(task, kl="gaussian", memory=80.0).optim
-    assert (code.kl, true.kl) == ("std_dev", "gaussian")
-    assert code.beta == pytest.approx(10 * true.beta)
-    assert true.beta == {"geneval": 0.004, "ocr": 0.004, "pickscore": 0.001}[task]
+# arXiv 2505.05470, appendix: G, T, steps of evaluation, noise level, KL weight by the true KL.
+PAPER = {"geneval": 0.004, "ocr": 0.004, "pickscore": 0.001}
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_headline_numbers_are_those_of_the_paper(task):
+    config = paper(task, kl="gaussian", memory=80.0)
+    sample, optim = config.sample, config.optim
+    assert (sample.group_size, sample.steps, sample.eval_steps) == (24, 10, 40)
+    assert (sample.noise_level, sample.transition) == (0.7, "flow_sde")
+    assert (config.policy.lora_rank, config.policy.lora_alpha) == (32, 64)
+    assert (optim.kl, optim.beta) == ("gaussian", PAPER[task])
+    code = paper(task, memory=80.0).optim
+    assert code.kl == "std_dev" and code.beta == pytest.approx(10 * optim.beta)
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"nano"}))
 def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
-    found = recipe(name, memory=80.0)
-    assert found.recipe == name and from_json(to_json(found)) == found
-    assert found.sample.prompts in NAMES
-    prompts = load_prompts(found.sample.prompts)
-    assert len(prompts) >= found.sample.prompts_per_iteration
-    scorer = Scorer(dict.fromkeys((*found.reward.weights, *found.reported), 1.0))
+    config = recipe(name, memory=80.0)
+    assert config.recipe == name and from_json(to_json(config)) == config
+    assert config.sample.prompts in NAMES
+    prompts = load_prompts(config.sample.prompts)
+    assert len(prompts) >= config.sample.prompts_per_iteration
+    scorer = Scorer(dict.fromkeys((*config.reward.weights, *config.reported), 1.0))
     for reward in scorer.rewards.values():
-        for part in (prompts, load_prompts(found.sample.prompts, "heldout")):
+        for part in (prompts, load_prompts(config.sample.prompts, "heldout")):
             for text, entry in zip(part.texts, part.metadata, strict=True):
                 assert reward.check is None or reward.check(text, entry) != ""
-    assert found.reported[0] == next(iter(found.reward.weights)) + "_strict" * ("geneval" in name)
-    small = name.endswith("_1gpu")
-    assert found.policy.offload_text_encoders == small
-    assert (found.sample.prompts_per_iteration == 8) == small
+    assert config.reported[0] == next(iter(config.reward.weights)) + "_strict" * ("geneval" in name)
 
 
 def test_overrides_and_the_command_line(monkeypatch):
     monkeypatch.setattr(plan, "gpu_memory", lambda: 80.0)
-    found = recipe("sd35m_ocr", steps=7, **{"sample.batch_size": 4, "optim.lr": 1e-5})
-    assert (found.run.steps, found.sample.batch_size, found.optim.lr) == (7, 4, 1e-5)
+    config = recipe("sd35m_ocr", steps=7, **{"sample.batch_size": 4, "optim.lr": 1e-5})
+    assert (config.run.steps, config.sample.batch_size, config.optim.lr) == (7, 4, 1e-5)
     line = "sd35m_geneval_1gpu --policy.model /models/sd35 --optim.lr 1e-4"
-    found = train.parse_train(line.split())
-    assert (found.policy.model, found.optim.lr) == ("/models/sd35", 1e-4)
-    assert found.sample == recipe("sd35m_geneval_1gpu").sample
+    config = train.parse_train(line.split())
+    assert (config.policy.model, config.optim.lr) == ("/models/sd35", 1e-4)
+    assert config.sample == recipe("sd35m_geneval_1gpu").sample
     for words, message in (
         ("--sample.group-size 25", "does not divide the 200 rows of an iteration"),
         ("--optim.updates-per-iteration 5", "5 does not divide the 16 chunks"),

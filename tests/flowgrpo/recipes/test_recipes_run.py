@@ -38,8 +38,8 @@ NAMES = (
 def test_two_iterations(name, latent_model, flux_model, tmp_path):
     flux = name.startswith("flux")
     model, resolution = (flux_model, 64) if flux else (latent_model, 16)
-    own = {"policy.model": str(model), "policy.resolution": resolution}
-    config = recipe(name, out=str(tmp_path / "run"), **own, **SMALL)
+    sizes = {"policy.model": str(model), "policy.resolution": resolution}
+    config = recipe(name, out=str(tmp_path / "run"), **sizes, **SMALL)
     summary = train.run(config)
     assert summary["max_ratio_error"] == 0
     assert summary["recipe"] == name

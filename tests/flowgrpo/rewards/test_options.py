@@ -54,7 +54,7 @@ def test_an_option_may_stay_for_a_reward_that_is_only_reported():
     )
     assert list(Scorer.of(config).rewards) == [PLAIN]
     shown = Scorer.of(config, config.report)
-    assert shown.parts(IMAGES, Prompts.of(["a"]), 4)[MINE].tolist() == [0.0, 3.0, 6.0, 9.0]
+    assert shown.score_each(IMAGES, Prompts.of(["a"]), 4)[MINE].tolist() == [0.0, 3.0, 6.0, 9.0]
 
 
 def test_timeout_reaches_the_rewards_that_have_one():

@@ -52,7 +52,7 @@ def test_weighted_sum_of_any_kind_of_numbers(reward):
     scores = scorer(IMAGES, PROMPTS, 4)
     numbers = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).repeat_interleave(4)
     assert torch.equal(scores.total, 2 * VALUES - 0.5 * numbers + 1)
-    assert list(scores.parts) == [f"users_rewards:{n}" for n in "abcd"]
+    assert list(scores.rewards) == [f"users_rewards:{n}" for n in "abcd"]
     assert scores.dropped.tolist() == [False] * 3
     texts = ("a",) * 4 + ("b",) * 4 + ("c",) * 4
     assert reward.calls[0] == ("a", 12, texts, [1] * 4 + [2] * 4 + [3] * 4)
@@ -88,8 +88,8 @@ def test_a_group_that_always_fails_is_dropped(reward, failure, caplog):
     kept = torch.tensor([True, False, True]).repeat_interleave(4)
     assert torch.equal(scores.total[kept], 2 * VALUES[kept])
     assert scores.total[~kept].isnan().all()
-    assert scores.parts["users_rewards:broken"][~kept].isnan().all()
-    assert torch.equal(scores.parts["users_rewards:fine"], VALUES)
+    assert scores.rewards["users_rewards:broken"][~kept].isnan().all()
+    assert torch.equal(scores.rewards["users_rewards:fine"], VALUES)
     assert "failed for 1 of 3 groups, which are dropped" in caplog.text
     # Once for all; then, twice, only the group that failed (all of them after an exception).
     asked = [call[2][0] for call in reward.calls if call[0] == "broken"]
@@ -173,7 +173,7 @@ def test_rewards_on_other_scales_are_brought_together(reward):
         rows = np.repeat(kept, 4)
         assert found.total.numpy()[rows] == pytest.approx(expected[rows], rel=1e-5, abs=1e-5)
         assert found.dropped.tolist() == (~kept).tolist()
-        assert found.parts["users_rewards:a"].numpy() == pytest.approx(fine)
+        assert found.rewards["users_rewards:a"].numpy() == pytest.approx(fine)
 
     for how in ("std", "group"):
         total(how, coarse, np.array([True, True, True]))

@@ -40,8 +40,8 @@ def save(run: directory.RunDirectory, state: State, score: float | None = None) 
 def test_a_new_run_holds_its_configuration(tmp_path):
     config = config_for(tmp_path / "a" / "run")
     with directory.RunDirectory.open(config) as run:
-        assert (run.dir / "config.json").read_text() == to_json(config)
-        assert tree(run.dir) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
+        assert (run.path / "config.json").read_text() == to_json(config)
+        assert tree(run.path) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
     resumed = directory.resume_config(tmp_path / "a" / "run")
     assert resumed == replace(config, **{"run.resume": str(tmp_path / "a" / "run")})
 
@@ -81,7 +81,7 @@ def test_one_process_at_a_time(tmp_path):
         directory.RunDirectory.open(config) as run,
         pytest.raises(ConfigError, match="in use by another process"),
     ):
-        directory.RunDirectory.open(directory.resume_config(run.dir))
+        directory.RunDirectory.open(directory.resume_config(run.path))
     directory.RunDirectory.open(directory.resume_config(tmp_path / "run")).close()
 
 
@@ -133,7 +133,7 @@ def test_metrics_are_plain_json_and_times_stand_apart(tmp_path):
         }
         run.log(4, values, {"rollout": 0.25})
         run.log(5, {"accuracy": 0.5}, kind="eval")
-        lines = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         assert lines[0] == {
             "iteration": 4,
             "kind": "train",
@@ -174,7 +174,7 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + b'{"iteration": 4, "ki')
-    with directory.RunDirectory.open(directory.resume_config(run.dir)) as run:
+    with directory.RunDirectory.open(directory.resume_config(run.path)) as run:
         state, _ = small_state(config)
         assert run.restore(state) and state.iteration == 2
         assert path.read_bytes() == b"".join(whole[:3])
@@ -188,14 +188,14 @@ def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
         state, _ = small_state(config)
         run.log(1, {"x": 1})
         save(run, state)
-    before = (run.dir / "metrics.jsonl").read_bytes()
+    before = (run.path / "metrics.jsonl").read_bytes()
     (run.checkpoints / "step-000000" / "ema.safetensors").write_bytes(b"\0" * 100)
     with (
-        directory.RunDirectory.open(directory.resume_config(run.dir)) as run,
+        directory.RunDirectory.open(directory.resume_config(run.path)) as run,
         pytest.raises(ConfigError, match="ema"),
     ):
         run.restore(small_state(config)[0])
-    assert (run.dir / "metrics.jsonl").read_bytes() == before
+    assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.fixture

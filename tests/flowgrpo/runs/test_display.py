@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from flowgrpo.config import Config, replace
 from flowgrpo.evaluation.evaluate import Evaluation
-from flowgrpo.evaluation.table import comparison, within
+from flowgrpo.evaluation.table import comparison
 from flowgrpo.runs.display import Display, clock
 
 
@@ -167,15 +166,6 @@ def test_a_reward_beyond_one_keeps_its_name_and_unit():
 
 def _lines(console: Console) -> list[str]:
     return [line for line in console.file.getvalue().splitlines() if line.strip()]
-
-
-def test_within():
-    before, after = {"a": 0.5}, {"a": 0.4}
-    assert within("a", before, after, {}) and within("a", before, after, {"a": 0.0})
-    assert within("a", before, after, {"a": -0.2})
-    assert not within("a", before, after, {"a": -0.05})
-    assert not within("a", after, before, {"a": 0.05})
-    assert not within("a", before, {"a": math.nan}, {"a": 0.05})
 
 
 @pytest.mark.parametrize(

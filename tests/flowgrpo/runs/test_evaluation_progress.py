@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flowgrpo import rewards
 from flowgrpo.evaluation import evaluate
+from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.policies import Policy
 from flowgrpo.runs import display
 from flowgrpo.sampling import rollout
@@ -39,7 +40,7 @@ def tiny_policy(tmp_path_factory):
 )
 def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_size, told):
     config, policy = tiny_policy
-    held = evaluate.evaluation_set(config)
+    held = load_evaluation_set(config)
     # In batches as there: a text's embedding depends on their sizes, on some CPUs.
     texts, uncond = list(held.prompts.texts), policy.encode([""])
     conditioning = policy.encode(texts[:batch_size])
@@ -66,7 +67,7 @@ def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_s
         steps=3,
         batch_size=batch_size,
         guidance_scale=3.0,
-        watch=lambda *told: seen.append(told),
+        on_progress=lambda *told: seen.append(told),
     )
     assert torch.equal(images, whole)
     assert seen == [("sampling", count) for count in told]
@@ -88,13 +89,13 @@ def test_all_batches_replay_one_graph(pixel_model, tmp_path):
 def test_scoring_is_told_before_the_rewards_and_changes_nothing(tiny_policy):
     config, policy = tiny_policy
     held, scorer = (
-        evaluate.evaluation_set(config),
+        load_evaluation_set(config),
         rewards.Scorer({"test_evaluation_progress:slow": 1.0}),
     )
     CALLS.clear()
     options = {"steps": 3, "batch_size": 10}
     watched = evaluate.evaluate(
-        policy, held, scorer, **options, watch=lambda *told: CALLS.append(told)
+        policy, held, scorer, **options, on_progress=lambda *told: CALLS.append(told)
     )
     count = len(held.seeds)
     assert CALLS[-2:] == [("scoring", count), ("rewards", count)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import types
 
 from rich.console import Console
 
@@ -50,8 +49,7 @@ def visible(text: str) -> str:
 
 def test_on_a_terminal_a_bar_that_is_taken_down():
     terminal = Pseudo()
-    config = types.SimpleNamespace(run=types.SimpleNamespace(progress="auto"))
-    mode = display.mode_of(config, terminal.console)
+    mode = display.mode_of("auto", terminal.console)
     assert mode == "bar"
     with display.EvaluationProgress(
         terminal.console, mode, "base, CFG 4.5", 12, ["a", "b[red]"]

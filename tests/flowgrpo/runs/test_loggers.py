@@ -158,7 +158,7 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
         replace(Config(), **{"run.out": str(tmp_path / "run")})
     ) as run:
         run.log(3, {"x": 0.5}, kind="eval", pictures={"samples": picture})
-        found = read(run.dir)
+        found = read(run.path)
         assert [(e.step, e.value) for e in found.Scalars("eval/x")] == [(3, 0.5)]
         assert np.array_equal(pictures_of(found, "eval/samples")[3], np.asarray(picture))
         assert run.metrics() == [{"iteration": 3, "kind": "eval", "x": 0.5}]

@@ -1,4 +1,4 @@
-"""What a run tells about itself, and what it keeps when a reward ends it."""
+"""The monitor of a run: what it shows, and what it saves when a reward ends it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flowgrpo import rewards, train
 from flowgrpo.config import replace
 from flowgrpo.policies.load import load_policy
 from flowgrpo.prompts.load import has_splits
-from flowgrpo.runs import display, monitor
+from flowgrpo.runs import display
+from flowgrpo.runs.banner import slow_start
 from support import processes
 
 
@@ -62,8 +63,8 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     frozen = sum(p.numel() for p in policy.transformer.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in policy.parameters())
     assert f"{frozen / 1e3:.2f} k parameters" in text and f"{trained / 1e3:.2f} k param" in text
-    told = f"of the prompts of training: {config.sample.prompts} is one file"
-    assert f"6 prompts x 2 images in 3 steps, {told}" in text
+    seen = f"of the prompts of training: {config.sample.prompts} is one file"
+    assert f"6 prompts x 2 images in 3 steps, {seen}" in text
     # Its reward is between -1 and 1.
     assert text.index("before training: 12 images.") < text.index("iteration 0  base: held-out")
     assert "held-out support.processes:red" in text and "accuracy" not in text
@@ -94,9 +95,9 @@ def test_which_sets_hold_prompts_out(tmp_path):
 
 def test_what_takes_longer_the_first_time():
     policy = types.SimpleNamespace(compiled=False, graphs=None)
-    assert monitor.first_time(policy) == ""
+    assert slow_start(policy) == ""
     policy.compiled, policy.graphs = True, object()
-    assert monitor.first_time(policy) == (
+    assert slow_start(policy) == (
         "In the first evaluation and iteration blocks are compiled, which takes minutes and "
         "CUDA graphs are recorded."
     )

@@ -175,7 +175,7 @@ def test_step_is_clipped_adamw_in_float64():
 def test_average_follows_its_formula_and_swaps_the_bits_back():
     model = torch.nn.Linear(4, 4)
     named = trained_parameters(model)
-    ema = EMA(named, decay=0.6, every=2)
+    ema = EMA(named, decay=0.6, interval=2)
     shadow = model.weight.detach().double().clone()
     for n in range(1, 9):
         with torch.no_grad():

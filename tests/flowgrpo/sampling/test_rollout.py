@@ -24,7 +24,7 @@ def made(pixel_model, tmp_path_factory):
     return setups.parts(config), config
 
 
-def run(made, positions, rows=12, keep=True, **changes):
+def run(made, positions, rows=12, **changes):
     """A rollout of `rows` rows, all of prompt 0 and 1 in turn, with the windows `positions`."""
     parts, config = made
     arguments = {
@@ -32,7 +32,6 @@ def run(made, positions, rows=12, keep=True, **changes):
         "seeds": torch.arange(rows) + 100,
         "batch_size": 3,
         "trained_steps": positions,
-        "keep": keep,
         **changes,
     }
     conditioning = parts.policy.encode(setups.TEXTS[:2])
@@ -120,7 +119,7 @@ def test_shared_initial_noise(made):
 
 def test_only_the_result_is_kept_when_asked(made):
     found = run(made, window(*[1] * 12))
-    short = run(made, window(*[1] * 12), keep=False)
+    short = run(made, window(*[1] * 12), keep_states=False)
     assert short.latents.shape[0] == 2
     assert torch.equal(short.latents[-1], found.latents[-1])
     assert torch.equal(short.log_probs, found.log_probs)

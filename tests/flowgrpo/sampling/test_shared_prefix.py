@@ -87,7 +87,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
         lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     train.collect(parts, parts.policy.encode(setups.TEXTS[:4]), config)
-    assert shared_prefix.sizes(24, 4) == [3, 6, 12, 24] and set(rows) <= {3, 6, 12, 24}
+    assert shared_prefix.forward_sizes(24, 4) == [3, 6, 12, 24] and set(rows) <= {3, 6, 12, 24}
     assert {24} < set(rows) and min(rows) <= 6
     # A compiled model has one: each number of rows is compiled by itself.
     rows.clear()
@@ -107,7 +107,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
 def test_where_nothing_is_shared_it_is_not_used(pixel_model, tmp_path, changes, monkeypatch):
     config = setups.config(pixel_model, tmp_path, **{**SHARED, **changes})
     parts = setups.parts(config)
-    monkeypatch.setattr(shared_prefix, "rollout_shared_prefix", None)
+    monkeypatch.setattr(train, "rollout_shared_prefix", None)
     found = train.collect(parts, parts.policy.encode(setups.TEXTS[:4]), config)
     assert found.latents.isfinite().all() and len(found.latents) == config.sample.steps + 1
 

@@ -56,7 +56,7 @@ def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
     assert len(starts) > 2 and captures[1] == captures[-1]
-    allowed = shared_prefix.sizes(config.sample.batch_size, shared_prefix.SIZES)
+    allowed = shared_prefix.forward_sizes(config.sample.batch_size, shared_prefix.SIZES)
     assert set(step_graphs(policy)) <= set(allowed) and captures[-1] <= len(allowed)
 
 
@@ -121,19 +121,19 @@ def test_a_short_last_chunk_keeps_the_rows_of_an_update(pixel_model, tmp_path):
 def test_matrices_are_made_once_and_in_place(pixel_model, tmp_path, monkeypatch):
     """Once a rollout for all of its graphs; in a later one in the same memory, with new values."""
     parts, config = made(pixel_model, tmp_path, **{**SHARED, **LATE})
-    policy, calls, make = parts.policy, [], lora._matrices
-    monkeypatch.setattr(lora, "_matrices", lambda *a: calls.append(a[0]) or make(*a))
+    policy, calls, make = parts.policy, [], lora.merge
+    monkeypatch.setattr(lora, "merge", lambda *a: calls.append(a[0]) or make(*a))
     conditioning = policy.encode(setups.TEXTS[:4])
-    layers = [layer for layer in lora.lora_layers(policy.transformer) if lora._is_short(layer)]
+    products = [lora.product_of(layer) for layer in lora.lora_layers(policy.transformer)]
     # Query, key and value have theirs together.
-    layers = [layer for layer in layers if layer._leads]
+    products = [product for product in products if product.layers]
     places = []
     for _ in range(2):
         train.collect(parts, conditioning, config)
-        assert calls == [layer._leads for layer in layers]
+        assert calls == [product.layers for product in products]
         calls.clear()
-        places.append([t.data_ptr() for layer in layers for t in layer._fixed[:2]])
-        assert all(layer._matrices is None for layer in layers)
+        places.append([t.data_ptr() for product in products for t in product.fixed[:2]])
+        assert all(product.matrices is None for product in products)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.1)

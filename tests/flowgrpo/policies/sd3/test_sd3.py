@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.policies.adapters import add_adapter
-from flowgrpo.policies.base import choose_dtype
+from flowgrpo.policies.device import choose_dtype
 from flowgrpo.sampling import rollout
 from flowgrpo_kernels import initial_noise
 

@@ -136,12 +136,12 @@ def test_the_image_is_prepared_as_in_mmdetection():
 
 def test_colors_are_clips_choice_for_the_object_alone(clip_folder, pictures):
     model = clip.load(str(clip_folder), device="cpu")
-    painter = ColorClassifier(model)
+    classifier = ColorClassifier(model)
     mask = torch.zeros(48, 48, dtype=torch.bool)
     mask[10:30, 5:45] = True
     box = (5.0, 10.0, 45.0, 30.0)
     objects = [(image, Detection("car", box, 0.9, mask)) for image in pictures]
-    colors = [one.color for one in painter(objects)]
+    colors = [one.color for one in classifier(objects)]
 
     crop = geneval_detector._crop(pictures[0], objects[0][1])
     assert crop.shape == (3, 20, 40)
@@ -152,7 +152,7 @@ def test_colors_are_clips_choice_for_the_object_alone(clip_folder, pictures):
 
     # What is outside the mask does not matter.
     noisy = torch.where(mask, pictures, torch.randint(0, 256, pictures.shape).to(torch.uint8))
-    again = painter([(image, one) for image, (_, one) in zip(noisy, objects, strict=True)])
+    again = classifier([(image, one) for image, (_, one) in zip(noisy, objects, strict=True)])
     assert [one.color for one in again] == colors
 
     sentences = ("a photo of a {} car", "a photo of a {}-colored car", "a photo of a {} object")
@@ -199,7 +199,7 @@ def test_both_rewards_on_saved_models(detector_folder, clip_folder, pictures):
         load("geneval").configured(**options)(pictures[:1], ["a dog"], [{}])
 
 
-def test_the_same_images_are_looked_at_once(clip_folder, pictures):
+def test_the_same_images_are_detected_once(clip_folder, pictures):
     class Counting(Detector):
         looks = 0
 
@@ -207,26 +207,26 @@ def test_the_same_images_are_looked_at_once(clip_folder, pictures):
             Counting.looks += 1
             return super().__call__(images)
 
-    eyes = CachedDetector(
+    detector = CachedDetector(
         Counting(tiny_detector(), 8, 64), ColorClassifier(clip.load(str(clip_folder), device="cpu"))
     )
     wish = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
-    first = eyes.look(pictures, [wish] * 5)
-    assert eyes.look(pictures, [dict(wish)] * 5) is first
+    first = detector(pictures, [wish] * 5)
+    assert detector(pictures, [dict(wish)] * 5) is first
     assert Counting.looks == 1
     assert all(d.color for objects in first for d in objects.get("dog", ()))
     # Other metadata, other images, and the same tensor with other pixels are looked at again.
-    eyes.look(pictures, [{**wish, "tag": "counting"}] * 5)
-    eyes.look(pictures.clone(), [wish] * 5)
-    eyes.look(pictures, [wish] * 5)
+    detector(pictures, [{**wish, "tag": "counting"}] * 5)
+    detector(pictures.clone(), [wish] * 5)
+    detector(pictures, [wish] * 5)
     pictures.fill_(0)
-    eyes.look(pictures, [wish] * 5)
+    detector(pictures, [wish] * 5)
     assert Counting.looks == 5
     # What is forgotten holds no masks.
     other = pictures.clone()
-    eyes.look(other, [wish] * 5)
+    detector(other, [wish] * 5)
     del other
-    assert eyes._last is None
+    assert detector._last is None
 
 
 def test_a_detector_for_other_classes_is_refused():

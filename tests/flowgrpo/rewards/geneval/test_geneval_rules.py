@@ -8,7 +8,7 @@ import pytest
 
 from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.geneval import rules
-from flowgrpo.rewards.geneval.rules import Detection, check, keep, partial, relations, strict
+from flowgrpo.rewards.geneval.rules import Detection, check, partial, relations, select, strict
 
 
 def seen(*found):
@@ -18,7 +18,7 @@ def seen(*found):
 
 def judge(found, metadata):
     check(metadata)
-    objects = keep(found, metadata["tag"])
+    objects = select(found, metadata["tag"])
     return strict(objects, metadata)[0], partial(objects, metadata)
 
 
@@ -117,22 +117,22 @@ def test_every_pair_of_a_position_must_hold():
     assert not judge(seen(*dogs, ("cat", (160.0, 40.0, 190.0, 80.0), 0.9)), wish)[0]
 
 
-def test_keep_orders_and_limits():
+def test_select_orders_and_limits():
     found = seen(*(("dog", BOX, 0.4 + i / 100) for i in range(20)), ("cat", BOX, 0.1))
-    kept = keep(found, "single_object")
+    kept = select(found, "single_object")
     assert list(kept) == ["dog"]
     assert [d.score for d in kept["dog"]] == sorted((d.score for d in found), reverse=True)[:16]
 
 
 def test_duplicate_boxes_stay_at_the_benchmarks_overlap(monkeypatch):
     found = seen(("dog", BOX, 0.9), ("dog", BOX, 0.8), ("dog", (11.0, 10.0, 50.0, 50.0), 0.7))
-    assert keep(found, "counting") == {}
-    assert len(keep(found, "two_object")["dog"]) == 3
+    assert select(found, "counting") == {}
+    assert len(select(found, "two_object")["dog"]) == 3
     monkeypatch.setattr(rules, "MAX_OVERLAP", 0.9)
-    kept = keep(found, "two_object")["dog"]
+    kept = select(found, "two_object")["dog"]
     assert [d.score for d in kept] == [0.9]
     # Another class does not suppress.
-    assert len(keep([*found, *seen(("cat", BOX, 0.5))], "two_object")) == 2
+    assert len(select([*found, *seen(("cat", BOX, 0.5))], "two_object")) == 2
 
 
 def test_overlap_counts_whole_pixels():

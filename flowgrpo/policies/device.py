@@ -1,0 +1,39 @@
+"""The device and the dtype that "auto" or a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from flowgrpo.config import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """Find the torch device that "auto" or a name stands for."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"policy.device is {str(device)!r}, which cannot be used "
+            f"({str(error).splitlines()[0][:160]}), but a device that torch sees is expected; use "
+            "auto, cpu or cuda."
+        ) from error
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Choose the dtype that "auto" or a name stands for on this device."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    # torch only has private names for these questions; a version without them gets float32.
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in checks)
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32

@@ -1,0 +1,142 @@
+"""`Family`: all that belongs to the models of one pipeline class, as one record of hooks.
+
+A hook is a value that is light to import, or a "module:name" that is imported when it is first
+needed: neither the command line's help nor a memory plan may wait for torch. A hook that a family
+has no use for keeps its default, and that technique is off for its models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Memory of one kind of transformer block, in bytes a token: (times width, times LoRA rank)."""
+
+    stored: tuple[float, float]
+    """Kept by autograd for the backward pass, in 16 bits; counted on two rows or more, since with
+    one, image and text are split without a copy. Where query, key and value are slices of one
+    product, all three stay if one does."""
+    stored_fused: tuple[float, float]
+    """Bytes with policy.fused: norms keep their input and two numbers a token, not what lies
+    between LayerNorm, scale and shift; a gate keeps neither its product nor its residual."""
+    image_attention: bool = False
+    """No block by itself, but a second attention, of the image's tokens only, inside a block of
+    another kind."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of one model that its memory follows from."""
+
+    parameters: int
+    """Parameters of the transformer."""
+    encoders: int
+    """Parameters of all text encoders."""
+    vae: int
+    """Parameters of the VAE; 0: the latents are the pixels."""
+    width: int
+    """Numbers of a token."""
+    blocks: tuple[tuple[BlockKind, int], ...]
+    """Kinds of blocks and how many there are of each."""
+    passing: float
+    """Bytes a token, times the width, that one block has alive beside what is stored."""
+    adapted: tuple[tuple[int, int], ...]
+    """(in, out) of each linear layer that gets LoRA matrices by default."""
+    pixels: int = 16
+    """Pixels on a side of the square that one image token stands for."""
+    channels: int = 16
+    """Channels of a latent."""
+    latent_pixels: int = 8
+    """Pixels on a side of the square that one latent vector stands for."""
+    fixed_tokens: int = 0
+    """Text tokens beside those that policy.max_sequence_length counts."""
+    text_tokens: int = 128
+    """Text tokens where policy.max_sequence_length is 0."""
+    resolution: int = 1024
+    """Pixels on a side of an image where policy.resolution is 0."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a family's models, for the memory plan."""
+
+    read: Callable[[Json, int, int, int], Architecture | None]
+    """(transformer's config.json, parameters of transformer, text encoders and VAE) -> the sizes,
+    or None for a model that the plan has no figures for."""
+    known: Mapping[str, Architecture]
+    """Hub id -> sizes, for models that are not on this machine yet."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Norms that scale and shift tokens by linear(silu(c)), c made of the time and the pooled text
+    alone, see policies/modulation.py. By name, as the classes come with diffusers."""
+
+    blocks: tuple[str, ...]
+    """Classes of blocks that use c for their norms alone."""
+    norms: tuple[str, ...]
+    """Classes of those norms, of the one behind the last block too."""
+    time: str = "time_text_embed"
+    """The transformer's module that makes c."""
+    text: str = "context_embedder"
+    """The transformer's module that projects the text tokens."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The hooks of one pipeline class of diffusers."""
+
+    pipeline: str
+    """Class of the pipeline, `_class_name` in model_index.json."""
+    transformer: str
+    """Class of its transformer."""
+    policy: str
+    """ "module:class" of its `Policy`."""
+    lora_targets: tuple[str, ...]
+    """Name endings of the linear layers that get LoRA matrices by default."""
+    library: str = "diffusers"
+    """Module that both classes are imported from."""
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    """Attributes of the transformer that list its blocks, in the order of the forward pass."""
+    positions: str = ""
+    """ "module:function" of (transformer, latent_shape) that fixes position embeddings to one image
+    size; empty: they stay as they are."""
+    attention_processors: str = ""
+    """ "module:function" of (transformer) that gives its attention layers processors which take
+    each kernel of policies/attention.py, `plain` too, and returns these layers; empty: diffusers'
+    processors take its kernels as they are, but not `plain`."""
+    fixed_attention: bool = False
+    """True: the transformer computes attention by a call of its own, so that policy.attention can
+    choose no kernel."""
+    modulation: Modulation | None = None
+    """Norms whose modulation is computed once a rollout; None: in each forward."""
+    fused_blocks: str = ""
+    """ "module:table" of class of a block -> `blocks.FusedForward`; empty: no policy.fused."""
+    sizes: Sizes | None = None
+    """Sizes for the memory plan; None: a run prints no plan of its memory."""
+    call_arguments: Callable[[Any], dict[str, Any]] | None = None
+    """Arguments of the pipeline's call beside size and steps, for a `Config`, so that it samples as
+    the evaluation did: guidance, text length. The model card shows them."""
+    embedded_guidance: bool = False
+    """True: the model is told policy.embedded_guidance beside the time."""
+
+    def load_class(self, name: str) -> Any:
+        """Import the class `name`, the pipeline's or the transformer's."""
+        return getattr(import_module(self.library), name)
+
+    def blocks_of(self, transformer: Any) -> list[Any]:
+        """List the transformer's blocks, in the order of the forward pass."""
+        return [block for name in self.blocks for block in getattr(transformer, name)]
+
+
+def import_hook(hook: str) -> Any:
+    """Import what a "module:name" of a record names."""
+    module, _, name = hook.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,56 @@
+"""Sizes of SD3 models for the memory plan, see flowgrpo/plan.py."""
+
+from __future__ import annotations
+
+from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
+from flowgrpo.policies.shared_sizes import CLIP_G, CLIP_L, CLIP_TOKENS, T5_XXL, VAE
+
+# Bytes a token, counted on blocks of diffusers' class in bfloat16 (tests/flowgrpo/test_plan.py).
+JOINT = BlockKind(stored=(38.25, 8.0), stored_fused=(30.1, 8.0))
+"""A block: image and text in two streams, with one attention over both."""
+DUAL = BlockKind(stored=(20.2, 0.0), stored_fused=(12.1, 0.0), image_attention=True)
+"""The second attention of SD3.5-medium's first blocks."""
+PASSING = 25.0
+
+
+def architecture(
+    parameters: int, encoders: int, vae: int, width: int, joint: int, dual: int = 0
+) -> Architecture:
+    """Sizes of a transformer of `joint` blocks, of which `dual` have a second attention."""
+    return Architecture(
+        parameters,
+        encoders,
+        vae,
+        width,
+        blocks=((JOINT, joint), (DUAL, dual)),
+        passing=PASSING,
+        # Query, key, value and output of both streams; the last block has no output for the text.
+        adapted=((width, width),) * max(8 * joint - 1, 0),
+        fixed_tokens=CLIP_TOKENS,
+    )
+
+
+def read(config: Json, parameters: int, encoders: int, vae: int) -> Architecture | None:
+    """Sizes of the transformer of this config.json; None without a VAE."""
+    if not vae:
+        return None
+    return architecture(
+        parameters,
+        encoders,
+        vae,
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        joint=config["num_layers"],
+        dual=len(config.get("dual_attention_layers", ())),
+    )
+
+
+ENCODERS = CLIP_L + CLIP_G + T5_XXL
+KNOWN = {
+    "stabilityai/stable-diffusion-3.5-medium": architecture(
+        2_243_171_520, ENCODERS, VAE, 1536, joint=24, dual=13
+    ),
+    "stabilityai/stable-diffusion-3.5-large": architecture(
+        8_056_627_520, ENCODERS, VAE, 2432, joint=38
+    ),
+}
+SIZES = Sizes(read, KNOWN)

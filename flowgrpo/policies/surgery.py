@@ -1,0 +1,81 @@
+"""Model surgery: all that is rewritten on the modules of diffusers and PEFT, in its order.
+
+A module is rewritten on the instance: it stays of its class, keeps its parameters and their names,
+and is saved as before. What a rewrite has to remember lies in one attribute, `_flowgrpo`.
+
+    rewrite             where                    modules                    attributes added
+    1  positions        Family.positions         the position embedding     the family's
+    2  attention        attention.pin            attention layers           processor, _flowgrpo
+    3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
+    4  modulation       modulation.install       silu, linear of the norms  forward, _flowgrpo
+    5  fused blocks     blocks.fuse              blocks and norm_out        forward
+                                                 their attention layers     _flowgrpo
+    6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo
+    7  recomputation    recompute                transformer and blocks     diffusers' own
+
+`rewrite` does 1 to 5 to a transformer that was just loaded. 6 belongs to the adapters and comes
+with them (`adapters.add_adapter`), 7 to training (`load.load_policy`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.policies import attention, blocks, compiled, deterministic, modulation
+from flowgrpo.policies.family import Family, import_hook
+
+
+def rewrite(
+    transformer: nn.Module,
+    family: Family,
+    config: PolicyConfig,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """Rewrite a loaded transformer for one image size, in place, before it has adapters.
+
+    Returns:
+        The name of the kernel that computes attention.
+    """
+    # 1. Position embeddings are cropped once, not copied out of their grid in each forward.
+    if family.positions:
+        import_hook(family.positions)(transformer, latent_shape)
+    # 2. One kernel computes attention, with gradients and without. Before the fused blocks, which
+    #    ask the layers' processors for it.
+    kernel = attention.pin(transformer, family, config.attention, device, dtype)
+    if config.compile:
+        # 3. Each block is compiled, on its first call, with the adapters that it has by then.
+        compiled.compile_blocks(family.blocks_of(transformer))
+    elif family.modulation is not None:
+        # 4. Norms take a row of a table in place of the time's embedding. Not in compiled blocks:
+        #    each would have other columns of it, and so its own compilation.
+        modulation.install(transformer, family.modulation)
+    if config.fused:
+        # 5. Blocks run by fused kernels; they call the norms' layers of 4. Never after 3:
+        #    `PolicyConfig` refuses both.
+        blocks.fuse(transformer, family)
+    return kernel
+
+
+def recompute(transformer: nn.Module) -> None:
+    """Keep only the inputs of the transformer's blocks for the backward pass."""
+    # Nothing in a block is random; and the state of a generator is read by waiting for the device.
+    again = partial(
+        checkpoint,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=deterministic.checkpoint_contexts,
+    )
+    try:
+        transformer.enable_gradient_checkpointing(lambda module, *args: again(module, *args))
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.gradient_checkpointing is on, but {type(transformer).__name__} has none; "
+            "turn it off."
+        ) from error

@@ -1,0 +1,84 @@
+"""Recipes: functions that return a Config, and the table that finds them by name.
+
+    sd35m_geneval, sd35m_ocr, sd35m_pickscore    the paper (arXiv 2505.05470) on SD3.5-M
+    ..._window    Flow-GRPO-Fast: CPS, three trained steps, no guidance
+    ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
+    ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
+    flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+
+sd3.py  flux.py   the numbers of one family, each with its source
+tasks.py          what the papers train for: prompts, rewards, weight of the KL, length
+fit.py            a recipe's last step: the user's own values, and the rows of a forward
+
+None of these recipes has been run to its end here; only the embedded model's has. Ours, in all of
+them: the frozen weights are bfloat16 (flow_grpo: float16 for SD3.5, under a GradScaler; here
+policy.dtype float16 has a fixed loss scale). Rows of a forward follow from the memory of the GPU
+(flow_grpo: 9 of SD3.5-M, 3 of FLUX), which changes no number but the time. The prompts are this
+package's; name a folder of flow_grpo's data sets by sample.prompts for the paper's own. Length and
+evaluation are ours too: flow_grpo trains until it is stopped.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.validation import require, similar
+
+SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
+
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nano": ("flowgrpo.nano:recipe", {}),
+    "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
+    "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
+    "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),
+    "sd35m_geneval_window_1gpu": (f"{SD3}:window", {"task": "geneval", "groups": 8}),
+    "sd35m_geneval_guard": (f"{SD3}:guard", {"task": "geneval"}),
+    "sd35m_ocr": (f"{SD3}:paper", {"task": "ocr"}),
+    "sd35m_ocr_1gpu": (f"{SD3}:paper", {"task": "ocr", "groups": 8}),
+    "sd35m_ocr_window": (f"{SD3}:window", {"task": "ocr"}),
+    "sd35m_ocr_window_1gpu": (f"{SD3}:window", {"task": "ocr", "groups": 8}),
+    "sd35m_ocr_guard": (f"{SD3}:guard", {"task": "ocr"}),
+    "sd35m_pickscore": (f"{SD3}:paper", {"task": "pickscore"}),
+    "sd35m_pickscore_1gpu": (f"{SD3}:paper", {"task": "pickscore", "groups": 8}),
+    "sd35m_pickscore_window": (f"{SD3}:window", {"task": "pickscore"}),
+    "sd35m_pickscore_window_1gpu": (f"{SD3}:window", {"task": "pickscore", "groups": 8}),
+    "sd35m_pickscore_guard": (f"{SD3}:guard", {"task": "pickscore"}),
+    "flux_pickscore": (f"{FLUX}:paper", {}),
+    "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
+    "flux_pickscore_window": (f"{FLUX}:window", {}),
+    "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
+}
+"""Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
+
+
+def recipe(name: str, **overrides: Any) -> Config:
+    """Build the Config of the recipe `name`: a key of RECIPES, or "package.module:function".
+
+    Args:
+        overrides: handed to the function.
+    """
+    target, arguments = RECIPES.get(name, (name, {}))
+    module, _, function = target.partition(":")
+    require(
+        bool(module and function),
+        f"recipe {name!r} is unknown, but one of {', '.join(RECIPES)} or "
+        f"package.module:function is expected{similar(name, RECIPES)}; name one of these.",
+    )
+    try:
+        build = getattr(importlib.import_module(module), function)
+    # A module of the user's own may raise anything while it is imported.
+    except Exception as error:
+        raise ConfigError(
+            f"recipe {name!r} cannot be loaded from {target} ({type(error).__name__}: {error}), "
+            "but a function that returns a flowgrpo.config.Config is expected there; check the "
+            "name and the install."
+        ) from error
+    config = build(**arguments, **overrides)
+    require(
+        isinstance(config, Config),
+        f"recipe {name!r} returned {type(config).__name__}, but a flowgrpo.config.Config is "
+        "expected; return one.",
+    )
+    return config

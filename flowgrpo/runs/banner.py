@@ -1,0 +1,79 @@
+"""The lines that a run begins with: model, kernels, sizes of an iteration, length, evaluation."""
+
+from __future__ import annotations
+
+from flowgrpo.config import Config
+from flowgrpo.evaluation.evaluation_set import EvaluationSet
+from flowgrpo.policies import Policy
+from flowgrpo.prompts.load import has_splits
+from flowgrpo.runs.process import device_name, kernel_backends
+from flowgrpo.runs.state import State
+
+
+def banner(
+    config: Config, policy: Policy, state: State, evaluation_set: EvaluationSet
+) -> dict[str, str]:
+    """Describe a run, as name -> one line."""
+    sample, optim = config.sample, config.optim
+    lora = config.policy.adapter == "lora"
+    trained = sum(p.numel() for p in state.parameters.values())
+    parameters = sum(p.numel() for p in policy.transformer.parameters())
+    if lora:
+        # Those of the model alone.
+        parameters -= trained
+    rank = f"LoRA of rank {config.policy.lora_rank}, " if lora else ""
+    low, high = sample.window_bounds
+    return {
+        "model": f"{policy.name}, {type(policy.transformer).__name__}, {count(parameters)} "
+        f"parameters, {str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
+        f"{policy.resolution} pixels a side",
+        "trained": f"{rank}{count(trained)} parameters",
+        "kernels": kernel_backends(policy.device),
+        "forward": policy.describe(),
+        "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
+        f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
+        f"steps of {sample.transition}, trained: {sample.trained_steps} of the steps {low} to "
+        f"{high - 1}",
+        "update": f"{optim.updates_per_iteration} updates, each on "
+        f"{config.chunks_per_update * sample.batch_size} rows x {sample.trained_steps} steps",
+        "length": length(config, state.iteration),
+        "directory": str(config.out_dir),
+        "evaluation": evaluated(config, evaluation_set),
+    }
+
+
+def length(config: Config, iteration: int) -> str:
+    """Describe how long a run goes that has `iteration` iterations behind it."""
+    text = f"{config.run.steps} iterations = {config.updates} updates"
+    if iteration:
+        text += f", resumed at {iteration}"
+    if iteration >= config.run.steps:
+        text += "; nothing is left to train, see --run.steps"
+    return text
+
+
+def evaluated(config: Config, evaluation_set: EvaluationSet) -> str:
+    """Describe the evaluation, and say if training sees its prompts."""
+    prompts, samples = len(evaluation_set.prompts), evaluation_set.samples
+    text = f"{prompts} prompts x {samples} images in {config.sample.eval_steps} steps"
+    if has_splits(config.sample.prompts):
+        return f"{text}, prompts held out"
+    return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"
+
+
+def slow_start(policy: Policy) -> str:
+    """Say why the first evaluation and iteration take longer than the others; "" if they do not."""
+    reasons = []
+    if policy.compiled:
+        reasons.append("blocks are compiled, which takes minutes")
+    if policy.graphs is not None:
+        reasons.append("CUDA graphs are recorded")
+    return f"In the first evaluation and iteration {' and '.join(reasons)}." if reasons else ""
+
+
+def count(number: int) -> str:
+    """Write a number of parameters as 2.24 B, 1.35 M or 12.30 k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

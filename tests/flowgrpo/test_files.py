@@ -1,0 +1,95 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from flowgrpo import files
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_appears_at_the_end(tmp_path, before):
+    path = tmp_path / "config.json"
+    if before is not None:
+        path.write_text(before)
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and temporary.name.startswith(".config.json.")
+        assert (path.read_text() if path.exists() else None) == before
+    assert path.read_text() == "new" and names(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "config.json"
+    files.write_text(path, "old")
+    with pytest.raises(error), files.replacing(path) as temporary:
+        temporary.write_text("ha")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["config.json"]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    """Each has a name of its own, also in one process: the last to end is what is read."""
+    path = tmp_path / "text"
+    with files.replacing(path) as first:
+        with files.replacing(path) as second:
+            first.write_text("first"), second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and names(tmp_path) == ["text"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path):
+    path, seen, done = tmp_path / "text", set(), threading.Event()
+    files.write_text(path, "0" * 50_000)
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for digit in "123456789":
+        files.write_text(path, digit * 50_000)
+    done.set()
+    reader.join()
+    assert seen and all(len(text) == 50_000 and len(set(text)) == 1 for text in seen)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_folder_appears_at_the_end(tmp_path, before):
+    path = tmp_path / "adapter"
+    if before:
+        path.mkdir()
+        (path / "old").write_text("old")
+    with files.replacing_folder(path) as temporary:
+        (temporary / "new").write_text("new")
+        assert path.exists() == before
+    assert names(path) == ["new"] and names(tmp_path) == ["adapter"]
+
+
+def test_a_folder_that_breaks_off_leaves_the_old_one(tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError), files.replacing_folder(path) as temporary:
+        (temporary / "new").write_text("new")
+        1 / 0  # noqa: B018
+    assert names(path) == ["old"] and names(tmp_path) == ["adapter"]
+
+
+def test_tensors_come_back(tmp_path):
+    """Of any layout and dtype, bit for bit, and without their gradients."""
+    leaf = torch.randn(4, 3, requires_grad=True)
+    tensors = {"a": leaf.t(), "b": torch.arange(5).to(torch.bfloat16)}
+    files.write_tensors(tmp_path / "t.safetensors", tensors)
+    stored = files.read_tensors(tmp_path / "t.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in tensors.items())
+    assert stored["b"].dtype == torch.bfloat16 and names(tmp_path) == ["t.safetensors"]
