@@ -66,6 +66,7 @@ class Watch(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.waits: list[str] = []
         self._known: dict[int, tuple[Any, int]] = {}
+        self._made: dict[Any, tuple[list[tuple[Any, ...]], bool]] = {}
 
     @property
     def launches(self) -> int:
@@ -97,8 +98,25 @@ class Watch(TorchDispatchMode):
                 raise MixedDevices(f"{operation} was given {shapes}, at {_caller()}")
         if index and any(t.dtype == torch.bool for t in ours[1:]):
             self._wait(operation)
-        result = operation(*args, **kwargs)
+        result = self._run(operation, args, kwargs)
         self._count(operation, result)
+        return result
+
+    def _run(self, operation, args, kwargs):
+        """The operation's result. `meta` derives sizes in Python, which is most of the time; where
+        they were derived before, empty tensors of these sizes are made instead."""
+        if self.device != DEVICE or not _makes_tensors(operation):
+            return operation(*args, **kwargs)
+        key = (operation, _described(args), _described(sorted(kwargs.items())))
+        if key in self._made:
+            layouts, single = self._made[key]
+            tensors = [torch.empty_strided(*sizes, dtype=d, device=DEVICE) for *sizes, d in layouts]
+            return tensors[0] if single else tuple(tensors)
+        result = operation(*args, **kwargs)
+        single = isinstance(result, Tensor)
+        tensors = (result,) if single else result
+        if all(isinstance(t, Tensor) and self._here(t) for t in tensors):
+            self._made[key] = [(t.shape, t.stride(), t.dtype) for t in tensors], single
         return result
 
     def _here(self, tensor: Tensor) -> bool:
@@ -118,7 +136,7 @@ class Watch(TorchDispatchMode):
             if operation.overloadpacket is aten.copy_:
                 return tensors[0].zero_()
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-        result = operation(*args, **kwargs)
+        result = self._run(operation, args, kwargs)
         self._count(operation, result)
         return result
 
@@ -187,6 +205,23 @@ def _computes(operation) -> bool:
     aliases = [r.alias_info for r in operation._schema.returns]
     view = any(info is not None and not info.is_write for info in aliases)
     return not view and operation.overloadpacket not in ALLOCATIONS
+
+
+@cache
+def _makes_tensors(operation) -> bool:
+    """Test for an operation that writes to nothing and whose results are all new tensors."""
+    schema = operation._schema
+    new = all(r.alias_info is None and str(r.type) == "Tensor" for r in schema.returns)
+    return new and bool(schema.returns) and not schema.is_mutable
+
+
+def _described(value: Any) -> Any:
+    """All of an argument that the sizes of results depend on, to look them up by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
