@@ -49,6 +49,8 @@ ALLOCATIONS |= {aten._unsafe_view, aten.lift_fresh}
 """Operations beside views that launch nothing."""
 READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2}
 """Operations whose result, or the shape of it, the host learns from the device."""
+DRAWS = {aten.uniform_, aten.normal_}
+"""Operations that fill a tensor with values, which there are none of on `meta`."""
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
@@ -105,6 +107,8 @@ class Watch(TorchDispatchMode):
     def _run(self, operation, args, kwargs):
         """The operation's result. `meta` derives sizes in Python, which is most of the time; where
         they were derived before, empty tensors of these sizes are made instead."""
+        if operation.overloadpacket in DRAWS and args[0].device.type == DEVICE:
+            return args[0]
         if self.device != DEVICE or not _makes_tensors(operation):
             return operation(*args, **kwargs)
         key = (operation, _described(args), _described(sorted(kwargs.items())))
