@@ -1,4 +1,4 @@
-"""Rewards by name: functions of images, prompts and metadata -> one score an image.
+"""Rewards by name: functions of images, prompts and metadata -> one score per image.
 
     fn(images uint8 [B, 3, H, W], prompts list[str], metadata list[dict]) -> B scores
 
