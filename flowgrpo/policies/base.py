@@ -114,7 +114,7 @@ class Policy(ABC):
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def why_not_precomputed(self) -> str | None:
-        """The reason why each forward computes what `prepare` would; None: it does not."""
+        """Reason why each forward computes what `prepare` would; None: it does not."""
         if self.compiled:
             return "policy.compile is on"
         return modulation.why_not(self.transformer, self.family)
