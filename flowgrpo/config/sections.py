@@ -1,9 +1,9 @@
-"""The sections of a configuration: one frozen dataclass a concern.
+"""The sections of a configuration: one frozen dataclass per concern.
 
 The line under a field is its help text (tyro prints it); numbers that follow from others are
 properties. A rule that a value breaks raises ``ConfigError`` with the rule in it.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class SampleConfig:
     """Start the images of one group from the same initial noise."""
     # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
     share_prefix: bool = True
-    """With shared_noise, sample the steps before a window once a group, captured or not."""
+    """With shared_noise, sample the steps before a window once per group, captured or not."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
     overlap: int = 2

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import lora, modulation, pipelines, surgery
 from flowgrpo.policies.compiled import as_training_forward
-from flowgrpo.policies.conditioning import Conditioning
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
+from flowgrpo.records import Conditioning
 
 
 class Policy(ABC):
@@ -114,7 +114,7 @@ class Policy(ABC):
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def why_not_precomputed(self) -> str | None:
-        """The reason why each forward computes what `prepare` would; None: it does not."""
+        """Reason why each forward computes what `prepare` would; None: it does not."""
         if self.compiled:
             return "policy.compile is on"
         return modulation.why_not(self.transformer, self.family)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.policies.base import Policy
-from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.records import Conditioning
 
 
 def velocities(

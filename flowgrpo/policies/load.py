@@ -9,7 +9,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import surgery
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.base import Policy
-from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.records import Conditioning
 
 
 def load_policy(

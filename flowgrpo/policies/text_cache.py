@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
-from flowgrpo.policies.conditioning import Conditioning
+from flowgrpo.records import Conditioning
 
 log = logging.getLogger("flowgrpo")
 LIBRARIES = ("torch", "transformers", "diffusers", "tokenizers")

@@ -1,4 +1,4 @@
-"""Prompt sets -> K prompts x G samples, each sample with its own seeds.
+"""Prompt sets: texts with metadata, from the package, files or the Hugging Face Hub.
 
 A set is "nano" (the embedded one), one of those in prompts/sets, a text file with one prompt a
 line, a JSONL file with an object {"prompt": ..., anything the reward needs} a line, or a folder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.interface import RewardError
 
 
 def device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.interface import RewardError
 
 
 def strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):

@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.images import to_pil
+from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.options import configurable, library
 
 Reader = Callable[[Any], list[str]]

@@ -25,8 +25,8 @@ from typing import Any
 from torch import Tensor
 
 from flowgrpo.config.validation import similar
-from flowgrpo.rewards import Reward, RewardError
 from flowgrpo.rewards.images import check_images
+from flowgrpo.rewards.interface import Reward, RewardError
 
 Check = Callable[[str, Mapping[str, Any]], Any]
 """A function of a prompt and its metadata that raises RewardError for one it cannot judge."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.records import Prompts, Scores
-from flowgrpo.rewards.errors import RewardError, describe_error
+from flowgrpo.rewards.interface import RewardError, describe_error
 from flowgrpo.rewards.table import Reward, load, options_of
 
 EPS = 1e-8

@@ -1,4 +1,4 @@
-"""Rewards by name: functions of images, prompts and metadata -> one score an image.
+"""Rewards by name: functions of images, prompts and metadata -> one score per image.
 
     fn(images uint8 [B, 3, H, W], prompts list[str], metadata list[dict]) -> B scores
 
@@ -9,16 +9,12 @@ A name is one of `REWARDS`, or "package.module:function" of the user's own. The 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-
 from flowgrpo.config.validation import similar
-from flowgrpo.rewards.errors import RewardError, describe_error
-
-Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
+from flowgrpo.rewards.interface import Reward, RewardError, describe_error
 
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Policy, scheduler_sigmas
-from flowgrpo.policies.conditioning import Conditioning
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
+from flowgrpo.records import Conditioning
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """Components of the pipeline that a text's embeddings depend on."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
 from flowgrpo.policies.base import Policy, scheduler_sigmas
-from flowgrpo.policies.conditioning import Conditioning
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
+from flowgrpo.records import Conditioning
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_COMPONENTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")

@@ -32,7 +32,7 @@ from typing import Any
 from torch import Tensor
 
 from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS, POSITIONS
-from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.interface import RewardError
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9

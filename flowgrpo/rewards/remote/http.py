@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.images import to_png
+from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.options import configurable
 from flowgrpo.rewards.remote.server import RemoteError, Server
 

@@ -33,8 +33,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.rewards import RewardError
 from flowgrpo.rewards.images import to_png
+from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.options import configurable
 from flowgrpo.rewards.remote.server import RemoteError, Server
 

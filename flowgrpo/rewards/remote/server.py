@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from flowgrpo.rewards import RewardError
+from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.options import library
 
 MAX_WAIT = 30.0

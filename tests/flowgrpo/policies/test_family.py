@@ -68,7 +68,7 @@ def test_the_documented_names_are_in_the_package():
     from flowgrpo.policies import Conditioning, Policy
 
     assert Policy.__module__ == "flowgrpo.policies.base"
-    assert Conditioning.__module__ == "flowgrpo.policies.conditioning"
+    assert Conditioning.__module__ == "flowgrpo.records"
     with pytest.raises(AttributeError, match=r"'flowgrpo\.policies' has no attribute 'Polic'"):
         _ = policies.Polic
 

@@ -27,7 +27,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def small_state(config: Config) -> tuple[State, torch.nn.Module]:
-    """A state whose transformer is not one: export is tested in test_weights.py."""
+    """A state whose transformer is not one: export is tested in test_state.py."""
     model = torch.nn.Linear(2, 2)
     return State.create(model, config.optim), model
 

@@ -1,12 +1,19 @@
-"""The error of a reward, and the line of the user's code that raised it."""
+"""A reward: its type, its error, and the line of the user's code that an error came through."""
 
 from __future__ import annotations
 
 import sysconfig
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from flowgrpo.config import ConfigError
+
+Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
+"""f(images uint8 [B, 3, H, W], prompts, metadata) -> B scores."""
 
 
 class RewardError(ConfigError):
