@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from flowgrpo.records import without_nulls
 from flowgrpo.rewards import Reward, RewardError, load
 from flowgrpo.rewards.images import from_png
 from flowgrpo.rewards.options import library
@@ -142,7 +143,8 @@ def app(
         images = _images(fastapi, request, max_pixels)
         try:
             with lock:
-                scores = reward(images, request.prompts, request.metadata)
+                metadata = [without_nulls(entry) for entry in request.metadata]
+                scores = reward(images, request.prompts, metadata)
             values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
         # A reward may raise anything: the client hears what, and the server goes on.
         except Exception as error:

@@ -97,6 +97,16 @@ def test_metadata_must_match():
         Prompts.of(["a", "b"], [{}])
 
 
+def test_null_is_absent_at_any_depth(tmp_path):
+    entry = {"prompt": "a dog", "exclude": None, "include": [{"class": "dog", "color": None}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps({**entry, "box": [None, 1], "n": 0, "t": ""}))
+    metadata = {"prompt": "a dog", "include": [{"class": "dog"}], "box": [None, 1], "n": 0, "t": ""}
+    assert load_prompts(str(tmp_path / "p.jsonl")).metadata == (metadata,)
+    assert Prompts.of(["a dog"], [entry]).metadata[0].keys() == {"prompt", "include"}
+    # The caller's own is as it was.
+    assert entry["exclude"] is None and entry["include"][0]["color"] is None
+
+
 def test_an_epoch_covers_the_set_once():
     found = Prompts.of([str(i) for i in range(11)])
     for epoch in range(3):

@@ -168,6 +168,17 @@ def test_scores_that_are_not_finite_leave_as_null():
         assert post(url, body()) == (200, {"scores": [1.0, None, None]})
 
 
+def test_null_is_absent_in_metadata():
+    """As a caller in another language may send it; rewards look for keys."""
+
+    def keys(images, prompts, metadata):
+        return [len(entry) + len(entry["include"][0]) for entry in metadata]
+
+    entry = {"exclude": None, "include": [{"class": "dog", "color": None}]}
+    with running(app(keys, "keys")) as url:
+        assert post(url, body(metadata=[entry] * 3)) == (200, {"scores": [2.0] * 3})
+
+
 def test_without_a_token_only_the_loopback_interface():
     with pytest.raises(RewardError, match=r"listen on 0\.0\.0\.0 without a token"):
         serve("jpeg_compressibility", host="0.0.0.0")
