@@ -78,6 +78,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out)

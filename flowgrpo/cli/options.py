@@ -104,7 +104,7 @@ class ServeOptions:
     """Serve a reward by HTTP, for `--reward.weights http://HOST:PORT 1.0` on another machine."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A reward's name, or package.module:function."""
+    """A reward's name, package.module:function or file.py:function."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback only with a token."""
     port: int = 8400

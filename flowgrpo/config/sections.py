@@ -199,7 +199,7 @@ class RewardConfig:
     """Rewards of the images, and how they are combined."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
-    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
     retries: int = 2

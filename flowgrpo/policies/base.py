@@ -163,6 +163,11 @@ class Policy(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
 
+    def blank_image(self) -> Tensor:
+        """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
+        shape = (3, self.resolution, self.resolution)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
         """float64 [num_steps + 1] from 1 to 0: the scheduler's own float32 values."""
