@@ -20,6 +20,8 @@ from flowgrpo.config import replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -42,6 +44,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
+    warn_of_cut(policy, texts)
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out.parent)
@@ -80,6 +83,7 @@ def _check_sample(options: SampleOptions) -> None:
         "no prompt was given, but at least one in quotation marks is expected; write, for example, "
         'flowgrpo sample "three red circles".',
     )
+    check_unicode(options.prompts, "a prompt")
     require(
         options.count > 0,
         f"--count is {options.count}, but at least one image is expected; raise it.",

@@ -171,6 +171,21 @@ def curve(
     import matplotlib
 
     matplotlib.use("Agg", force=False)
+    # Names of tasks and rewards are text, in which a $ opens no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = _curve(evaluations, guided, title, label)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", facecolor=PAPER)
+    return path
+
+
+def _curve(
+    evaluations: Sequence[Mapping[str, Any]],
+    guided: Mapping[str, Any] | None,
+    title: str,
+    label: str,
+) -> Any:
+    """Draw the figure of `curve`."""
     from matplotlib.figure import Figure
 
     scale, unit, digits = (100, " %", 0) if label == "accuracy" else (1, "", 3)
@@ -193,9 +208,7 @@ def curve(
     last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
     _style(axes, evaluations, title, f"held-out {label},{unit}" if unit else f"held-out {label}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor=PAPER)
-    return path
+    return figure
 
 
 def _task_lines(

@@ -102,6 +102,10 @@ class Policy(ABC):
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise ConfigError for a text that the model cannot be given."""
 
+    def token_limits(self) -> list[tuple[Any, int]]:
+        """List the tokenizers that texts go through, each with the tokens after which it cuts."""
+        return []
+
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
         float32 sigma [B]: the same bits with gradients and without."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -43,6 +45,20 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
         parse_train(["nano", "--run.resume", str(tmp_path / "run")])
     with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
         parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
+
+
+def test_output_in_ascii_has_no_error(tmp_path, monkeypatch):
+    """As LC_ALL=C or PYTHONIOENCODING=ascii make it, with a directory of another alphabet."""
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    changes = {"run.steps": 1, "run.eval_every": 0, "run.progress": "plain"}
+    config = processes.make(tmp_path, **changes, **{"run.out": str(tmp_path / "прогон 猫")})
+    train.run(config)
+    main.main(["--version"])
+    sys.stdout.flush()
+    assert b"\\u043f\\u0440" in shown.getvalue() and b"summary.json" in shown.getvalue()
+    assert sys.stdout.errors == "backslashreplace"
+    assert (tmp_path / "прогон 猫" / "summary.json").exists()
 
 
 def test_help_and_version(capsys):

@@ -173,6 +173,20 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     assert len(blue_line(path)) > 10
 
 
+@pytest.mark.parametrize("name", ["$", "a $b_{ $c", "10$ or \\$20$", "^{", "ä 猫", "\\frac"])
+def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
+    figures = []
+    drawn = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: (figures.append(f), drawn(f, *a, **k))
+    )
+    entries = evaluations([0.2, 0.4], tasks={name: 0.3}, elapsed=60.0)
+    path = pictures.curve(tmp_path / "a.png", entries, title=name, label=f"users:{name}")
+    axes = figures[-1].axes[0]
+    assert name.replace("_", " ") in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_title(loc="left") == name and len(blue_line(path)) > 10
+
+
 def test_curve_of_a_reward_beyond_one(tmp_path):
     entries = evaluations([20.0, 24.0], tasks={"a": None, "b": 21.0})
     path = pictures.curve(tmp_path / "a.png", entries, label="shop:price")

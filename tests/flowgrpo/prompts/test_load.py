@@ -42,6 +42,23 @@ def test_a_file_as_windows_writes_it(tmp_path, name):
     assert load_prompts(str(tmp_path / name)).texts == ("a red circle", "zwei Äpfel")
 
 
+@pytest.mark.parametrize("kind", [".ndjson", ".jsonlines", ".NDJSON"])
+def test_other_names_of_jsonl(tmp_path, kind):
+    (tmp_path / f"train{kind}").write_text('{"prompt": "a dog", "tag": "x"}\n')
+    prompts = load_prompts(str(tmp_path / f"train{kind}"))
+    assert prompts.texts == ("a dog",) and prompts.metadata[0]["tag"] == "x"
+    if kind.islower():
+        assert load_prompts(str(tmp_path)).texts == ("a dog",)
+
+
+def test_whole_characters_beyond_16_bits_are_text(tmp_path):
+    """JSON writes them as two surrogates, which are one character."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d\\ude00 \\u00e9"}\n{"prompt": "😀"}')
+    assert load_prompts(str(tmp_path / "p.jsonl")).texts == ("a 😀 é", "😀")
+    (tmp_path / "p.txt").write_text("{a dog}\n[1, 2]\n", encoding="utf-8")
+    assert load_prompts(str(tmp_path / "p.txt")).texts == ("{a dog}", "[1, 2]")
+
+
 def test_jsonl_file_and_folder(tmp_path):
     lines = [{"prompt": "one\u2028line", "tag": "x"}, {"prompt": "b", "include": [1]}]
     for split in ("train", "test"):
@@ -66,6 +83,13 @@ def test_jsonl_file_and_folder(tmp_path):
         ("p.jsonl", '{"prompt": " "}', "line 1 of .* 'prompt' that is not empty"),
         ("p.json", '[{"prompt": "a"}]', "a .json file, whose lines are no prompts"),
         ("p.CSV", "prompt\na", "a .csv file, whose lines are no prompts"),
+        ("p.yaml", "- a dog", "a .yaml file, whose lines are no prompts"),
+        ("p.yml", "- a dog", "a .yml file, whose lines are no prompts"),
+        ("p.txt", '{"prompt": "a"}', "a JSON object, but a text file .*; name the file .jsonl"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b \\ud83d"}', r"line 2 of .* has '\\ud83d' in"),
+        ("p.jsonl", '{"prompt": "a", "x": [{"\\udfff": 1}]}', r"line 1 of .* has '\\udfff' in"),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", "line 1 of .* is "),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "[" * 99999, "line 1 of .* is "),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):

@@ -296,7 +296,8 @@ def test_a_file_and_its_module_take_the_same_options(tmp_path, monkeypatch):
 
         @configurable("mine")
         def score(*, negative: bool = False):
-            return lambda images, prompts, metadata: (-1 if negative else 1) * images[:, 0, 0, 0].float()
+            sign = -1.0 if negative else 1.0
+            return lambda images, prompts, metadata: sign * images[:, 0, 0, 0]
     """
     (tmp_path / "users_pair.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(tmp_path)
