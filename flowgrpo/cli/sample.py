@@ -71,7 +71,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         load_adapter(policy, options.adapter)
         rows["trained"] = images()
     captions = [text for text in texts for _ in range(options.count)]
-    pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
+    picture = pictures.grid(rows, captions, columns=min(max(options.count, 4), 8))
+    out = pictures.save(picture, out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
     return out
 
@@ -99,6 +100,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
         "given too; leave one out.",
     )
+    pictures.check_ending(Path(options.out))
     require(
         not Path(options.out).is_dir(),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "

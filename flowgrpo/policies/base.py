@@ -13,12 +13,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.config.validation import path_text
 from flowgrpo.policies import lora, modulation, pipelines, surgery
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.device import choose_device
@@ -62,7 +64,7 @@ class Policy(ABC):
 
     @staticmethod
     def load(
-        model: str | object,
+        model: str | Path | object,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -82,7 +84,7 @@ class Policy(ABC):
         `encode` takes the place of the text encoders, which the pipeline then need not have: texts
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
-        device, config = choose_device(device), config or PolicyConfig()
+        device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
         open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
         source = open_pipeline(model, dtype, device)
         encode = None if encode is None else _checked(encode)

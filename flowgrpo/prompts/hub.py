@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flowgrpo.config.validation import ConfigError, require
+from flowgrpo.config.validation import ConfigError, path_text, require
 
 PREFIX = "hub:"
 COLUMNS = ("prompt", "caption", "text")
@@ -35,6 +35,7 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, _, column = name.removeprefix(PREFIX).partition(":")
+    source = path_text(source)
     try:
         splits = datasets.load_dataset(source)
     # What the Hub, the network and the readers of a dozen formats raise.

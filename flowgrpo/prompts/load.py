@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import require
+from flowgrpo.config.validation import path_text, require
 from flowgrpo.prompts import hub, sets
 from flowgrpo.records import Prompts, without_nulls
 
@@ -28,8 +28,9 @@ TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html")
 """Files of text whose lines would be taken for prompts."""
 
 
-def load_prompts(name: str, split: str = "train") -> Prompts:
+def load_prompts(name: str | Path, split: str = "train") -> Prompts:
     """Load a split of a prompt set. A single file is the same in every split."""
+    name = path_text(name)
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
@@ -63,8 +64,9 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
     return prompts
 
 
-def has_splits(name: str) -> bool:
+def has_splits(name: str | Path) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
+    name = path_text(name)
     return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
 
 

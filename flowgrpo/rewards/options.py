@@ -116,6 +116,8 @@ class ConfigurableReward:
         if value is default:
             return value
         kind = str if default is None else type(default)
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         try:
             typed = _convert(value, kind) if isinstance(value, str) else value
         except (TypeError, ValueError):

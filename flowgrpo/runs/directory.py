@@ -210,7 +210,7 @@ class RunDirectory:
 
 def resume_config(folder: str | Path) -> Config:
     """Read the configuration of the run in `folder`, set to go on there."""
-    path = Path(folder) / "config.json"
+    path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -126,6 +126,15 @@ def test_save_replaces_and_leaves_no_part(tmp_path):
     assert Image.open(tmp_path / "s" / "a.png").size[0] > 250
 
 
+def test_a_picture_too_long_for_a_jpeg_is_a_png(tmp_path):
+    long = Image.new("RGB", (2, pictures.LONGEST_JPEG + 1))
+    assert pictures.save(long, tmp_path / "a.jpg") == tmp_path / "a.png"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert Image.open(tmp_path / "a.png").size == long.size
+    longest = long.crop((0, 0, 2, pictures.LONGEST_JPEG))
+    assert Image.open(pictures.save(longest, tmp_path / "b.jpg")).size == longest.size
+
+
 def evaluations(values, **extra):
     return [
         {"iteration": 50 * i, "accuracy": v, "interval": [v - 0.05, v + 0.05], **extra}

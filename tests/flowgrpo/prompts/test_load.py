@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.prompts import batches as prompts_batches
 from flowgrpo.prompts.batches import check_count, row_seeds
-from flowgrpo.prompts.load import load_prompts
+from flowgrpo.prompts.load import has_splits, load_prompts
 from flowgrpo.records import Prompts
 
 
@@ -97,6 +98,14 @@ def test_bad_files(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         load_prompts(str(path))
+
+
+def test_a_path_and_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.txt").write_text("a dog")
+    for name in (tmp_path, tmp_path / "train.txt", "~/train.txt", "~", Path("~") / "train.txt"):
+        assert load_prompts(name).texts == ("a dog",)
+    assert has_splits("~") and has_splits(tmp_path) and not has_splits("~/train.txt")
 
 
 def test_missing_files(tmp_path):

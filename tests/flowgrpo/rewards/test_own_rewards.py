@@ -205,6 +205,16 @@ def test_spellings_of_a_bool_option(monkeypatch, text, value):
     assert flagged(IMAGES, [""] * 4, [{}] * 4) is not None and flagged.options["other"] is value
 
 
+def test_a_path_is_an_option_of_text(tmp_path):
+    @configurable("where")
+    def where(*, folder: str = "here", number: int = 0):
+        pass
+
+    assert where.configured(folder=tmp_path).options["folder"] == str(tmp_path)
+    with pytest.raises(RewardError, match="a value of type int is expected"):
+        where.configured(number=tmp_path)
+
+
 @pytest.mark.parametrize("value", ["maybe", "", "2", 1, None])
 def test_other_words_are_no_bool(value):
     with pytest.raises(RewardError, match=f"flag .* is {value!r}, but one of true, yes, 1, false"):
