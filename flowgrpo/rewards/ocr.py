@@ -7,8 +7,8 @@ Both without spaces and in lower case, as flow_grpo/ocr.py has it; lines are joi
 order. The quoted text is what stands between the first pair of straight quotes of the prompt, or
 else of curly ones. Deliberate departures from flow_grpo/ocr.py:
 
-1. What looks the same to a reader is the same (`plain`): typographic quotes, dashes and dots, all
-   kinds of spaces and line breaks, composed and decomposed letters.
+1. What looks the same to a reader is the same (`plain`): typographic quotes, dashes and dots,
+   full-width forms, all kinds of spaces and line breaks, composed and decomposed letters.
 2. A straight quote after a digit opens no text: 6" is a length.
 
 The engine is RapidOCR (https://github.com/RapidAI/RapidOCR: the PP-OCR models in ONNX, which its
@@ -146,6 +146,8 @@ ALIKE = str.maketrans(
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
         "\u2026": "...",
+        # Full-width forms, which engines for Chinese read punctuation as.
+        **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
     }
 )
 """Typographic characters -> those of a keyboard."""

@@ -67,6 +67,7 @@ def test_a_prompt_without_quoted_text_is_an_error(prompt):
         ("co\u00adope\u200bration", "cooperation", 1.0),
         ("A-B-C-D", "a‐b–c—d", 1.0),
         ("wait...", "Wait…", 1.0),
+        ("Hello，World！", "Hello, World!", 1.0),
         ("İ", "i\u0307", 1.0),
         # An accent that is not there is an error of one letter.
         ("cafe", "café", 0.75),

@@ -153,6 +153,7 @@ def test_requests_that_make_no_sense(changes, detail):
         (lambda i, p, m: 1 / 0, "ZeroDivisionError"),
         (lambda i, p, m: [1.0], "shape (1,) for 3 images"),
         (lambda i, p, m: RewardError, "Error"),
+        (lambda i, p, m: sys.exit("enough"), "SystemExit: enough"),
     ],
 )
 def test_a_reward_that_fails(reward, detail):
