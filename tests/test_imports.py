@@ -25,6 +25,8 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it
     import tomli as tomllib
 
+from support import torch_fork
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
 TRAINER = ROOT / "flowgrpo"
@@ -72,9 +74,7 @@ def probe(*extra_path: Path) -> tuple[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, extra_path)]),
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = torch_fork.run(PROBE, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     available, origin = done.stdout.split()[-2:]
     return available, origin

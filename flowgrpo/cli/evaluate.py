@@ -21,6 +21,7 @@ from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.recipes import RECIPES
 from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
@@ -84,7 +85,9 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
     if config.run.resume:
-        content.warn_of_another_model(Path(config.run.resume), policy)
+        content.warn_of_another_model(config.out_dir, policy)
+    warn_of_cut(policy, evaluation_set.prompts.texts)
+    scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out)

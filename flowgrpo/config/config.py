@@ -4,7 +4,7 @@ A ``Config`` is five frozen dataclasses, one per concern (sections.py), and the 
 them. A rule that a value breaks raises ``ConfigError`` with the rule in it, at construction, so a
 ``Config`` that exists is a valid one.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ MAY_CHANGE = {
 SERVICE_OPTIONS = ("url", "token", "timeout", "retries", "backoff", "concurrency")
 """Options of rewards that say where and how a service is called."""
 
+FIRST_FILES = ("config.json", "content.json", "metrics.jsonl")
+FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb")
+"""Folders, beside `FIRST_FILES`, that a run writes before its first checkpoint."""
+
 
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
@@ -72,7 +76,13 @@ class RunDirectory:
         self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        _lock(self._metrics, self.path)
+        if reason := _lock(self._metrics, self.path):
+            log.warning(
+                "The run directory %s cannot be locked (%s), so nothing keeps a second process "
+                "from writing it too.",
+                self.path,
+                reason,
+            )
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
@@ -84,8 +94,9 @@ class RunDirectory:
             now: the content that it trains and evaluates with; None: it is not looked at.
 
         Raises:
-            ConfigError: the directory is not empty, cannot be written, belongs to another
-                configuration or content, or is in use. Nothing is left behind or changed then.
+            ConfigError: the directory holds a run that has begun or other files, cannot be
+                written, belongs to another configuration or content, or is in use. Nothing is left
+                behind or changed then.
         """
         folder = config.out_dir
         loggers.check(config.run)
@@ -99,6 +110,8 @@ class RunDirectory:
             _create(folder, config)
         try:
             run = cls(config, checkpoint)
+            if not config.run.resume:
+                run._clear()
             run.samples.mkdir(exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
@@ -224,6 +237,13 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _clear(self) -> None:
+        """Remove what a run that never began has left; this process has the lock."""
+        for name in FIRST_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / content.FILE).unlink(missing_ok=True)
+        self._metrics.truncate(0)
+
     def _cut_metrics(self, iteration: int) -> None:
         """Cut metrics.jsonl after `iteration`; the rest comes again, with the same numbers.
 
@@ -248,7 +268,7 @@ class RunDirectory:
 
 def resume_config(folder: str | Path) -> Config:
     """Read the configuration of the run in `folder`, set to go on there."""
-    path = Path(folder) / "config.json"
+    path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -322,11 +342,35 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()) and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
         )
+
+
+def _never_began(folder: Path) -> bool:
+    """Tell a run that ended before its first checkpoint, and that no process is at work on.
+
+    There is nothing to go on from then, and nothing but what such a run writes.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
+        return False
+    # One that is damaged counts too.
+    if any((folder / "checkpoints").glob(f"{checkpoints.PREFIX}*")):
+        return False
+    try:
+        with open(folder / "metrics.jsonl", "ab+") as file:
+            # Without locks no process can be told from none.
+            if _lock(file, folder):
+                return False
+            file.seek(0)
+            if b'"kind": "train"' in file.read():
+                return False
+    except (OSError, ConfigError):
+        return False
+    return True
 
 
 def _create(folder: Path, config: Config) -> None:
@@ -346,12 +390,19 @@ def _create(folder: Path, config: Config) -> None:
         ) from error
 
 
-def _lock(file: Any, folder: Path) -> None:
-    """Lock the open `file` of `folder` for this process, where the system has such locks."""
+def _lock(file: Any, folder: Path) -> str:
+    """Lock the open `file` of `folder` for this process.
+
+    Returns:
+        The reason why the system has no locks for it; "" if it is locked.
+
+    Raises:
+        ConfigError: another process has the lock.
+    """
     try:
         import fcntl
     except ImportError:
-        return
+        return "no fcntl on this system"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -362,9 +413,5 @@ def _lock(file: Any, folder: Path) -> None:
         ) from error
     except OSError as error:
         # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.
-        log.warning(
-            "The run directory %s cannot be locked on this file system (%s), so nothing keeps a "
-            "second process from writing it too.",
-            folder,
-            error.strerror,
-        )
+        return error.strerror or str(error)
+    return ""

@@ -152,7 +152,7 @@ def grpo_loss_sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
-    """Writes a block's sums of d d, e e and h h; one program a block."""
+    """Writes a block's sums of d d, e e and h h; one program per block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
@@ -269,7 +269,7 @@ def grpo_loss_rows_kernel(
     WEIGHT: tl.constexpr,
     KL_WEIGHT: tl.constexpr,
 ):
-    """Computes all that happens once a row; one program a row."""
+    """Computes all that happens once per row; one program per row."""
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     step = tl.load(step_ptr + row * step_stride)
@@ -358,7 +358,7 @@ def grpo_loss_backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program a block."""
+    """Writes a block of the gradients; one program per block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)

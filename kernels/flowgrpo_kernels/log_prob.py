@@ -82,7 +82,7 @@ def log_prob_kernel(
     GUIDED: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
-    """Writes a block's sum of squares, or the row's log_prob; one program a block."""
+    """Writes a block's sum of squares, or the row's log_prob; one program per block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
@@ -125,7 +125,7 @@ def log_prob_backward_kernel(
     GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program a block."""
+    """Writes a block of the gradients; one program per block."""
     row, _start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)

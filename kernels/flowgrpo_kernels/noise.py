@@ -1,7 +1,8 @@
 """Initial noise: standard normals that belong to the sample's seed.
 
-Same generator as the noise of a step (philox.py) with a reserved step counter, so it never repeats
-a step's noise. The same seed gives the same noise in any batch, on any rank and on any backend.
+The noise of the steps is drawn inside sde_step.py. The generator is the same (philox.py), with a
+reserved step counter here, so that no step's noise is repeated. The same seed gives the same noise
+in any batch, on any rank and on any backend.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def initial_noise_kernel(
     num_blocks,
     ALIGN: tl.constexpr,
 ):
-    """Writes a block of normals; one program a block."""
+    """Writes a block of normals; one program per block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     seed = tl.load(seeds_ptr + row)
     step = tl.full([], INITIAL_STEP_C, tl.uint32)

@@ -313,7 +313,7 @@ class LossArguments(NamedTuple):
     adv_clip: float
 
     def of_backward(self) -> tuple:
-        """Those that grpo_loss_backward takes too: between its coefs and its uncond_grad."""
+        """Lists the arguments of grpo_loss_backward between its coefs and its uncond_grad."""
         return (
             self.velocity, self.uncond_velocity, self.guidance_scale, self.sample,
             self.prev_sample, self.table, self.step, self.ref_velocity, self.ref_uncond_velocity,

@@ -69,7 +69,7 @@ def sde_step_kernel(
     NOISE: tl.constexpr,  # "none", "seeds" or "tensor"
     SINGLE: tl.constexpr,
 ):
-    """Writes a block of x' and its sum of squares, or the row's log_prob; one program a block."""
+    """Writes a block of x' and its sum of squares, or the row's log_prob; one program per block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)

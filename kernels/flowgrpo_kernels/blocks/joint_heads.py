@@ -11,9 +11,9 @@ with a rounding each.
 Shapes: streams [B, N_i, heads * d], whose rows may be slices of one product; weights [d]; cos, sin
 float32 [S, d] with S the sum of the N_i; out [B, S, heads, d]. Streams are of one dtype out of
 float32, bfloat16 and float16, and so is out. Bytes per element: stream + out forward; grad + stream
-+ gradient backward; cos and sin are read once a token. The root mean squares are computed again.
++ gradient backward; cos and sin are read once per token. The root mean squares are computed again.
 
-Layout of the kernels. One program a token, all heads of it, 8 at a time. A tile is [8, d] with 8
+Layout of the kernels. One program per token, all heads of it, 8 at a time. A tile is [8, d] with 8
 neighbouring elements a thread, so that a head lies inside a warp: the sum of squares and the turn
 of a pair need neither shared memory nor a barrier. The tiles of a token are asked for together.
 Rows of the grid are tokens of the result; a program has one stream, that of its token.

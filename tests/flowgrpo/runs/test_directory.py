@@ -29,7 +29,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def small_state(config: Config) -> tuple[State, torch.nn.Module]:
-    """A state whose transformer is not one: export is tested in test_weights.py."""
+    """A state whose transformer is not one: export is tested in test_state.py."""
     model = torch.nn.Linear(2, 2)
     return State.create(model, config.optim), model
 
@@ -54,6 +54,51 @@ def test_a_directory_that_is_not_empty_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
             call(config_for(tmp_path))
     assert tree(tmp_path) == {"note.txt"}
+
+
+def test_the_directory_of_a_run_that_never_began_is_used_again(tmp_path):
+    """As one whose first evaluation failed, or that was killed in it, leaves it."""
+    before = config_for(tmp_path, **{"run.seed": 1})
+    with directory.RunDirectory.open(before) as run:
+        run.log(0, {"accuracy": 0.5}, kind="eval")
+        for folder in ("tensorboard", "evaluations"):
+            (run.path / folder).mkdir(exist_ok=True)
+            (run.path / folder / "left").write_text("x")
+        (run.checkpoints / ".step-000000.0").mkdir()
+        # That it is being written does not show in its files.
+        for call in (directory.check_directory, directory.RunDirectory.open):
+            with pytest.raises(ConfigError, match="is not empty"):
+                call(config_for(tmp_path))
+        assert len(run.metrics()) == 1 and (run.path / "evaluations" / "left").exists()
+    config = config_for(tmp_path)
+    directory.check_directory(config)
+    assert (tmp_path / "evaluations" / "left").exists()
+    with directory.RunDirectory.open(config) as run:
+        assert run.metrics() == [] and (run.path / "config.json").read_text() == to_json(config)
+        run.log(0, {"accuracy": 0.25}, kind="eval")
+        assert [line["accuracy"] for line in run.metrics()] == [0.25]
+    assert not {name for name in tree(tmp_path) if "left" in name or ".step" in name}
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "damaged", "note", "lines", "no config"])
+def test_a_directory_with_anything_to_lose_is_refused(tmp_path, change):
+    config = config_for(tmp_path)
+    with directory.RunDirectory.open(config) as run:
+        if change == "checkpoint":
+            save(run, small_state(config)[0])
+        elif change == "damaged":
+            (run.checkpoints / "step-000010").mkdir()
+        elif change == "lines":
+            run.log(1, {"reward": 0.5})
+    if change == "note":
+        (tmp_path / "notes.txt").write_text("mine")
+    elif change == "no config":
+        (tmp_path / "config.json").unlink()
+    before = tree(tmp_path)
+    for call in (directory.check_directory, directory.RunDirectory.open):
+        with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
+            call(config)
+    assert tree(tmp_path) == before
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -100,8 +145,11 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
         == '{"iteration": 0, "kind": "train", "x": 1}\n'
     )
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "cannot be locked on this file system" in message and os.strerror(number) in message
+    assert f"cannot be locked ({os.strerror(number)})" in message
     assert "in use" not in message
+    # A second process may be at work there, so it is no run that never began.
+    with pytest.raises(ConfigError, match="is not empty"):
+        directory.check_directory(config_for(tmp_path / "run"))
 
 
 def test_a_run_that_cannot_be_written_any_more_is_refused(tmp_path, monkeypatch):
