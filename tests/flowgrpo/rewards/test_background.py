@@ -139,6 +139,7 @@ def test_missing_images_are_noticed(scorer):
         scoring.finish()
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_numbers_with_and_without(pixel_model, tmp_path):
     """metrics.jsonl, whose groups of 6 lie across chunks of 4."""
     found = []

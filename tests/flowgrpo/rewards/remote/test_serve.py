@@ -185,6 +185,7 @@ def test_errors_before_it_listens():
             serve("jpeg_compressibility", port=port)
 
 
+@pytest.mark.slow
 def test_serve_in_a_process_of_its_own(monkeypatch):
     """It tells its address, which with port 0 nobody else knows."""
     code = "from flowgrpo.rewards.remote.serve import serve; serve('jpeg_compressibility', port=0)"
