@@ -21,6 +21,7 @@ from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
 from flowgrpo.runs.export import add_trained
@@ -78,6 +79,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    warn_of_cut(policy, evaluation_set.prompts.texts)
+    scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
         check_adapter(policy, options.adapter)
     check_writable(out)

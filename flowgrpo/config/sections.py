@@ -1,17 +1,19 @@
 """The sections of a configuration: one frozen dataclass per concern.
 
 The line under a field is its help text (tyro prints it); numbers that follow from others are
-properties. A rule that a value breaks raises ``ConfigError`` with the rule in it.
+properties. A rule that a value breaks raises ``ConfigError`` with the rule in it. A path may be a
+`pathlib.Path`; it is stored as text, with ~ expanded.
 
 Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.config.validation import check_positive, check_types, require
+from flowgrpo.config.validation import check_positive, check_types, require, settle_paths
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class PolicyConfig:
     """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "model", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
         zero = ("resolution", "max_sequence_length", "embedded_guidance")
@@ -116,6 +119,7 @@ class SampleConfig:
     """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "prompts")
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
@@ -199,7 +203,7 @@ class RewardConfig:
     """Rewards of the images, and how they are combined."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
-    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
     retries: int = 2
@@ -215,6 +219,12 @@ class RewardConfig:
     (std), or make it mean 0 and std 1 in each group (group)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.options, dict):
+            texts = {
+                name: os.fspath(value) if isinstance(value, os.PathLike) else value
+                for name, value in self.options.items()
+            }
+            object.__setattr__(self, "options", texts)
         check_types("reward.", self)
         check_positive("reward", self, "retries", "timeout", zero=True)
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
@@ -333,6 +343,7 @@ class RunConfig:
     """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "out", "resume")
         check_types("run.", self)
         check_positive("run", self, "steps", "eval_samples", "eval_guidance")
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")

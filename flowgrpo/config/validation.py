@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -53,6 +54,22 @@ def _expected(hint: Any) -> str:
     # In Python 3.10 dict[str, float] counts as a type, whose name is dict.
     plain = isinstance(hint, type) and not typing.get_args(hint)
     return f"a value of type {hint.__name__ if plain else hint}"
+
+
+def path_text(value: Any) -> Any:
+    """Write a path as text, with the home directory in place of a leading ~; others as they are.
+
+    A shell expands ~ only where a word begins with it, which `--run.out=~/runs` does not.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def settle_paths(values: Any, *names: str) -> None:
+    """Write the named fields of the frozen dataclass `values` as `path_text` does."""
+    for name in names:
+        object.__setattr__(values, name, path_text(getattr(values, name)))
 
 
 def check_types(section: str, values: Any) -> None:

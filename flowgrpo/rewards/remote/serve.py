@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from flowgrpo.records import without_nulls
 from flowgrpo.rewards import Reward, RewardError, load
 from flowgrpo.rewards.images import from_png
 from flowgrpo.rewards.options import library
@@ -142,10 +143,11 @@ def app(
         images = _images(fastapi, request, max_pixels)
         try:
             with lock:
-                scores = reward(images, request.prompts, request.metadata)
+                metadata = [without_nulls(entry) for entry in request.metadata]
+                scores = reward(images, request.prompts, metadata)
             values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
-        # A reward may raise anything: the client hears what, and the server goes on.
-        except Exception as error:
+        # A reward may raise anything, sys.exit too: the client hears what, and the server goes on.
+        except (Exception, SystemExit) as error:
             log.exception("reward %r failed", name)
             raise fastapi.HTTPException(500, f"{type(error).__name__}: {error}") from error
         if values.shape != (len(images),):

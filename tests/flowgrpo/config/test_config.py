@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,37 @@ BAD = [
     ({"sampel.steps": 8}, "did you mean 'sample'?"),
     ({"recipe.name": "a"}, "set recipe itself"),
 ]
+
+
+PATHS = ("policy.model", "policy.text_cache", "sample.prompts", "run.out", "run.resume")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_text_with_the_home_directory_in_it(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, field = name.split(".")
+
+    def stored(value):
+        config = replace(Config(), **{name: value})
+        assert from_json(to_json(config)) == config
+        return getattr(getattr(config, section), field)
+
+    assert stored("~/a b") == stored(Path("~/a b")) == stored(tmp_path / "a b")
+    assert stored("~/a b") == str(tmp_path / "a b")
+    assert stored(Path("x") / "y") == str(Path("x/y"))
+    # Names, and a ~ elsewhere, are no paths to be completed.
+    for value in ("nano", "", "owner/name", "a~b", "./~/x", "hub:owner/name"):
+        assert stored(value) == value
+    with pytest.raises(ConfigError, match=rf"{name} is b'x', but"):
+        replace(Config(), **{name: b"x"})
+
+
+def test_the_run_directory_and_rewards_options_take_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert replace(Config(), **{"run.out": "~/runs/x"}).out_dir == tmp_path / "runs" / "x"
+    config = replace(Config(), **{"reward.options": {"clipscore.model": tmp_path / "clip"}})
+    assert config.reward.options == {"clipscore.model": str(tmp_path / "clip")}
+    assert from_json(to_json(config)) == config
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD, ids=lambda v: str(v)[:40])

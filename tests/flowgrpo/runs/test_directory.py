@@ -54,6 +54,51 @@ def test_a_directory_that_is_not_empty_is_refused(tmp_path):
     assert tree(tmp_path) == {"note.txt"}
 
 
+def test_the_directory_of_a_run_that_never_began_is_used_again(tmp_path):
+    """As one whose first evaluation failed, or that was killed in it, leaves it."""
+    before = config_for(tmp_path, **{"run.seed": 1})
+    with directory.RunDirectory.open(before) as run:
+        run.log(0, {"accuracy": 0.5}, kind="eval")
+        for folder in ("tensorboard", "evaluations"):
+            (run.path / folder).mkdir(exist_ok=True)
+            (run.path / folder / "left").write_text("x")
+        (run.checkpoints / ".step-000000.0").mkdir()
+        # That it is being written does not show in its files.
+        for call in (directory.check_directory, directory.RunDirectory.open):
+            with pytest.raises(ConfigError, match="is not empty"):
+                call(config_for(tmp_path))
+        assert len(run.metrics()) == 1 and (run.path / "evaluations" / "left").exists()
+    config = config_for(tmp_path)
+    directory.check_directory(config)
+    assert (tmp_path / "evaluations" / "left").exists()
+    with directory.RunDirectory.open(config) as run:
+        assert run.metrics() == [] and (run.path / "config.json").read_text() == to_json(config)
+        run.log(0, {"accuracy": 0.25}, kind="eval")
+        assert [line["accuracy"] for line in run.metrics()] == [0.25]
+    assert not {name for name in tree(tmp_path) if "left" in name or ".step" in name}
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "damaged", "note", "lines", "no config"])
+def test_a_directory_with_anything_to_lose_is_refused(tmp_path, change):
+    config = config_for(tmp_path)
+    with directory.RunDirectory.open(config) as run:
+        if change == "checkpoint":
+            save(run, small_state(config)[0])
+        elif change == "damaged":
+            (run.checkpoints / "step-000010").mkdir()
+        elif change == "lines":
+            run.log(1, {"reward": 0.5})
+    if change == "note":
+        (tmp_path / "notes.txt").write_text("mine")
+    elif change == "no config":
+        (tmp_path / "config.json").unlink()
+    before = tree(tmp_path)
+    for call in (directory.check_directory, directory.RunDirectory.open):
+        with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
+            call(config)
+    assert tree(tmp_path) == before
+
+
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     """Under a file, and where the system refuses: nothing is left behind."""
     (tmp_path / "file").write_text("x")

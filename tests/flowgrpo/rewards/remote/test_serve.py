@@ -153,6 +153,7 @@ def test_requests_that_make_no_sense(changes, detail):
         (lambda i, p, m: 1 / 0, "ZeroDivisionError"),
         (lambda i, p, m: [1.0], "shape (1,) for 3 images"),
         (lambda i, p, m: RewardError, "Error"),
+        (lambda i, p, m: sys.exit("enough"), "SystemExit: enough"),
     ],
 )
 def test_a_reward_that_fails(reward, detail):
@@ -166,6 +167,17 @@ def test_scores_that_are_not_finite_leave_as_null():
     values = [1.0, float("nan"), float("inf")]
     with running(app(lambda i, p, m: values, "bad")) as url:
         assert post(url, body()) == (200, {"scores": [1.0, None, None]})
+
+
+def test_null_is_absent_in_metadata():
+    """As a caller in another language may send it; rewards look for keys."""
+
+    def keys(images, prompts, metadata):
+        return [len(entry) + len(entry["include"][0]) for entry in metadata]
+
+    entry = {"exclude": None, "include": [{"class": "dog", "color": None}]}
+    with running(app(keys, "keys")) as url:
+        assert post(url, body(metadata=[entry] * 3)) == (200, {"scores": [2.0] * 3})
 
 
 def test_without_a_token_only_the_loopback_interface():
