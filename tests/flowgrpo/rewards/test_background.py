@@ -117,6 +117,7 @@ def aborted(seconds):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_process_does_not_wait_for_rewards_that_nobody_wants(tmp_path):
     start = time.perf_counter()
     processes.Fork(tmp_path / "log", aborted, 60).wait(code=1)
