@@ -318,7 +318,7 @@ class RunConfig:
     """Output, length and evaluation of the run."""
 
     out: str | None = None
-    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
     seed: int = 0
