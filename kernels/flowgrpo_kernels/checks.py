@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from .scalars import finite, integer
 from .transitions import Transitions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,18 +93,12 @@ def check_transitions(transitions: Transitions, sample: Tensor) -> None:
         )
 
 
-def check_numbers(**values) -> None:
-    """Checks that coefficients are numbers: a tensor on a GPU would be read back at each call."""
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a number, got a tensor")
-
-
-def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> None:
-    """Checks that a scale other than 1 has its unconditional velocity."""
-    check_numbers(guidance_scale=guidance_scale)
-    if uncond_velocity is None and guidance_scale != 1.0:
+def guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> float:
+    """Returns the scale as a float; one other than 1 needs its unconditional velocity."""
+    scale = finite("guidance_scale", guidance_scale)
+    if uncond_velocity is None and scale != 1.0:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
+    return scale
 
 
 def resolve_step(
@@ -130,8 +125,7 @@ def resolve_step(
                         f"{name} must be in [0, {rows - 1}], got values from {low} to {high}"
                     )
             return step.expand(batch)
-    if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(step).__name__}")
+    step = integer(name, step)
     if step < 0 or step >= rows:
         raise ValueError(f"{name} must be in [0, {rows - 1}], got {step}")
     return transitions.row_numbers[step].expand(batch)
@@ -148,6 +142,8 @@ def check_constants(**latents: Tensor | None) -> None:
 
 def uncond_half(uncond_velocity: Tensor | None, uncond_grad: bool) -> tuple[Tensor | None, bool]:
     """Detaches the unconditional half unless its gradient is asked for and needed."""
+    if not isinstance(uncond_grad, bool):
+        raise TypeError(f"uncond_grad must be a bool, got {type(uncond_grad).__name__}")
     if uncond_velocity is None:
         if uncond_grad:
             raise ValueError("uncond_grad=True needs uncond_velocity")

@@ -25,6 +25,7 @@ from .backends.triton import (
     tl,
 )
 from .checks import FLOAT_DTYPES, check_seeds
+from .scalars import integer
 
 
 def _fake(seeds, shape, dtype):
@@ -83,7 +84,7 @@ def initial_noise(
     check_seeds(seeds)
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"shape must be a sequence of integers, got {type(shape).__name__}")
-    shape = [int(n) for n in shape]
+    shape = [integer("shape", n) for n in shape]
     if any(n < 0 for n in shape):
         raise ValueError(f"shape must not have negative sizes, got {shape}")
     if dtype not in FLOAT_DTYPES:

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from ..log_prob import log_prob as score
+from ..scalars import number
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, cps, flow_sde
 from .patch import Patch
-from .tables import cached, rows
+from .tables import cached, latents, rows
 
 _KINDS = {"sde": flow_sde, "cps": cps}
 
@@ -66,8 +67,15 @@ def sde_step_with_logprob(
     """
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
-    sample = _at_most_float32(sample)
-    prev_sample = None if prev_sample is None else _at_most_float32(prev_sample)
+    sample, model_output, prev_sample = latents(
+        sample=sample, model_output=model_output, prev_sample=prev_sample
+    )
+    noise_level = number("noise_level", noise_level)
+    if not all(isinstance(getattr(self, name, None), Tensor) for name in ("sigmas", "timesteps")):
+        raise TypeError(
+            "self must be a scheduler with the tensors sigmas and timesteps, got "
+            f"{type(self).__name__}"
+        )
     transitions = _transitions(self.sigmas, sde_type, noise_level, sample.device)
     step = _step(self, timestep, sample)
     storage = sample.dtype
@@ -114,8 +122,8 @@ def patch(*modules: ModuleType, **options) -> Patch:
 
 def _transitions(sigmas: Tensor, sde_type: str, noise_level: float, device) -> Transitions:
     """Builds the table of a scheduler's sigmas, or takes the cached one."""
-    key = (sde_type, float(noise_level), str(device))
-    return cached(sigmas, key, lambda: _KINDS[sde_type](sigmas, float(noise_level)).to(device))
+    key = (sde_type, noise_level, str(device))
+    return cached(sigmas, key, lambda: _KINDS[sde_type](sigmas, noise_level).to(device))
 
 
 def _step(scheduler, timestep, sample: Tensor) -> Tensor:
@@ -123,7 +131,12 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
     known = scheduler.timesteps
     if known.device != sample.device:
         known = cached(known, str(sample.device), lambda: known.to(sample.device))
-    timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
+    try:
+        timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"timestep must be a number or a tensor, got {type(timestep).__name__}"
+        ) from error
     count = timesteps.shape[0]
     if count not in (1, sample.shape[0]):
         raise ValueError(f"timestep must hold 1 or {sample.shape[0]} values, got {count}")
@@ -133,12 +146,6 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
         values = timesteps.tolist()
         raise ValueError(f"timestep must be among the scheduler's timesteps, got {values}")
     return step
-
-
-def _at_most_float32(x: Tensor) -> Tensor:
-    """Casts float64 to float32."""
-    # theirs casts everything; ours rounds to 16-bit storage and needs its dtype.
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _randn(like: Tensor, generator) -> Tensor:
