@@ -6,6 +6,7 @@ a step's noise. The same seed gives the same noise in any batch, on any rank and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,9 @@ from .backends.triton import (
 )
 from .checks import FLOAT_DTYPES, check_seeds
 from .scalars import integer
+
+# With room for the bytes of an element in an int64.
+MAX_ELEMENTS = 1 << 60
 
 
 def _fake(seeds, shape, dtype):
@@ -87,6 +91,9 @@ def initial_noise(
     shape = [integer("shape", n) for n in shape]
     if any(n < 0 for n in shape):
         raise ValueError(f"shape must not have negative sizes, got {shape}")
+    # The sizes of an empty tensor have strides, too.
+    if math.prod(max(n, 1) for n in (*seeds.shape, *shape)) >= MAX_ELEMENTS:
+        raise ValueError(f"shape must have less than 2^60 elements in a batch, got {shape}")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return initial_noise_op(seeds, shape, dtype)

@@ -108,7 +108,9 @@ def ordered_sum(x: Tensor) -> Tensor:
     """Sums over the last dimension of [B, n] in the fixed order of the module docstring: [B]."""
     rows, n = x.shape
     if n > BLOCK:
-        x = F.pad(x, (0, -n % BLOCK)).view(rows, -1, BLOCK // LANES, LANES)
+        # Not -1: an empty batch leaves it open.
+        blocks = (n + BLOCK - 1) // BLOCK
+        x = F.pad(x, (0, -n % BLOCK)).view(rows, blocks, BLOCK // LANES, LANES)
         return _lane_sum(_pair_tree(_chunk_sum(x)))
     return _lane_sum(x)
 
@@ -122,7 +124,8 @@ def _lane_sum(x: Tensor) -> Tensor:
     # no padding up to LANES.
     if n <= LANES:
         return _pair_tree(F.pad(x, (0, (1 << (n - 1).bit_length()) - n)))
-    return _pair_tree(_chunk_sum(F.pad(x, (0, -n % LANES)).view(rows, -1, LANES)))
+    chunks = (n + LANES - 1) // LANES
+    return _pair_tree(_chunk_sum(F.pad(x, (0, -n % LANES)).view(rows, chunks, LANES)))
 
 
 def _chunk_sum(x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class Transitions:
             raise TypeError(f"sigmas must be a tensor or None, got {type(sigmas).__name__}")
         if sigmas is not None and sigmas.shape != (table.shape[0] + 1,):
             raise ValueError(f"sigmas must be [{table.shape[0] + 1}], got {list(sigmas.shape)}")
-        _check_capture(table.device, "Transitions.from_table reads the table on the host")
+        _check_capture("Transitions.from_table", table.device)
         # A table without memory has no values to check.
         if table.device.type != "meta" and not bool(torch.isfinite(table).all()):
             raise ValueError("table must hold finite coefficients, got NaN or infinity")
@@ -137,7 +137,7 @@ class Transitions:
         device = torch.device(device)
         if _is_current(device, self.table.device):
             return self
-        _check_capture(device, "Transitions.to copies the table from the host")
+        _check_capture("Transitions.to", device, self.table.device)
         table, row_numbers = self.table.to(device), self.row_numbers.to(device)
         return Transitions(table, self.sigmas, self.kinds, row_numbers)
 
@@ -154,6 +154,7 @@ class Transitions:
         devices = [str(s.device) for s in schedules]
         if len(set(devices)) > 1:
             raise ValueError(f"schedules must be on one device, got {devices}")
+        _check_capture("Transitions.cat", schedules[0].device)
         table = torch.cat([s.table for s in schedules])
         kinds = [kind for s in schedules for kind in s.kinds]
         sigmas = schedules[0].sigmas if len(schedules) == 1 else None
@@ -217,12 +218,15 @@ def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> T
         raise ValueError("inside and outside must be single schedules, not concatenated tables")
     if not torch.equal(inside.sigmas, outside.sigmas):
         raise ValueError("inside and outside must be built from the same sigmas")
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps must be integers, got {type(steps).__name__}")
     chosen = set()
     for step in steps:
         step = integer("steps", step)
         if not 0 <= step < inside.num_steps:
             raise ValueError(f"steps must be in [0, {inside.num_steps - 1}], got {step}")
         chosen.add(step)
+    _check_capture("window", outside.device)
     table = outside.table.clone()
     rows = sorted(chosen)
     table[rows] = inside.table[rows]
@@ -251,7 +255,8 @@ def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
 
 def _check_bounds(kind: str, s: list[float], i: int, a: float, c: float) -> None:
     """Checks that step i neither adds noise nor scales latents far out of their range."""
-    if c <= MAX_C and abs(a) <= MAX_A:
+    slack = 1.0 + 1e-6
+    if c <= MAX_C * slack and abs(a) <= MAX_A * slack:
         return
     step, gap = s[i] - s[i + 1], 1.0 - s[i]
     if kind == "flow_sde" and 0.0 < gap < step:
@@ -335,11 +340,15 @@ def _is_current(target: torch.device, device: torch.device) -> bool:
     return torch.get_device_module(device).current_device() == device.index
 
 
-def _check_capture(device: torch.device, action: str) -> None:
-    """Checks that the host may wait for the device: not while a CUDA graph is captured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _check_capture(action: str, *devices: torch.device) -> None:
+    """Checks that the host may wait for the devices: not while a CUDA graph is captured."""
+    # Where nothing has used a GPU, nothing is captured; builds without CUDA cannot be asked.
+    if not torch.cuda.is_initialized() or all(device.type != "cuda" for device in devices):
+        return
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{action}, which ends the capture of a CUDA graph: make the transitions before it"
+            f"{action} waits for the GPU, which ends the capture of a CUDA graph: make the "
+            "transitions before the capture"
         )
 
 

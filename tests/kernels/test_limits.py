@@ -42,7 +42,7 @@ def all_ops(rows: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return named | {"x": x_prev, "lp": lp, "dv": dv, "grad": v.grad, "du": u.grad, "noise": noise}
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 0), (1025,), (2, 4097)], ids=str)
 def test_empty_batch(each, shape):
     results = all_ops(0, shape)
     for name in ("loss", "policy_loss", "kl", "clip_fraction"):
