@@ -11,19 +11,13 @@ import os
 import torch
 from torch import Tensor
 
-from .scalars import finite, integer
+from .arguments import check_tensor, finite, flag, integer
 from .transitions import Transitions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Latents that may not be None in an op that takes them.
 REQUIRED = ("velocity", "prev_sample")
 DEBUG = os.environ.get("FLOWGRPO_DEBUG", "0") == "1"
-
-
-def check_tensor(name: str, value) -> None:
-    """Checks that a value is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_latents(sample: Tensor, **others: Tensor | None) -> None:
@@ -107,6 +101,7 @@ def resolve_step(
     """Expands an int, 0-dim or [B] int64 to [B] on the sample's device, a view if possible."""
     rows, batch = transitions.num_steps, sample.shape[0]
     if isinstance(step, Tensor):
+        check_tensor(name, step)
         if step.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {step.dtype}")
         if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != batch):
@@ -142,8 +137,7 @@ def check_constants(**latents: Tensor | None) -> None:
 
 def uncond_half(uncond_velocity: Tensor | None, uncond_grad: bool) -> tuple[Tensor | None, bool]:
     """Detaches the unconditional half unless its gradient is asked for and needed."""
-    if not isinstance(uncond_grad, bool):
-        raise TypeError(f"uncond_grad must be a bool, got {type(uncond_grad).__name__}")
+    uncond_grad = flag("uncond_grad", uncond_grad)
     if uncond_velocity is None:
         if uncond_grad:
             raise ValueError("uncond_grad=True needs uncond_velocity")

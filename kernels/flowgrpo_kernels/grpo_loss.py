@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .arguments import bound, finite
 from .autograd import check_transforms, once_differentiable
 from .backends import dispatch, triton
 from .backends.triton import (
@@ -58,7 +59,6 @@ from .backends.triton import (
     tl,
 )
 from .reference import LossArguments
-from .scalars import bound, finite
 from .transitions import Transitions
 
 # Sums of a row that the forward pass leaves: of d d, e e and h h (see reference.py).

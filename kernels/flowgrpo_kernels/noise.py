@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import integer
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -26,7 +27,6 @@ from .backends.triton import (
     tl,
 )
 from .checks import FLOAT_DTYPES, check_seeds
-from .scalars import integer
 
 # With room for the bytes of an element in an int64.
 MAX_ELEMENTS = 1 << 60

@@ -46,7 +46,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .scalars import integer, number
+from .arguments import check_tensor, integer, number
 
 # Columns of the table. `abs_dt` is |dt|, `noise_step` the step number that enters the noise counter
 # (an integer, exact in float32), `std_dev` is S, `sigma` is s.
@@ -84,8 +84,7 @@ class Transitions:
 
         Reads it on the host once; RuntimeError while a CUDA graph is captured.
         """
-        if not isinstance(table, Tensor):
-            raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
+        check_tensor("table", table)
         if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or table.dtype != torch.float32:
             raise ValueError(
                 f"table must be float32 [R, {NUM_COLUMNS}] with columns {COLUMNS}, "
@@ -125,7 +124,7 @@ class Transitions:
 
     def column(self, name: str) -> Tensor:
         """Returns one column of the table by name: float32 [R]."""
-        if name not in COLUMNS:
+        if not isinstance(name, str) or name not in COLUMNS:
             raise ValueError(f"name must be one of {COLUMNS}, got {name!r}")
         return self.table[:, COLUMNS.index(name)]
 
@@ -134,9 +133,14 @@ class Transitions:
 
         Else it copies, so call it outside a loop; RuntimeError while a CUDA graph is captured.
         """
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"device must be a torch.device or its name: {error}") from None
         if _is_current(device, self.table.device):
             return self
+        if self.table.device.type == "meta":
+            raise ValueError(f"device must be meta: a table on meta has no values for {device}")
         _check_capture("Transitions.to", device, self.table.device)
         table, row_numbers = self.table.to(device), self.row_numbers.to(device)
         return Transitions(table, self.sigmas, self.kinds, row_numbers)
@@ -150,7 +154,8 @@ class Transitions:
         a batch.
         """
         if not schedules or not all(isinstance(s, Transitions) for s in schedules):
-            raise TypeError("Transitions.cat takes one or more Transitions")
+            names = [type(s).__name__ for s in schedules]
+            raise TypeError(f"schedules must be one or more Transitions, got {names}")
         devices = [str(s.device) for s in schedules]
         if len(set(devices)) > 1:
             raise ValueError(f"schedules must be on one device, got {devices}")
@@ -193,7 +198,7 @@ def cps(sigmas, noise_level: float = 0.8, kl: str = "std_dev") -> Transitions:
         q = s[i + 1] * abs(math.cos(a * math.pi / 2.0))
         drift_x = (1.0 - s[i + 1]) + q
         drift_v = -s[i] * (1.0 - s[i + 1]) + (1.0 - s[i]) * q
-        big_k = 0.5 / std**2 if std > 0.0 else 0.0
+        big_k = _half_inverse_square(std) if std > 0.0 else 0.0
         rows.append(_row(drift_x, drift_v, std, 1.0, 0.0, big_k, s, i, std))
     return _build(rows, s, "cps")
 
@@ -244,8 +249,8 @@ def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
         drift_v = (1.0 + std**2 * (1.0 - s[i]) / (2.0 * s[i])) * dt
         c = std * math.sqrt(-dt)
         if c > 0.0:
-            k, c0 = 0.5 / c**2, math.log(c) + _LOG_SQRT_2PI
-            big_k = 0.5 / std**2 if kl == "std_dev" else k
+            k, c0 = _half_inverse_square(c), math.log(c) + _LOG_SQRT_2PI
+            big_k = _half_inverse_square(std) if kl == "std_dev" else k
         else:
             k = c0 = big_k = 0.0
         _check_bounds(kind, s, i, drift_x, c)
@@ -276,6 +281,12 @@ def _check_bounds(kind: str, s: list[float], i: int, a: float, c: float) -> None
     )
 
 
+def _half_inverse_square(x: float) -> float:
+    """Computes 1 / 2x^2 of a positive number, infinite where x^2 is 0 in float64."""
+    square = x**2
+    return 0.5 / square if square > 0.0 else math.inf
+
+
 def _row(a, b, c, k, c0, big_k, s, i, std) -> list[float]:
     """Makes one row; a C that is 0 in float32 silences the row's log_prob and KL."""
     if float(torch.tensor(c, dtype=torch.float32, device="cpu")) == 0.0:
@@ -297,6 +308,7 @@ def _build(rows: list[list[float]], s: list[float], kind: str) -> Transitions:
 
 def _sigmas(sigmas) -> list[float]:
     if isinstance(sigmas, Tensor):
+        check_tensor("sigmas", sigmas)
         sigmas = sigmas.detach()
         if sigmas.is_complex():
             raise TypeError(f"sigmas must be real numbers, got {sigmas.dtype}")
@@ -353,5 +365,5 @@ def _check_capture(action: str, *devices: torch.device) -> None:
 
 
 def _check_kl(kl: str) -> None:
-    if kl not in ("std_dev", "gaussian"):
+    if not isinstance(kl, str) or kl not in ("std_dev", "gaussian"):
         raise ValueError(f"kl must be 'std_dev' or 'gaussian', got {kl!r}")

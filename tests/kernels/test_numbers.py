@@ -136,9 +136,14 @@ def test_shape_of_noise():
 
 def test_uncond_grad_is_a_bool():
     for function, call in ((log_prob, SCORE), (grpo_loss, LOSS)):
-        for value in (1, "yes", None, torch.tensor(True)):
+        for value in (2, "yes", None, 1.0, torch.tensor(True), np.array(True)):
             with pytest.raises(TypeError, match="uncond_grad must be a bool"):
                 function(**call, uncond_grad=value)
+        for value in (np.bool_(True), 1):
+            u = B.uncond.clone().requires_grad_()
+            out = function(**call | {"uncond_velocity": u}, uncond_grad=value)
+            (out if function is log_prob else out.loss).sum().backward()
+            assert u.grad.abs().sum() > 0
 
 
 def test_sigmas_of_flux_step():

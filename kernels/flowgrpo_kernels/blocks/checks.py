@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, check_tensor
-from ..scalars import finite
+from ..arguments import check_tensor, finite
+from ..checks import FLOAT_DTYPES
 
 
 def check_float(name: str, value, like: Tensor | None = None, like_name: str = "x") -> None:

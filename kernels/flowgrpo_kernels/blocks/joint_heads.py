@@ -26,10 +26,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..autograd import check_transforms, once_differentiable
 from ..backends import dispatch, triton
 from ..backends.triton import narrow, tl
-from ..scalars import integer
 from . import checks, reference, rows
 from .rows import appended, divided, inverse_root, jit, token_at, token_of
 

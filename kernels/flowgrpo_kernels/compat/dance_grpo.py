@@ -24,9 +24,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..arguments import flag, integer, number
 from ..checks import resolve_step
 from ..log_prob import log_prob as score
-from ..scalars import integer, number
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, dance_sde
 from .patch import Patch
@@ -53,11 +53,13 @@ def flux_step(
     sde_solver=False keeps the ODE mean and adds noise of eta sqrt(dt).
     """
     latents, model_output, prev_sample = checked(
-        latents=latents, model_output=model_output, prev_sample=prev_sample
+        "prev_sample", latents=latents, model_output=model_output, prev_sample=prev_sample
     )
-    eta = number("eta", eta)
+    eta, grpo, sde_solver = (
+        number("eta", eta), flag("grpo", grpo), flag("sde_solver", sde_solver),
+    )  # fmt: skip
     index = index if isinstance(index, Tensor) else integer("index", index)
-    key = (eta, bool(sde_solver), str(latents.device))
+    key = (eta, sde_solver, str(latents.device))
     transitions = cached(sigmas, key, lambda: _transitions(sigmas, eta, sde_solver, latents.device))
     a, b, sigma = _coefficients(index, transitions, latents)
     pred_original = latents.float() - sigma * model_output.float()

@@ -32,8 +32,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor, flag, number
 from ..log_prob import log_prob as score
-from ..scalars import number
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, cps, flow_sde
 from .patch import Patch
@@ -65,12 +65,14 @@ def sde_step_with_logprob(
         timestep: a number, 0-dim, [1] or [B], equal to entries of self.timesteps.
         seeds: int64 [B], draws the noise from the samples' own seeds in place of the generator.
     """
-    if sde_type not in _KINDS:
+    if not isinstance(sde_type, str) or sde_type not in _KINDS:
         raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
     sample, model_output, prev_sample = latents(
-        sample=sample, model_output=model_output, prev_sample=prev_sample
+        "prev_sample", sample=sample, model_output=model_output, prev_sample=prev_sample
     )
     noise_level = number("noise_level", noise_level)
+    return_sqrt_dt = flag("return_sqrt_dt", return_sqrt_dt)
+    peer_log_prob = flag("peer_log_prob", peer_log_prob)
     if not all(isinstance(getattr(self, name, None), Tensor) for name in ("sigmas", "timesteps")):
         raise TypeError(
             "self must be a scheduler with the tensors sigmas and timesteps, got "
@@ -131,9 +133,13 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
     known = scheduler.timesteps
     if known.device != sample.device:
         known = cached(known, str(sample.device), lambda: known.to(sample.device))
+    if isinstance(timestep, Tensor):
+        check_tensor("timestep", timestep)
+        if timestep.device.type == "meta" != sample.device.type:
+            raise ValueError("timestep must hold values, got a tensor on meta")
     try:
         timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(
             f"timestep must be a number or a tensor, got {type(timestep).__name__}"
         ) from error

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checks import check_device, check_tensor
+from ..arguments import check_tensor
+from ..checks import check_device
 
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -32,17 +33,22 @@ def cached(sigmas: Tensor | Sequence[float], key: Hashable, make: Callable):
     return entries[key]
 
 
-def latents(**tensors: Tensor | None) -> list[Tensor | None]:
+def latents(optional: str, **tensors: Tensor | None) -> list[Tensor | None]:
     """Checks floating tensors [B, ...] of one shape and device; casts float64 to float32.
 
-    Peers cast everything to float32; here 16-bit storage is rounded to and keeps its dtype.
+    The one named `optional` may be None. Peers cast everything to float32; here 16-bit storage is
+    rounded to and keeps its dtype.
     """
-    present = {name: x for name, x in tensors.items() if x is not None}
+    present = {name: x for name, x in tensors.items() if x is not None or name != optional}
     for name, x in present.items():
         check_tensor(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
     first, *others = present.items()
+    if first[1].ndim < 2:
+        raise ValueError(
+            f"{first[0]} must be [B, ...] with at least 2 dims, got {list(first[1].shape)}"
+        )
     for name, x in others:
         if x.shape != first[1].shape:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Numbers among the arguments: Python's, NumPy's (without importing it), a compiler's symbols."""
+"""Checks of one argument: a number, Python's or NumPy's (which is not imported), or a tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,26 @@ from torch import Tensor
 
 # Kernels take every number as a float32.
 LARGEST = torch.finfo(torch.float32).max
+
+
+def check_tensor(name: str, value) -> None:
+    """Checks that a value is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
+
+
+def flag(name: str, value) -> bool:
+    """Checks a bool, Python's or NumPy's, or 0 or 1, and returns it as a bool."""
+    kind = type(value)
+    if kind is bool:
+        return value
+    if kind is int and value in (0, 1):
+        return bool(value)
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {kind.__name__}")
 
 
 def number(name: str, value) -> float:
