@@ -94,6 +94,6 @@ def initial_noise(
     # The sizes of an empty tensor have strides, too.
     if math.prod(max(n, 1) for n in (*seeds.shape, *shape)) >= MAX_ELEMENTS:
         raise ValueError(f"shape must have less than 2^60 elements in a batch, got {shape}")
-    if dtype not in FLOAT_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return initial_noise_op(seeds, shape, dtype)

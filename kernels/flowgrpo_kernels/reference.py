@@ -21,7 +21,8 @@ its own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=
 
 Noise. eps as in philox.py (counter = element block and column noise_step of the table, key =
 seed), or the caller's tensor converted to float32, or 0 when neither is given (ODE steps only).
-The sign of a zero is not part of the contract, so a backend may skip C * eps where C = 0.
+Where C = 0, C * eps is 0 whatever the caller's tensor holds. The sign of a zero is not part of the
+contract, so a backend may skip it there.
 
 Sums over elements (of d * d, e * e, h * h), `ordered_sum` below. The row is cut into blocks of
 BLOCK = 4096 elements, missing elements count as +0. Inside a block, 4 chunks of LANES = 1024 are
@@ -205,7 +206,7 @@ def sde_step(
         eps = philox.normals(seeds, steps, mu.shape[1]).to(dtype)
     else:
         eps = torch.zeros_like(mu)
-    x_prev = (mu + c.C[:, None] * eps).to(sample.dtype)
+    x_prev = (mu + _term(c.C, eps)).to(sample.dtype)
     prev_sample.copy_(x_prev.view(prev_sample.shape))
     log_prob.copy_(_score(c, x_prev.to(dtype) - mu))
 

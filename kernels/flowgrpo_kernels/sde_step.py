@@ -89,7 +89,8 @@ def sde_step_kernel(
         if NOISE == "seeds":
             b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
         elif NOISE == "tensor":
-            b_x = b_mu + c * load(noise_ptr + base, o_lane, remaining)
+            # A quiet row takes nothing from noise, which may be infinite or NaN there.
+            b_x = b_mu + tl.where(c == 0.0, 0.0, c * load(noise_ptr + base, o_lane, remaining))
         else:
             b_x = b_mu
         b_out = narrow(b_x, out_ptr.dtype.element_ty)

@@ -135,7 +135,7 @@ class Transitions:
         """
         try:
             device = torch.device(device)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(f"device must be a torch.device or its name: {error}") from None
         if _is_current(device, self.table.device):
             return self
