@@ -79,7 +79,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out)
     evaluator = Evaluator(config, policy, evaluation_set, scorer, console)
     evaluations = _evaluate_all(evaluator, options, checkpoint)

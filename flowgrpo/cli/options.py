@@ -40,7 +40,7 @@ class EvaluateOptions:
     target: Annotated[str, tyro.conf.Positional]
     """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format to compare with a recipe's or a bare model."""
+    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
     rewards: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class SampleOptions:
     model: str = "nano"
     """Model to sample from without --run: "nano", a folder or a Hub id."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format for --model, shown below the base model's images."""
+    """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
     """The picture to write."""
     count: int = 4

@@ -43,7 +43,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     copy = torch.arange(options.count).repeat(len(texts))

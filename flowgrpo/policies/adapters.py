@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,19 @@ from torch import nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
 from flowgrpo.policies import lora
+from flowgrpo.policies.adapter_files import (
+    BARE,
+    DIFFUSERS,
+    LORA_FILE,
+    MATRIX,
+    PEFT_FILE,
+    AdapterFile,
+    read_adapter,
+)
 from flowgrpo.policies.base import Policy
 from flowgrpo.policies.families import family_of
 
 ADAPTER = "default"
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> list[nn.Parameter]:
@@ -87,28 +95,43 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def load_adapter(policy: Policy, adapter: str) -> None:
-    """Put LoRA weights in diffusers' format, a folder, a file or a Hub id, into the policy.
+def load_adapter(policy: Policy, adapter: str) -> str:
+    """Put LoRA weights, in a folder, a file or a Hub repository, into the policy.
+
+    They may be in diffusers' format, in PEFT's, or under bare module names (adapter_files.py).
+
+    Returns:
+        The format, size and scale of what was loaded, for the reader of a result.
 
     Raises:
         ConfigError: there are none, or they are those of another model.
     """
     from diffusers.utils import logging
 
+    file = read_adapter(adapter)
+    modules = dict(policy.transformer.named_modules())
+    if file is not None and file.prefix == BARE and modules.keys().isdisjoint(file.ranks):
+        # Of several models, or under another prefix, which diffusers may know.
+        file = None
+    if file is not None:
+        _check_modules(policy, adapter, file)
     level = logging.get_verbosity()
     # diffusers would also print a line for each tensor that does not fit.
     logging.set_verbosity(logging.CRITICAL)
     try:
-        # No pickle is read, whatever lies in the folder.
-        policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
+        if file is None or file.prefix == DIFFUSERS:
+            # No pickle is read, whatever lies in the folder.
+            policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
+        else:
+            _load_plain(policy, file)
     # diffusers and PEFT raise what the step that fails raises.
     except Exception as error:
         # The first tensor that does not fit is named in the second line.
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(".")
         raise ConfigError(
             f"the adapter {adapter!r} cannot be loaded into {policy.name} ({type(error).__name__}: "
-            f"{reason}), but LoRA weights of this model in diffusers' format are expected; name "
-            "the folder that holds pytorch_lora_weights.safetensors."
+            f"{reason}), but LoRA weights of this model in diffusers' or PEFT's format are "
+            f"expected; name the folder that holds {LORA_FILE} or {PEFT_FILE}."
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -117,10 +140,42 @@ def load_adapter(policy: Policy, adapter: str) -> None:
         f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "
         "weights of this model are expected; name another.",
     )
+    return "diffusers' conversion of its keys" if file is None else file.describe()
 
 
-def check_adapter(policy: Policy, adapter: str) -> None:
-    """Raise as `load_adapter` does, and leave the policy as it was: an adapter that does not fit is
-    found before the base model's images cost anything."""
-    load_adapter(policy, adapter)
+def _check_modules(policy: Policy, adapter: str, file: AdapterFile) -> None:
+    """Raise unless the transformer has all modules of `file`: PEFT leaves out, without a word, the
+    matrices of those that it does not find."""
+    modules = dict(policy.transformer.named_modules())
+    foreign = [name for name in file.ranks if name not in modules]
+    require(
+        not foreign,
+        f"the adapter {adapter!r} has matrices for {foreign[0] if foreign else ''} ({len(foreign)} "
+        f"such of {len(file.ranks)} layers), which {policy.name} does not have, but LoRA weights "
+        "of this model are expected; name another.",
+    )
+    other = [name for name in file.tensors if not MATRIX.fullmatch(name)]
+    require(
+        file.prefix == DIFFUSERS or not other,
+        f"the adapter {adapter!r} holds {other[0] if other else ''} beside its matrices, but plain "
+        "LoRA weights are expected; merge it into the model, or name another.",
+    )
+
+
+def _load_plain(policy: Policy, file: AdapterFile) -> None:
+    """Put the matrices of `file` into the transformer, at its scale."""
+
+    def prefixed(values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{DIFFUSERS}{name}": value for name, value in values.items()}
+
+    policy.transformer.load_lora_adapter(
+        prefixed(file.tensors), prefix="transformer", metadata=prefixed(file.lora_config())
+    )
+
+
+def check_adapter(policy: Policy, adapter: str) -> str:
+    """Raise as `load_adapter` does, or describe the adapter, and leave the policy as it was: one
+    that does not fit is found before the base model's images cost anything."""
+    description = load_adapter(policy, adapter)
     policy.pipeline.unload_lora_weights()
+    return description
