@@ -72,8 +72,8 @@ class Policy(ABC):
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
-        adapter is used.
+        bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and fp32 are
+        short names. Of `config`, all but the adapter is used.
 
         `model` may also be a pipeline that is loaded already. It is taken over: its models are
         frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in
@@ -96,7 +96,7 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, on the policy's device."""
+        """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -203,6 +203,24 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def check_list(texts: Sequence[str]) -> list[str]:
+    """List the texts that `encode` or `check_texts` was called with.
+
+    Raises:
+        TypeError: a text stands alone, which would be taken letter by letter, or one is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}, but a list of texts is expected; write, for "
+            "example, ['a red cat']"
+        )
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts has a {type(text).__name__} in it, but texts are expected")
+    return texts
 
 
 def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
@@ -122,10 +122,11 @@ class FluxPolicy(Policy):
         self._rotary = Rotary(self.transformer.pos_embed(ids))
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        return self._texts(texts)
+        return self._texts(check_list(texts))
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Both tokenizers know every text."""
+        check_list(texts)
 
     def _encode_one(self, text: str) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.records import Conditioning
@@ -92,13 +92,13 @@ class SD3Policy(Policy):
         return list(encoders.values())
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        if self._one_encoder:
-            return self._encode_with_one(list(texts))
-        return self._texts(texts)
+        texts = check_list(texts)
+        return self._encode_with_one(texts) if self._one_encoder else self._texts(texts)
 
     def check_texts(self, texts: Sequence[str]) -> None:
+        texts = check_list(texts)
         if self._one_encoder:
-            self._tokens(list(texts))
+            self._tokens(texts)
 
     def _encode_one(self, text: str) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
