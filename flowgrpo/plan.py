@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from flowgrpo.config import Config, replace
@@ -57,9 +58,9 @@ REWARD_MODELS = {
 """Reward -> its models -> roughly their parameters; equal models are loaded once."""
 
 
-def sizes_of(model: str) -> Architecture | None:
+def sizes_of(model: str, variant: str = "") -> Architecture | None:
     """Find the sizes of a pipeline by its Hub id or in its folder; None: its family has none, or
-    its files are not complete."""
+    its files are not complete. `variant`: policy.variant."""
     families = [family for family in FAMILIES.values() if family.sizes is not None]
     for family in families:
         if model in family.sizes.known:
@@ -71,9 +72,9 @@ def sizes_of(model: str) -> Architecture | None:
             if config["_class_name"] == family.transformer:
                 return family.sizes.read(
                     config,
-                    _parameters(folder / "transformer"),
-                    sum(_parameters(encoder) for encoder in folder.glob("text_encoder*")),
-                    _parameters(folder / "vae"),
+                    _parameters(folder / "transformer", variant),
+                    sum(_parameters(path, variant) for path in folder.glob("text_encoder*")),
+                    _parameters(folder / "vae", variant),
                 )
     except (OSError, ValueError, KeyError, TypeError):
         # A folder that cannot be read has no plan; loading it says why.
@@ -81,15 +82,21 @@ def sizes_of(model: str) -> Architecture | None:
     return None
 
 
-def _parameters(folder: Path) -> int:
-    """Numbers in the .safetensors files of a component, from their headers; 0 without files."""
+def _parameters(folder: Path, variant: str) -> int:
+    """Numbers in the .safetensors files of a component, from their headers; 0 without files.
+
+    A folder may hold the same weights several times, in variants such as fp16: those of `variant`
+    count, or those without one.
+    """
     from safetensors import safe_open
 
+    files: dict[str, list[Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        # NAME.fp16.safetensors, or NAME.fp16-00001-of-00002.safetensors of several.
+        stem = re.sub(r"-\d+-of-\d+$", "", path.name.removesuffix(".safetensors"))
+        files.setdefault(stem.partition(".")[2], []).append(path)
     count = 0
-    for file in folder.glob("*.safetensors"):
-        # A second set of files in another type, as Hub repositories have them.
-        if ".fp16." in file.name:
-            continue
+    for file in files.get(variant) or files.get("", ()):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 count += math.prod(tensors.get_slice(name).get_shape())
@@ -152,7 +159,7 @@ def fit_batch_size(config: Config, available: float | None = None) -> Config:
     """Give `config` as many rows a forward as `available` GiB allow (default: this machine's GPU,
     or else 80): a divisor of the rows of one update, at most MOST_ROWS; 1 where none fits."""
     available = available or gpu_memory() or 80.0
-    arch, sample = sizes_of(config.policy.model), config.sample
+    arch, sample = sizes_of(config.policy.model, config.policy.variant), config.sample
     share = sample.rows // config.optim.updates_per_iteration
     fitting = replace(config, **{"sample.batch_size": 1})
     for rows in range(2, MOST_ROWS + 1):
@@ -182,7 +189,7 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{sample.trained_steps} steps",
     }
-    arch = sizes_of(config.policy.model)
+    arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is None or config.policy.adapter == "full":
         return lines
     memory = expected_memory(config, arch)

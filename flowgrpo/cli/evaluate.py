@@ -152,6 +152,7 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "sample.prompts": options.prompt_set,
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
+        "policy.variant": options.variant,
         "policy.resolution": options.resolution,
         "reward.options": {**reward_options, **options.reward_options},
     }

@@ -67,6 +67,8 @@ class EvaluateOptions:
     """Rows of one forward; default: as in training, or 8."""
     out: str | None = None
     """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
 
@@ -95,6 +97,8 @@ class SampleOptions:
     """Pixels on each side; default: the run's, or the model's own."""
     seed: int = 0
     """Seed of the noise."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
 

@@ -33,6 +33,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         config, checkpoint = resolve_target(options.run, best=False)
     changes = {
         "policy.device": options.device,
+        "policy.variant": options.variant,
         "policy.resolution": options.resolution,
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,

@@ -20,6 +20,8 @@ class PolicyConfig:
 
     model: str = "nano"
     """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    variant: str = ""
+    """Which of the model's files: "fp16" reads NAME.fp16.safetensors; empty: NAME.safetensors."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"

@@ -83,8 +83,10 @@ class Policy(ABC):
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
         device, config = choose_device(device), config or PolicyConfig()
-        open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
-        source = open_pipeline(model, dtype, device)
+        if isinstance(model, str):
+            source = pipelines.load(model, dtype, device, config.variant)
+        else:
+            source = pipelines.adopt(model, dtype, device)
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile

@@ -72,6 +72,8 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
         )
     library, pipeline, cls = family.library, family.pipeline, family.transformer
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
+    if policy.variant:
+        base += f', variant="{policy.variant}"'
     call = f'image = pipe("a prompt", {_arguments(config, family)}).images[0]'
     if policy.adapter == "lora":
         return (

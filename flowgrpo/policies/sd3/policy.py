@@ -58,7 +58,7 @@ class SD3Policy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
+            config.text_cache, source, TEXT_COMPONENTS, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
