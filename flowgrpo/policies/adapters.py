@@ -35,9 +35,15 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     B is 0, so the model starts as its base. With "full" the whole transformer is trained.
 
     Raises:
-        ConfigError: an ending of `config.lora_targets` matches no layer of the model, or a model
-            to be trained whole is not float32.
+        ConfigError: an ending of `config.lora_targets` matches no layer of the model, a model to be
+            trained whole is not float32, or one has an adapter already.
     """
+    require(
+        not lora.lora_layers(transformer),
+        f"the transformer has LoRA layers already ({', '.join(_adapter_names(transformer))}), but "
+        "a model without is expected; call unload_lora_weights() of its pipeline to train on the "
+        "base, or fuse_lora() and then that to train on what it computes now.",
+    )
     if config.adapter == "full":
         dtypes = {str(p.dtype) for p in transformer.parameters()} - {"torch.float32"}
         require(
@@ -69,6 +75,11 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     _draw_lora(transformer, config, seed)
     lora.install(transformer)
     return list(trained_parameters(transformer).values())
+
+
+def _adapter_names(transformer: nn.Module) -> list[str]:
+    """Names of the adapters that PEFT has put into a transformer."""
+    return list(getattr(transformer, "peft_config", {}))
 
 
 def _endings(names: list[str]) -> str:

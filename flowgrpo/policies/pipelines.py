@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flowgrpo.config import ConfigError
-from flowgrpo.policies import families
+from flowgrpo.policies import families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
 
@@ -74,12 +74,13 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
 
 def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
     """Take over a pipeline that somebody else has loaded, in the dtypes that `load` gives one;
-    "auto" is that of its transformer.
+    "auto" is that of its transformer. What its use has put on it is taken off (in_use.py).
 
     Raises:
         ConfigError: it is no pipeline of a known family.
     """
     family = families.family_of_pipeline(pipeline)
+    in_use.restore(pipeline)
     dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
     for name, component in pipeline.components.items():
         target = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
