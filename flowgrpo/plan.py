@@ -108,9 +108,10 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
     resolution = policy.resolution or arch.resolution
-    image = (resolution // arch.pixels) ** 2
+    height, width = policy.height or resolution, policy.width or resolution
+    image = (height // arch.pixels) * (width // arch.pixels)
     text = arch.fixed_tokens + (policy.max_sequence_length or arch.text_tokens)
-    latent = arch.channels * (resolution // arch.latent_pixels) ** 2
+    latent = arch.channels * (height // arch.latent_pixels) * (width // arch.latent_pixels)
     rank = policy.lora_rank
     rows = sample.batch_size * (2 if sample.guidance_scale != 1 else 1)
     encoders = size * arch.encoders
@@ -140,7 +141,7 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
         # At full resolution the decoder works on 256 channels. Three such maps are alive at a time;
         # a fourth is the copy that a GPU's group norm makes of a channels-last one.
         images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = 4 * 256 * resolution**2 * size * images
+        decoding = 4 * 256 * height * width * size * images
     moving = {
         "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
         "rollout": max(copies + passing * rows * (size / 2), decoding),

@@ -10,7 +10,13 @@ from rich.console import Console
 
 from flowgrpo import files, rewards
 from flowgrpo.cli.options import EvaluateOptions
-from flowgrpo.cli.targets import check_numbers, check_writable, load_base, resolve_target
+from flowgrpo.cli.targets import (
+    check_numbers,
+    check_writable,
+    image_size,
+    load_base,
+    resolve_target,
+)
 from flowgrpo.config import Config, replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
@@ -65,7 +71,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     console = console or Terminal(highlight=False)
     check_numbers(options, "samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     config = _with_options(config, options)
     require(
@@ -153,7 +159,7 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
-        "policy.resolution": options.resolution,
+        **image_size(options),
         "reward.options": {**reward_options, **options.reward_options},
     }
     if options.rewards:

@@ -63,6 +63,10 @@ class EvaluateOptions:
     """Also evaluate the base model with this guidance scale; 1: do not."""
     resolution: int | None = None
     """Pixels on each side; default: as in training, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or as in training."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
     """Rows of one forward; default: as in training, or 8."""
     out: str | None = None
@@ -95,6 +99,10 @@ class SampleOptions:
     """Classifier-free guidance scale, 1: none; default: the run's, or 1."""
     resolution: int | None = None
     """Pixels on each side; default: the run's, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or the run's."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or the run's."""
     seed: int = 0
     """Seed of the noise."""
     variant: str | None = None

@@ -13,6 +13,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_writable,
     config_of_model,
+    image_size,
     load_base,
     resolve_target,
 )
@@ -34,7 +35,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     changes = {
         "policy.device": options.device,
         "policy.variant": options.variant,
-        "policy.resolution": options.resolution,
+        **image_size(options),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
@@ -87,7 +88,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",

@@ -38,6 +38,10 @@ class PolicyConfig:
     """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
     resolution: int = 0
     """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    height: int = 0
+    """Pixels of an image from top to bottom; 0: policy.resolution."""
+    width: int = 0
+    """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
     max_sequence_length: int = 0
     """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
@@ -62,7 +66,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,

@@ -49,7 +49,11 @@ class Policy(ABC):
     attention: str
     """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
-    """Pixels on each side of an image."""
+    """Pixels on each side of an image, on the longer one where they differ."""
+    height: int = 0
+    """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
+    width: int = 0
+    """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
     latent_shape: tuple[int, ...]
     """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
@@ -91,6 +95,15 @@ class Policy(ABC):
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
         policy.fused = config.fused
+        policy.height = policy.height or policy.resolution
+        policy.width = policy.width or policy.resolution
+        for side in ("height", "width"):
+            asked, pixels = getattr(config, side), getattr(policy, side)
+            if asked not in (0, pixels):
+                raise ConfigError(
+                    f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
+                    f"{policy.height} pixels alone; leave policy.{side} at 0."
+                )
         policy.attention = surgery.rewrite(
             policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
@@ -163,7 +176,7 @@ class Policy(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
+        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo.config import ConfigError
+from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
@@ -187,24 +187,30 @@ def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] 
                 component.to(device)
 
 
-def check_resolution(
-    resolution: int, default: int, multiple: int, largest: int | None, name: str
-) -> int:
-    """Pixels on each side: `resolution`, or `default` where that is 0.
+def check_size(
+    config: PolicyConfig, default: int, multiple: int, largest: int | None, name: str
+) -> tuple[int, int]:
+    """Height and width of an image in pixels: those of `config`, or else its resolution, or else
+    `default`.
 
     Raises:
-        ConfigError: it is no multiple of `multiple`, or more than `largest`.
+        ConfigError: one is no multiple of `multiple`, or more than `largest`.
     """
-    pixels = resolution or default
-    if pixels % multiple:
-        near = max(round(pixels / multiple), 1) * multiple
-        raise ConfigError(
-            f"policy.resolution is {pixels}, but {name} makes images whose sides are multiples of "
-            f"{multiple}; choose one, for example {near}."
-        )
-    if largest is not None and pixels > largest:
-        raise ConfigError(
-            f"policy.resolution is {pixels}, but {name} has positions for at most {largest} "
-            "pixels on a side; choose a smaller one."
-        )
-    return pixels
+    sides = []
+    for side in ("height", "width"):
+        pixels = getattr(config, side)
+        field = side if pixels else "resolution"
+        pixels = pixels or config.resolution or default
+        if pixels % multiple:
+            near = max(round(pixels / multiple), 1) * multiple
+            raise ConfigError(
+                f"policy.{field} is {pixels}, but {name} makes images whose sides are multiples of "
+                f"{multiple}; choose one, for example {near}."
+            )
+        if largest is not None and pixels > largest:
+            raise ConfigError(
+                f"policy.{field} is {pixels}, but {name} has positions for at most {largest} "
+                "pixels on a side; choose a smaller one."
+            )
+        sides.append(pixels)
+    return sides[0], sides[1]

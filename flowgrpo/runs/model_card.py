@@ -92,9 +92,12 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
 def _arguments(config: Config, family: Family) -> str:
     """The pipeline's arguments that make it sample as evaluation did."""
     policy = config.policy
-    arguments: dict[str, Any] = {}
-    if policy.resolution:
-        arguments |= {"height": policy.resolution, "width": policy.resolution}
+    sides = {"height": policy.height, "width": policy.width}
+    arguments: dict[str, Any] = {
+        name: pixels or policy.resolution
+        for name, pixels in sides.items()
+        if pixels or policy.resolution
+    }
     arguments["num_inference_steps"] = config.sample.eval_steps
     if family.call_arguments is not None:
         arguments |= family.call_arguments(config)

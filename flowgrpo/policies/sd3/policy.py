@@ -49,7 +49,7 @@ class SD3Policy(Policy):
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
-        self._set_size(config.resolution)
+        self._set_size(config)
         if self._one_encoder:
             # The small encoder of a small model: computed sooner than read, and in one batch.
             return
@@ -62,20 +62,20 @@ class SD3Policy(Policy):
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
-    def _set_size(self, resolution: int) -> None:
+    def _set_size(self, policy_config: PolicyConfig) -> None:
         config, factor = self.transformer.config, 1
         if self.pipeline.vae is not None:
             factor = self.pipeline.vae_scale_factor
         multiple = factor * config.patch_size
-        self.resolution = pipelines.check_resolution(
-            resolution,
+        self.height, self.width = pipelines.check_size(
+            policy_config,
             config.sample_size * factor,
             multiple,
             multiple * config.pos_embed_max_size,
             self.name,
         )
-        side = self.resolution // factor
-        self.latent_shape = (config.in_channels, side, side)
+        self.resolution = max(self.height, self.width)
+        self.latent_shape = (config.in_channels, self.height // factor, self.width // factor)
 
     def _find_encoders(self, needed: bool) -> list[nn.Module]:
         """The text encoders that the pipeline has; `needed`: those that texts are encoded by."""
@@ -171,7 +171,8 @@ class SD3Policy(Policy):
         )
 
         config = self.scheduler.config
-        tokens = (self.latent_shape[1] // self.transformer.config.patch_size) ** 2
+        patch = self.transformer.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         return calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),
