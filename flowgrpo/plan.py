@@ -6,7 +6,7 @@ the largest of what comes and goes.
     always     weights      2 bytes (4 in float32) for each parameter of transformer, VAE and text
                             encoders; the encoders not if they are offloaded
                adapters     20 bytes a parameter: itself, its gradient, AdamW's two moments and the
-                            average
+                            average; 4 more where it starts from policy.init_adapter
                trajectory   T + 1 latents of each of the K G rows in float32; with Guard the
                             velocities too
                rewards      float32 weights of the reward models that run in this process
@@ -118,7 +118,8 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     always = {
         "weights": size * (arch.parameters + arch.vae)
         + (0 if policy.offload_text_encoders else encoders),
-        "adapters": BYTES_A_TRAINED * sum(rank * (i + o) for i, o in arch.adapted),
+        "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter))
+        * sum(rank * (i + o) for i, o in arch.adapted),
         "trajectory": sample.rows * latent * 4 * (sample.steps + 1),
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,

@@ -26,10 +26,16 @@ from flowgrpo.evaluation.quality import quality_of, tolerances_of
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.adapters import (
+    INITIAL,
+    add_adapter,
+    check_adapter,
+    load_adapter,
+    start_from,
+)
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
-from flowgrpo.runs.export import add_trained
+from flowgrpo.runs.export import load_trained
 from flowgrpo.runs.process import versions
 
 
@@ -111,7 +117,12 @@ def _evaluate_all(
         label = f"base, CFG {options.guidance:g}"
         evaluations[label] = evaluator(label, options.guidance)
     if checkpoint is not None:
-        add_trained(policy, config.policy, checkpoint)
+        add_adapter(policy.transformer, config.policy)
+        initial = Path(config.run.resume or "") / INITIAL
+        if config.policy.init_adapter and initial.is_dir():
+            start_from(policy, config.policy, str(initial))
+            evaluations["start"] = evaluator("the adapter that training started from", scale)
+        load_trained(policy.transformer, checkpoint)
         label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"
         evaluations[label] = evaluator(label, scale)
     if options.adapter is not None:

@@ -36,6 +36,9 @@ class PolicyConfig:
     """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
     lora_targets: tuple[str, ...] | None = None
     """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    # The run starts as the model with it: the reference, and what is evaluated before training.
+    init_adapter: str = ""
+    """LoRA weights to start from: folder, file or Hub id. The KL is then to the model with them."""
     resolution: int = 0
     """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
     height: int = 0
@@ -77,6 +80,12 @@ class PolicyConfig:
             not (self.compile and self.fused),
             "policy.compile and policy.fused are both on, but they replace the same operations; "
             "choose one.",
+        )
+        require(
+            not (self.adapter == "full" and self.init_adapter),
+            f"policy.init_adapter is {self.init_adapter!r} with policy.adapter full, but only LoRA "
+            "starts from an adapter; merge it into the model by fuse_lora(), or set policy.adapter "
+            "to lora.",
         )
         require(
             self.adapter == "full" or self.lora_targets != (),
@@ -257,7 +266,7 @@ class OptimConfig:
     """Advantages are clamped to +- adv_clip."""
     # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
     beta: float = 0.04
-    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    """Weight of the KL to the model before training; 0 also spares its forward."""
     # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
     kl: Literal["std_dev", "gaussian"] = "std_dev"
     """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""

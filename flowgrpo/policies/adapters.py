@@ -24,6 +24,8 @@ from flowgrpo.policies.base import Policy
 from flowgrpo.policies.families import family_of
 
 ADAPTER = "default"
+INITIAL = "initial"
+"""Folder in a run directory: the adapter that the run started from, in diffusers' format."""
 
 
 def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> list[nn.Parameter]:
@@ -42,7 +44,8 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
         not lora.lora_layers(transformer),
         f"the transformer has LoRA layers already ({', '.join(_adapter_names(transformer))}), but "
         "a model without is expected; call unload_lora_weights() of its pipeline to train on the "
-        "base, or fuse_lora() and then that to train on what it computes now.",
+        "base, fuse_lora() and then that to train on what it computes now, or that and set "
+        "policy.init_adapter to its folder to train it further.",
     )
     if config.adapter == "full":
         dtypes = {str(p.dtype) for p in transformer.parameters()} - {"torch.float32"}
@@ -83,7 +86,12 @@ def _adapter_names(transformer: nn.Module) -> list[str]:
 
 
 def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({".".join(name.split(".")[2:]) or name for name in names})[:6])
+    return ", ".join(sorted({_ending(name) for name in names})[:6])
+
+
+def _ending(name: str) -> str:
+    """Name of a layer inside its block: attn.to_q of transformer_blocks.3.attn.to_q."""
+    return ".".join(name.split(".")[2:]) or name
 
 
 def _draw_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> None:
@@ -104,6 +112,82 @@ def _draw_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> None:
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by name, in the model's order."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def start_from(policy: Policy, config: PolicyConfig, adapter: str) -> None:
+    """Copy the LoRA weights of `adapter` into the policy's adapter, and keep them as the reference.
+
+    Raises:
+        ConfigError: there are none, or they have other layers, ranks or scales than `config` says.
+    """
+    file, layers = read_adapter(adapter), _layers_by_name(policy.transformer)
+    name = f"policy.init_adapter {adapter!r}"
+    if file is None:
+        raise ConfigError(
+            f"{name} could not be read, but LoRA weights in diffusers' or PEFT's format are "
+            f"expected; name a Hub repository or the folder that holds {LORA_FILE} or {PEFT_FILE}."
+        )
+    _check_same_adapter(name, file, policy.transformer, config)
+    for layer_name, layer in layers.items():
+        require(
+            lora.product_of(layer) is not None,
+            f"{name} has matrices for {layer_name}, which is a {type(layer.base_layer).__name__}, "
+            "but training can start from matrices of plain linear layers only; leave it out of "
+            "policy.lora_targets.",
+        )
+        for matrix, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key, parameter = f"{layer_name}.lora_{matrix}.weight", module[ADAPTER].weight
+            tensor = file.tensors.get(key, torch.empty(0))
+            require(
+                tensor.shape == parameter.shape and bool(tensor.isfinite().all()),
+                f"{name} has {key} {list(tensor.shape)}, but finite numbers in the shape "
+                f"{list(parameter.shape)} are expected; name an adapter of {policy.name}.",
+            )
+            parameter.data.copy_(tensor)
+    lora.keep_initial(list(layers.values()))
+
+
+def _layers_by_name(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The layers with LoRA matrices, by their names in the model."""
+    layers = set(lora.lora_layers(transformer))
+    return {name: module for name, module in transformer.named_modules() if module in layers}
+
+
+def _check_same_adapter(
+    name: str, file: AdapterFile, transformer: nn.Module, config: PolicyConfig
+) -> None:
+    """Raise unless `file` has the layers, the rank and the scale of the adapter to be trained."""
+    special = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if file.settings.get(key)]
+    other = [key for key in file.tensors if not MATRIX.fullmatch(key)]
+    require(
+        not special and not other and len(set(file.ranks.values())) == 1,
+        f"{name} has {', '.join(special) or ', '.join(other[:1]) or 'layers of several ranks'}, "
+        "but matrices of one rank and one alpha are expected; merge it into the model, or name "
+        "another.",
+    )
+    layers = _layers_by_name(transformer)
+    same = (config.lora_rank, config.lora_alpha) == (file.rank, file.alpha)
+    targets = " ".join(_targets(list(file.ranks), transformer))
+    require(
+        same and file.ranks.keys() == layers.keys(),
+        f"{name} has rank {file.rank}, alpha {file.alpha:g} and matrices for {len(file.ranks)} "
+        f"layers, but policy.lora_rank {config.lora_rank}, lora_alpha {config.lora_alpha} and "
+        f"lora_targets with {len(layers)} layers are set; set --policy.lora-rank {file.rank} "
+        f"--policy.lora-alpha {file.alpha:g} --policy.lora-targets {targets}.",
+    )
+
+
+def _targets(modules: list[str], transformer: nn.Module) -> list[str]:
+    """Find the name endings, or else the names, that choose exactly `modules` of the model's linear
+    layers."""
+    endings = sorted({_ending(module) for module in modules})
+    chosen = {
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+        if any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    }
+    return endings if chosen == set(modules) else modules
 
 
 def load_adapter(policy: Policy, adapter: str) -> str:
@@ -132,7 +216,8 @@ def load_adapter(policy: Policy, adapter: str) -> str:
     try:
         if file is None or file.prefix == DIFFUSERS:
             # No pickle is read, whatever lies in the folder.
-            policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
+            source = adapter if file is None else str(file.path)
+            policy.pipeline.load_lora_weights(source, use_safetensors=True)
         else:
             _load_plain(policy, file)
     # diffusers and PEFT raise what the step that fails raises.

@@ -188,7 +188,8 @@ class Policy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Let `velocity`, inside, be that of the model before training."""
+        """Let `velocity`, inside, be that of the model before training: with the adapter that
+        training started from, if it did (policy.init_adapter), and else without."""
         if self._frozen is not None:
             trained, self.transformer = self.transformer, self._frozen
             try:
@@ -202,7 +203,8 @@ class Policy(ABC):
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
                 "keep_reference() before training."
             )
-        with lora.disable_adapters(layers):
+        initial = lora.has_initial(layers)
+        with lora.initial_adapters(layers) if initial else lora.disable_adapters(layers):
             yield
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:

@@ -124,6 +124,8 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
     if policy.adapter == "lora":
         targets = policy.lora_targets or family_of(transformer).lora_targets
         trained = f"rank {policy.lora_rank}, alpha {policy.lora_alpha}, on {', '.join(targets)}"
+        if policy.init_adapter:
+            trained += f", from the adapter {Path(policy.init_adapter).name}"
     return [
         ("Recipe", config.recipe),
         ("Rewards", rewards),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -103,6 +105,29 @@ def test_check_adapter_leaves_the_policy_as_it_was(adapters):
     before = velocity(policy)
     assert check_adapter(policy, str(folder)).endswith("alpha 12")
     assert not lora_layers(policy.transformer) and torch.equal(velocity(policy), before)
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "pytorch_lora_weights"])
+def test_a_hub_repository(adapters, tmp_path, monkeypatch, name):
+    """Offline, from a cache folder laid out as the Hub's client does; PEFT's alpha comes along."""
+    model, folder, bare, expected = adapters
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--acme--adapter"
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, snapshot)
+    if name == "pytorch_lora_weights":
+        shutil.rmtree(snapshot)
+        scaled = {f"transformer.{n}": t * (3 if "lora_B" in n else 1) for n, t in bare.items()}
+        save(snapshot, scaled, f"{name}.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    policy = load(model)
+    assert load_adapter(policy, "acme/adapter").startswith(f"{name}.safetensors in ")
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="'acme/other' cannot be loaded"):
+        load_adapter(policy, "acme/other")
 
 
 def test_a_diffusers_file_says_so(adapters, tmp_path):
