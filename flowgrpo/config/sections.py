@@ -22,6 +22,8 @@ class PolicyConfig:
 
     model: str = "nano"
     """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    variant: str = ""
+    """Which of the model's files: "fp16" reads NAME.fp16.safetensors; empty: NAME.safetensors."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"
@@ -36,8 +38,15 @@ class PolicyConfig:
     """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
     lora_targets: tuple[str, ...] | None = None
     """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    # The run starts as the model with it: the reference, and what is evaluated before training.
+    init_adapter: str = ""
+    """LoRA weights to start from: folder, file or Hub id. The KL is then to the model with them."""
     resolution: int = 0
     """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    height: int = 0
+    """Pixels of an image from top to bottom; 0: policy.resolution."""
+    width: int = 0
+    """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
     max_sequence_length: int = 0
     """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
@@ -63,7 +72,7 @@ class PolicyConfig:
         settle_paths(self, "model", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
@@ -74,6 +83,12 @@ class PolicyConfig:
             not (self.compile and self.fused),
             "policy.compile and policy.fused are both on, but they replace the same operations; "
             "choose one.",
+        )
+        require(
+            not (self.adapter == "full" and self.init_adapter),
+            f"policy.init_adapter is {self.init_adapter!r} with policy.adapter full, but only LoRA "
+            "starts from an adapter; merge it into the model by fuse_lora(), or set policy.adapter "
+            "to lora.",
         )
         require(
             self.adapter == "full" or self.lora_targets != (),
@@ -261,7 +276,7 @@ class OptimConfig:
     """Advantages are clamped to +- adv_clip."""
     # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
     beta: float = 0.04
-    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    """Weight of the KL to the model before training; 0 also spares its forward."""
     # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
     kl: Literal["std_dev", "gaussian"] = "std_dev"
     """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""

@@ -7,6 +7,7 @@
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
+      initial/             the adapter of policy.init_adapter, where the run started from one
       adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
@@ -29,6 +30,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
@@ -139,6 +141,11 @@ class RunDirectory:
         )
         checkpoints.prune(self.checkpoints)
         return path
+
+    def save_initial(self, state: State, transformer: nn.Module) -> None:
+        """Copy the adapter that the run starts from: a resumed run and `evaluate` read it here."""
+        with files.replacing_folder(self.path / INITIAL) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
 
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
