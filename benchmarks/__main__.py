@@ -9,6 +9,7 @@ PROGRAMS = {
     "plot": "reporting.plots",
     "tables": "reporting.tables",
     "ocr": "experiments.ocr",
+    "crash-drill": "experiments.crash_drill",
     "sanitize": "experiments.sanitize",
     "single-pass-loss": "experiments.single_pass_loss",
 }

@@ -56,11 +56,15 @@ MAY_CHANGE = {
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.out_dir
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, self.path)
+        # A checkpoint may be among what a process that was killed has set aside.
+        files.remove_leftovers(self.path)
+        saved = checkpoints.list_checkpoints(self.checkpoints) if config.run.resume else []
+        self.checkpoint = saved[-1] if saved else None
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
@@ -73,14 +77,11 @@ class RunDirectory:
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint = None
         if config.run.resume:
             _check_same(config, resume_config(folder))
-            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
-                checkpoint = saved[-1]
         else:
             _create(folder, config)
-        run = cls(config, checkpoint)
+        run = cls(config)
         run.samples.mkdir(exist_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
         return run
@@ -235,7 +236,8 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A process that is killed while it writes config.json leaves a file with another name.
+    if folder.is_dir() and not all(map(files.is_leftover, folder.iterdir())):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
