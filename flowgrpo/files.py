@@ -64,8 +64,15 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, of which a reader sees all or nothing."""
+    temporary = _beside(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{32}(\.old)?")
-"""Names that `replacing` and `replacing_folder` use beside the path called group 1."""
+"""Names that the functions of this file use beside the path called group 1."""
 
 
 def is_leftover(path: Path) -> bool:

@@ -112,8 +112,8 @@ class Aim:
 
 
 class Marks:
-    """What a run's process writes into shared memory, which outlives it: the present stage, and of
-    each stage the entries, the seconds and the file operations."""
+    """Progress of a run in shared memory, which outlives its process: the present stage, and of each
+    stage the entries, the seconds and the file operations."""
 
     def __init__(self) -> None:
         self._array = _context.RawArray("d", 1 + 3 * len(STAGES))
@@ -225,7 +225,7 @@ def _reached(marks: Marks, aim: Aim) -> bool:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """What a finished run has to end with, by a name for each item."""
+    """Items that a finished run has to end with, by name."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     items: dict[str, Any] = {
         "metrics.jsonl": [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -245,7 +245,7 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def difference(run: Path, expected: dict[str, Any]) -> str:
-    """The first item in which a finished run is not as expected; "" if there is none."""
+    """Name the first item in which a finished run is not as expected; "" if there is none."""
     items = contents(run)
     if hidden := [n for n in items["the names of the files"] if n.rpartition("/")[2][0] == "."]:
         return f"{hidden[0]} is left behind"
@@ -270,11 +270,11 @@ class Tally:
         """Rows of the record."""
         rows = [row("all", "kills", self.kills.total()), row("all", "lost", self.lost.total())]
         rows.append(row("all", "runs", self.runs))
-        for place in (0, 1):
-            for name in sorted({key[place] for key in self.kills}):
+        for index, label in enumerate(("stage", "aim")):
+            for name in sorted({key[index] for key in self.kills}):
                 for metric, counter in (("kills", self.kills), ("lost", self.lost)):
-                    total = sum(n for key, n in counter.items() if key[place] == name)
-                    rows.append(row(f"{('stage', 'aim')[place]} {name}", metric, total))
+                    total = sum(n for key, n in counter.items() if key[index] == name)
+                    rows.append(row(f"{label} {name}", metric, total))
         return rows
 
 

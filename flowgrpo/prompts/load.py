@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import require
+from flowgrpo.config.validation import require, shown
 from flowgrpo.prompts import hub, sets
 from flowgrpo.records import Prompts
 
@@ -37,7 +37,7 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
     if name.startswith(hub.PREFIX):
         return Prompts.of(*hub.load(name, split))
     path = sets.folder(name) if name in sets.NAMES else Path(name)
-    if path.is_dir():
+    if _is_folder(path):
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
@@ -59,7 +59,18 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
 
 def has_splits(name: str) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
-    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    # A name that is too long, or a folder that may not be looked into.
+    except OSError as error:
+        raise ConfigError(
+            f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
+            "name another file or folder, or change its permissions."
+        ) from error
 
 
 def _file_of_split(folder: Path, split: str) -> Path:
@@ -96,7 +107,8 @@ def _read_jsonl(path: Path) -> Prompts:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        # A number of thousands of digits is a ValueError, a nesting of thousands a RecursionError.
+        except (ValueError, RecursionError):
             entry = None
         text = entry.get("prompt") if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip():

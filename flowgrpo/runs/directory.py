@@ -201,10 +201,12 @@ def resume_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # A ValueError: it is no UTF-8, or its path no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
-            "run directory that `flowgrpo train` wrote."
+            f"run.resume is {str(folder)!r}, but {str(path)!r} cannot be read "
+            f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
+            "wrote."
         ) from error
     return replace(from_json(text), **{"run.resume": str(folder)})
 

@@ -122,6 +122,25 @@ def test_a_folder_that_was_set_aside_comes_back(tmp_path):
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
 
 
+def test_a_folder_whose_removal_breaks_off_is_gone_all_the_same(tmp_path, monkeypatch):
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    for name in ("state.json", "weights"):
+        (folder / name).write_text("x")
+
+    def stop(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            files.remove_folder(folder)
+    assert not folder.exists() and len(names(tmp_path)) == 1
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     for folder in (tmp_path, tmp_path / "samples"):
         folder.mkdir(exist_ok=True)
