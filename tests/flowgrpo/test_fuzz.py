@@ -430,6 +430,9 @@ def server():
 )
 @example("POST", "/score", DEEP.encode(), {"authorization": "Bearer s"})
 @example("POST", "/score", LONG.encode(), {"authorization": "Bearer s"})
+@example("POST", "/score", b"\x80", {"content-type": "text/plain"})
+@example("POST", "/score", b'{"images": ["a"], "prompts": ["\\ud800"], "metadata": [{}]}', {})
+@example("POST", "/score", b'{"\\ud800": 1}', {})
 def test_requests_to_the_reward_server(server, method, path, body, fields):
     loop, application = server
     fields = {"authorization": "Bearer s", **fields}

@@ -275,3 +275,15 @@ def test_a_checkpoint_that_was_set_aside_is_gone_on_from(tmp_path):
         state, _ = small_state(config)
         assert run.restore(state) and state.iteration == 3
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"[" * 100_000, b"{", b'{"run": 3}'])
+def test_a_configuration_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.json' cannot be read|JSON|is expected"):
+        directory.resume_config(tmp_path)
+
+
+def test_a_name_that_is_no_path_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be read .embedded null byte"):
+        directory.resume_config("a\0b")
