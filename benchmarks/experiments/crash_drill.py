@@ -112,8 +112,10 @@ class Aim:
 
 
 class Marks:
-    """Progress of a run in shared memory, which outlives its process: the present stage, and of each
-    stage the entries, the seconds and the file operations."""
+    """Progress of a run in shared memory, which outlives its process.
+
+    The present stage, and of each stage the entries, the seconds and the file operations.
+    """
 
     def __init__(self) -> None:
         self._array = _context.RawArray("d", 1 + 3 * len(STAGES))
