@@ -2,7 +2,7 @@
 
     python benchmarks fuzz --examples 10000       # writes results/fuzz-flowgrpo.json
 
-tests/flowgrpo/test_fuzz.py says what is tried. The record has the examples of each test, of which
+tests/flowgrpo/test_random_input.py says what is tried. The record has the examples of each test, of which
 none may fail.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from reporting import records
 
 ROOT = records.BENCHMARKS.parent
-TESTS = "tests/flowgrpo/test_fuzz.py"
+TESTS = "tests/flowgrpo/test_random_input.py"
 LIBRARIES = ("hypothesis", "pydantic", "fastapi", "tyro", "pillow")
 
 

@@ -46,8 +46,13 @@ def test_rows_count_each_kill_once_by_stage_and_once_by_aim():
     tally.lost = Counter({("export", "moment"): 1})
     rows = {(row["case"], row["metric"]): row["value"] for row in tally.rows()}
     assert rows == {
-        **{("all", "kills"): 3, ("all", "lost"): 1, ("all", "runs"): 2},
-        **{("stage export", "kills"): 2, ("stage export", "lost"): 1},
-        **{("stage update", "kills"): 1, ("stage update", "lost"): 0},
-        **{("aim moment", "kills"): 3, ("aim moment", "lost"): 1},
+        ("all", "kills"): 3,
+        ("all", "lost"): 1,
+        ("all", "runs"): 2,
+        ("stage export", "kills"): 2,
+        ("stage export", "lost"): 1,
+        ("stage update", "kills"): 1,
+        ("stage update", "lost"): 0,
+        ("aim moment", "kills"): 3,
+        ("aim moment", "lost"): 1,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments import fuzz
 
 OUTPUT = """
-tests/flowgrpo/test_fuzz.py::test_replace:
+tests/flowgrpo/test_random_input.py::test_replace:
 
   - during generate phase (0.24 seconds):
     - Typical runtimes: ~ 1-11 ms, of which ~ 0-7 ms in data generation
@@ -14,7 +14,7 @@ tests/flowgrpo/test_fuzz.py::test_replace:
     - 28 passing examples, 22 failing examples, 19 invalid examples
 
 
-tests/flowgrpo/test_fuzz.py::test_from_json:
+tests/flowgrpo/test_random_input.py::test_from_json:
 
   - during generate phase (0.24 seconds):
     - 7 passing, 0 failing, and 0 invalid test cases
