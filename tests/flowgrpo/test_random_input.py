@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flowgrpo.cli import options as cli_options
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions
 from flowgrpo.cli.train import parse_train
 from flowgrpo.config import Config, ConfigError, from_dict, from_json, replace, to_dict, to_json
 from flowgrpo.prompts.load import load_prompts
@@ -200,11 +202,11 @@ def command_lines(draw):
     return [word.replace(":", "") for word in argv]
 
 
-def parse(argv: list[str]) -> Config | None:
-    """The configuration of a command line; None where it is refused as documented."""
+def parse(argv: list[str], read=parse_train):
+    """What `read` makes of a command line; None where it is refused as documented."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            return parse_train(argv)
+            return read(argv)
         except ConfigError as error:
             return refused(error)
         except SystemExit as stop:
@@ -218,6 +220,18 @@ def test_the_command_line_of_train(argv):
     config = parse(argv)
     if config is not None:
         accepted(config)
+
+
+COMMANDS = (EvaluateOptions, SampleOptions, ServeOptions)
+
+
+@fuzz(20, share=4)
+@given(st.sampled_from(COMMANDS), st.data())
+def test_the_other_command_lines(command, data):
+    known = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(command)]
+    argv = data.draw(st.lists(st.one_of(st.sampled_from(known), options, words), max_size=5))
+    parsed = parse(argv, lambda words: cli_options.parse(command, words, "flowgrpo"))
+    assert parsed is None or isinstance(parsed, command)
 
 
 @pytest.fixture(scope="module")
