@@ -2,8 +2,8 @@
 
     python benchmarks fuzz --examples 10000       # writes results/fuzz-flowgrpo.json
 
-tests/flowgrpo/test_random_input.py says what is tried. The record has the examples of each test, of which
-none may fail.
+tests/flowgrpo/test_random_input.py says what is tried. The record has the examples of each test, of
+which none may fail.
 """
 
 from __future__ import annotations
