@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,14 @@ def remove_leftovers(folder: Path) -> None:
     for path in sorted(filter(is_leftover, folder.rglob(".*"))):
         name, aside = LEFTOVER.fullmatch(path.name).groups()
         replaced = path.with_name(name)
-        if aside and not replaced.exists():
-            os.rename(path, replaced)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        # What cannot go, such as a file that NFS holds for a reader, is in nobody's way.
+        with suppress(OSError):
+            if aside and not replaced.exists():
+                os.rename(path, replaced)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _beside(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -139,6 +140,21 @@ def test_a_folder_whose_removal_breaks_off_is_gone_all_the_same(tmp_path, monkey
     assert not folder.exists() and len(names(tmp_path)) == 1
     files.remove_leftovers(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_a_leftover_that_cannot_be_removed_stays(tmp_path, monkeypatch):
+    leftovers = [tmp_path / f".{name}.{'0a' * 16}" for name in ("a", "b")]
+    for path in leftovers:
+        path.write_text("x")
+
+    def refuse(path):
+        if path == leftovers[0]:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        os.unlink(path)
+
+    monkeypatch.setattr(files.Path, "unlink", refuse)
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == leftovers[:1]
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
