@@ -9,6 +9,7 @@ Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -208,8 +209,12 @@ class SampleConfig:
 
 
 def _nearest_divisor(number: int, size: int) -> int:
-    """Find the divisor of `number` that is nearest to `size`, the smaller of two."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """Find the divisor of `number` that is nearest to `size`, the smaller of two.
+
+    Beyond 10^10 it may not be the nearest: a search of all of them would not end.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 10**5) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
     return min(divisors, key=lambda d: (abs(d - size), d))
 
 

@@ -62,11 +62,15 @@ FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb"
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.out_dir
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, self.path)
+        # A checkpoint may be among what a process that was killed has set aside.
+        files.remove_leftovers(self.path)
+        saved = checkpoints.list_checkpoints(self.checkpoints) if config.run.resume else []
+        self.checkpoint = saved[-1] if saved else None
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
@@ -80,14 +84,11 @@ class RunDirectory:
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint = None
         if config.run.resume:
             _check_same(config, resume_config(folder))
-            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
-                checkpoint = saved[-1]
         else:
             _create(folder, config)
-        run = cls(config, checkpoint)
+        run = cls(config)
         if not config.run.resume:
             run._clear()
         run.samples.mkdir(exist_ok=True)
@@ -220,10 +221,12 @@ def resume_config(folder: str | Path) -> Config:
     path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # A ValueError: it is no UTF-8, or its path no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
-            "run directory that `flowgrpo train` wrote."
+            f"run.resume is {str(folder)!r}, but {str(path)!r} cannot be read "
+            f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
+            "wrote."
         ) from error
     return replace(from_json(text), **{"run.resume": str(folder)})
 
@@ -255,7 +258,9 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()) and not _never_began(folder):
+    # A process that is killed while it writes config.json leaves a file with another name.
+    taken = folder.is_dir() and not all(map(files.is_leftover, folder.iterdir()))
+    if taken and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
@@ -267,7 +272,7 @@ def _never_began(folder: Path) -> bool:
 
     There is nothing to go on from then, and nothing but what such a run writes.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not files.is_leftover(path)}
     if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
         return False
     # One that is damaged counts too.
