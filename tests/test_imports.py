@@ -8,6 +8,7 @@ name, and what Python itself imports on the way (the `__init__` of the packages 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import inspect
@@ -186,6 +187,7 @@ def definer(names: dict[str, Path], source: str, name: str) -> str | None:
     return source if source in names else None
 
 
+@functools.cache
 def file_graph(root: Path, package: str) -> dict[str, set[str]]:
     """Module -> the modules of the same package that it imports."""
     names = modules(root, package)

@@ -13,6 +13,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_writable,
     config_of_model,
+    image_size,
     load_base,
     resolve_target,
 )
@@ -37,7 +38,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     changes = {
         "policy.model": options.model,
         "policy.device": options.device,
-        "policy.resolution": options.resolution,
+        "policy.variant": options.variant,
+        **image_size(options),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
@@ -50,7 +52,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     policy.check_texts(texts)
     warn_of_cut(policy, texts)
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     copy = torch.arange(options.count).repeat(len(texts))
@@ -94,7 +97,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",

@@ -51,7 +51,11 @@ class Policy(ABC):
     attention: str
     """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
-    """Pixels on each side of an image."""
+    """Pixels on each side of an image, on the longer one where they differ."""
+    height: int = 0
+    """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
+    width: int = 0
+    """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
     latent_shape: tuple[int, ...]
     """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
@@ -74,8 +78,8 @@ class Policy(ABC):
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
-        adapter is used.
+        bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and fp32 are
+        short names. Of `config`, all but the adapter is used.
 
         `model` may also be a pipeline that is loaded already. It is taken over: its models are
         frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in
@@ -85,12 +89,23 @@ class Policy(ABC):
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
         device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
-        open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
-        source = open_pipeline(model, dtype, device)
+        if isinstance(model, str):
+            source = pipelines.load(model, dtype, device, config.variant)
+        else:
+            source = pipelines.adopt(model, dtype, device)
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
         policy.fused = config.fused
+        policy.height = policy.height or policy.resolution
+        policy.width = policy.width or policy.resolution
+        for side in ("height", "width"):
+            asked, pixels = getattr(config, side), getattr(policy, side)
+            if asked not in (0, pixels):
+                raise ConfigError(
+                    f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
+                    f"{policy.height} pixels alone; leave policy.{side} at 0."
+                )
         policy.attention = surgery.rewrite(
             policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
@@ -98,7 +113,7 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, on the policy's device."""
+        """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -167,11 +182,11 @@ class Policy(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
+        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]."""
 
     def blank_image(self) -> Tensor:
         """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
-        shape = (3, self.resolution, self.resolution)
+        shape = (3, self.height, self.width)
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
@@ -184,7 +199,8 @@ class Policy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Let `velocity`, inside, be that of the model before training."""
+        """Let `velocity`, inside, be that of the model before training: with the adapter that
+        training started from, if it did (policy.init_adapter), and else without."""
         if self._frozen is not None:
             trained, self.transformer = self.transformer, self._frozen
             try:
@@ -198,7 +214,8 @@ class Policy(ABC):
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
                 "keep_reference() before training."
             )
-        with lora.disable_adapters(layers):
+        initial = lora.has_initial(layers)
+        with lora.initial_adapters(layers) if initial else lora.disable_adapters(layers):
             yield
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
@@ -214,6 +231,24 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def check_list(texts: Sequence[str]) -> list[str]:
+    """List the texts that `encode` or `check_texts` was called with.
+
+    Raises:
+        TypeError: a text stands alone, which would be taken letter by letter, or one is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}, but a list of texts is expected; write, for "
+            "example, ['a red cat']"
+        )
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts has a {type(text).__name__} in it, but texts are expected")
+    return texts
 
 
 def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from flowgrpo.config import ConfigError
-from flowgrpo.files import read_tensors, replacing_folder, save_tensors
+from flowgrpo.files import read_tensors, remove_folder, replacing_folder, save_tensors
 
 log = logging.getLogger("flowgrpo")
 FORMAT = "flowgrpo-checkpoint-1"
@@ -150,18 +150,10 @@ def prune(folder: Path, keep: int = 2) -> None:
     newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
         if path not in newest_and_best:
-            _remove(path)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, or at least its name, so that none is found with half of its files."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden)
-    except OSError as error:
-        log.warning("The old checkpoint %s cannot be removed (%s).", checkpoint, error)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                log.warning("The old checkpoint %s cannot be removed (%s).", path, error)
 
 
 def clean(folder: Path) -> None:

@@ -8,6 +8,7 @@
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
+      initial/             the adapter of policy.init_adapter, where the run started from one
       adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
@@ -30,6 +31,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
@@ -65,15 +67,15 @@ SERVICE_OPTIONS = ("url", "token", "timeout", "retries", "backoff", "concurrency
 """Options of rewards that say where and how a service is called."""
 
 FIRST_FILES = ("config.json", "content.json", "metrics.jsonl")
-FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb")
+FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb", INITIAL)
 """Folders, beside `FIRST_FILES`, that a run writes before its first checkpoint."""
 
 
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.out_dir
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if reason := _lock(self._metrics, self.path):
@@ -83,6 +85,10 @@ class RunDirectory:
                 self.path,
                 reason,
             )
+        # A checkpoint may be among what a process that was killed has set aside.
+        files.remove_leftovers(self.path)
+        saved = checkpoints.list_checkpoints(self.checkpoints) if config.run.resume else []
+        self.checkpoint = saved[-1] if saved else None
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
@@ -100,16 +106,14 @@ class RunDirectory:
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint, changes = None, {}
+        changes = {}
         if config.run.resume:
             _check_same(config, resume_config(folder))
             changes = content.check(folder, config, now) if now is not None else {}
-            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
-                checkpoint = saved[-1]
         else:
             _create(folder, config)
         try:
-            run = cls(config, checkpoint)
+            run = cls(config)
             if not config.run.resume:
                 run._clear()
             run.samples.mkdir(exist_ok=True)
@@ -194,6 +198,11 @@ class RunDirectory:
         checkpoints.prune(self.checkpoints)
         return path
 
+    def save_initial(self, state: State, transformer: nn.Module) -> None:
+        """Copy the adapter that the run starts from: a resumed run and `evaluate` read it here."""
+        with files.replacing_folder(self.path / INITIAL) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
+
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
 
@@ -271,10 +280,12 @@ def resume_config(folder: str | Path) -> Config:
     path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # A ValueError: it is no UTF-8, or its path no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
-            "run directory that `flowgrpo train` wrote."
+            f"run.resume is {str(folder)!r}, but {str(path)!r} cannot be read "
+            f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
+            "wrote."
         ) from error
     # A change is accepted each time anew.
     return replace(from_json(text), **{"run.resume": str(folder), "run.accept_changes": False})
@@ -342,7 +353,9 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()) and not _never_began(folder):
+    # A process that is killed while it writes config.json leaves a file with another name.
+    taken = folder.is_dir() and not all(map(files.is_leftover, folder.iterdir()))
+    if taken and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
@@ -354,7 +367,7 @@ def _never_began(folder: Path) -> bool:
 
     There is nothing to go on from then, and nothing but what such a run writes.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not files.is_leftover(path)}
     if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
         return False
     # One that is damaged counts too.

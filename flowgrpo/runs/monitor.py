@@ -143,6 +143,8 @@ class Monitor:
             raise
 
     def _begin(self, restored: bool) -> None:
+        if self.config.policy.init_adapter and not restored:
+            self.directory.save_initial(self.state, self.policy.transformer)
         scales = {"base": self.config.sample.guidance_scale}
         if self.config.run.eval_guidance != 1:
             scales["guided"] = self.config.run.eval_guidance

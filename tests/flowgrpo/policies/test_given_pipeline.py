@@ -74,6 +74,7 @@ def test_dtypes(latent_model):
         assert tuple(part.dtype for part in parts) == expected and policy.dtype == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
 def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     """Without text encoders; prompts reach the function, and what it returns the transformer."""

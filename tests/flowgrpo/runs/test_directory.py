@@ -409,3 +409,40 @@ def test_stoppable_in_a_thread_changes_no_handler():
     thread.start()
     thread.join()
     assert found == [(False, before)]
+
+
+def test_a_run_that_was_killed_before_its_configuration_begins_again(tmp_path):
+    leftover = tmp_path / f".config.json.{'0a' * 16}"
+    leftover.write_text('{"reci')
+    directory.check_directory(config_for(tmp_path))
+    with directory.RunDirectory.open(config_for(tmp_path)):
+        assert tree(tmp_path) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
+
+
+def test_a_checkpoint_that_was_set_aside_is_gone_on_from(tmp_path):
+    """A process killed while it saved the same iteration again leaves it under another name."""
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        state.iteration = 3
+        save(run, state)
+        name = run.checkpoints / "step-000003"
+        name.rename(run.checkpoints / f".{name.name}.{'0a' * 16}.old")
+        (run.checkpoints / f".{name.name}.{'0a' * 16}").mkdir()
+    resumed = directory.resume_config(tmp_path / "run")
+    with directory.RunDirectory.open(resumed) as run:
+        state, _ = small_state(config)
+        assert run.restore(state) and state.iteration == 3
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"[" * 100_000, b"{", b'{"run": 3}'])
+def test_a_configuration_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.json' cannot be read|JSON|is expected"):
+        directory.resume_config(tmp_path)
+
+
+def test_a_name_that_is_no_path_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be read .embedded null byte"):
+        directory.resume_config("a\0b")

@@ -104,23 +104,20 @@ def test_samples_and_learning_rates_of_a_resumed_run_are_those_of_a_whole_one(
     tmp_path, monkeypatch
 ):
     changes = {"run.steps": 5, "run.eval_every": 2, "run.checkpoint_every": 3, "optim.warmup": 7}
-    config, red = (
-        processes.make(tmp_path, **changes, **{"run.eval_guidance": 2.0}),
-        processes.red,
-    )
-    lines = config.out_dir / "metrics.jsonl"
+    config = processes.make(tmp_path, **changes, **{"run.eval_guidance": 2.0})
+    lines, prompt_batch = config.out_dir / "metrics.jsonl", train.prompt_batch
 
-    def dies(images, prompts, metadata):
-        if lines.exists() and '"iteration": 4, "kind": "eval"' in lines.read_text():
+    def dies(*arguments):
+        if '"iteration": 4, "kind": "eval"' in lines.read_text():
             raise Killed
-        return red(images, prompts, metadata)
+        return prompt_batch(*arguments)
 
-    monkeypatch.setattr(processes, "red", dies)
+    monkeypatch.setattr(train, "prompt_batch", dies)
     with pytest.raises(Killed):
         train.run(config)
     # What was shown is beyond the checkpoint that the run goes on from.
     assert list(pictures_of(read(config.out_dir), "eval/samples")) == [0, 2, 4]
-    monkeypatch.setattr(processes, "red", red)
+    monkeypatch.setattr(train, "prompt_batch", prompt_batch)
     train.run(replace(config, **{"run.resume": str(config.out_dir)}))
     whole = replace(config, **{"run.out": str(tmp_path / "whole")})
     train.run(whole)
@@ -164,6 +161,7 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
         assert run.metrics() == [{"iteration": 3, "kind": "eval", "x": 0.5}]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -177,6 +175,7 @@ def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     assert "eval/samples" not in logged[1][0] and logged[1][0]["train/lr"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
     tmp_path, monkeypatch, resumed
