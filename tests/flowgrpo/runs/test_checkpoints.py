@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
+from flowgrpo import files
 from flowgrpo.config import ConfigError, OptimConfig
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import State
@@ -223,3 +227,62 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
         for _ in range(state.iteration - 3):
             use(expected, model, 1)
         assert bits(state) == bits(expected)
+
+
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+"""Audit events of file operations; each is raised before it happens."""
+
+
+def _killed_before_operation(number, state, folder) -> bool:
+    """Save in a process that is killed before its file operation `number`; False: it has fewer."""
+    process = os.fork()
+    if not process:
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            if event in OPERATIONS:
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        save(state, folder, 0.2)
+        checkpoints.prune(folder / "checkpoints")
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _killed_before_each_operation(folder):
+    state, model = state_of()
+    saved = {}
+    while state.iteration < 7:
+        use(state, model, 1)
+        # The newest is saved again, as at the end of a run, and an older one is removed.
+        before = save(state, folder, {4: 1.0}.get(state.iteration))
+        saved[before.name] = bits(state)
+    whole = folder.with_name("whole")
+    folder.rename(whole)
+    number = 1
+    while _killed_before_operation(number, state, shutil.copytree(whole, folder)):
+        files.remove_leftovers(folder)
+        listed = checkpoints.list_checkpoints(folder / "checkpoints")
+        assert sorted((folder / "checkpoints").iterdir()) == listed, number
+        names = [path.name for path in listed]
+        assert names in (list(saved), ["step-000004", "step-000006", "step-000007"]), number
+        for path in listed:
+            restored, _ = state_of(seed=1)
+            restored.restore(path)
+            assert bits(restored) == saved[path.name], number
+        shutil.rmtree(folder)
+        number += 1
+    print(number, "operations")
+
+
+def test_killed_before_any_file_operation_each_checkpoint_is_whole_or_gone(tmp_path):
+    run = processes.Fork(tmp_path / "log", _killed_before_each_operation, tmp_path / "run")
+    operations, _, word = run.wait().strip().rpartition(" ")
+    assert word == "operations" and int(operations) > 15
