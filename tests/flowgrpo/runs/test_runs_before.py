@@ -40,6 +40,9 @@ def test_a_configuration_without_an_objective_is_that_of_grpo(run_before):
     assert "objective" not in written["optim"]
     fields = to_dict(directory.resume_config(run_before))
     assert fields["optim"].pop("objective") == "grpo"
+    # Fields of later versions are off.
+    for name, off in (("variant", ""), ("init_adapter", ""), ("height", 0), ("width", 0)):
+        assert name not in written["policy"] and fields["policy"].pop(name) == off
     fields["run"]["resume"] = None
     assert fields == written
 
