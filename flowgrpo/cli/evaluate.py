@@ -33,6 +33,7 @@ from flowgrpo.policies.adapters import (
     load_adapter,
     start_from,
 )
+from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
 from flowgrpo.runs.export import load_trained
@@ -90,6 +91,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    warn_of_cut(policy, evaluation_set.prompts.texts)
+    scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 "flowgrpo --help."
             )
         _quiet()
+        _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -117,6 +118,13 @@ def doctor(argv: list[str]) -> int:
 
     examine()
     return 0
+
+
+def _print_everything() -> None:
+    """Let a terminal or file that cannot encode a character show its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet() -> None:

@@ -18,6 +18,7 @@ from flowgrpo.config import (
     RunConfig,
     SampleConfig,
 )
+from flowgrpo.config.validation import settle_paths
 
 T = TypeVar("T")
 
@@ -76,6 +77,9 @@ class EvaluateOptions:
     device: str = "auto"
     """Torch device."""
 
+    def __post_init__(self) -> None:
+        settle_paths(self, "target", "adapter", "prompt_set", "out")
+
 
 @dataclass(frozen=True)
 class SampleOptions:
@@ -90,7 +94,7 @@ class SampleOptions:
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
-    """The picture to write."""
+    """The picture to write: .png, .jpg or .jpeg."""
     count: int = 4
     """Images for each prompt."""
     steps: int | None = None
@@ -110,13 +114,16 @@ class SampleOptions:
     device: str = "auto"
     """Torch device."""
 
+    def __post_init__(self) -> None:
+        settle_paths(self, "run", "model", "adapter", "out")
+
 
 @dataclass(frozen=True)
 class ServeOptions:
     """Serve a reward by HTTP, for `--reward.weights http://HOST:PORT 1.0` on another machine."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A reward's name, or package.module:function."""
+    """A reward's name, package.module:function or file.py:function."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback only with a token."""
     port: int = 8400

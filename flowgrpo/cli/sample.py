@@ -21,6 +21,8 @@ from flowgrpo.config import replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -44,6 +46,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
+    warn_of_cut(policy, texts)
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
@@ -71,7 +74,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         load_adapter(policy, options.adapter)
         rows["trained"] = images()
     captions = [text for text in texts for _ in range(options.count)]
-    pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
+    picture = pictures.grid(rows, captions, columns=min(max(options.count, 4), 8))
+    out = pictures.save(picture, out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
     return out
 
@@ -83,6 +87,7 @@ def _check_sample(options: SampleOptions) -> None:
         "no prompt was given, but at least one in quotation marks is expected; write, for example, "
         'flowgrpo sample "three red circles".',
     )
+    check_unicode(options.prompts, "a prompt")
     require(
         options.count > 0,
         f"--count is {options.count}, but at least one image is expected; raise it.",
@@ -98,6 +103,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
         "given too; leave one out.",
     )
+    pictures.check_ending(Path(options.out))
     require(
         not Path(options.out).is_dir(),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "

@@ -1,17 +1,20 @@
-"""The sections of a configuration: one frozen dataclass a concern.
+"""The sections of a configuration: one frozen dataclass per concern.
 
 The line under a field is its help text (tyro prints it); numbers that follow from others are
-properties. A rule that a value breaks raises ``ConfigError`` with the rule in it.
+properties. A rule that a value breaks raises ``ConfigError`` with the rule in it. A path may be a
+`pathlib.Path`; it is stored as text, with ~ expanded.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.config.validation import check_positive, check_types, require
+from flowgrpo.config.validation import check_positive, check_types, require, settle_paths
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class PolicyConfig:
     """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "model", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
         zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
@@ -124,13 +128,14 @@ class SampleConfig:
     """Start the images of one group from the same initial noise."""
     # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
     share_prefix: bool = True
-    """With shared_noise, sample the steps before a window once a group, captured or not."""
+    """With shared_noise, sample the steps before a window once per group, captured or not."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
     overlap: int = 2
     """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "prompts")
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
@@ -204,8 +209,12 @@ class SampleConfig:
 
 
 def _nearest_divisor(number: int, size: int) -> int:
-    """Find the divisor of `number` that is nearest to `size`, the smaller of two."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """Find the divisor of `number` that is nearest to `size`, the smaller of two.
+
+    Beyond 10^10 it may not be the nearest: a search of all of them would not end.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 10**5) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
     return min(divisors, key=lambda d: (abs(d - size), d))
 
 
@@ -214,7 +223,7 @@ class RewardConfig:
     """Rewards of the images, and how they are combined."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
-    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
     retries: int = 2
@@ -230,6 +239,12 @@ class RewardConfig:
     (std), or make it mean 0 and std 1 in each group (group)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.options, dict):
+            texts = {
+                name: os.fspath(value) if isinstance(value, os.PathLike) else value
+                for name, value in self.options.items()
+            }
+            object.__setattr__(self, "options", texts)
         check_types("reward.", self)
         check_positive("reward", self, "retries", "timeout", zero=True)
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
@@ -323,7 +338,7 @@ class RunConfig:
     """Output, length and evaluation of the run."""
 
     out: str | None = None
-    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
     seed: int = 0
@@ -348,6 +363,7 @@ class RunConfig:
     """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "out", "resume")
         check_types("run.", self)
         check_positive("run", self, "steps", "eval_samples", "eval_guidance")
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")

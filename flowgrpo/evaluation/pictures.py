@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ MAIN, GUIDED = "#0969da", "#bf8700"
 # One colour for each task's thin line, distinct and calm.
 LINES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
 TILE, GAP, TEXT = 112, 10, 13
+_JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
+FORMATS = {".png": ("PNG", {"optimize": True}), ".jpg": _JPEG, ".jpeg": _JPEG}
+"""Ending of a file -> Pillow's format and options."""
+LONGEST_JPEG = 65500
+"""Pixels on the longer side of a JPEG, by libjpeg."""
 
 
 def evaluation_grid(
@@ -146,12 +152,30 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
+def check_ending(path: Path) -> None:
+    """Raise ConfigError if the ending of `path` is that of a format that `save` does not write."""
+    ending = path.suffix.lower()
+    if ending not in FORMATS and ending in {".svg", *Image.registered_extensions()}:
+        raise ConfigError(
+            f"the picture {str(path)!r} ends in {ending}, but one of {', '.join(FORMATS)} is "
+            "expected; choose another name."
+        )
+
+
 def save(picture: Image.Image, path: Path) -> Path:
-    """Write a PNG so that a reader sees the old file or the new one."""
+    """Write a picture so that a reader sees the old file or the new one: as a PNG, or as a JPEG
+    where the name ends so.
+
+    Returns:
+        The path that was written: a PNG's, if the picture is too large for a JPEG.
+    """
     path = Path(path)
+    format, options = FORMATS.get(path.suffix.lower(), FORMATS[".png"])
+    if format == "JPEG" and max(picture.size) > LONGEST_JPEG:
+        path, (format, options) = path.with_suffix(".png"), FORMATS[".png"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format=format, **options)
     return path
 
 
@@ -175,6 +199,21 @@ def curve(
     import matplotlib
 
     matplotlib.use("Agg", force=False)
+    # Names of tasks and rewards are text, in which a $ opens no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = _curve(evaluations, guided, title, label)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", facecolor=PAPER)
+    return path
+
+
+def _curve(
+    evaluations: Sequence[Mapping[str, Any]],
+    guided: Mapping[str, Any] | None,
+    title: str,
+    label: str,
+) -> Any:
+    """Draw the figure of `curve`."""
     from matplotlib.figure import Figure
 
     scale, unit, digits = (100, " %", 0) if label == "accuracy" else (1, "", 3)
@@ -197,9 +236,7 @@ def curve(
     last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
     _style(axes, evaluations, title, f"held-out {label},{unit}" if unit else f"held-out {label}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor=PAPER)
-    return path
+    return figure
 
 
 def _task_lines(

@@ -13,12 +13,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.config.validation import path_text
 from flowgrpo.policies import lora, modulation, pipelines, surgery
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.device import choose_device
@@ -66,7 +68,7 @@ class Policy(ABC):
 
     @staticmethod
     def load(
-        model: str | object,
+        model: str | Path | object,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -86,7 +88,7 @@ class Policy(ABC):
         `encode` takes the place of the text encoders, which the pipeline then need not have: texts
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
-        device, config = choose_device(device), config or PolicyConfig()
+        device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
         if isinstance(model, str):
             source = pipelines.load(model, dtype, device, config.variant)
         else:
@@ -117,6 +119,10 @@ class Policy(ABC):
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise ConfigError for a text that the model cannot be given."""
 
+    def token_limits(self) -> list[tuple[Any, int]]:
+        """List the tokenizers that texts go through, each with the tokens after which it cuts."""
+        return []
+
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
         float32 sigma [B]: the same bits with gradients and without."""
@@ -129,7 +135,7 @@ class Policy(ABC):
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def why_not_precomputed(self) -> str | None:
-        """The reason why each forward computes what `prepare` would; None: it does not."""
+        """Reason why each forward computes what `prepare` would; None: it does not."""
         if self.compiled:
             return "policy.compile is on"
         return modulation.why_not(self.transformer, self.family)
@@ -177,6 +183,11 @@ class Policy(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images [B, 3, height, width] of latents [B, *latent_shape]."""
+
+    def blank_image(self) -> Tensor:
+        """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
+        shape = (3, self.height, self.width)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:

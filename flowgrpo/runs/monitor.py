@@ -63,6 +63,7 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
         self.untrained: dict[str, Evaluation] = {}
         """Evaluations before training: "base", and "guided" if `run.eval_guidance` asks for it."""

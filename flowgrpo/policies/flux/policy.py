@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -128,6 +128,13 @@ class FluxPolicy(Policy):
     def check_texts(self, texts: Sequence[str]) -> None:
         """Both tokenizers know every text."""
         check_list(texts)
+
+    def token_limits(self) -> list[tuple[Any, int]]:
+        if not isinstance(self._texts, text_cache.TextEncoder):
+            # The caller's own encoder, which the pipeline's tokenizers take no part in.
+            return []
+        clip = self.pipeline.tokenizer
+        return [(clip, clip.model_max_length), (self.pipeline.tokenizer_2, self._length)]
 
     def _encode_one(self, text: str) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(

@@ -13,7 +13,7 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.records import Conditioning
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_COMPONENTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_COMPONENTS = (*TEXT_ENCODERS, *TOKENIZERS)
 """Components of the pipeline that a text's embeddings depend on."""
 
 
@@ -99,6 +100,18 @@ class SD3Policy(Policy):
         texts = check_list(texts)
         if self._one_encoder:
             self._tokens(texts)
+
+    def token_limits(self) -> list[tuple[Any, int]]:
+        if not (self._one_encoder or isinstance(self._texts, text_cache.TextEncoder)):
+            # The caller's own encoder, which the pipeline's tokenizers take no part in.
+            return []
+        clip = [getattr(self.pipeline, name) for name in TOKENIZERS[:2]]
+        limits = [
+            (tokenizer, tokenizer.model_max_length) for tokenizer in clip if tokenizer is not None
+        ]
+        if not self._one_encoder and self.pipeline.text_encoder_3 is not None:
+            limits.append((self.pipeline.tokenizer_3, self._length))
+        return limits
 
     def _encode_one(self, text: str) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

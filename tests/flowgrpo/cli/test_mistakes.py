@@ -29,6 +29,7 @@ MISTAKES = [
     ("evaluate /no/such", "neither a run directory nor a recipe"),
     ("evaluate .", "holds no checkpoint"),
     ("sample", "no prompt was given"),
+    ("sample x\ud83d", "a prompt has '\\ud83d' in 'x\\ud83d'"),
     ("sample x --count 0", "at least one image is expected"),
     ("sample x --seed -1", "--seed is -1, but it must be at least 0"),
     ("sample x --seed 9223372036854775808", "--seed is 9223372036854775808, but it must be below"),

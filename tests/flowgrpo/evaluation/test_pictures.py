@@ -148,6 +148,15 @@ def test_save_replaces_and_leaves_no_part(tmp_path):
     assert Image.open(tmp_path / "s" / "a.png").size[0] > 250
 
 
+def test_a_picture_too_long_for_a_jpeg_is_a_png(tmp_path):
+    long = Image.new("RGB", (2, pictures.LONGEST_JPEG + 1))
+    assert pictures.save(long, tmp_path / "a.jpg") == tmp_path / "a.png"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert Image.open(tmp_path / "a.png").size == long.size
+    longest = long.crop((0, 0, 2, pictures.LONGEST_JPEG))
+    assert Image.open(pictures.save(longest, tmp_path / "b.jpg")).size == longest.size
+
+
 def evaluations(values, **extra):
     return [
         {"iteration": 50 * i, "accuracy": v, "interval": [v - 0.05, v + 0.05], **extra}
@@ -193,6 +202,20 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert (np.abs(pixels - colour("#bf8700")) < 8).all(-1).sum() > 100
     assert len(blue_line(path)) > 10
+
+
+@pytest.mark.parametrize("name", ["$", "a $b_{ $c", "10$ or \\$20$", "^{", "ä 猫", "\\frac"])
+def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
+    figures = []
+    drawn = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: (figures.append(f), drawn(f, *a, **k))
+    )
+    entries = evaluations([0.2, 0.4], tasks={name: 0.3}, elapsed=60.0)
+    path = pictures.curve(tmp_path / "a.png", entries, title=name, label=f"users:{name}")
+    axes = figures[-1].axes[0]
+    assert name.replace("_", " ") in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_title(loc="left") == name and len(blue_line(path)) > 10
 
 
 def test_curve_of_a_reward_beyond_one(tmp_path):
