@@ -34,7 +34,8 @@ from flowgrpo.policies.adapters import (
     start_from,
 )
 from flowgrpo.policies.tokens import warn_of_cut
-from flowgrpo.runs import checkpoints
+from flowgrpo.recipes import RECIPES
+from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
 from flowgrpo.runs.export import load_trained
 from flowgrpo.runs.process import versions
@@ -80,6 +81,10 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     check_numbers(options, "samples", "steps", "cfg", "guidance", "batch_size")
     check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
+    require(
+        options.model is None or checkpoint is not None or options.target in RECIPES,
+        f"{options.target!r} is a model, but --model {options.model} was given too; leave one out.",
+    )
     config = _with_options(config, options)
     require(
         checkpoint is None or options.adapter is None,
@@ -91,6 +96,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    if config.run.resume:
+        content.warn_of_another_model(config.out_dir, policy)
     warn_of_cut(policy, evaluation_set.prompts.texts)
     scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
@@ -125,7 +132,7 @@ def _evaluate_all(
         if config.policy.init_adapter and initial.is_dir():
             start_from(policy, config.policy, str(initial))
             evaluations["start"] = evaluator("the adapter that training started from", scale)
-        load_trained(policy.transformer, checkpoint)
+        load_trained(policy.transformer, config.optim, checkpoint)
         label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"
         evaluations[label] = evaluator(label, scale)
     if options.adapter is not None:
@@ -169,6 +176,7 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "run.eval_prompts": options.prompts,
         "run.eval_samples": options.samples,
         "sample.eval_steps": options.steps,
+        "policy.model": options.model,
         "sample.prompts": options.prompt_set,
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,

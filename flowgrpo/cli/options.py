@@ -42,6 +42,8 @@ class EvaluateOptions:
     """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
+    model: str | None = None
+    """Where the model of a run or recipe is now: a folder or a Hub id; default: where it was."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
     rewards: tuple[str, ...] = ()
@@ -89,8 +91,8 @@ class SampleOptions:
     """Prompts, each in quotation marks."""
     run: str | None = None
     """Run directory or checkpoint: shows the base model's images above the trained model's."""
-    model: str = "nano"
-    """Model to sample from without --run: "nano", a folder or a Hub id."""
+    model: str | None = None
+    """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"

@@ -23,6 +23,7 @@ from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
+from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -31,10 +32,11 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     """Write one picture with `count` images of each prompt; with a run, base above trained."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
-    config, checkpoint = config_of_model(options.model), None
+    config, checkpoint = config_of_model(options.model or "nano"), None
     if options.run is not None:
         config, checkpoint = resolve_target(options.run, best=False)
     changes = {
+        "policy.model": options.model,
         "policy.device": options.device,
         "policy.variant": options.variant,
         **image_size(options),
@@ -43,6 +45,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     }
     config = replace(config, **{name: v for name, v in changes.items() if v is not None})
     policy, out = load_base(config), Path(options.out)
+    if config.run.resume:
+        content.warn_of_another_model(config.out_dir, policy)
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
@@ -68,7 +72,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config.policy, checkpoint)
+        add_trained(policy, config, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)

@@ -17,8 +17,9 @@ def train(argv: list[str]) -> int:
     config = parse_train(argv)
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
-    from flowgrpo.runs import directory, loggers, monitor
+    from flowgrpo.runs import directory, loggers, monitor, process
 
+    process.check_one_process()
     directory.check_directory(config)
     loggers.check(config.run)
     show_plan(config)

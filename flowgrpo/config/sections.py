@@ -355,6 +355,8 @@ class RunConfig:
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
     """Run directory to go on with; its configuration is taken from there."""
+    accept_changes: bool = False
+    """Go on though prompts or model weights are others than the run began with; recorded."""
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
     wandb: str = ""

@@ -9,6 +9,7 @@ on the Hugging Face Hub (hub.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def _is_folder(path: Path) -> bool:
             f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
             "name another file or folder, or change its permissions."
         ) from error
+
+
+def fingerprint(prompts: Prompts) -> str:
+    """SHA-256 of the texts and metadata, in their order.
+
+    A key whose value is None counts as absent.
+    """
+    digest = hashlib.sha256()
+    for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
+        values = {name: value for name, value in metadata.items() if value is not None}
+        # What is no JSON, such as a date of a data set, counts by its text.
+        entry = json.dumps([text, values], sort_keys=True, default=str)
+        digest.update(entry.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _file_of_split(folder: Path, split: str) -> Path:

@@ -17,6 +17,7 @@ from flowgrpo import files
 from flowgrpo.config import Config
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.family import Family
+from flowgrpo.runs.state import Weights
 
 FILE = "README.md"
 
@@ -27,11 +28,14 @@ def write(
     transformer: nn.Module,
     iteration: int,
     summary: Mapping[str, Any] | None = None,
+    *,
+    weights: Weights = "average",
 ) -> Path:
     """Write the card of the weights in `folder`, trained for `iteration` iterations.
 
     Args:
         summary: the content of summary.json, for the numbers before and after.
+        weights: the kind of weights in `folder`, as `EMA.weights` says.
     """
     from huggingface_hub import ModelCardData
 
@@ -45,6 +49,8 @@ def write(
     )
     optim = config.optim
     average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
+    if optim.ema_decay and weights == "live":
+        average = "; the weights as the last update left them"
     kind = "LoRA adapter" if lora else "Transformer"
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import stat
 import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flowgrpo import files
 
@@ -95,6 +99,55 @@ def test_tensors_come_back(tmp_path):
     stored = files.read_tensors(tmp_path / "t.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in tensors.items())
     assert stored["b"].dtype == torch.bfloat16 and names(tmp_path) == ["t.safetensors"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("folders_only", [True, False])
+def test_a_file_system_without_fsync_is_told_once(
+    tmp_path, monkeypatch, caplog, number, folders_only
+):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if not folders_only or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(files, "_without_fsync", set())
+    with caplog.at_level(logging.WARNING):
+        for text in ("one", "two"):
+            with files.replacing_folder(tmp_path / "folder") as folder:
+                files.write_text(folder / "text", text)
+    assert (tmp_path / "folder" / "text").read_text() == "two"
+    assert names(tmp_path) == ["folder"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert os.strerror(number) in message and "refuses fsync" in message
+
+
+def test_a_disk_that_fails_in_fsync_is_an_error(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        files.write_text(tmp_path / "text", "new")
+    assert names(tmp_path) == []
+
+
+def test_metadata_have_an_order(tmp_path):
+    """Whatever stands in them, and the tensors are where they were."""
+    metadata = {"b": "1", "ä": 'a "quote"\n\t\x01\x7f\u2028', "a": "\\ 🙂", "": ""}
+    tensors, contents = {"x": torch.arange(3.0), "y": torch.arange(4, dtype=torch.int64)}, set()
+    path = tmp_path / "t.safetensors"
+    for _ in range(8):
+        save_file(tensors, path, metadata=metadata)
+        files.order_metadata(path)
+        contents.add(path.read_bytes())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == metadata
+            assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
+    assert len(contents) == 1
 
 
 def killed_while_replacing(folder, before, content):

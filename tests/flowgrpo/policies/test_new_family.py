@@ -237,7 +237,9 @@ def test_it_is_trained_and_its_adapter_gives_the_same_pictures(folder, tmp_path)
         base = f"{owner}.base_layer.{last}"
         assert torch.equal(tensor, state[base if base in state else name])
     trained = load_policy(config, ToyPipeline.from_pretrained(folder))
-    load_trained(trained.transformer, tmp_path / "run" / "checkpoints" / "step-000002")
+    load_trained(
+        trained.transformer, config.optim, tmp_path / "run" / "checkpoints" / "step-000002"
+    )
     base = Policy.load(ToyPipeline.from_pretrained(folder), device="cpu")
     plain = picture(base)
     load_adapter(base, str(tmp_path / "run" / "adapter"))
