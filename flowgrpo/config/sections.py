@@ -70,7 +70,7 @@ class PolicyConfig:
     """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "model", "text_cache")
+        settle_paths(self, "model", "init_adapter", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
         zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")

@@ -7,6 +7,8 @@
     gradient checkpointing                           policy.gradient_checkpointing decides about it
     the rewrites of an earlier run (surgery.py)      other settings may want others
 
+What changes the numbers, or cannot be taken off, is refused with its name: a wrapper such as
+PEFT's, diffusers' hooks (caches of steps, weights in 8 bits, offloaded groups), quantized weights.
 A LoRA adapter stays: whether it is to be dropped, merged or trained on, its user has to say
 (`adapters.add_adapter` refuses it).
 """
@@ -27,11 +29,12 @@ FUSED = {"to_qkv": IMAGE_LAYERS, "to_kv": IMAGE_LAYERS[1:], "to_added_qkv": TEXT
 """A fused layer of diffusers' attention -> the layers that it stands for."""
 
 
-def restore(pipeline: Any) -> None:
-    """Make the transformer of `pipeline` the plain module of its class, in place.
+def restore(pipeline: Any, name: str) -> None:
+    """Make the transformer of `pipeline` the plain module of its class, called `name`, in place.
 
     Raises:
-        ConfigError: a fused layer has other weights than those that it stands for.
+        ConfigError: it is of another class, hooks of diffusers or quantized weights are in it, or a
+            fused layer has other weights than those that it stands for.
     """
     if any(hasattr(component, "_hf_hook") for component in pipeline.components.values()):
         pipeline.remove_all_hooks()
@@ -39,6 +42,7 @@ def restore(pipeline: Any) -> None:
     if compiled:
         pipeline.transformer = pipeline.transformer._orig_mod
     transformer = pipeline.transformer
+    _check_plain(transformer, name)
     for module in transformer.modules():
         compiled |= module._compiled_call_impl is not None
         module._compiled_call_impl = None
@@ -51,6 +55,28 @@ def restore(pipeline: Any) -> None:
     if getattr(transformer, "is_gradient_checkpointing", False):
         transformer.disable_gradient_checkpointing()
     _unfuse(transformer)
+
+
+def _check_plain(transformer: Any, name: str) -> None:
+    """Raise ConfigError unless it is a `name` without hooks of diffusers, and not quantized."""
+    require(
+        name in {cls.__name__ for cls in type(transformer).__mro__},
+        f"the pipeline's transformer is a {type(transformer).__name__}, but a {name} is expected; "
+        "put the module itself in its place (of PEFT's model: merge_and_unload()).",
+    )
+    registries = [getattr(module, "_diffusers_hook", None) for module in transformer.modules()]
+    hooks = sorted({hook for registry in registries if registry for hook in registry.hooks})
+    require(
+        not hooks,
+        f"the pipeline's transformer has the hooks {', '.join(hooks)} of diffusers, but one "
+        "without hooks is expected; load the pipeline anew (disable_cache() takes those of a cache "
+        "off).",
+    )
+    require(
+        getattr(transformer, "hf_quantizer", None) is None,
+        "the pipeline's transformer has quantized weights, but floating-point ones are expected; "
+        "load the pipeline without a quantization_config.",
+    )
 
 
 def _undo_rewrites(module: nn.Module) -> None:

@@ -84,8 +84,10 @@ def keep_initial(layers: list[nn.Module]) -> None:
     """
     for layer in layers:
         for name, parameter in zip(("initial_A", "initial_B"), _parameters(layer), strict=True):
-            # Buffers, so that a captured graph notices when they move.
-            layer.register_buffer(name, parameter.detach().clone(), persistent=False)
+            # Buffers, so that a captured graph notices when they move. With gradients, as the
+            # trained ones, so that compiled blocks run one code for both, to the same bits.
+            initial = parameter.detach().clone().requires_grad_()
+            layer.register_buffer(name, initial, persistent=False)
 
 
 def has_initial(layers: list[nn.Module]) -> bool:

@@ -80,7 +80,7 @@ def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipe
         ConfigError: it is no pipeline of a known family.
     """
     family = families.family_of_pipeline(pipeline)
-    in_use.restore(pipeline)
+    in_use.restore(pipeline, family.transformer)
     dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
     for name, component in pipeline.components.items():
         target = torch.float32 if name == "vae" and dtype == torch.float16 else dtype

@@ -8,7 +8,8 @@ import logging
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+from peft import LoraConfig, get_peft_model
 
 from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
@@ -113,6 +114,55 @@ def test_rewrites_of_an_earlier_policy_do_not_stay(request, kind):
     assert policy.describe() == fresh.describe()
     results = zip(gradients(policy), gradients(fresh), strict=True)
     assert all(torch.equal(a, b) for a, b in results)
+
+
+def wrap(pipeline):
+    lora = LoraConfig(r=2, target_modules=["to_q"])
+    pipeline.transformer = get_peft_model(pipeline.transformer, lora)
+
+
+def leave_out(pipeline):
+    pipeline.transformer = None
+
+
+def cache(pipeline):
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+
+
+def store_in_8_bits(pipeline):
+    types = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
+    pipeline.transformer.enable_layerwise_casting(**types)
+
+
+def offload_groups(pipeline):
+    pipeline.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+
+
+def quantize(pipeline):
+    pipeline.transformer.hf_quantizer = object()
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (wrap, "is a PeftModel, but a FluxTransformer2DModel is expected; put the module itself"),
+        (leave_out, "is a NoneType, but a FluxTransformer2DModel is expected"),
+        (
+            cache,
+            "has the hooks fbc_block_hook, fbc_leader_block_hook.* of diffusers, but one without",
+        ),
+        (store_in_8_bits, "has the hooks layerwise_casting.* of diffusers"),
+        (offload_groups, "has the hooks group_offloading.* of diffusers"),
+        (quantize, "has quantized weights, but floating-point ones are expected"),
+    ],
+)
+def test_what_cannot_be_taken_off_is_one_sentence(flux_model, use, message):
+    pipeline = loaded(flux_model)
+    use(pipeline)
+    with pytest.raises(ConfigError, match=message):
+        Policy.load(pipeline, device="cpu", config=config_of("flux_model"))
 
 
 def run(kind, folder, out, pipeline=None, **changes):

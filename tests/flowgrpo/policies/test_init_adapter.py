@@ -113,6 +113,17 @@ def test_the_reference_stays_the_start(request, adapters, kind):
     assert len(list(policy.parameters())) == 2 * len(lora.lora_layers(policy.transformer))
 
 
+def test_compiled_blocks_give_the_reference_the_bits_of_the_start(pixel_model, adapters):
+    policy = started(pixel_model, "pixel_model", adapters["pixel_model"], compile=True)
+    start = velocity(policy)
+    shift(policy)
+    with policy.frozen_weights():
+        trained = velocity(policy)
+        with policy.reference():
+            assert torch.equal(velocity(policy), start)
+    assert not torch.equal(trained, start)
+
+
 def test_without_one_the_reference_is_the_base(pixel_model):
     policy = load(pixel_model, "pixel_model")
     base = velocity(policy)
