@@ -225,11 +225,30 @@ def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
 
 
 def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> Tensor:
-    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`."""
+    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`.
+
+    Raises:
+        ConfigError: they do not fall from at most 1 to 0.
+    """
     # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in arguments:
         scheduler.set_timesteps(**arguments)
     else:
         scheduler.set_timesteps(num_steps, **arguments)
-    return scheduler.sigmas.to("cpu", torch.float64)
+    sigmas = scheduler.sigmas.to("cpu", torch.float64)
+    # Rounding may put the first a little above 1. Written so that NaN fails it as well.
+    falling = bool((sigmas.diff() < 0).all()) and sigmas[0] <= 1 + 1e-6 and sigmas[-1] == 0
+    if len(sigmas) != num_steps + 1 or not falling:
+        raise ConfigError(
+            f"the model's {type(scheduler).__name__} gives {len(sigmas)} sigmas for {num_steps} "
+            f"steps, {_first(sigmas)}, but {num_steps + 1} that fall from at most 1 to 0 are "
+            "expected; correct its configuration in scheduler/scheduler_config.json."
+        )
+    return sigmas
+
+
+def _first(values: Tensor, count: int = 4) -> str:
+    """Write the first values and, if they are not all, the last."""
+    texts = [f"{value:g}" for value in values.tolist()]
+    return ", ".join(texts if len(texts) <= count + 1 else [*texts[:count], "...", texts[-1]])
