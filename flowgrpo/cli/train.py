@@ -18,13 +18,14 @@ def train(argv: list[str]) -> int:
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
     from flowgrpo.runs import directory, loggers, monitor
+    from flowgrpo.sampling.finite import NotFiniteError
 
     directory.check_directory(config)
     loggers.check(config.run)
     show_plan(config)
     try:
         summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError) as error:
+    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.

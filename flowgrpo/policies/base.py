@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import lora, modulation, pipelines, surgery
+from flowgrpo.policies import lora, modulation, pipelines, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
+from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
 from flowgrpo.records import Conditioning
@@ -58,6 +59,8 @@ class Policy(ABC):
     """True: the blocks run with the kernels of policies/blocks.py."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
+    decoded: Decoded
+    """Figures of the latents and pixels that `decode` has seen."""
     _frozen: nn.Module | None = None
 
     @staticmethod
@@ -88,7 +91,7 @@ class Policy(ABC):
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
-        policy.fused = config.fused
+        policy.fused, policy.decoded = config.fused, Decoded()
         policy.attention = surgery.rewrite(
             policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
@@ -159,9 +162,18 @@ class Policy(ABC):
         values = {names.time: conditioning.modulation, names.text: conditioning.embeds}
         return modulation.using(self.transformer, **values)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
+        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]; figures of
+        both go to `decoded`."""
+        pixels = self.pixels(latents)
+        self.decoded.add(latents, pixels)
+        return vae.to_images(pixels)
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """float32 pixels [B, 3, resolution, resolution], about [-1, 1], of latents
+        [B, *latent_shape]."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:

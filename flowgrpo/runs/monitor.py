@@ -182,6 +182,9 @@ class Monitor:
         if not interrupted and self.latest[0] != iteration:
             self._evaluate(final=True)
         evaluated, evaluation = self.latest
+        if evaluated != iteration:
+            with self.state.ema.swapped():
+                self._check_weights()
         if self._saved != iteration:
             self._save(evaluation.accuracy if evaluated == iteration else None)
         summary = self.summary(interrupted)
@@ -195,6 +198,19 @@ class Monitor:
             f"Written to {self.directory.path}: summary.json, curve.png, samples, weights."
         )
         return summary
+
+    def _check_weights(self) -> None:
+        """Raise NotFiniteError unless the present weights give an image of finite numbers, which an
+        evaluation would have shown."""
+        evaluate.generate_images(
+            self.policy,
+            self.evaluation_set.prompts.texts[:1],
+            self.evaluation_set.seeds[:1],
+            1,
+            steps=1,
+            batch_size=1,
+            guidance_scale=self.config.sample.guidance_scale,
+        )
 
     def summary(self, interrupted: bool) -> dict[str, Any]:
         """Sum up the run: what summary.json holds."""
