@@ -28,6 +28,7 @@ from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
 from flowgrpo.runs.directory import RunDirectory
 from flowgrpo.runs.display import Display
@@ -64,6 +65,7 @@ class Monitor:
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
         self.display = Display(config)
+        self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
         """Evaluations before training: "base", and "guided" if `run.eval_guidance` asks for it."""
         self.latest: tuple[int, Evaluation]
@@ -170,6 +172,10 @@ class Monitor:
         if self.untrained["base"].label == "accuracy":
             accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
         self.display.iteration(iteration, {**metrics, "accuracy": accuracy}, sum(seconds.values()))
+        # Nothing was decoded since the rollout.
+        noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
+        for sentence in filter(None, (noise, self.advice.gradients(metrics))):
+            self.display.note(sentence)
         score = None
         if run.eval_every and iteration % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy
@@ -251,6 +257,8 @@ class Monitor:
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if is_reference else self.policy.reference():
             evaluation = self._measure(label, guidance_scale)
+        if name == "base":
+            self.advice.std = self.policy.decoded.read().std
         evaluation.save(self.directory.path / "evaluations" / folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}
