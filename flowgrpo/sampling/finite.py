@@ -116,7 +116,8 @@ def _explain_step(
         with policy.frozen_weights():
             return guide(*velocities(policy, *inputs), guidance_scale)
 
-    with _tracing(policy.transformer) as trace:
+    # Hooks would have the blocks compiled once more.
+    with _tracing(None if policy.compiled else policy.transformer) as trace:
         result = velocity()
     dtype = _name(policy.dtype)
     if _good(result, LARGEST):
