@@ -189,6 +189,12 @@ def sanitizer(args: argparse.Namespace) -> Part:
     )
 
 
+def heed_interrupts() -> None:
+    """Undo, in a child, what a shell does to a command in the background: SIGINT is ignored there,
+    and so by all of its children, which could then not be stopped in time to save."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop(process: subprocess.Popen) -> None:
     """Interrupt a process, so that it saves as on Ctrl-C; kill it after the grace."""
     for number, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
@@ -216,7 +222,7 @@ def execute(part: Part, out: Path, seconds: float) -> dict:
             log.flush()
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=heed_interrupts,
             )  # fmt: skip
             try:
                 process.wait(max(1.0, seconds - (time.monotonic() - start)))

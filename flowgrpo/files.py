@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,48 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
     if path.exists():
         # A folder cannot be renamed over a full one.
-        replaced = path.with_name(f".{path.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = temporary.with_name(f"{temporary.name}.old")
         os.rename(path, replaced)
         os.rename(temporary, path)
         shutil.rmtree(replaced)
     else:
         os.rename(temporary, path)
     _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, of which a reader sees all or nothing."""
+    temporary = _beside(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
+LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{32}(\.old)?")
+"""Names that the functions of this file use beside the path called group 1."""
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether `path` has a name of something that is being written, or once was."""
+    return LEFTOVER.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left under `folder` when they were killed while writing.
+
+    A folder that was set aside, and has not been replaced yet, gets its name back. No other process
+    may be writing there.
+    """
+    for path in sorted(filter(is_leftover, folder.rglob(".*"))):
+        name, aside = LEFTOVER.fullmatch(path.name).groups()
+        replaced = path.with_name(name)
+        # What cannot go, such as a file that NFS holds for a reader, is in nobody's way.
+        with suppress(OSError):
+            if aside and not replaced.exists():
+                os.rename(path, replaced)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _beside(path: Path) -> Path:

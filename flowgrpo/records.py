@@ -40,6 +40,19 @@ if TYPE_CHECKING:
     from flowgrpo_kernels import Transitions
 
 
+def without_nulls(value: Any) -> Any:
+    """Copy a JSON value without the keys whose value is null, at any depth.
+
+    Tables give every row every key, so `datasets` and others write null where a key was absent.
+    Items of a list stay, as their positions have a meaning.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Texts and, for the rewards, their metadata."""
@@ -47,7 +60,7 @@ class Prompts:
     texts: tuple[str, ...]
     """K prompts."""
     metadata: tuple[dict[str, Any], ...]
-    """K dicts, handed to the rewards as they are."""
+    """K dicts for the rewards. What was null is absent, see `without_nulls`."""
     indices: Tensor
     """int64 [K]: the number of each prompt in its prompt set."""
 
@@ -61,7 +74,8 @@ class Prompts:
                 f"metadata has {len(metadata)} entries for {len(texts)} texts, but one for each "
                 "text is expected."
             )
-        return cls(tuple(texts), tuple(metadata), torch.arange(len(texts)))
+        entries = tuple(without_nulls(entry) for entry in metadata)
+        return cls(tuple(texts), entries, torch.arange(len(texts)))
 
     def __len__(self) -> int:
         return len(self.texts)

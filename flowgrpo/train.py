@@ -48,6 +48,7 @@ from flowgrpo.config import Config
 from flowgrpo.objectives import Objective, objective_of
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.policies.load import load_policy
+from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.batches import check_count, prompt_batch, row_seeds
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.records import Experience, Prompts, Scores, Trajectory
@@ -143,6 +144,7 @@ def setup(
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.
         policy.check_texts(prompts.texts[start : start + 256])
+    warn_of_cut(policy, prompts.texts)
     overlap, graphs = config.sample.overlap, None
     if config.optim.capture == "on":
         recorder = cuda_graphs.CudaRecorder(policy.device)

@@ -18,6 +18,7 @@ print(fast, torch.backends.cpu.get_cpu_capability())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["avx2", "bf16"])
 def test_torch_answers_for_the_cpu_of_that_kind(kind):
     env = {**os.environ, "PYTHONPATH": str(FOLDER), "FLOWGRPO_TEST_CPU": kind}

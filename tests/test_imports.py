@@ -8,6 +8,7 @@ name, and what Python itself imports on the way (the `__init__` of the packages 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import inspect
@@ -24,6 +25,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:  # pytest brings it
     import tomli as tomllib
+
+from support import torch_fork
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
@@ -72,9 +75,7 @@ def probe(*extra_path: Path) -> tuple[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, extra_path)]),
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = torch_fork.run(PROBE, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     available, origin = done.stdout.split()[-2:]
     return available, origin
@@ -186,6 +187,7 @@ def definer(names: dict[str, Path], source: str, name: str) -> str | None:
     return source if source in names else None
 
 
+@functools.cache
 def file_graph(root: Path, package: str) -> dict[str, set[str]]:
     """Module -> the modules of the same package that it imports."""
     names = modules(root, package)

@@ -49,6 +49,8 @@ ALLOCATIONS |= {aten._unsafe_view, aten.lift_fresh}
 """Operations beside views that launch nothing."""
 READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2}
 """Operations whose result, or the shape of it, the host learns from the device."""
+DRAWS = {aten.uniform_, aten.normal_}
+"""Operations that fill a tensor with values, which there are none of on `meta`."""
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
@@ -66,6 +68,7 @@ class Watch(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.waits: list[str] = []
         self._known: dict[int, tuple[Any, int]] = {}
+        self._layouts: dict[Any, tuple[list[tuple[Any, ...]], bool]] = {}
 
     @property
     def launches(self) -> int:
@@ -97,8 +100,27 @@ class Watch(TorchDispatchMode):
                 raise MixedDevices(f"{operation} was given {shapes}, at {_caller()}")
         if index and any(t.dtype == torch.bool for t in ours[1:]):
             self._wait(operation)
-        result = operation(*args, **kwargs)
+        result = self._run(operation, args, kwargs)
         self._count(operation, result)
+        return result
+
+    def _run(self, operation, args, kwargs):
+        """The operation's result. `meta` derives sizes in Python, which is most of the time; where
+        they were derived before, empty tensors of these sizes are made instead."""
+        if operation.overloadpacket in DRAWS and args[0].device.type == DEVICE:
+            return args[0]
+        if self.device != DEVICE or not _makes_tensors(operation):
+            return operation(*args, **kwargs)
+        key = (operation, _described(args), _described(sorted(kwargs.items())))
+        if key in self._layouts:
+            layouts, single = self._layouts[key]
+            tensors = [torch.empty_strided(*sizes, dtype=d, device=DEVICE) for *sizes, d in layouts]
+            return tensors[0] if single else tuple(tensors)
+        result = operation(*args, **kwargs)
+        single = isinstance(result, Tensor)
+        tensors = (result,) if single else result
+        if all(isinstance(t, Tensor) and self._here(t) for t in tensors):
+            self._layouts[key] = [(t.shape, t.stride(), t.dtype) for t in tensors], single
         return result
 
     def _here(self, tensor: Tensor) -> bool:
@@ -118,7 +140,7 @@ class Watch(TorchDispatchMode):
             if operation.overloadpacket is aten.copy_:
                 return tensors[0].zero_()
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-        result = operation(*args, **kwargs)
+        result = self._run(operation, args, kwargs)
         self._count(operation, result)
         return result
 
@@ -189,6 +211,23 @@ def _computes(operation) -> bool:
     return not view and operation.overloadpacket not in ALLOCATIONS
 
 
+@cache
+def _makes_tensors(operation) -> bool:
+    """Test for an operation that writes to nothing and whose results are all new tensors."""
+    schema = operation._schema
+    new = all(r.alias_info is None and str(r.type) == "Tensor" for r in schema.returns)
+    return new and bool(schema.returns) and not schema.is_mutable
+
+
+def _described(value: Any) -> Any:
+    """All of an argument that the sizes of results depend on, to look them up by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments or results, in order."""
     for value in values:
@@ -217,16 +256,25 @@ def _flash(attention, device, query, key, value, mask=None, dropout_p=0.0, is_ca
 
 def _caller() -> str:
     """The innermost line of this project, and the innermost outside torch."""
-    project, other = "", ""
-    root, skipped = Path(__file__).resolve(), Path(torch.__file__).parent
+    other = ""
     for frame, line in traceback.walk_stack(sys._getframe(1)):
-        path = Path(frame.f_code.co_filename)
-        if path == root or skipped in path.parents:
+        name, project = _source(frame.f_code.co_filename)
+        if not name:
             continue
-        other = other or f"{path.name}:{line}"
-        if not project and {"flowgrpo", "flowgrpo_kernels", "benchmarks"} & set(path.parts):
-            project = f"{path.name}:{line}"
-    return other if project in ("", other) else f"{other}, called from {project}"
+        other = other or f"{name}:{line}"
+        if project:
+            innermost = f"{name}:{line}"
+            return other if innermost == other else f"{other}, called from {innermost}"
+    return other
+
+
+@cache
+def _source(filename: str) -> tuple[str, bool]:
+    """(name of a source file, whether it is of this project); no name for this file and torch's."""
+    path = Path(filename)
+    if path == Path(__file__).resolve() or Path(torch.__file__).parent in path.parents:
+        return "", False
+    return path.name, bool({"flowgrpo", "flowgrpo_kernels", "benchmarks"} & set(path.parts))
 
 
 @contextmanager

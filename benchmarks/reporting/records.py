@@ -1,4 +1,4 @@
-"""Records of measurements: one JSON file a suite and device, with machine, versions and command.
+"""Records of measurements: one JSON file per suite and device, with machine, versions and command.
 
     {"device", "driver", "versions": {...}, "commit", "command", "date",
      "rows": [{"suite", "case", "provider", "metric", "value", "unit"}, ...]}

@@ -1,4 +1,4 @@
-"""The command line: one file a command.
+"""The command line: one file per command.
 
 main.py     the table of commands, exit codes
 options.py  their options, and how they are read

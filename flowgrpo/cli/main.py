@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                 "flowgrpo --help."
             )
         _quiet()
+        _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -129,6 +130,13 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_everything() -> None:
+    """Let a terminal or file that cannot encode a character show its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet() -> None:

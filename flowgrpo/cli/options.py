@@ -18,6 +18,7 @@ from flowgrpo.config import (
     RunConfig,
     SampleConfig,
 )
+from flowgrpo.config.validation import settle_paths
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class EvaluateOptions:
     target: Annotated[str, tyro.conf.Positional]
     """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format to compare with a recipe's or a bare model."""
+    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
     rewards: tuple[str, ...] = ()
@@ -63,12 +64,21 @@ class EvaluateOptions:
     """Also evaluate the base model with this guidance scale; 1: do not."""
     resolution: int | None = None
     """Pixels on each side; default: as in training, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or as in training."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
     """Rows of one forward; default: as in training, or 8."""
     out: str | None = None
     """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
+
+    def __post_init__(self) -> None:
+        settle_paths(self, "target", "adapter", "prompt_set", "out")
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,9 @@ class SampleOptions:
     model: str = "nano"
     """Model to sample from without --run: "nano", a folder or a Hub id."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format for --model, shown below the base model's images."""
+    """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
-    """The picture to write."""
+    """The picture to write: .png, .jpg or .jpeg."""
     count: int = 4
     """Images for each prompt."""
     steps: int | None = None
@@ -93,10 +103,19 @@ class SampleOptions:
     """Classifier-free guidance scale, 1: none; default: the run's, or 1."""
     resolution: int | None = None
     """Pixels on each side; default: the run's, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or the run's."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or the run's."""
     seed: int = 0
     """Seed of the noise."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
+
+    def __post_init__(self) -> None:
+        settle_paths(self, "run", "model", "adapter", "out")
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ class ServeOptions:
     """Serve a reward by HTTP, for `--reward.weights http://HOST:PORT 1.0` on another machine."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A reward's name, or package.module:function."""
+    """A reward's name, package.module:function or file.py:function."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback only with a token."""
     port: int = 8400

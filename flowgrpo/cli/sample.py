@@ -13,6 +13,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_writable,
     config_of_model,
+    image_size,
     load_base,
     resolve_target,
 )
@@ -20,6 +21,8 @@ from flowgrpo.config import replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -33,7 +36,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         config, checkpoint = resolve_target(options.run, best=False)
     changes = {
         "policy.device": options.device,
-        "policy.resolution": options.resolution,
+        "policy.variant": options.variant,
+        **image_size(options),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
@@ -42,8 +46,10 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
+    warn_of_cut(policy, texts)
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     copy = torch.arange(options.count).repeat(len(texts))
@@ -68,7 +74,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         load_adapter(policy, options.adapter)
         rows["trained"] = images()
     captions = [text for text in texts for _ in range(options.count)]
-    pictures.save(pictures.grid(rows, captions, columns=min(max(options.count, 4), 8)), out)
+    picture = pictures.grid(rows, captions, columns=min(max(options.count, 4), 8))
+    out = pictures.save(picture, out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
     return out
 
@@ -80,12 +87,13 @@ def _check_sample(options: SampleOptions) -> None:
         "no prompt was given, but at least one in quotation marks is expected; write, for example, "
         'flowgrpo sample "three red circles".',
     )
+    check_unicode(options.prompts, "a prompt")
     require(
         options.count > 0,
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",
@@ -95,6 +103,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
         "given too; leave one out.",
     )
+    pictures.check_ending(Path(options.out))
     require(
         not Path(options.out).is_dir(),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "

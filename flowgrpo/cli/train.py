@@ -46,7 +46,8 @@ def show_plan(config: Config) -> None:
     model's are in the banner alone."""
     from flowgrpo import plan
 
-    if config.run.progress == "none" or plan.sizes_of(config.policy.model) is None:
+    policy = config.policy
+    if config.run.progress == "none" or plan.sizes_of(policy.model, policy.variant) is None:
         return
     for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
         print(f"{name}: {text}")

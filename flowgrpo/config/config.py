@@ -4,7 +4,7 @@ A ``Config`` is five frozen dataclasses, one per concern (sections.py), and the 
 them. A rule that a value breaks raises ``ConfigError`` with the rule in it, at construction, so a
 ``Config`` that exists is a valid one.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def from_json(text: str) -> Config:
     """Invert `to_json`."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    # A number of thousands of digits is a ValueError, and a nesting of thousands a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"the configuration is no JSON ({error}), but what to_json wrote is expected; restore "
             "the file."

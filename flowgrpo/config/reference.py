@@ -26,7 +26,7 @@ the same names: `nano.recipe(**{{"sample.group_size": 24}})`. A value that break
 `ConfigError` with the rule in it, before anything is loaded. The defaults below are the sections'
 own; a recipe sets others.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 
@@ -56,7 +56,12 @@ def default(field: dataclasses.Field) -> Any:
 
 def code(text: object) -> str:
     """Quote `text` as code in a cell of a Markdown table."""
-    return "`" + str(text).replace("|", "\\|") + "`"
+    return "`" + escape(text) + "`"
+
+
+def escape(text: object) -> str:
+    """Escape what would end a cell of a Markdown table."""
+    return str(text).replace("|", "\\|")
 
 
 def section_table(name: str, section: type) -> str:
@@ -67,7 +72,7 @@ def section_table(name: str, section: type) -> str:
     for field in dataclasses.fields(section):
         option, kind = code(f"{name}.{field.name}"), code(field.type)
         value = code(repr(default(field)).replace("'", '"'))
-        rows.append(f"| {option} | {kind} | {value} | {docs[field.name].replace('|', '/')} |")
+        rows.append(f"| {option} | {kind} | {value} | {escape(docs[field.name])} |")
     return "\n".join(rows) + "\n"
 
 

@@ -1,17 +1,20 @@
-"""The sections of a configuration: one frozen dataclass a concern.
+"""The sections of a configuration: one frozen dataclass per concern.
 
 The line under a field is its help text (tyro prints it); numbers that follow from others are
-properties. A rule that a value breaks raises ``ConfigError`` with the rule in it.
+properties. A rule that a value breaks raises ``ConfigError`` with the rule in it. A path may be a
+`pathlib.Path`; it is stored as text, with ~ expanded.
 
-Shape letters: K prompts an iteration, G samples a prompt, T sampling steps, B = K G rows.
+Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, B = K G rows.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.config.validation import check_positive, check_types, require
+from flowgrpo.config.validation import check_positive, check_types, require, settle_paths
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class PolicyConfig:
 
     model: str = "nano"
     """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    variant: str = ""
+    """Which of the model's files: "fp16" reads NAME.fp16.safetensors; empty: NAME.safetensors."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"
@@ -34,8 +39,15 @@ class PolicyConfig:
     """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
     lora_targets: tuple[str, ...] | None = None
     """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    # The run starts as the model with it: the reference, and what is evaluated before training.
+    init_adapter: str = ""
+    """LoRA weights to start from: folder, file or Hub id. The KL is then to the model with them."""
     resolution: int = 0
     """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    height: int = 0
+    """Pixels of an image from top to bottom; 0: policy.resolution."""
+    width: int = 0
+    """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
     max_sequence_length: int = 0
     """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
@@ -58,9 +70,10 @@ class PolicyConfig:
     """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "model", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
@@ -71,6 +84,12 @@ class PolicyConfig:
             not (self.compile and self.fused),
             "policy.compile and policy.fused are both on, but they replace the same operations; "
             "choose one.",
+        )
+        require(
+            not (self.adapter == "full" and self.init_adapter),
+            f"policy.init_adapter is {self.init_adapter!r} with policy.adapter full, but only LoRA "
+            "starts from an adapter; merge it into the model by fuse_lora(), or set policy.adapter "
+            "to lora.",
         )
         require(
             self.adapter == "full" or self.lora_targets != (),
@@ -109,13 +128,14 @@ class SampleConfig:
     """Start the images of one group from the same initial noise."""
     # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
     share_prefix: bool = True
-    """With shared_noise, sample the steps before a window once a group, captured or not."""
+    """With shared_noise, sample the steps before a window once per group, captured or not."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Sample by replaying CUDA graphs, to the same bits as without; auto: where there is CUDA."""
     overlap: int = 2
     """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "prompts")
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
@@ -189,8 +209,12 @@ class SampleConfig:
 
 
 def _nearest_divisor(number: int, size: int) -> int:
-    """Find the divisor of `number` that is nearest to `size`, the smaller of two."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """Find the divisor of `number` that is nearest to `size`, the smaller of two.
+
+    Beyond 10^10 it may not be the nearest: a search of all of them would not end.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 10**5) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
     return min(divisors, key=lambda d: (abs(d - size), d))
 
 
@@ -199,7 +223,7 @@ class RewardConfig:
     """Rewards of the images, and how they are combined."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"nano_strict": 1.0})
-    """Rewards and their weights: names in flowgrpo.rewards, or package.module:function."""
+    """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
     retries: int = 2
@@ -215,6 +239,12 @@ class RewardConfig:
     (std), or make it mean 0 and std 1 in each group (group)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.options, dict):
+            texts = {
+                name: os.fspath(value) if isinstance(value, os.PathLike) else value
+                for name, value in self.options.items()
+            }
+            object.__setattr__(self, "options", texts)
         check_types("reward.", self)
         check_positive("reward", self, "retries", "timeout", zero=True)
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
@@ -252,7 +282,7 @@ class OptimConfig:
     """Advantages are clamped to +- adv_clip."""
     # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
     beta: float = 0.04
-    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    """Weight of the KL to the model before training; 0 also spares its forward."""
     # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
     kl: Literal["std_dev", "gaussian"] = "std_dev"
     """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""
@@ -310,7 +340,7 @@ class RunConfig:
     """Output, length and evaluation of the run."""
 
     out: str | None = None
-    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
     seed: int = 0
@@ -335,6 +365,7 @@ class RunConfig:
     """Progress as a bar, as plain lines or not at all; auto: a bar on a terminal, else lines."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "out", "resume")
         check_types("run.", self)
         check_positive("run", self, "steps", "eval_samples", "eval_guidance")
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")

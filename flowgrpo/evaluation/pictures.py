@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ MAIN, GUIDED = "#0969da", "#bf8700"
 # One colour for each task's thin line, distinct and calm.
 LINES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
 TILE, GAP, TEXT = 112, 10, 13
+_JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
+FORMATS = {".png": ("PNG", {"optimize": True}), ".jpg": _JPEG, ".jpeg": _JPEG}
+"""Ending of a file -> Pillow's format and options."""
+LONGEST_JPEG = 65500
+"""Pixels on the longer side of a JPEG, by libjpeg."""
 
 
 def evaluation_grid(
@@ -65,8 +71,10 @@ def grid(
     first = next(iter(rows.values()))
     tiles = {label: [_tile(image) for image in images] for label, images in rows.items()}
     width, height = tiles[next(iter(rows))][0].size if len(first) else (TILE, TILE)
+    # A column is no narrower than words under a high image need.
+    column_width = max(width, min(height, TILE))
     font = ImageFont.load_default(TEXT)
-    lines = [_wrap(caption, font, width) for caption in captions]
+    lines = [_wrap(caption, font, column_width) for caption in captions]
     columns = min(columns, len(captions))
     labelled, margin = len(rows) > 1, GAP
     if labelled:
@@ -76,14 +84,14 @@ def grid(
     text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
     row_height = height + bar + number + 4
     total = GAP + sum(len(rows) * row_height + extra for extra in text_heights)
-    canvas = Image.new("RGB", (margin + columns * (width + GAP), total), PAPER)
+    canvas = Image.new("RGB", (margin + columns * (column_width + GAP), total), PAPER)
     draw, top = ImageDraw.Draw(canvas), GAP
     for block, extra in zip(blocks, text_heights, strict=True):
         for label, images in tiles.items():
             if labelled:
                 draw.text((GAP, top + height // 2), label, FAINT, font, anchor="lm")
             for column, i in enumerate(block):
-                left = margin + column * (width + GAP)
+                left = margin + column * (column_width + GAP) + (column_width - width) // 2
                 canvas.paste(images[i], (left, top))
                 draw.rectangle((left, top, left + width - 1, top + height - 1), outline="#d0d7de")
                 below = (left, top + height + 1, left + width - 1)
@@ -94,7 +102,7 @@ def grid(
                     _write(draw, font, marks[label][i], below, bar)
             top += row_height
         for column, i in enumerate(block):
-            center = margin + column * (width + GAP) + width // 2
+            center = margin + column * (column_width + GAP) + column_width // 2
             for number, line in enumerate(lines[i]):
                 y = top + 2 + number * (TEXT + 4)
                 draw.text((center, y), line, INK, font, anchor="ma")
@@ -120,12 +128,14 @@ def _write(
 
 
 def _tile(image: torch.Tensor) -> Image.Image:
-    """Make one image's tile: about TILE pixels a side or its own, enlarged by a whole factor."""
+    """Make one image's tile: about TILE pixels on its longer side, enlarged by a whole factor, or
+    its own, at most 3 TILE."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    factor = max(1, round(TILE / picture.height))
-    if picture.height > 3 * TILE:
-        ratio = 3 * TILE / picture.height
-        return picture.resize((round(picture.width * ratio), 3 * TILE), Image.Resampling.LANCZOS)
+    longer = max(picture.size)
+    factor = max(1, round(TILE / longer))
+    if longer > 3 * TILE:
+        width, height = (max(1, round(side * 3 * TILE / longer)) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST)
 
@@ -142,12 +152,30 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
+def check_ending(path: Path) -> None:
+    """Raise ConfigError if the ending of `path` is that of a format that `save` does not write."""
+    ending = path.suffix.lower()
+    if ending not in FORMATS and ending in {".svg", *Image.registered_extensions()}:
+        raise ConfigError(
+            f"the picture {str(path)!r} ends in {ending}, but one of {', '.join(FORMATS)} is "
+            "expected; choose another name."
+        )
+
+
 def save(picture: Image.Image, path: Path) -> Path:
-    """Write a PNG so that a reader sees the old file or the new one."""
+    """Write a picture so that a reader sees the old file or the new one: as a PNG, or as a JPEG
+    where the name ends so.
+
+    Returns:
+        The path that was written: a PNG's, if the picture is too large for a JPEG.
+    """
     path = Path(path)
+    format, options = FORMATS.get(path.suffix.lower(), FORMATS[".png"])
+    if format == "JPEG" and max(picture.size) > LONGEST_JPEG:
+        path, (format, options) = path.with_suffix(".png"), FORMATS[".png"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format=format, **options)
     return path
 
 
@@ -171,6 +199,21 @@ def curve(
     import matplotlib
 
     matplotlib.use("Agg", force=False)
+    # Names of tasks and rewards are text, in which a $ opens no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = _curve(evaluations, guided, title, label)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", facecolor=PAPER)
+    return path
+
+
+def _curve(
+    evaluations: Sequence[Mapping[str, Any]],
+    guided: Mapping[str, Any] | None,
+    title: str,
+    label: str,
+) -> Any:
+    """Draw the figure of `curve`."""
     from matplotlib.figure import Figure
 
     scale, unit, digits = (100, " %", 0) if label == "accuracy" else (1, "", 3)
@@ -193,9 +236,7 @@ def curve(
     last = f"{y[-1]:.{max(digits, 1)}f}{unit}"
     axes.annotate(last, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=INK)
     _style(axes, evaluations, title, f"held-out {label},{unit}" if unit else f"held-out {label}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor=PAPER)
-    return path
+    return figure
 
 
 def _task_lines(

@@ -49,7 +49,7 @@ def with_more(record: dict, rng: np.random.Generator) -> dict:
 
 
 def draw(metadata: list[dict], rng: np.random.Generator) -> np.ndarray:
-    """Draw one picture a prompt that fulfils it: uint8 [M, 3, 24, 24].
+    """Draw one picture per prompt that fulfils it: uint8 [M, 3, 24, 24].
 
     What the prompt leaves open is drawn at random: positions, sizes, and the colour of each group
     of like objects.

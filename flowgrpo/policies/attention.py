@@ -1,4 +1,4 @@
-"""Which kernel computes attention: one, by name, for rollout and update alike.
+"""The attention kernel: one, by name, for rollout and update alike.
 
 Left to itself, scaled_dot_product_attention may choose one kernel without gradients and another
 with them, and then the ratios of the first update are not exactly 1. `pin` names the kernel once

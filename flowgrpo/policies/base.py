@@ -13,12 +13,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.config.validation import path_text
 from flowgrpo.policies import lora, modulation, pipelines, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.decoded import Decoded
@@ -50,7 +52,11 @@ class Policy(ABC):
     attention: str
     """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
-    """Pixels on each side of an image."""
+    """Pixels on each side of an image, on the longer one where they differ."""
+    height: int = 0
+    """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
+    width: int = 0
+    """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
     latent_shape: tuple[int, ...]
     """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
@@ -65,7 +71,7 @@ class Policy(ABC):
 
     @staticmethod
     def load(
-        model: str | object,
+        model: str | Path | object,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -75,8 +81,8 @@ class Policy(ABC):
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
-        adapter is used.
+        bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and fp32 are
+        short names. Of `config`, all but the adapter is used.
 
         `model` may also be a pipeline that is loaded already. It is taken over: its models are
         frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in
@@ -85,13 +91,24 @@ class Policy(ABC):
         `encode` takes the place of the text encoders, which the pipeline then need not have: texts
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
-        device, config = choose_device(device), config or PolicyConfig()
-        open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
-        source = open_pipeline(model, dtype, device)
+        device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
+        if isinstance(model, str):
+            source = pipelines.load(model, dtype, device, config.variant)
+        else:
+            source = pipelines.adopt(model, dtype, device)
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
+        policy.height = policy.height or policy.resolution
+        policy.width = policy.width or policy.resolution
+        for side in ("height", "width"):
+            asked, pixels = getattr(config, side), getattr(policy, side)
+            if asked not in (0, pixels):
+                raise ConfigError(
+                    f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
+                    f"{policy.height} pixels alone; leave policy.{side} at 0."
+                )
         policy.attention = surgery.rewrite(
             policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
@@ -99,11 +116,15 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, on the policy's device."""
+        """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise ConfigError for a text that the model cannot be given."""
+
+    def token_limits(self) -> list[tuple[Any, int]]:
+        """List the tokenizers that texts go through, each with the tokens after which it cuts."""
+        return []
 
     def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
@@ -117,7 +138,7 @@ class Policy(ABC):
     def _velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def why_not_precomputed(self) -> str | None:
-        """The reason why each forward computes what `prepare` would; None: it does not."""
+        """Reason why each forward computes what `prepare` would; None: it does not."""
         if self.compiled:
             return "policy.compile is on"
         return modulation.why_not(self.transformer, self.family)
@@ -164,7 +185,7 @@ class Policy(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]; figures of
+        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]; figures of
         both go to `decoded`."""
         pixels = self.pixels(latents)
         self.decoded.add(latents, pixels)
@@ -172,8 +193,13 @@ class Policy(ABC):
 
     @abstractmethod
     def pixels(self, latents: Tensor) -> Tensor:
-        """float32 pixels [B, 3, resolution, resolution], about [-1, 1], of latents
+        """float32 pixels [B, 3, height, width], about [-1, 1], of latents
         [B, *latent_shape]."""
+
+    def blank_image(self) -> Tensor:
+        """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
+        shape = (3, self.height, self.width)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
@@ -185,7 +211,8 @@ class Policy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Let `velocity`, inside, be that of the model before training."""
+        """Let `velocity`, inside, be that of the model before training: with the adapter that
+        training started from, if it did (policy.init_adapter), and else without."""
         if self._frozen is not None:
             trained, self.transformer = self.transformer, self._frozen
             try:
@@ -199,7 +226,8 @@ class Policy(ABC):
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
                 "keep_reference() before training."
             )
-        with lora.disable_adapters(layers):
+        initial = lora.has_initial(layers)
+        with lora.initial_adapters(layers) if initial else lora.disable_adapters(layers):
             yield
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
@@ -215,6 +243,24 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def check_list(texts: Sequence[str]) -> list[str]:
+    """List the texts that `encode` or `check_texts` was called with.
+
+    Raises:
+        TypeError: a text stands alone, which would be taken letter by letter, or one is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}, but a list of texts is expected; write, for "
+            "example, ['a red cat']"
+        )
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts has a {type(text).__name__} in it, but texts are expected")
+    return texts
 
 
 def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:

@@ -7,8 +7,8 @@ capture: there forward and backward are compiled, and the first launches load mo
 among variants of a kernel. In the capture itself nothing may be compiled (`no_recompile`). Compiled
 code holds no addresses: blocks get their weights, and lora.py's merged matrices, as inputs.
 
-Inductor fuses a forward that has a backward otherwise than one that has none, and the two differ in
-the last bits, so a rollout without gradients would give first ratios other than 1. Hence
+Inductor fuses a forward that has a backward differently from one that has none, and the two differ
+in the last bits, so a rollout without gradients would give first ratios other than 1. Hence
 `as_training_forward`: the rollout, too, runs the forward that has a backward, and lets go of what
 that would have kept. The price is the writing of those tensors, block by block; no memory stays
 taken.

@@ -116,7 +116,7 @@ class Family:
     """True: the transformer computes attention by a call of its own, so that policy.attention can
     choose no kernel."""
     modulation: Modulation | None = None
-    """Norms whose modulation is computed once a rollout; None: in each forward."""
+    """Norms whose modulation is computed once per rollout; None: in each forward."""
     fused_blocks: str = ""
     """ "module:table" of class of a block -> `blocks.FusedForward`; empty: no policy.fused."""
     sizes: Sizes | None = None

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
+from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
 
 log = logging.getLogger("flowgrpo")
@@ -140,31 +141,33 @@ class TextCache:
 
 def open_cache(
     setting: str,
-    folder: Path | None,
+    source: Pipeline,
     components: Iterable[str],
-    dtype: torch.dtype,
     max_length: int,
     device: torch.device,
 ) -> TextCache | None:
-    """Open the cache that `policy.text_cache` names, for a pipeline's text encoders in `folder`.
+    """Open the cache that `policy.text_cache` names, for the text encoders of a pipeline.
 
     Args:
         setting: a folder; "auto" for flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "" for none.
-        folder: None for a pipeline that came without its files, which gets no cache.
+        source: the pipeline; one that came without its files gets no cache.
         components: the pipeline's folders with text encoders and tokenizers.
         max_length: tokens of the T5 encoder.
     """
-    if not setting or folder is None:
+    if not setting or source.folder is None:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     identity = {
-        "files": fingerprint(folder, components),
-        "dtype": str(dtype),
+        "files": fingerprint(source.folder, components),
+        "dtype": str(source.dtype),
         "max_length": max_length,
         "device": on,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
+    if source.variant:
+        # Of the files of its folder, it has read others.
+        identity["variant"] = source.variant
     return TextCache((home if setting == "auto" else Path(setting)).expanduser(), identity)
 
 

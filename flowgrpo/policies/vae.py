@@ -1,4 +1,4 @@
-"""From latents to pictures."""
+"""Decoding of latents to pictures by the VAE, or without one."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flowgrpo.config.validation import ConfigError, require
+from flowgrpo.config.validation import ConfigError, path_text, require
 
 PREFIX = "hub:"
 COLUMNS = ("prompt", "caption", "text")
@@ -35,6 +35,7 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, _, column = name.removeprefix(PREFIX).partition(":")
+    source = path_text(source)
     try:
         splits = datasets.load_dataset(source)
     # What the Hub, the network and the readers of a dozen formats raise.
@@ -65,9 +66,14 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
     table = table.remove_columns(media)
     prompt = columns[0]
     rows = [row for row in table if isinstance(row[prompt], str)]
-    plain = [name for name in table.column_names if all(_is_plain(row[name]) for row in rows[:1])]
+    plain = [name for name in table.column_names if _is_plain(_first(name, rows))]
     metadata = [{name: row[name] for name in plain} | {"prompt": row[prompt]} for row in rows]
     return [entry["prompt"] for entry in metadata], metadata
+
+
+def _first(name: str, rows: list[dict[str, Any]]) -> Any:
+    """Find the first value of a column that is not null."""
+    return next((row[name] for row in rows if row[name] is not None), None)
 
 
 def _is_plain(value: Any) -> bool:

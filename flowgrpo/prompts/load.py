@@ -1,31 +1,36 @@
-"""Prompt sets -> K prompts x G samples, each sample with its own seeds.
+"""Prompt sets: texts with metadata, from the package, files or the Hugging Face Hub.
 
 A set is "nano" (the embedded one), one of those in prompts/sets, a text file with one prompt a
-line, a JSONL file with an object {"prompt": ..., anything the reward needs} a line, or a folder
-with train and test files of either kind, as flow_grpo's data sets have: train.txt or
-train_metadata.jsonl, test.txt or test_metadata.jsonl; or "hub:OWNER/NAME", a data set on the
-Hugging Face Hub (hub.py).
+line, a JSONL file (.jsonl, .ndjson, .jsonlines) with an object {"prompt": ..., anything the reward
+needs} a line, or a folder with train and test files of either kind, as flow_grpo's data sets have:
+train.txt or train_metadata.jsonl, test.txt or test_metadata.jsonl; or "hub:OWNER/NAME", a data set
+on the Hugging Face Hub (hub.py).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import require
+from flowgrpo.config.validation import path_text, require, shown
 from flowgrpo.prompts import hub, sets
-from flowgrpo.records import Prompts
+from flowgrpo.records import Prompts, without_nulls
 
 HELD_OUT = ("heldout", "test")
 """Names of the split that training does not see."""
 
-TABLES = (".json", ".csv", ".tsv")
+LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines")
+"""Files with one JSON object a line."""
+
+TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html")
 """Files of text whose lines would be taken for prompts."""
 
 
-def load_prompts(name: str, split: str = "train") -> Prompts:
+def load_prompts(name: str | Path, split: str = "train") -> Prompts:
     """Load a split of a prompt set. A single file is the same in every split."""
+    name = path_text(name)
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
@@ -35,9 +40,11 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
         f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
     )
     if name.startswith(hub.PREFIX):
-        return Prompts.of(*hub.load(name, split))
+        texts, metadata = hub.load(name, split)
+        check_unicode(metadata, f"the data set {name}")
+        return Prompts.of(texts, metadata)
     path = sets.folder(name) if name in sets.NAMES else Path(name)
-    if path.is_dir():
+    if _is_folder(path):
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
@@ -51,20 +58,33 @@ def load_prompts(name: str, split: str = "train") -> Prompts:
         f"sample.prompts is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
         "with one prompt a line, or a JSONL file.",
     )
-    prompts = _read_jsonl(path) if kind == ".jsonl" else _read_text(path)
+    prompts = _read_jsonl(path) if kind in LINES_OF_JSON else _read_text(path)
     if not prompts.texts:
         raise ConfigError(f"the prompt file {path} has no prompts; write one a line.")
     return prompts
 
 
-def has_splits(name: str) -> bool:
+def has_splits(name: str | Path) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
-    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+    name = path_text(name)
+    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    # A name that is too long, or a folder that may not be looked into.
+    except OSError as error:
+        raise ConfigError(
+            f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
+            "name another file or folder, or change its permissions."
+        ) from error
 
 
 def _file_of_split(folder: Path, split: str) -> Path:
     stem = "train" if split == "train" else "test"
-    names = (f"{stem}_metadata.jsonl", f"{stem}.jsonl", f"{stem}.txt")
+    suffixes = (*(f"_metadata{kind}" for kind in LINES_OF_JSON), *LINES_OF_JSON, ".txt")
+    names = [stem + suffix for suffix in suffixes]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -85,8 +105,48 @@ def _lines(path: Path) -> list[str]:
         ) from error
 
 
+def check_unicode(value: Any, source: str) -> None:
+    """Raise unless all text in a JSON value can be encoded; `source` says where it stands.
+
+    A surrogate by itself, as "\\ud83d" in JSON or a byte that is no UTF-8 on a command line, is
+    text to Python alone: no tokenizer, file or server takes it.
+    """
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{source} has {value[error.start]!a} in {value[:60]!a}, but text in Unicode "
+                    "is expected, in which a surrogate by itself is no character; correct it."
+                ) from error
+
+
 def _read_text(path: Path) -> Prompts:
-    return Prompts.of([line.strip() for line in _lines(path) if line.strip()])
+    texts = [line.strip() for line in _lines(path) if line.strip()]
+    if texts and "prompt" in (_object(texts[0]) or {}):
+        raise ConfigError(
+            f"the first line of {path} is {texts[0][:60]!r}, a JSON object, but a text file with "
+            "one prompt a line is expected; name the file .jsonl."
+        )
+    return Prompts.of(texts)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """Read a line of JSON; None for anything but an object."""
+    try:
+        # Nulls go here, where too deep a nesting is still an error of the line.
+        entry = without_nulls(json.loads(line))
+    # Also a number of more digits than Python reads, and brackets in thousands.
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _read_jsonl(path: Path) -> Prompts:
@@ -94,16 +154,14 @@ def _read_jsonl(path: Path) -> Prompts:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        text = entry.get("prompt") if isinstance(entry, dict) else None
+        entry = _object(line)
+        text = None if entry is None else entry.get("prompt")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(
                 f"line {number} of {path} is {line[:60]!r}, but a JSON object with a string "
                 "'prompt' that is not empty is expected; correct the line."
             )
+        check_unicode(entry, f"line {number} of {path}")
         texts.append(entry["prompt"])
         metadata.append(entry)
     return Prompts.of(texts, metadata)

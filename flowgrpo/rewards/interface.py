@@ -20,7 +20,7 @@ class RewardError(ConfigError):
     """A reward cannot be used: it is unknown, misbehaves, or failed for every group."""
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error on one line, with the last line of the user's code in its traceback."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = text if len(text) <= 300 else f"{text[:300]} ..."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrpo.config.validation import path_text
 from flowgrpo.rewards.interface import RewardError
 
 
@@ -38,7 +39,7 @@ def pretrained(kind: str, model: str, on: torch.device, revision: str | None = N
 
     try:
         network = getattr(transformers, kind).from_pretrained(
-            model, use_safetensors=True, dtype=torch.float32, revision=revision or "main"
+            path_text(model), use_safetensors=True, dtype=torch.float32, revision=revision or "main"
         )
     except (OSError, ValueError) as error:
         raise _unusable(f"the model {model}", kind + " with safetensors weights", error) from error
@@ -51,7 +52,7 @@ def tokenizer(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(path_text(name))
     except (OSError, ValueError) as error:
         raise _unusable(f"the tokenizer {name}", "a tokenizer", error) from error
 
@@ -63,7 +64,7 @@ def tensors(source: str, file: str = "model.safetensors") -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(source)
+    path = Path(path_text(source))
     try:
         if path.is_dir():
             path /= file

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrpo.rewards.geneval.metadata import problem
 from flowgrpo.rewards.interface import RewardError
 
 
@@ -26,11 +27,19 @@ def partial(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]):
 
 def check(prompt: str, metadata: Mapping[str, Any]) -> None:
     """Raise RewardError unless the metadata says what is to be seen, as those of nano's prompts."""
+    from flowgrpo.nano.scenes import COLORS, SHAPES
+
     if not isinstance(metadata.get("include"), list):
         raise RewardError(
             f"the prompt {prompt!r} comes without a list 'include' of what is to be seen, which "
             "the rewards nano_strict and nano_partial compare images with; give the prompt set "
             "nano, or rewards of your own by --reward.weights and --reward.report."
+        )
+    if reason := problem(metadata, SHAPES, COLORS):
+        raise RewardError(
+            f"the metadata of the prompt {prompt!r} has {reason}, but what the prompt set nano has "
+            "is expected, with which the rewards nano_strict and nano_partial compare images; "
+            "correct it."
         )
 
 

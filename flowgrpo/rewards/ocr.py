@@ -5,7 +5,11 @@
 
 Both without spaces and in lower case, as flow_grpo/ocr.py has it; lines are joined in reading
 order. The quoted text is what stands between the first pair of straight quotes of the prompt, or
-else of curly ones.
+else of curly ones. Deliberate departures from flow_grpo/ocr.py:
+
+1. What looks the same to a reader is the same (`plain`): typographic quotes, dashes and dots,
+   full-width forms, all kinds of spaces and line breaks, composed and decomposed letters.
+2. A straight quote after a digit opens no text: 6" is a length.
 
 The engine is RapidOCR (https://github.com/RapidAI/RapidOCR: the PP-OCR models in ONNX, which its
 wheel contains), or PaddleOCR if asked for. flow_grpo reads one image after the other; here
@@ -17,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -68,8 +73,9 @@ def quoted_text(prompt: str) -> str:
     Raises:
         RewardError: there is none.
     """
-    match = re.search(r'"([^"]*)"', prompt) or re.search(r"“([^”]*)”", prompt)
-    if not match or not _plain(match[1]):
+    matches = (re.search(pattern, prompt) for pattern in QUOTED)
+    match = next(filter(None, matches), None)
+    if not match or not plain(match[1]):
         raise RewardError(
             f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what "
             'it reads with it; write the text as in: a sign that says "OPEN".'
@@ -79,7 +85,7 @@ def quoted_text(prompt: str) -> str:
 
 def similarity(read: str, target: str, distance: Callable[[str, str], int]) -> float:
     """Score in [0, 1] the text `read` where `target` should stand."""
-    read, target = _plain(read), _plain(target)
+    read, target = plain(read), plain(target)
     if target in read:
         return 1.0
     return max(0.0, 1.0 - distance(read, target) / len(target))
@@ -90,8 +96,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _plain(text: str) -> str:
-    return text.replace(" ", "").lower()
+def plain(text: str) -> str:
+    """Bring a text to the form in which it is compared: as a reader sees it, see above."""
+    text = unicodedata.normalize("NFC", text.lower().translate(ALIKE))
+    # Zero-width characters, such as soft hyphens and byte order marks, are of the class Cf.
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def _rapidocr() -> Reader:
@@ -127,6 +136,21 @@ def _paddleocr() -> Reader:
 
     return lines
 
+
+QUOTED = (r'(?<![\d¼½¾])"([^"]*)"', r"“([^”]*)”", r'"([^"]*)"')
+"""Patterns of the quoted text in a prompt, the first that matches counts."""
+
+ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201b\u02bc\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+        "\u2026": "...",
+        # Full-width forms, which engines for Chinese read punctuation as.
+        **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
+    }
+)
+"""Typographic characters -> those of a keyboard."""
 
 ENGINES: dict[str, Callable[[], Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
 """Name of the library -> function that makes a reader."""

@@ -28,6 +28,9 @@ from flowgrpo.config.validation import similar
 from flowgrpo.rewards.images import check_images
 from flowgrpo.rewards.interface import Reward, RewardError
 
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Spellings of a bool option, in lower case."""
+
 Check = Callable[[str, Mapping[str, Any]], Any]
 """A function of a prompt and its metadata that raises RewardError for one it cannot judge."""
 
@@ -59,7 +62,9 @@ class ConfigurableReward:
         return {option: self._value(option, default) for option, default in self.defaults.items()}
 
     def configured(self, **options: Any) -> ConfigurableReward:
-        """Return the same reward with these options; text becomes a number where one is expected.
+        """Return the same reward with these options.
+
+        Text becomes a number, or one of `FLAGS`, where such a value is expected.
 
         Raises:
             RewardError: an option is unknown, or its value has a wrong type.
@@ -77,10 +82,20 @@ class ConfigurableReward:
         return ConfigurableReward(self.name, self._build, {**self._explicit, **options}, self.check)
 
     def build(self) -> Reward:
-        """Load what the reward needs; a second call changes nothing."""
+        """Load what the reward needs; a second call changes nothing.
+
+        Raises:
+            RewardError: the function of options returns no function.
+        """
         with self._lock:
             if self._reward is None:
-                self._reward = self._build(**self.options)
+                reward = self._build(**self.options)
+                if not callable(reward):
+                    raise RewardError(
+                        f"the options of reward {self.name!r} made a {type(reward).__name__}, but "
+                        "a function of images, prompts and metadata is expected; return one."
+                    )
+                self._reward = reward
             return self._reward
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
@@ -101,16 +116,27 @@ class ConfigurableReward:
         if value is default:
             return value
         kind = str if default is None else type(default)
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         try:
-            typed = kind(value) if isinstance(value, str) else value
-        except ValueError:
+            typed = _convert(value, kind) if isinstance(value, str) else value
+        except (TypeError, ValueError):
             typed = None
         # An int is a float too, a bool is neither.
-        if isinstance(typed, bool) or not isinstance(typed, (kind, int) if kind is float else kind):
-            raise RewardError(
-                f"{what} is {value!r}, but a value of type {kind.__name__} is expected; correct it."
+        is_bool = isinstance(typed, bool)
+        if is_bool != (kind is bool) or not isinstance(
+            typed, (float, int) if kind is float else kind
+        ):
+            expected = (
+                f"one of {', '.join(FLAGS)}" if kind is bool else f"a value of type {kind.__name__}"
             )
+            raise RewardError(f"{what} is {value!r}, but {expected} is expected; correct it.")
         return typed
+
+
+def _convert(text: str, kind: type) -> Any:
+    """Convert the text of an option to `kind`; None for a bool in none of the `FLAGS`."""
+    return FLAGS.get(text.strip().lower()) if kind is bool else kind(text)
 
 
 def configurable(

@@ -2,7 +2,10 @@
 
 A reward that raises or returns scores that are not finite is asked again, group by group; a group
 that fails every time is dropped and counted, never scored 0 in silence. A wrong number of scores is
-a mistake that no repetition mends, and raises.
+a mistake that no repetition mends, and raises; so does a reward that asks the process to end.
+
+The user's own rewards get copies of the images and metadata, so what one of them changes reaches no
+other, and no picture.
 
 Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
 by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
@@ -20,6 +23,8 @@ size, has nothing to compare there: it adds 0, and what tells two groups apart i
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +36,7 @@ from torch import Tensor
 from flowgrpo.config import RewardConfig
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards.interface import RewardError, describe_error
-from flowgrpo.rewards.table import Reward, load, options_of
+from flowgrpo.rewards.table import Reward, is_users, load, options_of
 
 EPS = 1e-8
 """Added to a std before it divides."""
@@ -91,11 +96,41 @@ class Scorer:
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
                     check(text, entry)
-        for reward in self.rewards.values():
+        for name, reward in self.rewards.items():
             if hasattr(reward, "build"):
-                reach = getattr(reward.build(), "reach", None)
+                reach = getattr(_build(reward, name), "reach", None)
                 if reach is not None:
                     reach()
+
+    def try_out(self, prompts: Prompts, blank: Tensor) -> None:
+        """Call the user's own rewards with a blank image, uint8 [3, H, W], before real ones.
+
+        An error that a reward raises is only logged: a blank image may be the reason.
+
+        Raises:
+            RewardError: what a reward returns is not one number an image.
+        """
+        # Two of them, so that one number for all images is seen to be too few.
+        images = torch.stack([blank, blank])
+        for name in filter(is_users, self.rewards):
+            try:
+                answer = _ask(self.rewards[name], name, images, prompts.take([0]), 2)
+            except RewardError:
+                raise
+            # The user's code: anything may come out of it.
+            except Exception as error:
+                message = "reward %r failed on a blank image, before the first real one (%s)"
+                log.warning(message, name, describe_error(error))
+                continue
+            try:
+                _scores(answer, name, 2)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, RewardError):
+                    raise
+                raise RewardError(
+                    f"reward {name!r} returned {str(answer)[:80]} for 2 images, but one number an "
+                    "image is expected; correct it."
+                ) from error
 
     def __call__(self, images: Tensor, prompts: Prompts, group_size: int) -> Scores:
         """Score K * G images, G for each of the K prompts in turn.
@@ -144,7 +179,10 @@ class Scorer:
 
         def attempt(rows: slice, groups: Prompts) -> None:
             try:
-                scores[rows] = _call(self.rewards[name], name, images[rows], groups, group_size)
+                # All rows as the tensor itself: a reward may know it again.
+                chunk = images if groups is prompts else images[rows]
+                answer = _ask(self.rewards[name], name, chunk, groups, group_size)
+                scores[rows] = _scores(answer, name, len(chunk))
             except RewardError:
                 raise
             # A reward is the user's code or a remote service: anything may come out of it.
@@ -196,25 +234,68 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _call(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
-    """Call a reward and check its answer: float64 [b] on the CPU."""
+def _build(reward: Any, name: str) -> Reward:
+    """Load what the reward needs; an error of the user's code is one sentence."""
+    try:
+        return reward.build()
+    except RewardError:
+        raise
+    except Exception as error:
+        if not is_users(name):
+            raise
+        raise RewardError(
+            f"reward {name!r} cannot be built ({describe_error(error)}), but a function of images, "
+            "prompts and metadata is expected; correct it or its options."
+        ) from error
+
+
+def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Any:
+    """Call a reward with G images of each prompt; the user's own gets copies."""
     texts = [text for text in prompts.texts for _ in range(group_size)]
     metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
-    out = reward(images, texts, metadata)
-    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
+    if is_users(name):
+        images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
+    try:
+        return reward(images, texts, metadata)
+    except (Exception, KeyboardInterrupt):
+        raise
+    # SystemExit and its like would end the process before what was learned is saved.
+    except BaseException as error:
+        raise RewardError(
+            f"reward {name!r} asked the process to end ({describe_error(error)}), but one score an "
+            "image is expected; raise an error, or return NaN for an image without a score."
+        ) from error
+
+
+def _scores(answer: Any, name: str, count: int) -> Tensor:
+    """Read what a reward returned for `count` images, float64 [count] on the CPU.
+
+    Raises:
+        RewardError: it is no list, array or tensor of `count` scores.
+        TypeError, ValueError: one of them is no number.
+    """
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
         raise RewardError(
             f"reward {name!r} returned a tuple of scores and a dict, as flow_grpo's rewards do, "
             "but the scores alone are expected; return the first of the two."
         )
-    if isinstance(out, Tensor):
-        out = out.detach().to("cpu", torch.float64).numpy()
-    elif isinstance(out, list | tuple):
+    if isinstance(answer, Tensor):
+        answer = answer.detach().to("cpu", torch.float64).numpy()
+    elif isinstance(answer, list | tuple):
         # Of numbers of any library, 0-dim tensors among them.
-        out = [float(score) for score in out]
-    scores = torch.from_numpy(np.array(out, dtype=np.float64))
-    if scores.shape != (len(images),):
+        answer = [float(score) for score in answer]
+    elif not isinstance(answer, int | float) and not hasattr(answer, "__array__"):
+        if inspect.iscoroutine(answer):
+            # Otherwise Python warns that it was never awaited.
+            answer.close()
         raise RewardError(
-            f"reward {name!r} returned scores of shape {tuple(scores.shape)} for {len(images)} "
-            f"images, but one score an image, shape ({len(images)},), is expected; correct it."
+            f"reward {name!r} returned a {type(answer).__name__} for {count} images, but a list, "
+            "an array or a tensor of one score an image is expected; correct it."
+        )
+    scores = torch.from_numpy(np.array(answer, dtype=np.float64))
+    if scores.shape != (count,):
+        raise RewardError(
+            f"reward {name!r} returned scores of shape {tuple(scores.shape)} for {count} "
+            f"images, but one score an image, shape ({count},), is expected; correct it."
         )
     return scores

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from flowgrpo.config import ConfigError
-from flowgrpo.files import read_tensors, replacing_folder, save_tensors
+from flowgrpo.files import read_tensors, remove_folder, replacing_folder, save_tensors
 
 FORMAT = "flowgrpo-checkpoint-1"
 STATE = "state.json"
@@ -148,7 +148,7 @@ def prune(folder: Path, keep: int = 2) -> None:
     newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
         if path not in newest_and_best:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def clean(folder: Path) -> None:

@@ -7,6 +7,7 @@
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
+      initial/             the adapter of policy.init_adapter, where the run started from one
       adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
@@ -29,6 +30,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
@@ -52,15 +54,23 @@ MAY_CHANGE = {
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
+FIRST_FILES = ("config.json", "metrics.jsonl")
+FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb")
+"""Folders, beside `FIRST_FILES`, that a run writes before its first checkpoint."""
+
 
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.out_dir
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         _lock(self._metrics, self.path)
+        # A checkpoint may be among what a process that was killed has set aside.
+        files.remove_leftovers(self.path)
+        saved = checkpoints.list_checkpoints(self.checkpoints) if config.run.resume else []
+        self.checkpoint = saved[-1] if saved else None
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
@@ -68,19 +78,19 @@ class RunDirectory:
         """Create the directory of a new run, or open the one that `config.run.resume` names.
 
         Raises:
-            ConfigError: the directory is not empty, cannot be written, belongs to another
-                configuration or is in use. Nothing is left behind or changed then.
+            ConfigError: the directory holds a run that has begun or other files, cannot be
+                written, belongs to another configuration or is in use. Nothing is left behind or
+                changed then.
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint = None
         if config.run.resume:
             _check_same(config, resume_config(folder))
-            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
-                checkpoint = saved[-1]
         else:
             _create(folder, config)
-        run = cls(config, checkpoint)
+        run = cls(config)
+        if not config.run.resume:
+            run._clear()
         run.samples.mkdir(exist_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
         return run
@@ -133,6 +143,11 @@ class RunDirectory:
         checkpoints.prune(self.checkpoints)
         return path
 
+    def save_initial(self, state: State, transformer: nn.Module) -> None:
+        """Copy the adapter that the run starts from: a resumed run and `evaluate` read it here."""
+        with files.replacing_folder(self.path / INITIAL) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
+
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
 
@@ -175,6 +190,12 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _clear(self) -> None:
+        """Remove what a run that never began has left; this process has the lock."""
+        for name in FIRST_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self._metrics.truncate(0)
+
     def _cut_metrics(self, iteration: int) -> None:
         """Cut metrics.jsonl after `iteration`; the rest comes again, with the same numbers.
 
@@ -197,13 +218,15 @@ class RunDirectory:
 
 def resume_config(folder: str | Path) -> Config:
     """Read the configuration of the run in `folder`, set to go on there."""
-    path = Path(folder) / "config.json"
+    path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # A ValueError: it is no UTF-8, or its path no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
-            "run directory that `flowgrpo train` wrote."
+            f"run.resume is {str(folder)!r}, but {str(path)!r} cannot be read "
+            f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
+            "wrote."
         ) from error
     return replace(from_json(text), **{"run.resume": str(folder)})
 
@@ -235,11 +258,35 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A process that is killed while it writes config.json leaves a file with another name.
+    taken = folder.is_dir() and not all(map(files.is_leftover, folder.iterdir()))
+    if taken and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
         )
+
+
+def _never_began(folder: Path) -> bool:
+    """Tell a run that ended before its first checkpoint, and that no process is at work on.
+
+    There is nothing to go on from then, and nothing but what such a run writes.
+    """
+    names = {path.name for path in folder.iterdir() if not files.is_leftover(path)}
+    if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
+        return False
+    # One that is damaged counts too.
+    if any((folder / "checkpoints").glob(f"{checkpoints.PREFIX}*")):
+        return False
+    try:
+        with open(folder / "metrics.jsonl", "ab+") as file:
+            _lock(file, folder)
+            file.seek(0)
+            if b'"kind": "train"' in file.read():
+                return False
+    except (OSError, ConfigError):
+        return False
+    return True
 
 
 def _create(folder: Path, config: Config) -> None:

@@ -44,7 +44,15 @@ FIGURES = {
 
 class Terminal(Console):
     """A console whose reader may go: `flowgrpo train | tee log` loses tee to the same Ctrl-C that
-    the run is to be saved by. Lines that are printed from then on are dropped."""
+    the run is to be saved by. Lines that are printed from then on are dropped.
+
+    A character that the reader's encoding lacks, as of the path of a run in ASCII, is its number.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if hasattr(self.file, "reconfigure"):
+            self.file.reconfigure(errors="backslashreplace")
 
     def on_broken_pipe(self) -> None:
         """Fall silent; rich would exit."""

@@ -64,6 +64,7 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
@@ -136,6 +137,8 @@ class Monitor:
             raise
 
     def _begin(self, restored: bool) -> None:
+        if self.config.policy.init_adapter and not restored:
+            self.directory.save_initial(self.state, self.policy.transformer)
         scales = {"base": self.config.sample.guidance_scale}
         if self.config.run.eval_guidance != 1:
             scales["guided"] = self.config.run.eval_guidance

@@ -131,10 +131,7 @@ def _explain_step(
         with policy.reference():
             base = velocity()
         if _good(base, LARGEST):
-            return (
-                f"{fault}: the model without the trained weights gives them at the same place; "
-                f"{TRAIN_ANEW}."
-            )
+            return f"{fault}: the model before training gives them at the same place; {TRAIN_ANEW}."
     return f"{fault}{_cause(policy.transformer, 'transformer', trace)}."
 
 

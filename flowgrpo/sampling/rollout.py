@@ -258,18 +258,18 @@ def denoise(
     step: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = sampler_step,
 ) -> Buffers:
     """Sample the b rows of one chunk: initial noise, then T steps."""
-    total, rows = chunk.table_rows.shape
+    num_steps, rows = chunk.table_rows.shape
     guidance = chunk.uncond is not None
-    buffers = make_buffers(policy, total, rows, guidance, keep_states, keep_velocities)
+    buffers = make_buffers(policy, num_steps, rows, guidance, keep_states, keep_velocities)
     latents, log_probs, velocities = buffers
     if keep_states:
-        states = [latents[i] for i in range(total + 1)]
+        states = [latents[i] for i in range(num_steps + 1)]
     else:
         # Two latents in turn, counted from the end, where the result lies in latents[1].
-        states = [latents[1 - (total - i) % 2] for i in range(total + 1)]
+        states = [latents[1 - (num_steps - i) % 2] for i in range(num_steps + 1)]
     states[0].copy_(initial_noise(chunk.noise_seeds, states[0].shape[1:]))
     with policy.frozen_weights():
-        for i in range(total):
+        for i in range(num_steps):
             _, _, velocity = step(
                 policy,
                 states[i],

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROW = {"suite", "case", "provider", "metric", "value", "unit"}
 
 
@@ -39,13 +35,9 @@ def test_the_baseline_computes_what_we_compute(suite):
 
 
 @pytest.mark.slow
-def test_smoke_run_writes_a_record(tmp_path):
+def test_smoke_run_writes_a_record(suite, tmp_path):
     out = tmp_path / "blocks.json"
-    command = [sys.executable, BENCHMARKS / "bench_blocks.py", "--smoke", "--out", out]
-    done = subprocess.run(
-        [*command, "--device", "cpu"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert suite.main(["--smoke", "--out", str(out), "--device", "cpu"]) == 0
     record = json.loads(out.read_text())
     assert all(set(row) == ROW and row["suite"] == "blocks" for row in record["rows"])
     assert {row["provider"] for row in record["rows"]} == {"ours", "eager", "ceiling"}

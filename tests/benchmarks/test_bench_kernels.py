@@ -14,7 +14,7 @@ import torch
 import bench_kernels
 from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
 from providers import flow_grpo_ops
-from reporting import records
+from reporting import plots, records
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROW = {"suite", "case", "provider", "metric", "value", "unit"}
@@ -65,10 +65,7 @@ def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
         "step", "step-cfg", "loss", "loss-kl"
     }  # fmt: skip
     picture = tmp_path / "bars.png"
-    subprocess.run(
-        [sys.executable, BENCHMARKS, "plot", out, "--out", picture, "--cases", "odd"],
-        check=True,
-    )
+    plots.main([str(out), "--out", str(picture), "--cases", "odd"])
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 

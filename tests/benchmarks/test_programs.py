@@ -31,6 +31,7 @@ def run(*words, cwd):
     )
 
 
+@pytest.mark.slow
 def test_names_are_listed_and_checked(tmp_path):
     done = run(BENCHMARKS, "tables", "--check", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tarfile
@@ -31,11 +32,17 @@ def say(text):
 
 
 @pytest.fixture
+def in_the_background():
+    """As a script's `python session.py &`: SIGINT is ignored, also by what it starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def parts(monkeypatch):
     """Four parts in place of the real ones."""
-    # A process that was started in the background of a script ignores Ctrl-C, and so its children.
-    sleeper = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    sleeper += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
+    sleeper = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
     made = [
         session.Part("good", 30, [say("print('one')"), say("import os; print(os.environ['WORD'])")],
                  {"WORD": "two"}),
@@ -63,7 +70,10 @@ def test_a_part_has_what_earlier_ones_left(monkeypatch, tmp_path):
     assert session.main(["--out", str(tmp_path), "--parts", "short,long"]) == 1
 
 
-def test_every_part_runs_and_is_reported(parts, tmp_path, capsys):
+@pytest.mark.parametrize("where", ["in the foreground", "in the background"])
+def test_every_part_runs_and_is_reported(parts, tmp_path, capsys, request, where):
+    if where == "in the background":
+        request.getfixturevalue("in_the_background")
     out, archive = tmp_path / "out", tmp_path / "out.tar.gz"
     start = time.monotonic()
     assert session.main(["--out", str(out), "--archive", str(archive)]) == 1

@@ -41,6 +41,7 @@ def parts(shared):
     return shared[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
     """Over iterations with other windows, prompts and seeds, after optimizer steps, and at another
@@ -64,6 +65,7 @@ def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
     assert len(starts) > 1 or config.sample.window_size == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "pixels"), [("latent_model", 0), ("flux_model", 16)])
 def test_models_of_the_real_classes_can_be_captured(request, tmp_path, model, pixels):
     """Nothing in diffusers' forwards waits for the device or reads host memory."""

@@ -38,6 +38,7 @@ def iterations(parts, config, count=2):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_has_the_eager_bits(pixel_model, tmp_path, case):
     """Two iterations of two optimizer steps of two chunks at two trained steps, one graph."""
@@ -54,6 +55,7 @@ def test_an_update_has_the_eager_bits(pixel_model, tmp_path, case):
     assert recorder.captures == 2 and recorder.replays == 2 * (4 + 8)
 
 
+@pytest.mark.slow
 def test_gradients_survive_a_new_capture(pixel_model, tmp_path, caplog):
     """A parameter moves between two micro-steps: what had added up is not lost."""
     eager, config = made(pixel_model, tmp_path, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 
 import pytest
@@ -93,3 +95,87 @@ def test_tensors_come_back(tmp_path):
     stored = files.read_tensors(tmp_path / "t.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in tensors.items())
     assert stored["b"].dtype == torch.bfloat16 and names(tmp_path) == ["t.safetensors"]
+
+
+def killed_while_replacing(folder, before, content):
+    """Leave `folder` as a process leaves it that is killed before the new folder has its name."""
+    folder.mkdir()
+    (folder / "weights").write_text(before)
+    rename = os.rename
+
+    def rename_once(old, new):
+        if old != folder:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", rename_once)
+        with pytest.raises(KeyboardInterrupt), files.replacing_folder(folder) as temporary:
+            (temporary / "weights").write_text(content)
+
+
+def test_a_folder_that_was_set_aside_comes_back(tmp_path):
+    """Between the two renames of `replacing_folder` there is none of its name."""
+    killed_while_replacing(tmp_path / "adapter", "old", "new")
+    assert not (tmp_path / "adapter").exists() and len(names(tmp_path)) == 2
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["adapter"]
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+
+
+def test_a_folder_whose_removal_breaks_off_is_gone_all_the_same(tmp_path, monkeypatch):
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    for name in ("state.json", "weights"):
+        (folder / name).write_text("x")
+
+    def stop(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            files.remove_folder(folder)
+    assert not folder.exists() and len(names(tmp_path)) == 1
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_leftover_that_cannot_be_removed_stays(tmp_path, monkeypatch):
+    leftovers = [tmp_path / f".{name}.{'0a' * 16}" for name in ("a", "b")]
+    for path in leftovers:
+        path.write_text("x")
+
+    def refuse(path):
+        if path == leftovers[0]:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        os.unlink(path)
+
+    monkeypatch.setattr(files.Path, "unlink", refuse)
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == leftovers[:1]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    for folder in (tmp_path, tmp_path / "samples"):
+        folder.mkdir(exist_ok=True)
+        for name in (
+            ".hidden",
+            ".config.json.part",
+            ".notes.old",
+            "step.png",
+            ".a.0123456789abcdef",
+        ):
+            (folder / name).write_text("mine")
+        (folder / f".step.png.{'0a' * 16}").write_text("half")
+    aside = tmp_path / f".adapter.{'1b' * 16}.old"
+    for name in ("adapter", f".adapter.{'1b' * 16}", aside.name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("new" if name == "adapter" else "half")
+    leftovers = [path for path in tmp_path.rglob("*") if files.is_leftover(path)]
+    assert len(leftovers) == 4
+    kept = sorted(path for path in tmp_path.rglob("*") if not set(leftovers) & {path, path.parent})
+    files.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == kept
+    assert (tmp_path / "adapter" / "weights").read_text() == "new"

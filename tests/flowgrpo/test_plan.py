@@ -49,6 +49,7 @@ def flux(**changes):
     )
 
 
+@pytest.mark.slow
 def test_known_sizes_are_those_of_the_real_classes():
     medium = {
         "num_layers": 24,

@@ -71,6 +71,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_global_random_numbers_play_no_part(pixel_model, tmp_path):
     """Whatever the global generators were: the same numbers, to the bit."""
     found = []
@@ -84,6 +85,7 @@ def test_global_random_numbers_play_no_part(pixel_model, tmp_path):
     assert found[0][1]["reward"] != found[0][2]["reward"]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(pixel_model, tmp_path):
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
@@ -94,6 +96,7 @@ def test_another_seed_is_another_run(pixel_model, tmp_path):
     assert one[1]["reward"] != other[1]["reward"]
 
 
+@pytest.mark.slow
 def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
     def choosy(images, prompts, metadata):
         found = setups.bright(images, prompts, metadata)

@@ -25,6 +25,7 @@ def no_step(monkeypatch):
     monkeypatch.setattr("flowgrpo.runs.state.State.step", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, GUARD, {"policy.dtype": "bfloat16"}])
 def test_replay_anchors_the_ratio(pixel_model, tmp_path, changes):
     """When rollout and update disagree, the first ratios are 1 by replay, and not without it. The
@@ -94,6 +95,7 @@ def test_bad_options(pixel_model, tmp_path, changes, message):
         setups.config(pixel_model, tmp_path, **{"sample.window_size": 4, **changes})
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_bit(pixel_model, tmp_path, no_step):
     found = []
     for recompute in (False, True):
@@ -159,6 +161,7 @@ def test_a_model_that_cannot_recompute(pixel_model, tmp_path, monkeypatch):
         train.setup(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, GUARD, {"policy.adapter": "full"}])
 def test_an_update_reads_the_device_once(pixel_model, tmp_path, changes):
     """No operation from the first micro-step to the last optimizer step needs an answer."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from flowgrpo_kernels import (
     sde_step,
 )
 from flowgrpo_kernels.backends import dispatch
+from support import torch_fork
 from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
@@ -173,12 +172,8 @@ def test_debug_switch_looks_at_steps_on_the_device(monkeypatch):
     assert checks.resolve_step(step[:1], TRANSITIONS, sample[:1]).tolist() == [3]
 
 
-@pytest.mark.slow
 def test_debug_switch_is_read_from_the_environment():
     code = "from flowgrpo_kernels import checks; print(checks.DEBUG)"
     for value in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "FLOWGRPO_DEBUG": value},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = torch_fork.run(code, env={**os.environ, "FLOWGRPO_DEBUG": value})
         assert done.stdout.strip() == str(value == "1")

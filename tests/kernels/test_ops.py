@@ -65,6 +65,7 @@ def score(velocity, sample, x_prev, step):
     return log_prob(velocity * 1.5, sample, x_prev, TRANSITIONS, step).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_compile_without_recompiling(dynamic):
     """One graph serves every step, seed, advantage and velocity; results are the eager ones."""

@@ -53,6 +53,7 @@ print(backends["triton"]["available"], backends["triton"]["reason"])
 """
 
 
+@pytest.mark.slow
 def test_a_step_and_a_loss_without_anything_else():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, ",".join(ABSENT)],

@@ -13,20 +13,21 @@ length is another function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.records import Conditioning
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_COMPONENTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_COMPONENTS = (*TEXT_ENCODERS, *TOKENIZERS)
 """Components of the pipeline that a text's embeddings depend on."""
 
 
@@ -49,7 +50,7 @@ class SD3Policy(Policy):
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
-        self._set_size(config.resolution)
+        self._set_size(config)
         if self._one_encoder:
             # The small encoder of a small model: computed sooner than read, and in one batch.
             return
@@ -58,24 +59,24 @@ class SD3Policy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
+            config.text_cache, source, TEXT_COMPONENTS, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
-    def _set_size(self, resolution: int) -> None:
+    def _set_size(self, policy_config: PolicyConfig) -> None:
         config, factor = self.transformer.config, 1
         if self.pipeline.vae is not None:
             factor = self.pipeline.vae_scale_factor
         multiple = factor * config.patch_size
-        self.resolution = pipelines.check_resolution(
-            resolution,
+        self.height, self.width = pipelines.check_size(
+            policy_config,
             config.sample_size * factor,
             multiple,
             multiple * config.pos_embed_max_size,
             self.name,
         )
-        side = self.resolution // factor
-        self.latent_shape = (config.in_channels, side, side)
+        self.resolution = max(self.height, self.width)
+        self.latent_shape = (config.in_channels, self.height // factor, self.width // factor)
 
     def _find_encoders(self, needed: bool) -> list[nn.Module]:
         """The text encoders that the pipeline has; `needed`: those that texts are encoded by."""
@@ -92,13 +93,25 @@ class SD3Policy(Policy):
         return list(encoders.values())
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        if self._one_encoder:
-            return self._encode_with_one(list(texts))
-        return self._texts(texts)
+        texts = check_list(texts)
+        return self._encode_with_one(texts) if self._one_encoder else self._texts(texts)
 
     def check_texts(self, texts: Sequence[str]) -> None:
+        texts = check_list(texts)
         if self._one_encoder:
-            self._tokens(list(texts))
+            self._tokens(texts)
+
+    def token_limits(self) -> list[tuple[Any, int]]:
+        if not (self._one_encoder or isinstance(self._texts, text_cache.TextEncoder)):
+            # The caller's own encoder, which the pipeline's tokenizers take no part in.
+            return []
+        clip = [getattr(self.pipeline, name) for name in TOKENIZERS[:2]]
+        limits = [
+            (tokenizer, tokenizer.model_max_length) for tokenizer in clip if tokenizer is not None
+        ]
+        if not self._one_encoder and self.pipeline.text_encoder_3 is not None:
+            limits.append((self.pipeline.tokenizer_3, self._length))
+        return limits
 
     def _encode_one(self, text: str) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -170,7 +183,8 @@ class SD3Policy(Policy):
         )
 
         config = self.scheduler.config
-        tokens = (self.latent_shape[1] // self.transformer.config.patch_size) ** 2
+        patch = self.transformer.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         return calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),

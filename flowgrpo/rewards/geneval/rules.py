@@ -31,7 +31,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS, POSITIONS
+from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
+from flowgrpo.rewards.geneval.metadata import problem
 from flowgrpo.rewards.interface import RewardError
 
 THRESHOLD = 0.3
@@ -62,25 +63,15 @@ Objects = Mapping[str, Sequence[Detection]]
 
 def check(metadata: Mapping[str, Any]) -> None:
     """Raise RewardError unless `metadata` is GenEval's."""
-    try:
-        wishes = [*metadata["include"], *metadata.get("exclude", ())]
-        fits = isinstance(metadata["tag"], str) and all(
-            wish["class"] in CLASSES
-            and wish["count"] >= 1
-            and wish.get("color", COLORS[0]) in COLORS
-            for wish in wishes
-        )
-        for number, wish in enumerate(metadata["include"]):
-            if "position" in wish:
-                relation, target = wish["position"]
-                fits &= relation in POSITIONS and 0 <= target < number
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
+    reason = problem(metadata, CLASSES, COLORS)
+    if not isinstance(metadata.get("tag"), str):
+        reason = f"tag {metadata['tag']!r}, which is no text" if "tag" in metadata else "no tag"
+    if reason:
         raise RewardError(
-            f"the metadata of a prompt is {str(dict(metadata))[:200]}, but GenEval's is expected: "
+            f"the metadata of a prompt has {reason}, but GenEval's is expected: "
             '{"tag": ..., "include": [{"class": a COCO class, "count": n, "color"?, "position"?}], '
-            '"exclude"?: [...], "prompt": ...}; give prompts as GenEval JSONL.'
+            '"exclude"?: [...], "prompt": ...}; correct it, or give prompts as GenEval JSONL '
+            f"(it is {str(dict(metadata))[:200]})."
         )
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from flowgrpo.records import without_nulls
 from flowgrpo.rewards import Reward, RewardError, load
 from flowgrpo.rewards.images import from_png
 from flowgrpo.rewards.options import library
@@ -113,6 +114,7 @@ def app(
 ) -> Any:
     """Build the ASGI application."""
     fastapi = library("fastapi", name, INSTALL)
+    from fastapi.exceptions import RequestValidationError
     from fastapi.security import HTTPBearer
     from pydantic import BaseModel, Field
 
@@ -133,6 +135,13 @@ def app(
     # AuthMiddleware checks the token; this shows it on the OpenAPI page.
     documented = [fastapi.Depends(HTTPBearer(auto_error=False))] if token else []
 
+    @api.exception_handler(RequestValidationError)
+    def refuse(request: Any, error: RequestValidationError) -> Any:
+        # FastAPI's own answer has the input in it, which may be long, and no UTF-8.
+        problems = [{name: e[name] for name in ("type", "loc", "msg")} for e in error.errors()]
+        body = json.dumps({"detail": problems})
+        return fastapi.Response(body, 422, media_type="application/json")
+
     @api.get("/health")
     def health() -> dict[str, str]:
         return {"reward": name}
@@ -142,12 +151,15 @@ def app(
         images = _images(fastapi, request, max_pixels)
         try:
             with lock:
-                scores = reward(images, request.prompts, request.metadata)
+                metadata = [without_nulls(entry) for entry in request.metadata]
+                scores = reward(images, request.prompts, metadata)
             values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
-        # A reward may raise anything: the client hears what, and the server goes on.
-        except Exception as error:
+        # A reward may raise anything, sys.exit too: the client hears what, and the server goes on.
+        except (Exception, SystemExit) as error:
             log.exception("reward %r failed", name)
-            raise fastapi.HTTPException(500, f"{type(error).__name__}: {error}") from error
+            # Metadata may hold a lone surrogate, and the message the metadata.
+            reason = str(error).encode("utf-8", "backslashreplace").decode()
+            raise fastapi.HTTPException(500, f"{type(error).__name__}: {reason}") from error
         if values.shape != (len(images),):
             problem = f"the reward returned scores of shape {tuple(values.shape)}"
             raise fastapi.HTTPException(500, f"{problem} for {len(images)} images")

@@ -2,7 +2,7 @@
 
     dispatch.py         the table of ops, their registration with torch, the choice of a backend
     triton.py           Triton: availability, launching, device functions that the kernels share
-    native.py           the compiled CPU library: one function an op
+    native.py           the compiled CPU library: one function per op
     native_library.py   finding, checking and opening that library
     info.py             backend_info(): what runs where, and why
 

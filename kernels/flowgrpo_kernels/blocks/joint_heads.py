@@ -11,9 +11,9 @@ with a rounding each.
 Shapes: streams [B, N_i, heads * d], whose rows may be slices of one product; weights [d]; cos, sin
 float32 [S, d] with S the sum of the N_i; out [B, S, heads, d]. Streams are of one dtype out of
 float32, bfloat16 and float16, and so is out. Bytes per element: stream + out forward; grad + stream
-+ gradient backward; cos and sin are read once a token. The root mean squares are computed again.
++ gradient backward; cos and sin are read once per token. The root mean squares are computed again.
 
-Layout of the kernels. One program a token, all heads of it, 8 at a time. A tile is [8, d] with 8
+Layout of the kernels. One program per token, all heads of it, 8 at a time. A tile is [8, d] with 8
 neighbouring elements a thread, so that a head lies inside a warp: the sum of squares and the turn
 of a pair need neither shared memory nor a barrier. The tiles of a token are asked for together.
 Rows of the grid are tokens of the result; a program has one stream, that of its token.
@@ -26,7 +26,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..arguments import integer
+from ..autograd import check_transforms, once_differentiable
 from ..backends import dispatch, triton
 from ..backends.triton import narrow, tl
 from . import checks, reference, rows
@@ -377,17 +378,19 @@ def joint_heads(
             f"streams must be 1 or 2 tensors with one weight (or None) each, got {len(streams)} "
             f"streams and {len(weights)} weights"
         )
+    heads = integer("heads", heads)
     size = _check_streams(streams, heads)
     for i, weight in enumerate(weights):
         if weight is not None:
             checks.check_float(f"weights[{i}]", weight, streams[0], "streams[0]")
             if weight.shape != (size,):
                 raise ValueError(f"weights[{i}] must be [{size}], got {list(weight.shape)}")
-    checks.check_eps(eps)
+    eps = checks.positive("eps", eps)
     cos, sin = _check_rotary(rotary, streams, size)
     first, second = streams if len(streams) == 2 else (streams[0], None)
     weight, weight2 = weights if len(weights) == 2 else (weights[0], None)
-    args = (first, second, weight, weight2, cos, sin, heads, float(eps))
+    args = (first, second, weight, weight2, cos, sin, heads, eps)
+    check_transforms("joint_heads", first, second, weight, weight2)
     if checks.needs_grad(first, second, weight, weight2):
         return _JointHeads.apply(*args)
     return joint_heads_op(*args)
@@ -402,8 +405,6 @@ def _listed(name: str, value) -> list:
 
 def _check_streams(streams: list, heads: int) -> int:
     """Checks the streams and returns d."""
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"heads must be an int, got {type(heads).__name__}")
     for i, stream in enumerate(streams):
         checks.check_tokens(f"streams[{i}]", stream)
     first = streams[0]

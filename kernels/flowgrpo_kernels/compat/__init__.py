@@ -1,1 +1,1 @@
-"""Other projects' functions by their own signatures, one module a project."""
+"""Other projects' functions by their own signatures, one module per project."""

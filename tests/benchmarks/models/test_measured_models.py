@@ -40,6 +40,7 @@ def inputs(model, rows, **like):
     return {"hidden_states": packed, "guidance": torch.ones(rows, **like), **ids, **text}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_operations(name):
     """On the meta device, so also at full size; some seconds for 12 billion parameters."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -43,6 +46,20 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
         parse_train(["nano", "--run.resume", str(tmp_path / "run")])
     with pytest.raises(ConfigError, match=r"run\.out is 'x' with run\.resume .*; leave --run\.out"):
         parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
+
+
+def test_output_in_ascii_has_no_error(tmp_path, monkeypatch):
+    """As LC_ALL=C or PYTHONIOENCODING=ascii make it, with a directory of another alphabet."""
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    changes = {"run.steps": 1, "run.eval_every": 0, "run.progress": "plain"}
+    config = processes.make(tmp_path, **changes, **{"run.out": str(tmp_path / "прогон 猫")})
+    train.run(config)
+    main.main(["--version"])
+    sys.stdout.flush()
+    assert b"\\u043f\\u0440" in shown.getvalue() and b"summary.json" in shown.getvalue()
+    assert sys.stdout.errors == "backslashreplace"
+    assert (tmp_path / "прогон 猫" / "summary.json").exists()
 
 
 def test_help_and_version(capsys):
@@ -125,6 +142,37 @@ def test_sample_writes_one_picture(trained, tmp_path, capsys):
     height = Image.open(out).size[1]
     assert main.main([*line, "--run", str(trained)]) == 0
     assert Image.open(out).size[1] > 1.5 * height
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.PNG", "PNG"), ("x", "PNG"), ("v1.2", "PNG")],
+)
+def test_a_picture_is_what_its_name_says(trained, tmp_path, name, format, monkeypatch):
+    """In the home directory, which a shell leaves to the program in --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = ["sample", "a red circle", "--steps", "2", "--count", "1", f"--out=~/{name}"]
+    assert main.main([*line, "--model", str(trained.parent / "model")]) == 0
+    assert Image.open(tmp_path / name).format == format
+
+
+@pytest.mark.parametrize("name", ["x.webp", "x.GIF", "x.pdf", "x.svg"])
+def test_a_picture_that_cannot_be_what_its_name_says_is_refused(name, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load_base", None)
+    assert main.main(["sample", "a red circle", "--out", name]) == 2
+    shown = capsys.readouterr().err
+    assert f"'{name}' ends in {Path(name).suffix.lower()}, but one of .png, .jpg" in shown
+
+
+def test_targets_in_the_home_directory(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained.parent))
+    out = tmp_path / "e"
+    line = ["evaluate", f"~/{trained.name}", "--prompts", "2", "--samples", "1"]
+    assert main.main([*line, "--out", str(out), "--prompt-set", "~/prompts.jsonl"]) == 0
+    assert json.loads((out / "report.json").read_text())["target"] == str(trained)
+    found = parse_train([f"--run.resume=~/{trained.name}", "--run.steps", "9"])
+    assert found.out_dir == trained and found.run.steps == 9
+    assert parse_train(["nano", "--run.out=~/new"]).out_dir == trained.parent / "new"
 
 
 def test_sample_refuses_words_that_the_model_does_not_know(trained, tmp_path, capsys):

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,44 @@ BAD = [
     ({"sample.stpes": 8}, "did you mean 'steps'?"),
     ({"sampel.steps": 8}, "did you mean 'sample'?"),
     ({"recipe.name": "a"}, "set recipe itself"),
+    ({"sample.steps": 10**400}, "whole numbers must be below 2^63"),
+    ({"sample": 3, "sample.steps": 4}, "sample is 3, but a value of type SampleConfig"),
+    ({"optim.kl": "x" * 10_000}, "'xxxx"),
+    ({"a\nb": 1}, "'a\\nb' is no field"),
+    # The rows have too many possible divisors to try all.
+    ({"sample.prompts_per_iteration": 10**15 + 37, "sample.batch_size": 7}, "for example 6."),
 ]
+
+
+PATHS = ("policy.model", "policy.text_cache", "sample.prompts", "run.out", "run.resume")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_text_with_the_home_directory_in_it(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, field = name.split(".")
+
+    def stored(value):
+        config = replace(Config(), **{name: value})
+        assert from_json(to_json(config)) == config
+        return getattr(getattr(config, section), field)
+
+    assert stored("~/a b") == stored(Path("~/a b")) == stored(tmp_path / "a b")
+    assert stored("~/a b") == str(tmp_path / "a b")
+    assert stored(Path("x") / "y") == str(Path("x/y"))
+    # Names, and a ~ elsewhere, are no paths to be completed.
+    for value in ("nano", "", "owner/name", "a~b", "./~/x", "hub:owner/name"):
+        assert stored(value) == value
+    with pytest.raises(ConfigError, match=rf"{name} is b'x', but"):
+        replace(Config(), **{name: b"x"})
+
+
+def test_the_run_directory_and_rewards_options_take_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert replace(Config(), **{"run.out": "~/runs/x"}).out_dir == tmp_path / "runs" / "x"
+    config = replace(Config(), **{"reward.options": {"clipscore.model": tmp_path / "clip"}})
+    assert config.reward.options == {"clipscore.model": str(tmp_path / "clip")}
+    assert from_json(to_json(config)) == config
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD, ids=lambda v: str(v)[:40])
@@ -60,6 +98,12 @@ def test_a_broken_rule_says_so_in_one_sentence(changes, words):
     text = str(caught.value)
     assert words in text
     assert "\n" not in text and text.endswith(".") and text.count(". ") == 0
+    assert len(text) < 1000
+
+
+def test_a_number_that_python_does_not_write():
+    with pytest.raises(ConfigError, match=r"reward.weights is a dict too long to be shown, but"):
+        replace(Config(), **{"reward.weights": {"a": -(10**5000)}})
 
 
 def test_derived_numbers():
@@ -114,6 +158,8 @@ def test_json_round_trip_is_exact():
     ("text", "words"),
     [
         ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"run": {"seed": ' + "1" * 5_000 + "}}", "no JSON"),
         ("[]", "an object with the fields of Config"),
         ('{"sample": 3}', "an object with the fields of SampleConfig"),
         ('{"sample": {"step": 3}}', "did you mean 'steps'?"),

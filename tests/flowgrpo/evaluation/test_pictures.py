@@ -46,6 +46,28 @@ def test_every_image_is_enlarged_exactly_and_stands_under_its_other_row():
     assert places["base", 4][1] == places["base", 0][1]
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
+def test_images_that_are_not_square_keep_their_sides(shape):
+    """Twice as large, 96 pixels on the longer side; columns hold a word under a narrow one."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(0, 256, (3, 3, *shape), dtype=torch.uint8, generator=generator)
+    grid = np.asarray(pictures.grid({"base": row, "after": row}, ["prompt"] * 3))
+    lefts = []
+    for image in row:
+        tile = image.permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)[1:-1, 1:-1]
+        (top, left), (below, same) = find(grid, tile)
+        assert same == left and below - top >= 2 * shape[0]
+        lefts.append(left)
+    assert lefts[1] - lefts[0] == lefts[2] - lefts[1] == 96 + pictures.GAP
+    assert lefts[2] + 2 * shape[1] < grid.shape[1]
+
+
+@pytest.mark.parametrize(("shape", "size"), [((512, 2048), (336, 84)), ((2048, 512), (84, 336))])
+def test_a_large_image_is_shrunk_by_its_longer_side(shape, size):
+    assert pictures._tile(torch.zeros(3, *shape, dtype=torch.uint8)).size == size
+    assert pictures._tile(torch.zeros(3, 2000, 2, dtype=torch.uint8)).size == (1, 336)
+
+
 def test_marks_are_green_for_one_and_red_for_less():
     row = torch.full((3, 3, 24, 24), 255, dtype=torch.uint8)
     grid = np.asarray(pictures.grid({"a": row}, ["x"] * 3, {"a": [1.0, 0.99, 0.0]}))
@@ -126,6 +148,15 @@ def test_save_replaces_and_leaves_no_part(tmp_path):
     assert Image.open(tmp_path / "s" / "a.png").size[0] > 250
 
 
+def test_a_picture_too_long_for_a_jpeg_is_a_png(tmp_path):
+    long = Image.new("RGB", (2, pictures.LONGEST_JPEG + 1))
+    assert pictures.save(long, tmp_path / "a.jpg") == tmp_path / "a.png"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert Image.open(tmp_path / "a.png").size == long.size
+    longest = long.crop((0, 0, 2, pictures.LONGEST_JPEG))
+    assert Image.open(pictures.save(longest, tmp_path / "b.jpg")).size == longest.size
+
+
 def evaluations(values, **extra):
     return [
         {"iteration": 50 * i, "accuracy": v, "interval": [v - 0.05, v + 0.05], **extra}
@@ -171,6 +202,20 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert (np.abs(pixels - colour("#bf8700")) < 8).all(-1).sum() > 100
     assert len(blue_line(path)) > 10
+
+
+@pytest.mark.parametrize("name", ["$", "a $b_{ $c", "10$ or \\$20$", "^{", "ä 猫", "\\frac"])
+def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
+    figures = []
+    drawn = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: (figures.append(f), drawn(f, *a, **k))
+    )
+    entries = evaluations([0.2, 0.4], tasks={name: 0.3}, elapsed=60.0)
+    path = pictures.curve(tmp_path / "a.png", entries, title=name, label=f"users:{name}")
+    axes = figures[-1].axes[0]
+    assert name.replace("_", " ") in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_title(loc="left") == name and len(blue_line(path)) > 10
 
 
 def test_curve_of_a_reward_beyond_one(tmp_path):

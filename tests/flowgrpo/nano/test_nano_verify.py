@@ -22,6 +22,7 @@ def real():
     return draw.draw(records, np.random.default_rng(0)), records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.05])
 def test_real_pictures_fulfil_their_prompts(real, noise):
     images, records = real

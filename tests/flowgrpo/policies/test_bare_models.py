@@ -38,6 +38,7 @@ def folders(tmp_path_factory):
     return model, folder / "adapter", prompts
 
 
+@pytest.mark.slow
 def test_evaluate_a_model_against_an_adapter(folders, tmp_path, capsys):
     model, adapter, prompts = folders
     line = ["evaluate", str(model), "--adapter", str(adapter), "--prompt-set", str(prompts)]
@@ -69,6 +70,7 @@ def test_evaluate_a_model_against_an_adapter(folders, tmp_path, capsys):
     assert Image.open(tmp_path / "e" / "grid.png").size[1] > 200
 
 
+@pytest.mark.slow
 def test_the_base_is_the_same_with_and_without_an_adapter(folders, tmp_path, monkeypatch):
     """The adapter is loaded before the base is evaluated, to see that it fits; nothing stays."""
     model, adapter, prompts = folders

@@ -98,6 +98,7 @@ def test_three_iterations_with_ratio_one(trained):
     assert lines[0]["reward"] != lines[1]["reward"]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(trained, tmp_path):
     config = replace(trained.config, **{"run.out": str(tmp_path / "run"), "run.steps": 1})
     train.run(config)
@@ -210,6 +211,7 @@ def test_flux_ratios_are_exactly_one(flux_model, tmp_path, changes):
     assert measured["max_ratio_error"] == 0.0 and measured["grad_norm"][0] > 0
 
 
+@pytest.mark.slow
 def test_flux_full_fine_tuning(flux_model, tmp_path):
     from diffusers import FluxTransformer2DModel
 

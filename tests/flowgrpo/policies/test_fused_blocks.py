@@ -101,6 +101,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAINED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_iterations_with_ratio_one(kinds, tmp_path, kind, case):
@@ -113,6 +114,7 @@ def test_three_iterations_with_ratio_one(kinds, tmp_path, kind, case):
         assert (metrics.get("kl", 0) > 0) == (config.optim.beta > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_rollout_has_the_eager_bits(kinds, tmp_path, kind):
     model, own = kinds[kind]
@@ -127,6 +129,7 @@ def test_a_captured_rollout_has_the_eager_bits(kinds, tmp_path, kind):
     assert policy.graphs.recorder.captures == 2
 
 
+@pytest.mark.slow
 def test_nano_trains(tmp_path):
     changes = {"policy.lora_targets": None, "sample.prompts": "nano", "sample.group_size": 2}
     changes |= {"sample.batch_size": 2, "sample.steps": 3, "sample.window_size": 1}

@@ -51,6 +51,15 @@ def test_it_is_the_policy_of_its_folder(request, kind, tmp_path):
     assert all(map(torch.equal, found, results(other)))
 
 
+def test_a_folder_is_a_path_or_in_the_home_directory(pixel_model, monkeypatch):
+    monkeypatch.setenv("HOME", str(pixel_model.parent))
+    expected = results(Policy.load(str(pixel_model), device="cpu"))
+    for model in (pixel_model, f"~/{pixel_model.name}"):
+        policy = Policy.load(model, device="cpu")
+        assert policy.name == str(pixel_model)
+        assert all(map(torch.equal, results(policy), expected))
+
+
 def test_dtypes(latent_model):
     """auto is the transformer's; another is cast to, and float16 spares the VAE."""
     config = config_of("latent_model")
@@ -65,6 +74,7 @@ def test_dtypes(latent_model):
         assert tuple(part.dtype for part in parts) == expected and policy.dtype == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
 def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     """Without text encoders; prompts reach the function, and what it returns the transformer."""

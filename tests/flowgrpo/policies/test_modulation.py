@@ -82,6 +82,7 @@ def test_two_tables_joined_are_the_table_of_both(kinds, tmp_path):
         policy.velocity(sample_of(policy, 2), SIGMAS[:2], prepare(two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "changes",
@@ -149,6 +150,7 @@ def test_what_is_trained_is_no_constant(kinds, tmp_path, changes, reason, fused)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_serves_all_prompts(kinds, tmp_path, kind):
     """The table is data to a captured rollout, and a step of it to a captured evaluation."""

@@ -320,6 +320,7 @@ def test_techniques_that_it_has_no_hook_for(folder, tmp_path):
             r"policy.attention is native, but the attention of ToyTransf.*auto",
         ),
         ("fused", True, "the blocks of ToyTransformer have no fused forward; set policy.fused to"),
+        ("height", 2 * SIZE, rf"policy.height is {2 * SIZE}, but .* images of {SIZE} x {SIZE}"),
     ):
         config = config_of(folder, tmp_path, **{f"policy.{field}": value})
         with pytest.raises(ConfigError, match=message):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy
 from flowgrpo.policies.base import scheduler_sigmas
+from support import setups
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FOREIGN = {
@@ -124,3 +126,31 @@ def test_a_subclass_is_taken(pixel_model):
 def test_sigmas_that_do_not_fall_from_one_to_zero(scheduler, arguments, sigmas):
     with pytest.raises(ConfigError, match=rf"{sigmas}.* but 5 that fall from at most 1 to 0 are"):
         scheduler_sigmas(scheduler, 4, **arguments)
+
+
+def test_noise_that_leaves_the_range_of_latents_is_refused_before_the_first_image(
+    pixel_model, tmp_path
+):
+    config = setups.config(pixel_model, tmp_path, **{"sample.noise_level": 30.0})
+    message = (
+        r"sample\.transition flow_sde with sample\.noise_level 30 and the 6 steps of the model's "
+        r"scheduler is no sampler: sigmas\[\d\] = .* gives flow_sde C = .*lower noise_level"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_begins_just_below_one(pixel_model, tmp_path):
+    """The pole of 1 / (1 - sigma)."""
+    pipeline = open_pipeline(pixel_model)
+
+    class Below(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *arguments, **options):
+            super().set_timesteps(*arguments, **options)
+            self.sigmas[0] = 0.9999
+
+    pipeline.scheduler = Below.from_config(pipeline.scheduler.config)
+    config = setups.config("mine", tmp_path)
+    with pytest.raises(ConfigError, match=r"sigmas\[0\] = 0\.99989.* begin at sigma = 1"):
+        train.setup(config, pipeline=pipeline)

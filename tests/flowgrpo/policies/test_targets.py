@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
@@ -43,15 +44,18 @@ def trained(cls, config, **fields):
     return len(parameters) // 2, sum(p.numel() for p in parameters)
 
 
+@pytest.mark.slow
 def test_sd35_medium():
     """8 layers a block; the last block has no output for the text. A and B: 2 x 1536 x rank."""
     assert trained(SD3Transformer2DModel, SD35_MEDIUM) == (24 * 8 - 1, 191 * 2 * 1536 * 32)
 
 
+@pytest.mark.slow
 def test_sd35_large():
     assert trained(SD3Transformer2DModel, SD35_LARGE) == (38 * 8 - 1, 303 * 2 * 2432 * 32)
 
 
+@pytest.mark.slow
 def test_flux_dev():
     """Attention and both MLPs of 19 double blocks; q, k, v of 38 single blocks; rank 64."""
     config = dict(guidance_embeds=True)

@@ -48,6 +48,7 @@ def count(policy, monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["latent_model", "flux_model"])
 def test_cached_is_fresh_bit_for_bit(model, dtype, request, tmp_path, monkeypatch):
@@ -64,6 +65,7 @@ def test_cached_is_fresh_bit_for_bit(model, dtype, request, tmp_path, monkeypatc
     assert same(load(folder, "", dtype).encode(TEXTS[1:2]), fresh.rows(torch.tensor([1])))
 
 
+@pytest.mark.slow
 def test_key_holds_all_that_decides_the_bits(latent_model, tmp_path):
     cache, model = tmp_path / "cache", shutil.copytree(latent_model, tmp_path / "model")
     expected = 0

@@ -35,6 +35,29 @@ def test_rows_become_prompts_and_metadata(folder):
     assert load_prompts(f"hub:{folder}:tag").texts == ("colors", "counting")
 
 
+def test_a_key_that_is_absent_in_a_row_is_not_null(folder):
+    """GenEval's own metadata: datasets gives every row every key, null where there was none."""
+    from flowgrpo.rewards.geneval import rules
+
+    rows = [
+        *ROWS,
+        {
+            "prompt": "a red cat left of a dog, no cow",
+            "tag": "position",
+            "include": [
+                {"class": "dog", "count": 1},
+                {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]},
+            ],
+            "exclude": [{"class": "cow", "count": 1}],
+        },
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = load_prompts(f"hub:{folder}")
+    assert list(prompts.metadata) == rows
+    for entry in prompts.metadata:
+        rules.check(entry)
+
+
 def test_parquet_with_pictures(folder):
     import io
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.prompts import batches as prompts_batches
 from flowgrpo.prompts.batches import check_count, row_seeds
-from flowgrpo.prompts.load import load_prompts
+from flowgrpo.prompts.load import has_splits, load_prompts
 from flowgrpo.records import Prompts
 
 
@@ -42,6 +43,23 @@ def test_a_file_as_windows_writes_it(tmp_path, name):
     assert load_prompts(str(tmp_path / name)).texts == ("a red circle", "zwei Äpfel")
 
 
+@pytest.mark.parametrize("kind", [".ndjson", ".jsonlines", ".NDJSON"])
+def test_other_names_of_jsonl(tmp_path, kind):
+    (tmp_path / f"train{kind}").write_text('{"prompt": "a dog", "tag": "x"}\n')
+    prompts = load_prompts(str(tmp_path / f"train{kind}"))
+    assert prompts.texts == ("a dog",) and prompts.metadata[0]["tag"] == "x"
+    if kind.islower():
+        assert load_prompts(str(tmp_path)).texts == ("a dog",)
+
+
+def test_whole_characters_beyond_16_bits_are_text(tmp_path):
+    """JSON writes them as two surrogates, which are one character."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d\\ude00 \\u00e9"}\n{"prompt": "😀"}')
+    assert load_prompts(str(tmp_path / "p.jsonl")).texts == ("a 😀 é", "😀")
+    (tmp_path / "p.txt").write_text("{a dog}\n[1, 2]\n", encoding="utf-8")
+    assert load_prompts(str(tmp_path / "p.txt")).texts == ("{a dog}", "[1, 2]")
+
+
 def test_jsonl_file_and_folder(tmp_path):
     lines = [{"prompt": "one\u2028line", "tag": "x"}, {"prompt": "b", "include": [1]}]
     for split in ("train", "test"):
@@ -64,8 +82,17 @@ def test_jsonl_file_and_folder(tmp_path):
         ("p.jsonl", '["prompt"]', "object with a string 'prompt'"),
         ("p.jsonl", '{"prompt": 3}', "object with a string 'prompt'"),
         ("p.jsonl", '{"prompt": " "}', "line 1 of .* 'prompt' that is not empty"),
+        ("p.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2 of .* 'prompt'"),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5_000 + "}", "line 1 of .* 'prompt'"),
         ("p.json", '[{"prompt": "a"}]', "a .json file, whose lines are no prompts"),
         ("p.CSV", "prompt\na", "a .csv file, whose lines are no prompts"),
+        ("p.yaml", "- a dog", "a .yaml file, whose lines are no prompts"),
+        ("p.yml", "- a dog", "a .yml file, whose lines are no prompts"),
+        ("p.txt", '{"prompt": "a"}', "a JSON object, but a text file .*; name the file .jsonl"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b \\ud83d"}', r"line 2 of .* has '\\ud83d' in"),
+        ("p.jsonl", '{"prompt": "a", "x": [{"\\udfff": 1}]}', r"line 1 of .* has '\\udfff' in"),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", "line 1 of .* is "),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "[" * 99999, "line 1 of .* is "),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -75,7 +102,17 @@ def test_bad_files(tmp_path, name, content, message):
         load_prompts(str(path))
 
 
+def test_a_path_and_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.txt").write_text("a dog")
+    for name in (tmp_path, tmp_path / "train.txt", "~/train.txt", "~", Path("~") / "train.txt"):
+        assert load_prompts(name).texts == ("a dog",)
+    assert has_splits("~") and has_splits(tmp_path) and not has_splits("~/train.txt")
+
+
 def test_missing_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"'aaa.*cannot be looked up .File name too long"):
+        load_prompts("a" * 5_000)
     with pytest.raises(ConfigError, match="neither one of nano, geneval, ocr, general"):
         load_prompts(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
@@ -95,6 +132,16 @@ def test_sets_of_the_package(name):
 def test_metadata_must_match():
     with pytest.raises(ValueError, match="1 entries for 2 texts"):
         Prompts.of(["a", "b"], [{}])
+
+
+def test_null_is_absent_at_any_depth(tmp_path):
+    entry = {"prompt": "a dog", "exclude": None, "include": [{"class": "dog", "color": None}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps({**entry, "box": [None, 1], "n": 0, "t": ""}))
+    metadata = {"prompt": "a dog", "include": [{"class": "dog"}], "box": [None, 1], "n": 0, "t": ""}
+    assert load_prompts(str(tmp_path / "p.jsonl")).metadata == (metadata,)
+    assert Prompts.of(["a dog"], [entry]).metadata[0].keys() == {"prompt", "include"}
+    # The caller's own is as it was.
+    assert entry["exclude"] is None and entry["include"][0]["color"] is None
 
 
 def test_an_epoch_covers_the_set_once():

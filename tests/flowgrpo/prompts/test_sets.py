@@ -16,6 +16,7 @@ def lines(name, part):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_files_are_what_the_generator_writes():
     for name, found in generate.sets().items():
         assert (sets.folder(name.split("/")[0]).parent / name).read_text("utf-8") == generate.text(

@@ -34,6 +34,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_iterations(name, latent_model, flux_model, tmp_path):
     flux = name.startswith("flux")

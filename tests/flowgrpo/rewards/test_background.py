@@ -117,6 +117,7 @@ def aborted(seconds):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_process_does_not_wait_for_rewards_that_nobody_wants(tmp_path):
     start = time.perf_counter()
     processes.Fork(tmp_path / "log", aborted, 60).wait(code=1)
@@ -139,6 +140,7 @@ def test_missing_images_are_noticed(scorer):
         scoring.finish()
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_numbers_with_and_without(pixel_model, tmp_path):
     """metrics.jsonl, whose groups of 6 lie across chunks of 4."""
     found = []

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flowgrpo.rewards import RewardError, clip, load
+from flowgrpo.rewards import RewardError, clip, load, models
 from flowgrpo.rewards.images import to_pil
 
 PROMPTS = ["a red car", "a photo of a dog", "a red car", "blue", "a green object"]
@@ -60,6 +60,17 @@ def test_scaled_logits(name, divisor, clip_folder, pictures):
     # Neither the batch nor the company of a row matters.
     alone = load(name).configured(**options)(pictures[2:3], PROMPTS[2:3], [{}])
     torch.testing.assert_close(alone, scores[2:3], rtol=1e-5, atol=1e-5)
+
+
+def test_models_in_the_home_directory(clip_folder, pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(clip_folder.parent))
+    scores = [
+        load("clipscore").configured(model=model, device="cpu")(pictures, PROMPTS, NOTHING)
+        for model in (clip_folder, f"~/{clip_folder.name}")
+    ]
+    assert torch.equal(*scores)
+    weights = models.tensors(f"~/{clip_folder.name}")
+    assert weights.keys() == models.tensors(str(clip_folder)).keys()
 
 
 def test_hpsv2_is_the_cosine_of_padded_images(clip_folder, pictures):

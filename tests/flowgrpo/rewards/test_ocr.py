@@ -22,6 +22,13 @@ distance = pytest.importorskip("rapidfuzz.distance").Levenshtein.distance
         ('Two "first" texts "second"', "first"),
         ("A sign with “Open Late” on it", "Open Late"),
         ('Straight "before" curly “quotes”', "before"),
+        # A straight quote after a digit is a length in inches.
+        ('6" ruler with the text "HELLO"', "HELLO"),
+        ('A 5½" by 8" card that says "HI", 2" thick', "HI"),
+        ('a man of 5\' 10" with a sign “STOP” of 8"', "STOP"),
+        # It may end the text, and be all there is.
+        ('A sign that says "ROUTE 66" and "EXIT 9"', "ROUTE 66"),
+        ('sign no. 4"HELLO"', "HELLO"),
     ],
 )
 def test_quoted_text(prompt, text):
@@ -50,6 +57,21 @@ def test_a_prompt_without_quoted_text_is_an_error(prompt):
         # The distance is at most the length.
         ("something else altogether", "Hello", 0.0),
         ("hel", "Hello", 0.6),
+        # Typographic forms, kinds of space, and composed or decomposed letters.
+        ("I'm here", "I’m here", 1.0),
+        ("‘I’m’", "'I'm'", 1.0),
+        ("caf\u0065\u0301", "café", 1.0),
+        ("CAFÉ", "cafe\u0301", 1.0),
+        ("10 000\u00a0km", "10\u202f000 km", 1.0),
+        ("HELLO\nWORLD\r\n", "hello\tworld", 1.0),
+        ("co\u00adope\u200bration", "cooperation", 1.0),
+        ("A-B-C-D", "a‐b–c—d", 1.0),
+        ("wait...", "Wait…", 1.0),
+        ("Hello，World！", "Hello, World!", 1.0),
+        ("İ", "i\u0307", 1.0),
+        # An accent that is not there is an error of one letter.
+        ("cafe", "café", 0.75),
+        ("l'm", "I’m", 2 / 3),
     ],
 )
 def test_the_rule_is_flow_grpos(read, wanted, score):

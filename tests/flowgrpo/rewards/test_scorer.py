@@ -130,10 +130,20 @@ def test_a_reward_in_the_form_of_flow_grpo_is_told_at_once(reward):
 
 
 def test_nanos_rewards_look_at_the_prompts_before_the_first_image():
+    circle = {"class": "circle", "count": 1, "color": "red"}
     for name in ("nano_strict", "nano_partial"):
-        rewards.Scorer({name: 1.0}).prepare(Prompts.of(["a"], [{"include": []}]))
+        scorer = rewards.Scorer({name: 1.0})
+        scorer.prepare(Prompts.of(["a"], [{"include": [circle]}]))
         with pytest.raises(rewards.RewardError, match="'a circle' comes without a list 'include'"):
-            rewards.Scorer({name: 1.0}).prepare(Prompts.of(["a circle"]))
+            scorer.prepare(Prompts.of(["a circle"]))
+        for include, named in (
+            ([], r"include \[\], which asks for nothing"),
+            ([circle, {**circle, "count": 2.0}], r"include\[1\]\.count 2\.0"),
+            ([{**circle, "class": "dog"}], r"include\[0\]\.class 'dog'"),
+            ([{**circle, "color": "mauve"}], r"include\[0\]\.color 'mauve', which is none of"),
+        ):
+            with pytest.raises(rewards.RewardError, match=f"of the prompt 'a' has {named}"):
+                scorer.prepare(Prompts.of(["a"], [{"include": include}]))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Names, options, environment variables, lazy loading, and errors of one sentence."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from flowgrpo.rewards import REWARDS, RewardError, load
 from flowgrpo.rewards.images import check_images, from_pil, from_png, to_pil, to_png
 from flowgrpo.rewards.options import ConfigurableReward, configurable, library
+from support import torch_fork
 
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 
@@ -26,7 +24,7 @@ def test_naming_rewards_imports_nothing_heavy():
         "heavy = ('transformers', 'rapidocr', 'onnxruntime', 'httpx', 'fastapi', 'rapidfuzz')\n"
         "sys.exit(', '.join(m for m in heavy if m in sys.modules) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = torch_fork.run(code)
     assert done.returncode == 0, done.stderr
 
 

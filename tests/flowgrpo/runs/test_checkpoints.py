@@ -184,6 +184,7 @@ def _save_for_ever(folder):
         checkpoints.prune(folder / "checkpoints")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     for number in range(6):
         folder = tmp_path / str(number)

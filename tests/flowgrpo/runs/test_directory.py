@@ -27,7 +27,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def small_state(config: Config) -> tuple[State, torch.nn.Module]:
-    """A state whose transformer is not one: export is tested in test_weights.py."""
+    """A state whose transformer is not one: export is tested in test_state.py."""
     model = torch.nn.Linear(2, 2)
     return State.create(model, config.optim), model
 
@@ -52,6 +52,51 @@ def test_a_directory_that_is_not_empty_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
             call(config_for(tmp_path))
     assert tree(tmp_path) == {"note.txt"}
+
+
+def test_the_directory_of_a_run_that_never_began_is_used_again(tmp_path):
+    """As one whose first evaluation failed, or that was killed in it, leaves it."""
+    before = config_for(tmp_path, **{"run.seed": 1})
+    with directory.RunDirectory.open(before) as run:
+        run.log(0, {"accuracy": 0.5}, kind="eval")
+        for folder in ("tensorboard", "evaluations"):
+            (run.path / folder).mkdir(exist_ok=True)
+            (run.path / folder / "left").write_text("x")
+        (run.checkpoints / ".step-000000.0").mkdir()
+        # That it is being written does not show in its files.
+        for call in (directory.check_directory, directory.RunDirectory.open):
+            with pytest.raises(ConfigError, match="is not empty"):
+                call(config_for(tmp_path))
+        assert len(run.metrics()) == 1 and (run.path / "evaluations" / "left").exists()
+    config = config_for(tmp_path)
+    directory.check_directory(config)
+    assert (tmp_path / "evaluations" / "left").exists()
+    with directory.RunDirectory.open(config) as run:
+        assert run.metrics() == [] and (run.path / "config.json").read_text() == to_json(config)
+        run.log(0, {"accuracy": 0.25}, kind="eval")
+        assert [line["accuracy"] for line in run.metrics()] == [0.25]
+    assert not {name for name in tree(tmp_path) if "left" in name or ".step" in name}
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "damaged", "note", "lines", "no config"])
+def test_a_directory_with_anything_to_lose_is_refused(tmp_path, change):
+    config = config_for(tmp_path)
+    with directory.RunDirectory.open(config) as run:
+        if change == "checkpoint":
+            save(run, small_state(config)[0])
+        elif change == "damaged":
+            (run.checkpoints / "step-000010").mkdir()
+        elif change == "lines":
+            run.log(1, {"reward": 0.5})
+    if change == "note":
+        (tmp_path / "notes.txt").write_text("mine")
+    elif change == "no config":
+        (tmp_path / "config.json").unlink()
+    before = tree(tmp_path)
+    for call in (directory.check_directory, directory.RunDirectory.open):
+        with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
+            call(config)
+    assert tree(tmp_path) == before
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -250,3 +295,40 @@ def test_stoppable_in_a_thread_changes_no_handler():
     thread.start()
     thread.join()
     assert found == [(False, before)]
+
+
+def test_a_run_that_was_killed_before_its_configuration_begins_again(tmp_path):
+    leftover = tmp_path / f".config.json.{'0a' * 16}"
+    leftover.write_text('{"reci')
+    directory.check_directory(config_for(tmp_path))
+    with directory.RunDirectory.open(config_for(tmp_path)):
+        assert tree(tmp_path) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
+
+
+def test_a_checkpoint_that_was_set_aside_is_gone_on_from(tmp_path):
+    """A process killed while it saved the same iteration again leaves it under another name."""
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        state.iteration = 3
+        save(run, state)
+        name = run.checkpoints / "step-000003"
+        name.rename(run.checkpoints / f".{name.name}.{'0a' * 16}.old")
+        (run.checkpoints / f".{name.name}.{'0a' * 16}").mkdir()
+    resumed = directory.resume_config(tmp_path / "run")
+    with directory.RunDirectory.open(resumed) as run:
+        state, _ = small_state(config)
+        assert run.restore(state) and state.iteration == 3
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"[" * 100_000, b"{", b'{"run": 3}'])
+def test_a_configuration_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.json' cannot be read|JSON|is expected"):
+        directory.resume_config(tmp_path)
+
+
+def test_a_name_that_is_no_path_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be read .embedded null byte"):
+        directory.resume_config("a\0b")

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 
+import pytest
 from rich.console import Console
 
 from flowgrpo import train
@@ -64,6 +65,7 @@ def test_on_a_terminal_a_bar_that_is_taken_down():
     assert "\x1b[?25h" in text and visible(text[text.rindex("\x1b[2K") :]) == ""
 
 
+@pytest.mark.slow
 def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
     terminal = Pseudo()
     monkeypatch.setattr(display, "Terminal", lambda **options: terminal.console)
@@ -88,6 +90,7 @@ def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
     assert "Written to" in visible(text[text.rindex("\x1b[?25h") :])
 
 
+@pytest.mark.slow
 def test_the_command_shows_it_and_stays_silent_where_the_run_did(tmp_path):
     config = processes.make(
         tmp_path, **{"run.steps": 1, "run.eval_every": 0, "run.progress": "auto"}

@@ -164,6 +164,7 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
         assert run.metrics() == [{"iteration": 3, "kind": "eval", "x": 0.5}]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -177,6 +178,7 @@ def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     assert "eval/samples" not in logged[1][0] and logged[1][0]["train/lr"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
     tmp_path, monkeypatch, resumed

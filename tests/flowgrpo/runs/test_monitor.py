@@ -25,6 +25,7 @@ def shown(monkeypatch):
     return console
 
 
+@pytest.mark.slow
 def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
     """Iterations since the last checkpoint are saved; the resumed run is the uninterrupted one."""
     changes = {"run.eval_every": 0, "run.steps": 4, "run.eval_guidance": 1.0}
@@ -55,6 +56,7 @@ def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
         )
 
 
+@pytest.mark.slow
 def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown):
     config = processes.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0})
     train.run(config)
@@ -77,6 +79,7 @@ def flat(images, prompts, metadata):
     return torch.tensor([float(len(text)) for text in prompts])
 
 
+@pytest.mark.slow
 def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
     changes = {"run.steps": 21, "run.eval_every": 0, "run.checkpoint_every": 0}
     changes |= {"reward.weights": {"test_monitor:flat": 1.0}, "run.eval_prompts": 1}

@@ -269,7 +269,7 @@ def test_weights_that_the_last_update_blows_up_are_not_exported(
             return metrics
 
         monkeypatch.setattr(train, "update", stopping)
-    message = "the model without the trained weights gives them at the same place; train with a"
+    message = "the model before training gives them at the same place; train with a"
     with pytest.raises(NotFiniteError, match=message):
         train.run(config)
     assert not (tmp_path / "run" / "adapter").exists()

@@ -27,6 +27,7 @@ def both(parts, config):
     return tuple(train.collect(parts, conditioning, c) for c in (config, plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_plain_rollout_but_for_rounding(pixel_model, tmp_path, case):
     """Every state and log-probability, and the velocities of trained steps, for Guard."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+
+from support import torch_fork
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -51,11 +51,7 @@ for job, (target, pairs, names, *align) in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict]:
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(JOBS)],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = torch_fork.run(SCRIPT, json.dumps(JOBS), env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from flowgrpo_kernels import backend_info, flow_sde, initial_noise, reference, sde_step
 from flowgrpo_kernels.backends import dispatch, native, triton
+from support import torch_fork
 from support.kernels import oracle
 
 TRANSITIONS = flow_sde(oracle.SIGMAS)
@@ -50,13 +49,10 @@ def test_backend_choice_is_loud(caplog, monkeypatch):
         assert all(value.startswith("error: FLOWGRPO_KERNELS") for value in ops.values())
 
 
-@pytest.mark.slow
 def test_backend_choice_is_read_from_the_environment():
     env = {**os.environ, "FLOWGRPO_KERNELS": " Reference "}
     code = "import flowgrpo_kernels as fk; print(fk.backend_info()['requested'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    )
+    done = torch_fork.run(code, env=env)
     assert done.stdout.strip() == "reference"
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support import torch_fork
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -55,11 +55,8 @@ ONE_WARP = (FINISH, *FORWARD[1:])
 
 @pytest.fixture(scope="session")
 def lines() -> dict[str, dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "support.kernels.launch_cases"],
-        cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    code = "from support.kernels.launch_cases import main; main()"
+    done = torch_fork.run(code, cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
 

@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from flowgrpo_kernels.backends import native, native_library
 from flowgrpo_kernels.backends.native_library import BUILD_INFO, PACKAGE, NativeError, load
+from support import torch_fork
 
 USE_STEP = """
 import logging, torch
@@ -145,13 +145,7 @@ def test_sources_changed_after_the_build(folder):
 
 def run(package_parent: Path, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(package_parent)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", USE_STEP],
-        cwd=package_parent,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    return torch_fork.run(USE_STEP, cwd=package_parent, env=env)
 
 
 @pytest.fixture
@@ -161,7 +155,6 @@ def without_library(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_fallback_is_loud_and_gives_the_same_log_prob(without_library):
     fallback = run(without_library, FLOWGRPO_KERNELS="auto")
     assert fallback.returncode == 0, fallback.stderr
@@ -171,7 +164,6 @@ def test_fallback_is_loud_and_gives_the_same_log_prob(without_library):
         assert forced.stdout == fallback.stdout and "WARNING" not in forced.stderr
 
 
-@pytest.mark.slow
 def test_native_on_request_raises_when_it_is_missing(without_library):
     done = run(without_library, FLOWGRPO_KERNELS="native")
     assert done.returncode == 1

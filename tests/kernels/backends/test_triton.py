@@ -82,6 +82,7 @@ def test_sizes(shape):
     assert torch.equal(lp, replay) and torch.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_noise():
     b = oracle.batch(2, (5, 7))
     given = torch.randn(2, 5, 7).bfloat16()
@@ -159,6 +160,7 @@ def test_on_policy_ratio():
         assert torch.equal(one[0], out[1:]) and torch.equal(one[1], lp[1:])
 
 
+@pytest.mark.slow
 def test_edges():
     """Empty batch, no elements, a step outside the table, NaN advantages, weight 0, ties."""
     b = oracle.batch(3, (4,))

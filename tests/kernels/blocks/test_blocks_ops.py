@@ -60,6 +60,7 @@ def block(x, text, rows, weight, tables):
     return norm_modulate(x * 1.5, rows[0], rows[1])
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_once():
     """fullgraph, forward and backward; new values compile nothing and give the eager bits."""
     torch._dynamo.reset()

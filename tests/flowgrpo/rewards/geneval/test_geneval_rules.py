@@ -200,6 +200,43 @@ def test_metadata_that_is_not_genevals(metadata):
         check(metadata)
 
 
+@pytest.mark.parametrize(
+    ("include", "named"),
+    [
+        ([one("car", 2.0)], r"include\[0\]\.count 2\.0, which is no whole number above 0"),
+        ([one("car"), one("cat", True)], r"include\[1\]\.count True"),
+        ([one("car", None)], r"include\[0\]\.count None"),
+        ([one("car", color=None)], r"include\[0\]\.color None, which is none of red"),
+        ([one(["car"])], r"include\[0\]\.class \['car'\]"),
+        ([{"class": "car"}], r"include\[0\] without count"),
+        (["car"], r"include\[0\] 'car', which is no object"),
+        ([one("car"), one("dog", position=["left of", 0.0])], r"include\[1\]\.position 0\.0"),
+        ([one("car"), one("dog", position=["left of", False])], r"include\[1\]\.position False"),
+        ([one("car"), one("dog", position=[["above"], 0])], r"include\[1\]\.position \['above'\]"),
+        ([one("car"), one("dog", position=["above", 1])], r"include\[1\]\.position 1, .*before it"),
+        ([], r"include \[\], which asks for nothing"),
+        ({"class": "car"}, r"include \{.*\}, which is no list"),
+    ],
+)
+def test_the_key_that_is_wrong_is_named(include, named):
+    with pytest.raises(RewardError, match=f"a prompt has {named}") as error:
+        check({"tag": "colors", "include": include})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"exclude": [one("cat", 1.5)]}, r"exclude\[0\]\.count 1\.5"),
+        ({"exclude": None}, "exclude None, which is no list"),
+        ({"tag": 3}, "tag 3, which is no text"),
+    ],
+)
+def test_the_other_keys_are_named_too(more, named):
+    with pytest.raises(RewardError, match=f"a prompt has {named}"):
+        check({"tag": "colors", "include": [one("car")], **more})
+
+
 def test_the_shipped_prompts_have_genevals_metadata():
     from flowgrpo.prompts import sets
 

@@ -148,11 +148,29 @@ def test_requests_that_make_no_sense(changes, detail):
 
 
 @pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\x80" * 10_000, "text/plain"),
+        (b'{"images": ["a"], "prompts": {"\\ud800": 1}, "metadata": [{}]}', "application/json"),
+        (json.dumps({"images": "a" * 10_000}).encode(), "application/json"),
+    ],
+)
+def test_what_is_refused_is_not_sent_back(data, kind):
+    with running(app(means, "means")) as url:
+        status, reply = post(url, data, **{"content-type": kind})
+        assert status == 422 and len(json.dumps(reply)) < 1000
+        assert {"type", "loc", "msg"} == set(reply["detail"][0])
+
+
+@pytest.mark.parametrize(
     ("reward", "detail"),
     [
         (lambda i, p, m: 1 / 0, "ZeroDivisionError"),
         (lambda i, p, m: [1.0], "shape (1,) for 3 images"),
         (lambda i, p, m: RewardError, "Error"),
+        (lambda i, p, m: sys.exit("enough"), "SystemExit: enough"),
+        # A lone surrogate, which a prompt set may hold, is no UTF-8.
+        (lambda i, p, m: {}["\ud800"], "ud800"),
     ],
 )
 def test_a_reward_that_fails(reward, detail):
@@ -166,6 +184,17 @@ def test_scores_that_are_not_finite_leave_as_null():
     values = [1.0, float("nan"), float("inf")]
     with running(app(lambda i, p, m: values, "bad")) as url:
         assert post(url, body()) == (200, {"scores": [1.0, None, None]})
+
+
+def test_null_is_absent_in_metadata():
+    """As a caller in another language may send it; rewards look for keys."""
+
+    def keys(images, prompts, metadata):
+        return [len(entry) + len(entry["include"][0]) for entry in metadata]
+
+    entry = {"exclude": None, "include": [{"class": "dog", "color": None}]}
+    with running(app(keys, "keys")) as url:
+        assert post(url, body(metadata=[entry] * 3)) == (200, {"scores": [2.0] * 3})
 
 
 def test_without_a_token_only_the_loopback_interface():
@@ -185,6 +214,7 @@ def test_errors_before_it_listens():
             serve("jpeg_compressibility", port=port)
 
 
+@pytest.mark.slow
 def test_serve_in_a_process_of_its_own(monkeypatch):
     """It tells its address, which with port 0 nobody else knows."""
     code = "from flowgrpo.rewards.remote.serve import serve; serve('jpeg_compressibility', port=0)"
