@@ -18,6 +18,7 @@ def train(argv: list[str]) -> int:
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
     from flowgrpo.runs import directory, loggers, monitor, process
+    from flowgrpo.sampling.finite import NotFiniteError
 
     process.check_one_process()
     directory.check_directory(config)
@@ -25,7 +26,7 @@ def train(argv: list[str]) -> int:
     show_plan(config)
     try:
         summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError) as error:
+    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.

@@ -267,8 +267,9 @@ class OptimConfig:
     """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
+    # Gradients of a whole transformer have a smaller RMS, at the same norm, and lie below 1e-8.
+    eps: float = 0.0
+    """AdamW's epsilon; 0: 1e-8, or 1e-12 where policy.adapter is full."""
     warmup: int = 0
     """Updates over which the learning rate rises linearly to lr."""
     decay: int = 0
@@ -311,9 +312,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
-        check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
+        check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         nonnegative = (
+            "eps",
             "weight_decay",
             "warmup",
             "decay",

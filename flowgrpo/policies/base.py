@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
-from flowgrpo.policies import lora, modulation, pipelines, surgery
+from flowgrpo.policies import lora, modulation, pipelines, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
+from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
 from flowgrpo.records import Conditioning
@@ -64,6 +65,8 @@ class Policy(ABC):
     """True: the blocks run with the kernels of policies/blocks.py."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
+    decoded: Decoded
+    """Figures of the latents and pixels that `decode` has seen."""
     _frozen: nn.Module | None = None
 
     @staticmethod
@@ -96,7 +99,7 @@ class Policy(ABC):
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
-        policy.fused = config.fused
+        policy.fused, policy.decoded = config.fused, Decoded()
         policy.height = policy.height or policy.resolution
         policy.width = policy.width or policy.resolution
         for side in ("height", "width"):
@@ -180,9 +183,18 @@ class Policy(ABC):
         values = {names.time: conditioning.modulation, names.text: conditioning.embeds}
         return modulation.using(self.transformer, **values)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]."""
+        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]; figures of
+        both go to `decoded`."""
+        pixels = self.pixels(latents)
+        self.decoded.add(latents, pixels)
+        return vae.to_images(pixels)
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """float32 pixels [B, 3, height, width], about [-1, 1], of latents
+        [B, *latent_shape]."""
 
     def blank_image(self) -> Tensor:
         """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
@@ -271,11 +283,30 @@ def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
 
 
 def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> Tensor:
-    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`."""
+    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`.
+
+    Raises:
+        ConfigError: they do not fall from at most 1 to 0.
+    """
     # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in arguments:
         scheduler.set_timesteps(**arguments)
     else:
         scheduler.set_timesteps(num_steps, **arguments)
-    return scheduler.sigmas.to("cpu", torch.float64)
+    sigmas = scheduler.sigmas.to("cpu", torch.float64)
+    # Rounding may put the first a little above 1. Written so that NaN fails it as well.
+    falling = bool((sigmas.diff() < 0).all()) and sigmas[0] <= 1 + 1e-6 and sigmas[-1] == 0
+    if len(sigmas) != num_steps + 1 or not falling:
+        raise ConfigError(
+            f"the model's {type(scheduler).__name__} gives {len(sigmas)} sigmas for {num_steps} "
+            f"steps, {_first(sigmas)}, but {num_steps + 1} that fall from at most 1 to 0 are "
+            "expected; correct its configuration in scheduler/scheduler_config.json."
+        )
+    return sigmas
+
+
+def _first(values: Tensor, count: int = 4) -> str:
+    """Write the first values and, if they are not all, the last."""
+    texts = [f"{value:g}" for value in values.tolist()]
+    return ", ".join(texts if len(texts) <= count + 1 else [*texts[:count], "...", texts[-1]])

@@ -18,6 +18,8 @@ from flowgrpo.policies import families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
 
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+"""Class of diffusers that a pipeline's scheduler is of."""
 WEIGHTS = re.compile(
     r"(?P<component>[^/]+)/[^/.]+(\.(?P<variant>(?!index)[^/.]+?))?(-\d+-of-\d+)?\.safetensors"
 )
@@ -48,20 +50,22 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
     snapshot that was loaded.
 
     Raises:
-        ConfigError: it is not there, incomplete, or of no known family.
+        ConfigError: it is not there, incomplete, of no known family, or its scheduler is refused.
     """
     source, dtype = model, choose_dtype(dtype, device)
     if model == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         source = str(MODEL_DIR)
-    family = families.family_named(_class_name(source, model), model)
+    index = _read_index(source, model)
+    family = families.family_named(index["_class_name"], model)
+    # Before the weights, which may be a download of hours.
+    _check_scheduler_class(_scheduler_class(index), model)
     cls = family.load_class(family.pipeline)
     try:
         chosen = {"variant": variant} if variant else {}
         folder = Path(source if Path(source).is_dir() else cls.download(source, **chosen))
         pipeline = _load_files(cls, folder, dtype, chosen)
-        return Pipeline(pipeline, family, dtype, model, folder, variant)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
         check_variant(model, variant, _files_of(source))
@@ -70,6 +74,8 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             "restore its files."
         ) from error
+    check_scheduler(pipeline.scheduler, model)
+    return Pipeline(pipeline, family, dtype, model, folder, variant)
 
 
 def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
@@ -77,23 +83,68 @@ def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipe
     "auto" is that of its transformer. What its use has put on it is taken off (in_use.py).
 
     Raises:
-        ConfigError: it is no pipeline of a known family.
+        ConfigError: it is no pipeline of a known family, or its scheduler is refused.
     """
     family = families.family_of_pipeline(pipeline)
+    name = str(pipeline.name_or_path or family.pipeline)
+    check_scheduler(pipeline.scheduler, name)
     in_use.restore(pipeline, family.transformer)
     dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
-    for name, component in pipeline.components.items():
-        target = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+    for role, component in pipeline.components.items():
+        target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
         if isinstance(component, nn.Module) and component.dtype != target:
             component.to(target)
-    return Pipeline(pipeline, family, dtype, str(pipeline.name_or_path or family.pipeline))
+    return Pipeline(pipeline, family, dtype, name)
 
 
-def _class_name(source: str, model: str) -> str:
-    """`_class_name` of a pipeline folder or Hub repository; `model` is what the user called it."""
+def check_scheduler(scheduler: Any, model: str) -> None:
+    """Raise ConfigError unless `scheduler` gives the sigmas of a flow from noise to data.
+
+    Its own flags may be set as they like, such as karras, exponential, beta or dynamic shift: they
+    choose other sigmas between 1 and 0. `scheduler_sigmas` looks at the values.
+
+    Args:
+        scheduler: of the pipeline.
+        model: what the user called the pipeline.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        _check_scheduler_class(type(scheduler).__name__, model)
+    if scheduler.config.get("invert_sigmas", False):
+        raise ConfigError(
+            f"the scheduler of policy.model {model!r} has invert_sigmas true, which counts sigmas "
+            "from 0 to 1, but sigmas that fall from 1 to 0 are expected; set it to false in "
+            "scheduler/scheduler_config.json."
+        )
+
+
+def _scheduler_class(index: dict[str, Any]) -> str:
+    """Class of the scheduler that model_index.json names; the expected one if it names none, since
+    loading the pipeline decides then."""
+    value = index.get("scheduler")
+    named = isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+    return value[1] if named else SCHEDULER
+
+
+def _check_scheduler_class(name: str, model: str) -> None:
+    """Raise ConfigError unless `name` is the class of scheduler that sampling steps with."""
+    if name != SCHEDULER:
+        raise ConfigError(
+            f"policy.model {model!r} has a {name} as its scheduler, but a {SCHEDULER} is expected, "
+            "whose sigmas and velocities the sampler is defined by; put back the one that the "
+            f"model was published with, or pipe.scheduler = {SCHEDULER}(shift=...) with its shift."
+        )
+
+
+def _read_index(source: str, model: str) -> dict[str, Any]:
+    """model_index.json of a pipeline folder or Hub repository; `model` is what the user called
+    it."""
     index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values["_class_name"]
+        return values
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"policy.model {model!r} has no readable model_index.json ({error}), but a folder in "

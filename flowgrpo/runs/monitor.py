@@ -32,6 +32,7 @@ from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
 from flowgrpo.runs import content
+from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
 from flowgrpo.runs.directory import RunDirectory, is_address
 from flowgrpo.runs.display import Display
@@ -71,6 +72,7 @@ class Monitor:
         policy.check_texts(self.evaluation_set.prompts.texts)
         self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
+        self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
         """Evaluations before training: "base", and "guided" if `run.eval_guidance` asks for it."""
         self.latest: tuple[int, Evaluation]
@@ -181,6 +183,10 @@ class Monitor:
         if self.untrained["base"].label == "accuracy":
             accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
         self.display.iteration(iteration, {**metrics, "accuracy": accuracy}, sum(seconds.values()))
+        # Nothing was decoded since the rollout.
+        noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
+        for sentence in filter(None, (noise, self.advice.gradients(metrics))):
+            self.display.note(sentence)
         score = None
         if run.eval_every and iteration % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy
@@ -193,6 +199,9 @@ class Monitor:
         if not interrupted and self.latest[0] != iteration:
             self._evaluate(final=True)
         evaluated, evaluation = self.latest
+        if evaluated != iteration:
+            with self.state.ema.swapped():
+                self._check_weights()
         if self._saved != iteration:
             self._save(evaluation.accuracy if evaluated == iteration else None)
         summary = self.summary(interrupted)
@@ -208,6 +217,19 @@ class Monitor:
             f"{_described(self.state)}."
         )
         return summary
+
+    def _check_weights(self) -> None:
+        """Raise NotFiniteError unless the present weights give an image of finite numbers, which an
+        evaluation would have shown."""
+        evaluate.generate_images(
+            self.policy,
+            self.evaluation_set.prompts.texts[:1],
+            self.evaluation_set.seeds[:1],
+            1,
+            steps=1,
+            batch_size=1,
+            guidance_scale=self.config.sample.guidance_scale,
+        )
 
     def summary(self, interrupted: bool) -> dict[str, Any]:
         """Sum up the run: what summary.json holds."""
@@ -249,6 +271,8 @@ class Monitor:
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if is_reference else self.policy.reference():
             evaluation = self._measure(label, guidance_scale)
+        if name == "base":
+            self.advice.std = self.policy.decoded.read().std
         evaluation.save(self.directory.path / "evaluations" / folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}

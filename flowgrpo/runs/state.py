@@ -22,13 +22,26 @@ from flowgrpo.policies.adapters import trained_parameters
 from flowgrpo.runs import checkpoints
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Create AdamW over `parameters` with the learning rate of the first update."""
+def adam_eps(config: OptimConfig, full: bool) -> float:
+    """Choose AdamW's epsilon: `optim.eps` or, where that is 0, by what is trained.
+
+    The embedded model's gradients in full fine-tuning have an RMS of 1e-5, with a fifth of them
+    below 1e-8 and 2 % below 1e-10. A larger model's are smaller in proportion to the root of the
+    number of its weights: 30 times for SD3.5-medium.
+    """
+    return config.eps or (1e-12 if full else 1e-8)
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], config: OptimConfig, full: bool = False
+) -> torch.optim.AdamW:
+    """Create AdamW over `parameters` with the learning rate of the first update; `full`: they are
+    all of a transformer's."""
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate(config, 0),
         betas=config.betas,
-        eps=config.eps,
+        eps=adam_eps(config, full),
         weight_decay=config.weight_decay,
         fused=True,
     )
@@ -146,7 +159,8 @@ class State:
     def create(cls, transformer: nn.Module, config: OptimConfig) -> State:
         """Create the state before the first iteration of a transformer with its adapter in it."""
         parameters = trained_parameters(transformer)
-        optimizer = make_optimizer(list(parameters.values()), config)
+        full = not hasattr(transformer, "peft_config")
+        optimizer = make_optimizer(list(parameters.values()), config, full)
         ema = EMA(parameters, config.ema_decay, config.ema_every)
         return cls(parameters, optimizer, config, ema)
 

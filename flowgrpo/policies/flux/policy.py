@@ -170,8 +170,7 @@ class FluxPolicy(Policy):
         """The scheduler's timestep over 1000, which the transformer multiplies by 1000."""
         return sigma * self.scheduler.config.num_train_timesteps / 1000
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
         factor = self.pipeline.vae_scale_factor
         unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, factor)
         return vae.decode(self.pipeline.vae, unpacked)

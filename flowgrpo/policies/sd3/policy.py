@@ -168,8 +168,7 @@ class SD3Policy(Policy):
         # As diffusers: timesteps stay in float32 and are embedded before any cast.
         return sigma * self.scheduler.config.num_train_timesteps
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
         return vae.decode(self.pipeline.vae, latents)
 
     def sigmas(self, num_steps: int) -> Tensor:

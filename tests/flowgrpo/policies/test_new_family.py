@@ -130,8 +130,8 @@ class ToyPolicy(Policy):
     def _velocity(self, sample, sigma, conditioning) -> Tensor:
         return self.transformer(sample.to(self.dtype), sigma, conditioning.pooled)
 
-    def decode(self, latents) -> Tensor:
-        return ((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    def pixels(self, latents) -> Tensor:
+        return latents
 
     def sigmas(self, num_steps) -> Tensor:
         return scheduler_sigmas(self.scheduler, num_steps)
