@@ -4,6 +4,10 @@
 
 #include "abi.h"
 
+#ifdef FLOWGRPO_X86
+#include <cpuid.h>
+#endif
+
 #define FG_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace isa_baseline {
@@ -20,11 +24,19 @@ extern const Kernels kernels;
 
 namespace {
 
+#ifdef FLOWGRPO_X86
+// Conversions of float16, of which compilers' __builtin_cpu_supports knows only since lately.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 int32_t best() {
 #ifdef FLOWGRPO_X86
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !has_f16c()) return 0;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
              ? 2
