@@ -283,7 +283,7 @@ def resume_config(folder: str | Path) -> Config:
     # A ValueError: it is no UTF-8, or its path no path.
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {str(path)!r} cannot be read "
+            f"run.resume is {str(folder)!r}, but {path} cannot be read "
             f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
             "wrote."
         ) from error

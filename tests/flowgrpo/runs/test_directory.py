@@ -439,7 +439,7 @@ def test_a_checkpoint_that_was_set_aside_is_gone_on_from(tmp_path):
 @pytest.mark.parametrize("content", [b"\x80", b"[" * 100_000, b"{", b'{"run": 3}'])
 def test_a_configuration_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config.json' cannot be read|JSON|is expected"):
+    with pytest.raises(ConfigError, match=r"config.json cannot be read|JSON|is expected"):
         directory.resume_config(tmp_path)
 
 
