@@ -282,8 +282,9 @@ def resume_config(folder: str | Path) -> Config:
         text = path.read_text(encoding="utf-8")
     # A ValueError: it is no UTF-8, or its path no path.
     except (OSError, ValueError) as error:
+        name = path if str(path).isprintable() else repr(str(path))
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read "
+            f"run.resume is {str(folder)!r}, but {name} cannot be read "
             f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
             "wrote."
         ) from error

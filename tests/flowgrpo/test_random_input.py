@@ -216,6 +216,7 @@ def parse(argv: list[str], read=parse_train):
 
 @fuzz(10, share=10)
 @given(command_lines())
+@example(["--run.resume", "\x1f\n"])
 def test_the_command_line_of_train(argv):
     config = parse(argv)
     if config is not None:
