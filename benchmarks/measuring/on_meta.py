@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.waits: list[str] = []
         self._known: dict[int, tuple[Any, int]] = {}
-        self._made: dict[Any, tuple[list[tuple[Any, ...]], bool]] = {}
+        self._layouts: dict[Any, tuple[list[tuple[Any, ...]], bool]] = {}
 
     @property
     def launches(self) -> int:
@@ -112,15 +112,15 @@ class Watch(TorchDispatchMode):
         if self.device != DEVICE or not _makes_tensors(operation):
             return operation(*args, **kwargs)
         key = (operation, _described(args), _described(sorted(kwargs.items())))
-        if key in self._made:
-            layouts, single = self._made[key]
+        if key in self._layouts:
+            layouts, single = self._layouts[key]
             tensors = [torch.empty_strided(*sizes, dtype=d, device=DEVICE) for *sizes, d in layouts]
             return tensors[0] if single else tuple(tensors)
         result = operation(*args, **kwargs)
         single = isinstance(result, Tensor)
         tensors = (result,) if single else result
         if all(isinstance(t, Tensor) and self._here(t) for t in tensors):
-            self._made[key] = [(t.shape, t.stride(), t.dtype) for t in tensors], single
+            self._layouts[key] = [(t.shape, t.stride(), t.dtype) for t in tensors], single
         return result
 
     def _here(self, tensor: Tensor) -> bool:
