@@ -9,6 +9,8 @@ PROGRAMS = {
     "plot": "reporting.plots",
     "tables": "reporting.tables",
     "ocr": "experiments.ocr",
+    "crash-drill": "experiments.crash_drill",
+    "fuzz": "experiments.fuzz",
     "sanitize": "experiments.sanitize",
     "single-pass-loss": "experiments.single_pass_loss",
 }

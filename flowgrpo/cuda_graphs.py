@@ -329,7 +329,9 @@ def _switches(policy: Policy) -> tuple[Any, ...]:
             product = lora.product_of(module)
             # Merged matrices are read, and are no part of the graph; see policies/lora.py.
             ready = product is not None and product.matrices is not None
-            switches.append((module.disable_adapters, ready, *names, *module.scaling.items()))
+            initial = product is not None and product.initial
+            flags = (module.disable_adapters, ready, initial)
+            switches.append((*flags, *names, *module.scaling.items()))
             if ready and product.matrices is not product.fixed:
                 raise RuntimeError(
                     "a graph was asked for inside Policy.frozen_weights, whose matrices will be "

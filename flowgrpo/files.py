@@ -5,13 +5,16 @@ A reader, and a process that comes after one that was killed, sees the old conte
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowgrpo.config import ConfigError
+
+log = logging.getLogger("flowgrpo")
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+"""Errors by which file systems of networks say that they have no fsync of a file or a folder."""
+_without_fsync: set[str] = set()
+"""Errors of fsync that were told."""
 
 
 @contextmanager
@@ -54,14 +63,49 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
     if path.exists():
         # A folder cannot be renamed over a full one.
-        replaced = path.with_name(f".{path.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = temporary.with_name(f"{temporary.name}.old")
         os.rename(path, replaced)
         os.rename(temporary, path)
-        shutil.rmtree(replaced)
+        # What cannot go, such as a file that NFS holds for a reader, is removed the next time.
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(temporary, path)
     _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, of which a reader sees all or nothing."""
+    temporary = _beside(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
+LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{32}(\.old)?")
+"""Names that the functions of this file use beside the path called group 1."""
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether `path` has a name of something that is being written, or once was."""
+    return LEFTOVER.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left under `folder` when they were killed while writing.
+
+    A folder that was set aside, and has not been replaced yet, gets its name back. No other process
+    may be writing there.
+    """
+    for path in sorted(filter(is_leftover, folder.rglob(".*"))):
+        name, aside = LEFTOVER.fullmatch(path.name).groups()
+        replaced = path.with_name(name)
+        # What cannot go, such as a file that NFS holds for a reader, is in nobody's way.
+        with suppress(OSError):
+            if aside and not replaced.exists():
+                os.rename(path, replaced)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _beside(path: Path) -> Path:
@@ -73,9 +117,31 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until an open file or folder is on the disk, where its file system can say so.
+
+    A file system without fsync keeps the content and the order of the names; what it may lose is
+    the last moments before a power cut. So it is told once, and the run goes on.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        name = errno.errorcode[error.errno]
+        if name not in _without_fsync:
+            _without_fsync.add(name)
+            log.warning(
+                "This file system refuses fsync (%s: %s), so files that were just written may be "
+                "lost if the machine loses power.",
+                name,
+                error.strerror,
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,7 +149,7 @@ def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -113,6 +179,22 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file where it is; for a path that is not seen yet."""
     save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, path)
+
+
+def order_metadata(path: Path) -> None:
+    """Put the metadata of the safetensors file `path` into the order of their names, in place.
+
+    The library writes them in an order that it draws, so equal contents have unequal files.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The tensors' places count from the end of the header, which must stay where it is.
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ the largest of what comes and goes.
     always     weights      2 bytes (4 in float32) for each parameter of transformer, VAE and text
                             encoders; the encoders not if they are offloaded
                adapters     20 bytes a parameter: itself, its gradient, AdamW's two moments and the
-                            average
+                            average; 4 more where it starts from policy.init_adapter
                trajectory   T + 1 latents of each of the K G rows in float32; with Guard the
                             velocities too
                rewards      float32 weights of the reward models that run in this process
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from flowgrpo.config import Config, replace
@@ -57,9 +58,9 @@ REWARD_MODELS = {
 """Reward -> its models -> roughly their parameters; equal models are loaded once."""
 
 
-def sizes_of(model: str) -> Architecture | None:
+def sizes_of(model: str, variant: str = "") -> Architecture | None:
     """Find the sizes of a pipeline by its Hub id or in its folder; None: its family has none, or
-    its files are not complete."""
+    its files are not complete. `variant`: policy.variant."""
     families = [family for family in FAMILIES.values() if family.sizes is not None]
     for family in families:
         if model in family.sizes.known:
@@ -71,9 +72,9 @@ def sizes_of(model: str) -> Architecture | None:
             if config["_class_name"] == family.transformer:
                 return family.sizes.read(
                     config,
-                    _parameters(folder / "transformer"),
-                    sum(_parameters(encoder) for encoder in folder.glob("text_encoder*")),
-                    _parameters(folder / "vae"),
+                    _parameters(folder / "transformer", variant),
+                    sum(_parameters(path, variant) for path in folder.glob("text_encoder*")),
+                    _parameters(folder / "vae", variant),
                 )
     except (OSError, ValueError, KeyError, TypeError):
         # A folder that cannot be read has no plan; loading it says why.
@@ -81,15 +82,21 @@ def sizes_of(model: str) -> Architecture | None:
     return None
 
 
-def _parameters(folder: Path) -> int:
-    """Numbers in the .safetensors files of a component, from their headers; 0 without files."""
+def _parameters(folder: Path, variant: str) -> int:
+    """Numbers in the .safetensors files of a component, from their headers; 0 without files.
+
+    A folder may hold the same weights several times, in variants such as fp16: those of `variant`
+    count, or those without one.
+    """
     from safetensors import safe_open
 
+    files: dict[str, list[Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        # NAME.fp16.safetensors, or NAME.fp16-00001-of-00002.safetensors of several.
+        stem = re.sub(r"-\d+-of-\d+$", "", path.name.removesuffix(".safetensors"))
+        files.setdefault(stem.partition(".")[2], []).append(path)
     count = 0
-    for file in folder.glob("*.safetensors"):
-        # A second set of files in another type, as Hub repositories have them.
-        if ".fp16." in file.name:
-            continue
+    for file in files.get(variant) or files.get("", ()):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 count += math.prod(tensors.get_slice(name).get_shape())
@@ -101,16 +108,18 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
     resolution = policy.resolution or arch.resolution
-    image = (resolution // arch.pixels) ** 2
+    height, width = policy.height or resolution, policy.width or resolution
+    image = (height // arch.pixels) * (width // arch.pixels)
     text = arch.fixed_tokens + (policy.max_sequence_length or arch.text_tokens)
-    latent = arch.channels * (resolution // arch.latent_pixels) ** 2
+    latent = arch.channels * (height // arch.latent_pixels) * (width // arch.latent_pixels)
     rank = policy.lora_rank
     rows = sample.batch_size * (2 if sample.guidance_scale != 1 else 1)
     encoders = size * arch.encoders
     always = {
         "weights": size * (arch.parameters + arch.vae)
         + (0 if policy.offload_text_encoders else encoders),
-        "adapters": BYTES_A_TRAINED * sum(rank * (i + o) for i, o in arch.adapted),
+        "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter))
+        * sum(rank * (i + o) for i, o in arch.adapted),
         "trajectory": sample.rows * latent * 4 * (sample.steps + 1),
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,
@@ -133,7 +142,7 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
         # At full resolution the decoder works on 256 channels. Three such maps are alive at a time;
         # a fourth is the copy that a GPU's group norm makes of a channels-last one.
         images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = 4 * 256 * resolution**2 * size * images
+        decoding = 4 * 256 * height * width * size * images
     moving = {
         "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
         "rollout": max(copies + passing * rows * (size / 2), decoding),
@@ -152,7 +161,7 @@ def fit_batch_size(config: Config, available: float | None = None) -> Config:
     """Give `config` as many rows a forward as `available` GiB allow (default: this machine's GPU,
     or else 80): a divisor of the rows of one update, at most MOST_ROWS; 1 where none fits."""
     available = available or gpu_memory() or 80.0
-    arch, sample = sizes_of(config.policy.model), config.sample
+    arch, sample = sizes_of(config.policy.model, config.policy.variant), config.sample
     share = sample.rows // config.optim.updates_per_iteration
     fitting = replace(config, **{"sample.batch_size": 1})
     for rows in range(2, MOST_ROWS + 1):
@@ -182,7 +191,7 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{sample.trained_steps} steps",
     }
-    arch = sizes_of(config.policy.model)
+    arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is None or config.policy.adapter == "full":
         return lines
     memory = expected_memory(config, arch)

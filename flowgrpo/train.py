@@ -57,6 +57,7 @@ from flowgrpo.rewards.background import BackgroundScoring, RewardThread
 from flowgrpo.runs.monitor import Monitor
 from flowgrpo.runs.process import prepare_process, stoppable
 from flowgrpo.runs.state import State
+from flowgrpo.sampling import finite
 from flowgrpo.sampling.rollout import rollout
 from flowgrpo.sampling.schedule import Schedule, table_rows, training_schedule, windows
 from flowgrpo.sampling.shared_prefix import rollout_shared_prefix
@@ -111,6 +112,7 @@ def run(
                 trajectory = collect(components, conditioning, config, scoring)
             with clock("reward"):
                 scores = scoring.finish()
+                check_finite(components, trajectory, conditioning, config)
                 rewards = scores.total.view(-1, group_size)
                 advantages, weights = components.objective.weigh(rewards, config.optim)
             with clock("update"):
@@ -171,6 +173,7 @@ def collect(
     The images of each chunk go to `scoring` as soon as they are there.
     """
     policy, iteration, options = components.policy, components.state.iteration, config.sample
+    policy.decoded.begin()
 
     def score(latents: Tensor) -> None:
         if scoring is not None:
@@ -197,6 +200,30 @@ def collect(
         keep_velocities=config.optim.guard,
         on_chunk=score,
     )
+
+
+def check_finite(
+    components: Components, trajectory: Trajectory, conditioning: Conditioning, config: Config
+) -> None:
+    """Raise NotFiniteError if a velocity, a state or an image of a rollout is no finite number.
+
+    To be called once the images are scored: nothing is left to wait for then.
+    """
+    policy, name = components.policy, f"the rollout of iteration {components.state.iteration + 1}"
+
+    def explain() -> str | None:
+        return finite.explain(
+            policy,
+            trajectory.latents,
+            conditioning,
+            components.uncond,
+            components.schedule,
+            trajectory.groups,
+            config.sample.guidance_scale,
+            name,
+        )
+
+    finite.raise_if_unsound(policy.decoded.read(), explain, name)
 
 
 def describe(scores: Scores) -> dict[str, Any]:

@@ -9,7 +9,7 @@ bits and the ratios of the first update are exactly 1. The largest deviation is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,10 +60,13 @@ def update(
                 if number == 0:
                     error = torch.maximum(error, deviation)
         norms.append(state.step())
+    parameters = [p.detach() for p in state.parameters.values()]
+    weight = torch.stack(torch._foreach_norm(parameters, math.inf)).amax()
     # The only read from the device since the rewards: it waits for all of the above.
-    worst, *values = torch.stack([error, *sums.values(), *norms]).tolist()
+    worst, weight, *values = torch.stack([error, weight, *sums.values(), *norms]).tolist()
     check_ratio(worst, optim.ratio_tolerance)
     totals, grad_norms = values[: len(sums)], values[len(sums) :]
+    check_weights(weight, [*totals, *grad_norms])
     means = {name: total / len(micro_steps) for name, total in zip(sums, totals, strict=True)}
     return {**means, "grad_norm": grad_norms, "max_ratio_error": worst}
 
@@ -139,6 +142,17 @@ class MicroStep:
             return run_micro_step(*arguments)
         changes, option = self.gradients, "optim.capture"
         return self.graphs(run_micro_step, *arguments, changes=changes, option=option)
+
+
+def check_weights(weight: float, figures: Sequence[float]) -> None:
+    """Raise DivergedError if the largest |weight| after an update, `weight`, is no finite number,
+    though all `figures` of the update are."""
+    if not math.isfinite(weight) and all(map(math.isfinite, figures)):
+        raise DivergedError(
+            f"the largest of the trained weights is {weight} after an update whose loss and "
+            "gradients were finite, but a finite number is expected; start again with a lower "
+            "optim.lr or optim.weight_decay."
+        )
 
 
 def check_ratio(error: float, tolerance: float) -> None:

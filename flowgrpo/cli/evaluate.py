@@ -10,7 +10,13 @@ from rich.console import Console
 
 from flowgrpo import files, rewards
 from flowgrpo.cli.options import EvaluateOptions
-from flowgrpo.cli.targets import check_numbers, check_writable, load_base, resolve_target
+from flowgrpo.cli.targets import (
+    check_numbers,
+    check_writable,
+    image_size,
+    load_base,
+    resolve_target,
+)
 from flowgrpo.config import Config, replace
 from flowgrpo.config.validation import require
 from flowgrpo.evaluation import evaluate, pictures
@@ -20,11 +26,18 @@ from flowgrpo.evaluation.quality import quality_of, tolerances_of
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.adapters import (
+    INITIAL,
+    add_adapter,
+    check_adapter,
+    load_adapter,
+    start_from,
+)
 from flowgrpo.policies.tokens import warn_of_cut
-from flowgrpo.runs import checkpoints
+from flowgrpo.recipes import RECIPES
+from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
-from flowgrpo.runs.export import add_trained
+from flowgrpo.runs.export import load_trained
 from flowgrpo.runs.process import versions
 
 
@@ -66,8 +79,12 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     console = console or Terminal(highlight=False)
     check_numbers(options, "samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
+    require(
+        options.model is None or checkpoint is not None or options.target in RECIPES,
+        f"{options.target!r} is a model, but --model {options.model} was given too; leave one out.",
+    )
     config = _with_options(config, options)
     require(
         checkpoint is None or options.adapter is None,
@@ -79,10 +96,13 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     scorer = rewards.Scorer.of(config.reward, config.reported)
     scorer.prepare(evaluation_set.prompts)
     policy = load_base(config)
+    if config.run.resume:
+        content.warn_of_another_model(config.out_dir, policy)
     warn_of_cut(policy, evaluation_set.prompts.texts)
     scorer.try_out(evaluation_set.prompts, policy.blank_image())
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out)
     evaluator = Evaluator(config, policy, evaluation_set, scorer, console)
     evaluations = _evaluate_all(evaluator, options, checkpoint)
@@ -107,7 +127,12 @@ def _evaluate_all(
         label = f"base, CFG {options.guidance:g}"
         evaluations[label] = evaluator(label, options.guidance)
     if checkpoint is not None:
-        add_trained(policy, config.policy, checkpoint)
+        add_adapter(policy.transformer, config.policy)
+        initial = Path(config.run.resume or "") / INITIAL
+        if config.policy.init_adapter and initial.is_dir():
+            start_from(policy, config.policy, str(initial))
+            evaluations["start"] = evaluator("the adapter that training started from", scale)
+        load_trained(policy.transformer, config.optim, checkpoint)
         label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"
         evaluations[label] = evaluator(label, scale)
     if options.adapter is not None:
@@ -151,10 +176,12 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "run.eval_prompts": options.prompts,
         "run.eval_samples": options.samples,
         "sample.eval_steps": options.steps,
+        "policy.model": options.model,
         "sample.prompts": options.prompt_set,
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
-        "policy.resolution": options.resolution,
+        "policy.variant": options.variant,
+        **image_size(options),
         "reward.options": {**reward_options, **options.reward_options},
     }
     if options.rewards:

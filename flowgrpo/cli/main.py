@@ -1,7 +1,8 @@
 """The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
 
-A mistake of the user's is one sentence on stderr and exit code 2; a run that was stopped by Ctrl-C
-and saved exits with 130, one whose output nobody reads any more with 141.
+A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
+or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
+exits with 130, one whose output nobody reads any more with 141.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from flowgrpo import __version__
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, parse
@@ -83,8 +85,7 @@ def evaluate(argv: list[str]) -> int:
     options = parse(EvaluateOptions, argv, "flowgrpo evaluate")
     from flowgrpo.cli.evaluate import evaluate_run
 
-    evaluate_run(options)
-    return 0
+    return _run(evaluate_run, options)
 
 
 def sample(argv: list[str]) -> int:
@@ -92,8 +93,7 @@ def sample(argv: list[str]) -> int:
     options = parse(SampleOptions, argv, "flowgrpo sample")
     from flowgrpo.cli.sample import sample_pictures
 
-    sample_pictures(options)
-    return 0
+    return _run(sample_pictures, options)
 
 
 def serve_reward(argv: list[str]) -> int:
@@ -117,6 +117,18 @@ def doctor(argv: list[str]) -> int:
     from flowgrpo.cli.doctor import doctor as examine
 
     examine()
+    return 0
+
+
+def _run(command: Callable[[Any], object], options: Any) -> int:
+    """Run a command that samples images; 1 if they are no numbers."""
+    from flowgrpo.sampling.finite import NotFiniteError
+
+    try:
+        command(options)
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -41,7 +41,9 @@ class EvaluateOptions:
     target: Annotated[str, tyro.conf.Positional]
     """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format to compare with a recipe's or a bare model."""
+    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
+    model: str | None = None
+    """Where the model of a run or recipe is now: a folder or a Hub id; default: where it was."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint of a run directory: the newest, or the one with the best accuracy."""
     rewards: tuple[str, ...] = ()
@@ -64,10 +66,16 @@ class EvaluateOptions:
     """Also evaluate the base model with this guidance scale; 1: do not."""
     resolution: int | None = None
     """Pixels on each side; default: as in training, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or as in training."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
     """Rows of one forward; default: as in training, or 8."""
     out: str | None = None
     """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
 
@@ -83,10 +91,10 @@ class SampleOptions:
     """Prompts, each in quotation marks."""
     run: str | None = None
     """Run directory or checkpoint: shows the base model's images above the trained model's."""
-    model: str = "nano"
-    """Model to sample from without --run: "nano", a folder or a Hub id."""
+    model: str | None = None
+    """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
     adapter: str | None = None
-    """LoRA weights in diffusers' format for --model, shown below the base model's images."""
+    """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
     """The picture to write: .png, .jpg or .jpeg."""
     count: int = 4
@@ -97,8 +105,14 @@ class SampleOptions:
     """Classifier-free guidance scale, 1: none; default: the run's, or 1."""
     resolution: int | None = None
     """Pixels on each side; default: the run's, or the model's own."""
+    height: int | None = None
+    """Pixels from top to bottom; default: --resolution, or the run's."""
+    width: int | None = None
+    """Pixels from left to right; default: --resolution, or the run's."""
     seed: int = 0
     """Seed of the noise."""
+    variant: str | None = None
+    """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
     """Torch device."""
 

@@ -13,6 +13,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_writable,
     config_of_model,
+    image_size,
     load_base,
     resolve_target,
 )
@@ -22,6 +23,7 @@ from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
+from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_trained
 
@@ -30,23 +32,28 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     """Write one picture with `count` images of each prompt; with a run, base above trained."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
-    config, checkpoint = config_of_model(options.model), None
+    config, checkpoint = config_of_model(options.model or "nano"), None
     if options.run is not None:
         config, checkpoint = resolve_target(options.run, best=False)
     changes = {
+        "policy.model": options.model,
         "policy.device": options.device,
-        "policy.resolution": options.resolution,
+        "policy.variant": options.variant,
+        **image_size(options),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
     config = replace(config, **{name: v for name, v in changes.items() if v is not None})
     policy, out = load_base(config), Path(options.out)
+    if config.run.resume:
+        content.warn_of_another_model(config.out_dir, policy)
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
     warn_of_cut(policy, texts)
     if options.adapter is not None:
-        check_adapter(policy, options.adapter)
+        description = check_adapter(policy, options.adapter)
+        console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     copy = torch.arange(options.count).repeat(len(texts))
@@ -65,7 +72,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config.policy, checkpoint)
+        add_trained(policy, config, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
@@ -90,7 +97,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",

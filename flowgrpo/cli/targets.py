@@ -34,6 +34,17 @@ def check_numbers(
         require(good, f"--{name.replace('_', '-')} is {value}, but it must be {rule}; change it.")
 
 
+def image_size(options: EvaluateOptions | SampleOptions) -> dict[str, int | None]:
+    """Changes of the configuration that the options ask for; a new resolution also replaces the
+    height and width of before."""
+    square = None if options.resolution is None else 0
+    return {
+        "policy.resolution": options.resolution,
+        "policy.height": square if options.height is None else options.height,
+        "policy.width": square if options.width is None else options.width,
+    }
+
+
 def config_of_model(model: str) -> Config:
     """Make the configuration for a model without a run."""
     base = Config(recipe=Path(model).name)

@@ -17,14 +17,16 @@ def train(argv: list[str]) -> int:
     config = parse_train(argv)
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
-    from flowgrpo.runs import directory, loggers, monitor
+    from flowgrpo.runs import directory, loggers, monitor, process
+    from flowgrpo.sampling.finite import NotFiniteError
 
+    process.check_one_process()
     directory.check_directory(config)
     loggers.check(config.run)
     show_plan(config)
     try:
         summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError) as error:
+    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.
@@ -45,7 +47,8 @@ def show_plan(config: Config) -> None:
     model's are in the banner alone."""
     from flowgrpo import plan
 
-    if config.run.progress == "none" or plan.sizes_of(config.policy.model) is None:
+    policy = config.policy
+    if config.run.progress == "none" or plan.sizes_of(policy.model, policy.variant) is None:
         return
     for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
         print(f"{name}: {text}")

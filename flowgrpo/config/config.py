@@ -106,7 +106,8 @@ def from_json(text: str) -> Config:
     """Invert `to_json`."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    # A number of thousands of digits is a ValueError, and a nesting of thousands a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"the configuration is no JSON ({error}), but what to_json wrote is expected; restore "
             "the file."

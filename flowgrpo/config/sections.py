@@ -9,6 +9,7 @@ Shape letters: K prompts per iteration, G samples per prompt, T sampling steps, 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,8 @@ class PolicyConfig:
 
     model: str = "nano"
     """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    variant: str = ""
+    """Which of the model's files: "fp16" reads NAME.fp16.safetensors; empty: NAME.safetensors."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"
@@ -36,8 +39,15 @@ class PolicyConfig:
     """Draw of LoRA's A: normal with std 1 / lora_rank, or PEFT's own default; B starts at 0."""
     lora_targets: tuple[str, ...] | None = None
     """Name endings of the linear layers that get a LoRA matrix; default: flow_grpo's list."""
+    # The run starts as the model with it: the reference, and what is evaluated before training.
+    init_adapter: str = ""
+    """LoRA weights to start from: folder, file or Hub id. The KL is then to the model with them."""
     resolution: int = 0
     """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    height: int = 0
+    """Pixels of an image from top to bottom; 0: policy.resolution."""
+    width: int = 0
+    """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
     max_sequence_length: int = 0
     """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
@@ -60,10 +70,10 @@ class PolicyConfig:
     """Recompute each block in the backward pass: less memory in the update, one more forward."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "model", "text_cache")
+        settle_paths(self, "model", "init_adapter", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "max_sequence_length", "embedded_guidance")
+        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
@@ -74,6 +84,12 @@ class PolicyConfig:
             not (self.compile and self.fused),
             "policy.compile and policy.fused are both on, but they replace the same operations; "
             "choose one.",
+        )
+        require(
+            not (self.adapter == "full" and self.init_adapter),
+            f"policy.init_adapter is {self.init_adapter!r} with policy.adapter full, but only LoRA "
+            "starts from an adapter; merge it into the model by fuse_lora(), or set policy.adapter "
+            "to lora.",
         )
         require(
             self.adapter == "full" or self.lora_targets != (),
@@ -193,8 +209,12 @@ class SampleConfig:
 
 
 def _nearest_divisor(number: int, size: int) -> int:
-    """Find the divisor of `number` that is nearest to `size`, the smaller of two."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """Find the divisor of `number` that is nearest to `size`, the smaller of two.
+
+    Beyond 10^10 it may not be the nearest: a search of all of them would not end.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 10**5) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
     return min(divisors, key=lambda d: (abs(d - size), d))
 
 
@@ -247,8 +267,9 @@ class OptimConfig:
     """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
+    # Gradients of a whole transformer have a smaller RMS, at the same norm, and lie below 1e-8.
+    eps: float = 0.0
+    """AdamW's epsilon; 0: 1e-8, or 1e-12 where policy.adapter is full."""
     warmup: int = 0
     """Updates over which the learning rate rises linearly to lr."""
     decay: int = 0
@@ -261,7 +282,7 @@ class OptimConfig:
     """Advantages are clamped to +- adv_clip."""
     # 0.04 with kl std_dev is about the paper's 0.004 with kl gaussian.
     beta: float = 0.04
-    """Weight of the KL to the model without adapters; 0 also spares its forward."""
+    """Weight of the KL to the model before training; 0 also spares its forward."""
     # C^2 = -S^2 dt: std_dev leaves dt out, as flow_grpo's code has done since July 2025.
     kl: Literal["std_dev", "gaussian"] = "std_dev"
     """KL = |mean - reference mean|^2 / 2 S^2 (std_dev) or / 2 C^2 (gaussian, the true KL)."""
@@ -291,9 +312,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
-        check_positive("optim", self, "lr", "eps", "clip_range", "adv_clip", "ema_every")
+        check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         nonnegative = (
+            "eps",
             "weight_decay",
             "warmup",
             "decay",
@@ -318,7 +340,7 @@ class RunConfig:
     """Output, length and evaluation of the run."""
 
     out: str | None = None
-    """Run directory, new or empty; default: runs/RECIPE-SEED."""
+    """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
     seed: int = 0
@@ -335,6 +357,8 @@ class RunConfig:
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
     """Run directory to go on with; its configuration is taken from there."""
+    accept_changes: bool = False
+    """Go on though prompts or model weights are others than the run began with; recorded."""
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
     wandb: str = ""

@@ -25,6 +25,16 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def shown(value: Any) -> str:
+    """Write `value` for a message: on one line, and not more of it than helps."""
+    try:
+        text = repr(value)
+    # Python writes no integer of thousands of digits.
+    except ValueError:
+        text = f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     """Check `value` against the type that the annotation `hint` of a config field states."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -72,13 +82,28 @@ def settle_paths(values: Any, *names: str) -> None:
         object.__setattr__(values, name, path_text(getattr(values, name)))
 
 
+def _is_long(value: Any) -> bool:
+    """Tell whether `value` is or holds an integer that no 64-bit number holds."""
+    if isinstance(value, dict):
+        return any(map(_is_long, value.values()))
+    if isinstance(value, tuple):
+        return any(map(_is_long, value))
+    return isinstance(value, int) and abs(value) >= 2**63
+
+
 def check_types(section: str, values: Any) -> None:
-    """Raise unless every field of the dataclass `values` has its annotated type."""
+    """Raise unless every field of the dataclass `values` has its annotated type, and integers are
+    below 2^63."""
     for name, hint in typing.get_type_hints(type(values)).items():
         value = getattr(values, name)
         require(
             _is_a(value, hint),
-            f"{section}{name} is {value!r}, but {_expected(hint)} is expected; give such a value.",
+            f"{section}{name} is {shown(value)}, but {_expected(hint)} is expected; give such a "
+            "value.",
+        )
+        require(
+            not _is_long(value),
+            f"{section}{name} is {shown(value)}, but whole numbers must be below 2^63; lower it.",
         )
 
 
@@ -101,9 +126,10 @@ def check_fields(cls: type, names: typing.Iterable[str], prefix: str = "") -> No
     """Raise unless all `names` are fields of the dataclass `cls`."""
     known = [f.name for f in dataclasses.fields(cls)]
     for name in names:
+        word = name if name and name.isprintable() else repr(name)
         require(
             name in known,
-            f"{prefix}{name} is no field of the configuration{similar(name, known)}, but one of "
+            f"{prefix}{word} is no field of the configuration{similar(name, known)}, but one of "
             f"{', '.join(known)} is expected; correct the name.",
         )
 
@@ -112,8 +138,8 @@ def build(cls: type, values: Any, prefix: str = "") -> Any:
     """Build the dataclass `cls` from nested dicts of JSON values; lists become tuples."""
     require(
         isinstance(values, dict),
-        f"{prefix.rstrip('.') or 'the configuration'} is {values!r}, but an object with the fields "
-        f"of {cls.__name__} is expected; correct it.",
+        f"{prefix.rstrip('.') or 'the configuration'} is {shown(values)}, but an object with the "
+        f"fields of {cls.__name__} is expected; correct it.",
     )
     check_fields(cls, values, prefix)
     hints, fields = typing.get_type_hints(cls), {}
@@ -145,5 +171,10 @@ def replace(config: T, **changes: Any) -> T:
             check_fields(type(getattr(config, section)), [rest], f"{section}.")
             sections.setdefault(section, {})[rest] = value
     for section, values in sections.items():
-        top[section] = dataclasses.replace(top.get(section, getattr(config, section)), **values)
+        value, cls = top.get(section, getattr(config, section)), type(getattr(config, section))
+        require(
+            isinstance(value, cls),
+            f"{section} is {shown(value)}, but {_expected(cls)} is expected; give such a value.",
+        )
+        top[section] = dataclasses.replace(value, **values)
     return dataclasses.replace(config, **top)

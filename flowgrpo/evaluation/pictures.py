@@ -71,8 +71,10 @@ def grid(
     first = next(iter(rows.values()))
     tiles = {label: [_tile(image) for image in images] for label, images in rows.items()}
     width, height = tiles[next(iter(rows))][0].size if len(first) else (TILE, TILE)
+    # A column is no narrower than words under a high image need.
+    column_width = max(width, min(height, TILE))
     font = ImageFont.load_default(TEXT)
-    lines = [_wrap(caption, font, width) for caption in captions]
+    lines = [_wrap(caption, font, column_width) for caption in captions]
     columns = min(columns, len(captions))
     labelled, margin = len(rows) > 1, GAP
     if labelled:
@@ -82,14 +84,14 @@ def grid(
     text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
     row_height = height + bar + number + 4
     total = GAP + sum(len(rows) * row_height + extra for extra in text_heights)
-    canvas = Image.new("RGB", (margin + columns * (width + GAP), total), PAPER)
+    canvas = Image.new("RGB", (margin + columns * (column_width + GAP), total), PAPER)
     draw, top = ImageDraw.Draw(canvas), GAP
     for block, extra in zip(blocks, text_heights, strict=True):
         for label, images in tiles.items():
             if labelled:
                 draw.text((GAP, top + height // 2), label, FAINT, font, anchor="lm")
             for column, i in enumerate(block):
-                left = margin + column * (width + GAP)
+                left = margin + column * (column_width + GAP) + (column_width - width) // 2
                 canvas.paste(images[i], (left, top))
                 draw.rectangle((left, top, left + width - 1, top + height - 1), outline="#d0d7de")
                 below = (left, top + height + 1, left + width - 1)
@@ -100,7 +102,7 @@ def grid(
                     _write(draw, font, marks[label][i], below, bar)
             top += row_height
         for column, i in enumerate(block):
-            center = margin + column * (width + GAP) + width // 2
+            center = margin + column * (column_width + GAP) + column_width // 2
             for number, line in enumerate(lines[i]):
                 y = top + 2 + number * (TEXT + 4)
                 draw.text((center, y), line, INK, font, anchor="ma")
@@ -126,12 +128,14 @@ def _write(
 
 
 def _tile(image: torch.Tensor) -> Image.Image:
-    """Make one image's tile: about TILE pixels a side or its own, enlarged by a whole factor."""
+    """Make one image's tile: about TILE pixels on its longer side, enlarged by a whole factor, or
+    its own, at most 3 TILE."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    factor = max(1, round(TILE / picture.height))
-    if picture.height > 3 * TILE:
-        ratio = 3 * TILE / picture.height
-        return picture.resize((round(picture.width * ratio), 3 * TILE), Image.Resampling.LANCZOS)
+    longer = max(picture.size)
+    factor = max(1, round(TILE / longer))
+    if longer > 3 * TILE:
+        width, height = (max(1, round(side * 3 * TILE / longer)) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST)
 

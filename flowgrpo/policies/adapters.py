@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,21 @@ from torch import nn
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
 from flowgrpo.policies import lora
+from flowgrpo.policies.adapter_files import (
+    BARE,
+    DIFFUSERS,
+    LORA_FILE,
+    MATRIX,
+    PEFT_FILE,
+    AdapterFile,
+    read_adapter,
+)
 from flowgrpo.policies.base import Policy
 from flowgrpo.policies.families import family_of
 
 ADAPTER = "default"
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
+INITIAL = "initial"
+"""Folder in a run directory: the adapter that the run started from, in diffusers' format."""
 
 
 def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> list[nn.Parameter]:
@@ -27,9 +37,16 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     B is 0, so the model starts as its base. With "full" the whole transformer is trained.
 
     Raises:
-        ConfigError: an ending of `config.lora_targets` matches no layer of the model, or a model
-            to be trained whole is not float32.
+        ConfigError: an ending of `config.lora_targets` matches no layer of the model, a model to be
+            trained whole is not float32, or one has an adapter already.
     """
+    require(
+        not lora.lora_layers(transformer),
+        f"the transformer has LoRA layers already ({', '.join(_adapter_names(transformer))}), but "
+        "a model without is expected; call unload_lora_weights() of its pipeline to train on the "
+        "base, fuse_lora() and then that to train on what it computes now, or that and set "
+        "policy.init_adapter to its folder to train it further.",
+    )
     if config.adapter == "full":
         dtypes = {str(p.dtype) for p in transformer.parameters()} - {"torch.float32"}
         require(
@@ -63,8 +80,18 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
     return list(trained_parameters(transformer).values())
 
 
+def _adapter_names(transformer: nn.Module) -> list[str]:
+    """Names of the adapters that PEFT has put into a transformer."""
+    return list(getattr(transformer, "peft_config", {}))
+
+
 def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({".".join(name.split(".")[2:]) or name for name in names})[:6])
+    return ", ".join(sorted({_ending(name) for name in names})[:6])
+
+
+def _ending(name: str) -> str:
+    """Name of a layer inside its block: attn.to_q of transformer_blocks.3.attn.to_q."""
+    return ".".join(name.split(".")[2:]) or name
 
 
 def _draw_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> None:
@@ -87,28 +114,120 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def load_adapter(policy: Policy, adapter: str) -> None:
-    """Put LoRA weights in diffusers' format, a folder, a file or a Hub id, into the policy.
+def start_from(policy: Policy, config: PolicyConfig, adapter: str) -> None:
+    """Copy the LoRA weights of `adapter` into the policy's adapter, and keep them as the reference.
+
+    Raises:
+        ConfigError: there are none, or they have other layers, ranks or scales than `config` says.
+    """
+    file, layers = read_adapter(adapter), _layers_by_name(policy.transformer)
+    name = f"policy.init_adapter {adapter!r}"
+    if file is None:
+        raise ConfigError(
+            f"{name} could not be read, but LoRA weights in diffusers' or PEFT's format are "
+            f"expected; name a Hub repository or the folder that holds {LORA_FILE} or {PEFT_FILE}."
+        )
+    _check_same_adapter(name, file, policy.transformer, config)
+    for layer_name, layer in layers.items():
+        require(
+            lora.product_of(layer) is not None,
+            f"{name} has matrices for {layer_name}, which is a {type(layer.base_layer).__name__}, "
+            "but training can start from matrices of plain linear layers only; leave it out of "
+            "policy.lora_targets.",
+        )
+        for matrix, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key, parameter = f"{layer_name}.lora_{matrix}.weight", module[ADAPTER].weight
+            tensor = file.tensors.get(key, torch.empty(0))
+            require(
+                tensor.shape == parameter.shape and bool(tensor.isfinite().all()),
+                f"{name} has {key} {list(tensor.shape)}, but finite numbers in the shape "
+                f"{list(parameter.shape)} are expected; name an adapter of {policy.name}.",
+            )
+            parameter.data.copy_(tensor)
+    lora.keep_initial(list(layers.values()))
+
+
+def _layers_by_name(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The layers with LoRA matrices, by their names in the model."""
+    layers = set(lora.lora_layers(transformer))
+    return {name: module for name, module in transformer.named_modules() if module in layers}
+
+
+def _check_same_adapter(
+    name: str, file: AdapterFile, transformer: nn.Module, config: PolicyConfig
+) -> None:
+    """Raise unless `file` has the layers, the rank and the scale of the adapter to be trained."""
+    special = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if file.settings.get(key)]
+    other = [key for key in file.tensors if not MATRIX.fullmatch(key)]
+    require(
+        not special and not other and len(set(file.ranks.values())) == 1,
+        f"{name} has {', '.join(special) or ', '.join(other[:1]) or 'layers of several ranks'}, "
+        "but matrices of one rank and one alpha are expected; merge it into the model, or name "
+        "another.",
+    )
+    layers = _layers_by_name(transformer)
+    same = (config.lora_rank, config.lora_alpha) == (file.rank, file.alpha)
+    targets = " ".join(_targets(list(file.ranks), transformer))
+    require(
+        same and file.ranks.keys() == layers.keys(),
+        f"{name} has rank {file.rank}, alpha {file.alpha:g} and matrices for {len(file.ranks)} "
+        f"layers, but policy.lora_rank {config.lora_rank}, lora_alpha {config.lora_alpha} and "
+        f"lora_targets with {len(layers)} layers are set; set --policy.lora-rank {file.rank} "
+        f"--policy.lora-alpha {file.alpha:g} --policy.lora-targets {targets}.",
+    )
+
+
+def _targets(modules: list[str], transformer: nn.Module) -> list[str]:
+    """Find the name endings, or else the names, that choose exactly `modules` of the model's linear
+    layers."""
+    endings = sorted({_ending(module) for module in modules})
+    chosen = {
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+        if any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    }
+    return endings if chosen == set(modules) else modules
+
+
+def load_adapter(policy: Policy, adapter: str) -> str:
+    """Put LoRA weights, in a folder, a file or a Hub repository, into the policy.
+
+    They may be in diffusers' format, in PEFT's, or under bare module names (adapter_files.py).
+
+    Returns:
+        The format, size and scale of what was loaded, for the reader of a result.
 
     Raises:
         ConfigError: there are none, or they are those of another model.
     """
     from diffusers.utils import logging
 
+    file = read_adapter(adapter)
+    modules = dict(policy.transformer.named_modules())
+    if file is not None and file.prefix == BARE and modules.keys().isdisjoint(file.ranks):
+        # Of several models, or under another prefix, which diffusers may know.
+        file = None
+    if file is not None:
+        _check_modules(policy, adapter, file)
     level = logging.get_verbosity()
     # diffusers would also print a line for each tensor that does not fit.
     logging.set_verbosity(logging.CRITICAL)
     try:
-        # No pickle is read, whatever lies in the folder.
-        policy.pipeline.load_lora_weights(adapter, use_safetensors=True)
+        if file is None or file.prefix == DIFFUSERS:
+            # No pickle is read, whatever lies in the folder.
+            source = adapter if file is None else str(file.path)
+            policy.pipeline.load_lora_weights(source, use_safetensors=True)
+        else:
+            _load_plain(policy, file)
     # diffusers and PEFT raise what the step that fails raises.
     except Exception as error:
         # The first tensor that does not fit is named in the second line.
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(".")
         raise ConfigError(
             f"the adapter {adapter!r} cannot be loaded into {policy.name} ({type(error).__name__}: "
-            f"{reason}), but LoRA weights of this model in diffusers' format are expected; name "
-            "the folder that holds pytorch_lora_weights.safetensors."
+            f"{reason}), but LoRA weights of this model in diffusers' or PEFT's format are "
+            f"expected; name the folder that holds {LORA_FILE} or {PEFT_FILE}."
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -117,10 +236,42 @@ def load_adapter(policy: Policy, adapter: str) -> None:
         f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "
         "weights of this model are expected; name another.",
     )
+    return "diffusers' conversion of its keys" if file is None else file.describe()
 
 
-def check_adapter(policy: Policy, adapter: str) -> None:
-    """Raise as `load_adapter` does, and leave the policy as it was: an adapter that does not fit is
-    found before the base model's images cost anything."""
-    load_adapter(policy, adapter)
+def _check_modules(policy: Policy, adapter: str, file: AdapterFile) -> None:
+    """Raise unless the transformer has all modules of `file`: PEFT leaves out, without a word, the
+    matrices of those that it does not find."""
+    modules = dict(policy.transformer.named_modules())
+    foreign = [name for name in file.ranks if name not in modules]
+    require(
+        not foreign,
+        f"the adapter {adapter!r} has matrices for {foreign[0] if foreign else ''} ({len(foreign)} "
+        f"such of {len(file.ranks)} layers), which {policy.name} does not have, but LoRA weights "
+        "of this model are expected; name another.",
+    )
+    other = [name for name in file.tensors if not MATRIX.fullmatch(name)]
+    require(
+        file.prefix == DIFFUSERS or not other,
+        f"the adapter {adapter!r} holds {other[0] if other else ''} beside its matrices, but plain "
+        "LoRA weights are expected; merge it into the model, or name another.",
+    )
+
+
+def _load_plain(policy: Policy, file: AdapterFile) -> None:
+    """Put the matrices of `file` into the transformer, at its scale."""
+
+    def prefixed(values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{DIFFUSERS}{name}": value for name, value in values.items()}
+
+    policy.transformer.load_lora_adapter(
+        prefixed(file.tensors), prefix="transformer", metadata=prefixed(file.lora_config())
+    )
+
+
+def check_adapter(policy: Policy, adapter: str) -> str:
+    """Raise as `load_adapter` does, or describe the adapter, and leave the policy as it was: one
+    that does not fit is found before the base model's images cost anything."""
+    description = load_adapter(policy, adapter)
     policy.pipeline.unload_lora_weights()
+    return description

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
-from flowgrpo.policies import lora, modulation, pipelines, surgery
+from flowgrpo.policies import lora, modulation, pipelines, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
+from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
 from flowgrpo.records import Conditioning
@@ -51,7 +52,11 @@ class Policy(ABC):
     attention: str
     """Name of the kernel that computes attention, see policies/attention.py."""
     resolution: int
-    """Pixels on each side of an image."""
+    """Pixels on each side of an image, on the longer one where they differ."""
+    height: int = 0
+    """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
+    width: int = 0
+    """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
     latent_shape: tuple[int, ...]
     """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
     compiled: bool = False
@@ -60,6 +65,8 @@ class Policy(ABC):
     """True: the blocks run with the kernels of policies/blocks.py."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
+    decoded: Decoded
+    """Figures of the latents and pixels that `decode` has seen."""
     _frozen: nn.Module | None = None
 
     @staticmethod
@@ -74,8 +81,8 @@ class Policy(ABC):
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
         "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32. Of `config`, all but the
-        adapter is used.
+        bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and fp32 are
+        short names. Of `config`, all but the adapter is used.
 
         `model` may also be a pipeline that is loaded already. It is taken over: its models are
         frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in
@@ -85,12 +92,23 @@ class Policy(ABC):
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
         """
         device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
-        open_pipeline = pipelines.load if isinstance(model, str) else pipelines.adopt
-        source = open_pipeline(model, dtype, device)
+        if isinstance(model, str):
+            source = pipelines.load(model, dtype, device, config.variant)
+        else:
+            source = pipelines.adopt(model, dtype, device)
         encode = None if encode is None else _checked(encode)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
-        policy.fused = config.fused
+        policy.fused, policy.decoded = config.fused, Decoded()
+        policy.height = policy.height or policy.resolution
+        policy.width = policy.width or policy.resolution
+        for side in ("height", "width"):
+            asked, pixels = getattr(config, side), getattr(policy, side)
+            if asked not in (0, pixels):
+                raise ConfigError(
+                    f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
+                    f"{policy.height} pixels alone; leave policy.{side} at 0."
+                )
         policy.attention = surgery.rewrite(
             policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
         )
@@ -98,7 +116,7 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, on the policy's device."""
+        """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -165,13 +183,22 @@ class Policy(ABC):
         values = {names.time: conditioning.modulation, names.text: conditioning.embeds}
         return modulation.using(self.transformer, **values)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, resolution, resolution] of latents [B, *latent_shape]."""
+        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]; figures of
+        both go to `decoded`."""
+        pixels = self.pixels(latents)
+        self.decoded.add(latents, pixels)
+        return vae.to_images(pixels)
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """float32 pixels [B, 3, height, width], about [-1, 1], of latents
+        [B, *latent_shape]."""
 
     def blank_image(self) -> Tensor:
         """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
-        shape = (3, self.resolution, self.resolution)
+        shape = (3, self.height, self.width)
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
@@ -184,7 +211,8 @@ class Policy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Let `velocity`, inside, be that of the model before training."""
+        """Let `velocity`, inside, be that of the model before training: with the adapter that
+        training started from, if it did (policy.init_adapter), and else without."""
         if self._frozen is not None:
             trained, self.transformer = self.transformer, self._frozen
             try:
@@ -198,7 +226,8 @@ class Policy(ABC):
                 "the policy has neither adapters nor a kept reference; add adapters, or call "
                 "keep_reference() before training."
             )
-        with lora.disable_adapters(layers):
+        initial = lora.has_initial(layers)
+        with lora.initial_adapters(layers) if initial else lora.disable_adapters(layers):
             yield
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
@@ -214,6 +243,24 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def check_list(texts: Sequence[str]) -> list[str]:
+    """List the texts that `encode` or `check_texts` was called with.
+
+    Raises:
+        TypeError: a text stands alone, which would be taken letter by letter, or one is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}, but a list of texts is expected; write, for "
+            "example, ['a red cat']"
+        )
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts has a {type(text).__name__} in it, but texts are expected")
+    return texts
 
 
 def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
@@ -236,11 +283,30 @@ def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
 
 
 def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> Tensor:
-    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`."""
+    """float64 [num_steps + 1]: sigmas after `scheduler.set_timesteps(num_steps, **arguments)`.
+
+    Raises:
+        ConfigError: they do not fall from at most 1 to 0.
+    """
     # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in arguments:
         scheduler.set_timesteps(**arguments)
     else:
         scheduler.set_timesteps(num_steps, **arguments)
-    return scheduler.sigmas.to("cpu", torch.float64)
+    sigmas = scheduler.sigmas.to("cpu", torch.float64)
+    # Rounding may put the first a little above 1. Written so that NaN fails it as well.
+    falling = bool((sigmas.diff() < 0).all()) and sigmas[0] <= 1 + 1e-6 and sigmas[-1] == 0
+    if len(sigmas) != num_steps + 1 or not falling:
+        raise ConfigError(
+            f"the model's {type(scheduler).__name__} gives {len(sigmas)} sigmas for {num_steps} "
+            f"steps, {_first(sigmas)}, but {num_steps + 1} that fall from at most 1 to 0 are "
+            "expected; correct its configuration in scheduler/scheduler_config.json."
+        )
+    return sigmas
+
+
+def _first(values: Tensor, count: int = 4) -> str:
+    """Write the first values and, if they are not all, the last."""
+    texts = [f"{value:g}" for value in values.tolist()]
+    return ", ".join(texts if len(texts) <= count + 1 else [*texts[:count], "...", texts[-1]])

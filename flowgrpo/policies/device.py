@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from flowgrpo.config import ConfigError
+from flowgrpo.config.validation import require
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -26,11 +28,21 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype that "auto" or a name stands for on this device."""
-    if isinstance(dtype, torch.dtype):
+    """Choose the dtype that "auto" or a name, such as bfloat16 or bf16, stands for on this device.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`.
+    """
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
-    if dtype != "auto":
-        return DTYPES[dtype]
+    name = SHORT_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if name != "auto":
+        require(
+            name in DTYPES,
+            f"dtype is {dtype!r}, but auto, {', '.join(DTYPES)}, or torch's own, is "
+            "expected; give one.",
+        )
+        return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16
     # torch only has private names for these questions; a version without them gets float32.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from flowgrpo import seeds
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import surgery
-from flowgrpo.policies.adapters import add_adapter
+from flowgrpo.policies.adapters import INITIAL, add_adapter, start_from
 from flowgrpo.policies.base import Policy
 from flowgrpo.records import Conditioning
 
@@ -45,6 +46,15 @@ def load_policy(
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     add_adapter(policy.transformer, config.policy, seed)
+    if config.policy.init_adapter:
+        start_from(policy, config.policy, _initial_adapter(config))
     if config.policy.gradient_checkpointing:
         surgery.recompute(policy.transformer)
     return policy
+
+
+def _initial_adapter(config: Config) -> str:
+    """Find the adapter that the run starts from: the run's copy once there is one, since the files
+    of policy.init_adapter may have changed or moved."""
+    copied = Path(config.run.resume or "") / INITIAL
+    return str(copied) if config.run.resume and copied.is_dir() else config.policy.init_adapter

@@ -52,6 +52,8 @@ class Product:
     call."""
     fixed: Matrices | None = None
     """Memory of merged matrices that stays where it is."""
+    initial: bool = False
+    """True inside `initial_adapters`: A and B are the layer's `initial_A` and `initial_B`."""
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
@@ -73,6 +75,43 @@ def disable_adapters(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def keep_initial(layers: list[nn.Module]) -> None:
+    """Keep the present A and B of each layer, those of an adapter that training starts from.
+
+    Adds to the layers: buffers `initial_A` and `initial_B`, which are not saved with a model.
+    """
+    for layer in layers:
+        for name, parameter in zip(("initial_A", "initial_B"), _parameters(layer), strict=True):
+            # Buffers, so that a captured graph notices when they move. With gradients, as the
+            # trained ones, so that compiled blocks run one code for both, to the same bits.
+            initial = parameter.detach().clone().requires_grad_()
+            layer.register_buffer(name, initial, persistent=False)
+
+
+def has_initial(layers: list[nn.Module]) -> bool:
+    """Tell if `keep_initial` has kept matrices of these layers."""
+    return any("initial_A" in layer._buffers for layer in layers)
+
+
+@contextmanager
+def initial_adapters(layers: list[nn.Module]) -> Iterator[None]:
+    """Let the layers compute inside with the A and B that `keep_initial` has kept."""
+    products = [product_of(layer) for layer in layers]
+    outside = [(product.matrices, product.fixed) for product in products]
+    for product in products:
+        if product.matrices is not None:
+            # In use outside: matrices that are merged inside must not be written over them.
+            product.fixed = None
+        product.matrices, product.initial = None, True
+    try:
+        yield
+    finally:
+        for product, (matrices, fixed) in zip(products, outside, strict=True):
+            product.matrices, product.initial = matrices, False
+            if matrices is not None:
+                product.fixed = fixed
 
 
 @contextmanager
@@ -176,7 +215,10 @@ def _multiply(group: tuple[nn.Module, ...], matrices: Matrices, x: Tensor) -> li
 
 
 def _parameters(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [r, in] and B [out, r]."""
+    """A [r, in] and B [out, r]: the trained ones, or those that training started from."""
+    product = product_of(layer)
+    if product is not None and product.initial:
+        return layer.initial_A, layer.initial_B
     (name,) = layer.lora_A
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 

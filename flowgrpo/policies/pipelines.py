@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowgrpo.config import ConfigError
-from flowgrpo.policies import families
+from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.policies import families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+"""Class of diffusers that a pipeline's scheduler is of."""
+WEIGHTS = re.compile(
+    r"(?P<component>[^/]+)/[^/.]+(\.(?P<variant>(?!index)[^/.]+?))?(-\d+-of-\d+)?\.safetensors"
+)
+"""Path of a file of weights in a pipeline's folder, whole or one of several shards."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,11 @@ class Pipeline:
     """Folder, Hub id or name by which the user called it."""
     folder: Path | None = None
     """Folder of its files; None: it came without them."""
+    variant: str = ""
+    """Which of its files were loaded, "fp16" for NAME.fp16.safetensors; empty: those without."""
 
 
-def load(model: str, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
+def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: str = "") -> Pipeline:
     """Load the pipeline in a folder or Hub repository; "nano" is the embedded one.
 
     All of it is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
@@ -40,48 +50,101 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device) -> Pipeline
     snapshot that was loaded.
 
     Raises:
-        ConfigError: it is not there, incomplete, or of no known family.
+        ConfigError: it is not there, incomplete, of no known family, or its scheduler is refused.
     """
     source, dtype = model, choose_dtype(dtype, device)
     if model == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         source = str(MODEL_DIR)
-    family = families.family_named(_class_name(source, model), model)
+    index = _read_index(source, model)
+    family = families.family_named(index["_class_name"], model)
+    # Before the weights, which may be a download of hours.
+    _check_scheduler_class(_scheduler_class(index), model)
     cls = family.load_class(family.pipeline)
     try:
-        folder = Path(source if Path(source).is_dir() else cls.download(source))
-        return Pipeline(_load_files(cls, folder, dtype), family, dtype, model, folder)
+        chosen = {"variant": variant} if variant else {}
+        folder = Path(source if Path(source).is_dir() else cls.download(source, **chosen))
+        pipeline = _load_files(cls, folder, dtype, chosen)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
+        check_variant(model, variant, _files_of(source))
         raise ConfigError(
             f"policy.model {model!r} could not be loaded as a {cls.__name__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             "restore its files."
         ) from error
+    check_scheduler(pipeline.scheduler, model)
+    return Pipeline(pipeline, family, dtype, model, folder, variant)
 
 
 def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
     """Take over a pipeline that somebody else has loaded, in the dtypes that `load` gives one;
-    "auto" is that of its transformer.
+    "auto" is that of its transformer. What its use has put on it is taken off (in_use.py).
 
     Raises:
-        ConfigError: it is no pipeline of a known family.
+        ConfigError: it is no pipeline of a known family, or its scheduler is refused.
     """
     family = families.family_of_pipeline(pipeline)
+    name = str(pipeline.name_or_path or family.pipeline)
+    check_scheduler(pipeline.scheduler, name)
+    in_use.restore(pipeline, family.transformer)
     dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
-    for name, component in pipeline.components.items():
-        target = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+    for role, component in pipeline.components.items():
+        target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
         if isinstance(component, nn.Module) and component.dtype != target:
             component.to(target)
-    return Pipeline(pipeline, family, dtype, str(pipeline.name_or_path or family.pipeline))
+    return Pipeline(pipeline, family, dtype, name)
 
 
-def _class_name(source: str, model: str) -> str:
-    """`_class_name` of a pipeline folder or Hub repository; `model` is what the user called it."""
+def check_scheduler(scheduler: Any, model: str) -> None:
+    """Raise ConfigError unless `scheduler` gives the sigmas of a flow from noise to data.
+
+    Its own flags may be set as they like, such as karras, exponential, beta or dynamic shift: they
+    choose other sigmas between 1 and 0. `scheduler_sigmas` looks at the values.
+
+    Args:
+        scheduler: of the pipeline.
+        model: what the user called the pipeline.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        _check_scheduler_class(type(scheduler).__name__, model)
+    if scheduler.config.get("invert_sigmas", False):
+        raise ConfigError(
+            f"the scheduler of policy.model {model!r} has invert_sigmas true, which counts sigmas "
+            "from 0 to 1, but sigmas that fall from 1 to 0 are expected; set it to false in "
+            "scheduler/scheduler_config.json."
+        )
+
+
+def _scheduler_class(index: dict[str, Any]) -> str:
+    """Class of the scheduler that model_index.json names; the expected one if it names none, since
+    loading the pipeline decides then."""
+    value = index.get("scheduler")
+    named = isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+    return value[1] if named else SCHEDULER
+
+
+def _check_scheduler_class(name: str, model: str) -> None:
+    """Raise ConfigError unless `name` is the class of scheduler that sampling steps with."""
+    if name != SCHEDULER:
+        raise ConfigError(
+            f"policy.model {model!r} has a {name} as its scheduler, but a {SCHEDULER} is expected, "
+            "whose sigmas and velocities the sampler is defined by; put back the one that the "
+            f"model was published with, or pipe.scheduler = {SCHEDULER}(shift=...) with its shift."
+        )
+
+
+def _read_index(source: str, model: str) -> dict[str, Any]:
+    """model_index.json of a pipeline folder or Hub repository; `model` is what the user called
+    it."""
     index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values["_class_name"]
+        return values
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"policy.model {model!r} has no readable model_index.json ({error}), but a folder in "
@@ -111,9 +174,49 @@ def _from_hub(source: str, model: str) -> Path:
         ) from error
 
 
-def _load_files(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+def check_variant(model: str, variant: str, files: Iterable[str]) -> None:
+    """Raise ConfigError if `files`, paths in the repository of `model`, has weights of other
+    variants than `variant` and none of this one."""
+    variants: dict[str, set[str]] = {}
+    for file in files:
+        if match := WEIGHTS.fullmatch(file):
+            variants.setdefault(match["component"], set()).add(match["variant"] or "")
+    # A component without files of the variant is loaded from those without one.
+    lacking = [c for c, names in variants.items() if not variant and "" not in names]
+    others = sorted(set().union(*variants.values()) - {""})
+    if lacking:
+        raise ConfigError(
+            f"policy.model {model!r} has weights of {lacking[0]} in the variant "
+            f"{', '.join(sorted(variants[lacking[0]]))} alone, but policy.variant is empty; set "
+            "policy.variant (--variant of evaluate and sample) to that name."
+        )
+    if variant and variant not in others:
+        raise ConfigError(
+            f"policy.variant is {variant!r}, but policy.model {model!r} has weights in the "
+            f"variants {', '.join(others)}; choose one of these."
+            if others
+            else f"policy.variant is {variant!r}, but policy.model {model!r} has no weights in "
+            "variants; leave policy.variant empty."
+        )
+
+
+def _files_of(source: str) -> list[str]:
+    """Paths in a folder or Hub repository; none where it cannot be asked."""
+    if Path(source).is_dir():
+        paths = Path(source).rglob("*.safetensors")
+        return [path.relative_to(source).as_posix() for path in paths]
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return list(list_repo_files(source))
+    except (HfHubHTTPError, OSError, ValueError):
+        return []
+
+
+def _load_files(cls: Any, folder: Path, dtype: torch.dtype, chosen: dict[str, str]) -> Any:
     """The pipeline of class `cls`, with None for the components that model_index.json has as
-    null."""
+    null; `chosen`: the variant of its files, if any."""
     index = cls.load_config(folder)
     absent = {
         name: None for name, value in index.items() if isinstance(value, list) and value[0] is None
@@ -123,7 +226,7 @@ def _load_files(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
         warnings.simplefilter("ignore", FutureWarning)
-        return cls.from_pretrained(folder, torch_dtype=dtypes, **absent)
+        return cls.from_pretrained(folder, torch_dtype=dtypes, **absent, **chosen)
 
 
 def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
@@ -135,24 +238,30 @@ def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] 
                 component.to(device)
 
 
-def check_resolution(
-    resolution: int, default: int, multiple: int, largest: int | None, name: str
-) -> int:
-    """Pixels on each side: `resolution`, or `default` where that is 0.
+def check_size(
+    config: PolicyConfig, default: int, multiple: int, largest: int | None, name: str
+) -> tuple[int, int]:
+    """Height and width of an image in pixels: those of `config`, or else its resolution, or else
+    `default`.
 
     Raises:
-        ConfigError: it is no multiple of `multiple`, or more than `largest`.
+        ConfigError: one is no multiple of `multiple`, or more than `largest`.
     """
-    pixels = resolution or default
-    if pixels % multiple:
-        near = max(round(pixels / multiple), 1) * multiple
-        raise ConfigError(
-            f"policy.resolution is {pixels}, but {name} makes images whose sides are multiples of "
-            f"{multiple}; choose one, for example {near}."
-        )
-    if largest is not None and pixels > largest:
-        raise ConfigError(
-            f"policy.resolution is {pixels}, but {name} has positions for at most {largest} "
-            "pixels on a side; choose a smaller one."
-        )
-    return pixels
+    sides = []
+    for side in ("height", "width"):
+        pixels = getattr(config, side)
+        field = side if pixels else "resolution"
+        pixels = pixels or config.resolution or default
+        if pixels % multiple:
+            near = max(round(pixels / multiple), 1) * multiple
+            raise ConfigError(
+                f"policy.{field} is {pixels}, but {name} makes images whose sides are multiples of "
+                f"{multiple}; choose one, for example {near}."
+            )
+        if largest is not None and pixels > largest:
+            raise ConfigError(
+                f"policy.{field} is {pixels}, but {name} has positions for at most {largest} "
+                "pixels on a side; choose a smaller one."
+            )
+        sides.append(pixels)
+    return sides[0], sides[1]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
+from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
 
 log = logging.getLogger("flowgrpo")
@@ -109,9 +110,9 @@ class TextCache:
         """The embeddings that `write` stored, on the CPU; None, with a warning, for a file that is
         not intact."""
         path = self.path(text)
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             with safe_open(path, "pt") as file:
                 stored = (file.metadata() or {}).get("sha256")
                 row = Conditioning(file.get_tensor("embeds"), file.get_tensor("pooled"))
@@ -140,32 +141,43 @@ class TextCache:
 
 def open_cache(
     setting: str,
-    folder: Path | None,
+    source: Pipeline,
     components: Iterable[str],
-    dtype: torch.dtype,
     max_length: int,
     device: torch.device,
 ) -> TextCache | None:
-    """Open the cache that `policy.text_cache` names, for a pipeline's text encoders in `folder`.
+    """Open the cache that `policy.text_cache` names, for the text encoders of a pipeline.
 
     Args:
         setting: a folder; "auto" for flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "" for none.
-        folder: None for a pipeline that came without its files, which gets no cache.
+            Without a usable folder "auto" is none too, with a warning.
+        source: the pipeline; one that came without its files gets no cache.
         components: the pipeline's folders with text encoders and tokenizers.
         max_length: tokens of the T5 encoder.
     """
-    if not setting or folder is None:
+    if not setting or source.folder is None:
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     identity = {
-        "files": fingerprint(folder, components),
-        "dtype": str(dtype),
+        "files": fingerprint(source.folder, components),
+        "dtype": str(source.dtype),
         "max_length": max_length,
         "device": on,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
-    return TextCache((home if setting == "auto" else Path(setting)).expanduser(), identity)
+    if source.variant:
+        # Of the files of its folder, it has read others.
+        identity["variant"] = source.variant
+    if setting != "auto":
+        return TextCache(Path(setting).expanduser(), identity)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
+    try:
+        return TextCache(home.expanduser(), identity)
+    # RuntimeError: there is no home directory.
+    except (ConfigError, RuntimeError) as error:
+        reason = str(error.__cause__ or error)
+        log.warning("Text embeddings are not cached: there is no usable %s (%s).", home, reason)
+        return None
 
 
 def fingerprint(folder: Path, components: Iterable[str]) -> str:

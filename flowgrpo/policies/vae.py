@@ -18,16 +18,18 @@ def prepare(vae: nn.Module | None, device: torch.device, slicing: bool) -> None:
 
 
 def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] images of latents [B, C, h, w], decoded in the VAE's dtype.
+    """float32 pixels [B, 3, H, W], about [-1, 1], of latents [B, C, h, w], decoded in the VAE's
+    dtype. Without a VAE the latents are the pixels."""
+    if vae is None:
+        return latents
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    latents = latents.to(vae.dtype)
+    if latents.device.type == "cuda":
+        latents = latents.contiguous(memory_format=torch.channels_last)
+    return vae.decode(latents, return_dict=False)[0].float()
 
-    Without a VAE the latents are the pixels, in [-1, 1].
-    """
-    pixels = latents
-    if vae is not None:
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        latents = latents.to(vae.dtype)
-        if latents.device.type == "cuda":
-            latents = latents.contiguous(memory_format=torch.channels_last)
-        pixels = vae.decode(latents, return_dict=False)[0].float()
+
+def to_images(pixels: Tensor) -> Tensor:
+    """uint8 images [B, 3, H, W] of pixels in [-1, 1]."""
     # A rollout's images go to the rewards and into files as ordinary [B, 3, H, W] tensors.
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()

@@ -9,12 +9,13 @@ on the Hugging Face Hub (hub.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import path_text, require
+from flowgrpo.config.validation import path_text, require, shown
 from flowgrpo.prompts import hub, sets
 from flowgrpo.records import Prompts, without_nulls
 
@@ -44,7 +45,7 @@ def load_prompts(name: str | Path, split: str = "train") -> Prompts:
         check_unicode(metadata, f"the data set {name}")
         return Prompts.of(texts, metadata)
     path = sets.folder(name) if name in sets.NAMES else Path(name)
-    if path.is_dir():
+    if _is_folder(path):
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
@@ -67,7 +68,32 @@ def load_prompts(name: str | Path, split: str = "train") -> Prompts:
 def has_splits(name: str | Path) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
     name = path_text(name)
-    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or Path(name).is_dir()
+    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    # A name that is too long, or a folder that may not be looked into.
+    except OSError as error:
+        raise ConfigError(
+            f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
+            "name another file or folder, or change its permissions."
+        ) from error
+
+
+def fingerprint(prompts: Prompts) -> str:
+    """SHA-256 of the texts and metadata, in their order.
+
+    A key whose value is None counts as absent.
+    """
+    digest = hashlib.sha256()
+    for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
+        values = {name: value for name, value in metadata.items() if value is not None}
+        # What is no JSON, such as a date of a data set, counts by its text.
+        entry = json.dumps([text, values], sort_keys=True, default=str)
+        digest.update(entry.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _file_of_split(folder: Path, split: str) -> Path:

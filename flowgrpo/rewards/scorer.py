@@ -16,6 +16,9 @@ before the weights, with s the scores of one reward, [K, G], and only groups tha
     group    (s - mean_g s) / std_g(s)         GDPO (arXiv 2601.05242), and MixGRPO's advantage_aggr
 
 After "group" a reward counts the same in every group, however little it varies there.
+
+A reward that is the same inside a group, or inside all of them for "std", up to `ROUNDING` of its
+size, has nothing to compare there: it adds 0, and what tells two groups apart is not blown up.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ from flowgrpo.rewards.interface import RewardError, describe_error
 from flowgrpo.rewards.table import Reward, is_users, load, options_of
 
 EPS = 1e-8
-"""Added to a std before it divides: a reward that is the same everywhere stays finite."""
+"""Added to a std before it divides."""
+ROUNDING = 1e-6
+"""Std over the largest |score| up to which scores count as equal: a float32 network returns other
+last bits, about 1e-7 of a score, for the same image in another batch."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -203,13 +209,23 @@ def normalize(scores: Tensor, complete: Tensor, method: str) -> Tensor:
 
     complete: bool [K], groups that no reward failed for; the others take no part.
     """
+    if not complete.any():
+        # All groups are dropped.
+        return scores
     if method == "std":
         inside = scores[complete].var(dim=1, correction=0).mean().sqrt()
-        return scores / (inside + EPS)
+        return _divide(scores, inside, scores[complete].abs().amax())
     if method == "group":
         centred = scores - scores.mean(dim=1, keepdim=True)
-        return centred / (scores.std(dim=1, correction=0, keepdim=True) + EPS)
+        inside = scores.std(dim=1, correction=0, keepdim=True)
+        return _divide(centred, inside, scores.abs().amax(dim=1, keepdim=True))
     return scores
+
+
+def _divide(scores: Tensor, std: Tensor, largest: Tensor) -> Tensor:
+    """scores / std; 0, or NaN for scores that are, where std is a rounding of `largest` |score|."""
+    equal = std <= ROUNDING * largest
+    return torch.where(equal, scores * 0.0, scores / (std + EPS))
 
 
 def _failed(scores: Tensor, group_size: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 monitor.py      all that surrounds the loop: logs, evaluations, pictures, checkpoints, summary
 directory.py    the run directory, and how it goes on
+content.py      fingerprints of prompts and weights, which a continuation is compared with
 state.py        trained weights, optimizer, average: what a checkpoint holds
 checkpoints.py  checkpoints on disk
 export.py       trained weights for diffusers, and into a policy

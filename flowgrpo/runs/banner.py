@@ -26,7 +26,7 @@ def banner(
     return {
         "model": f"{policy.name}, {type(policy.transformer).__name__}, {count(parameters)} "
         f"parameters, {str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
-        f"{policy.resolution} pixels a side",
+        f"{_size(policy)}",
         "trained": f"{rank}{count(trained)} parameters",
         "kernels": kernel_backends(policy.device),
         "forward": policy.describe(),
@@ -40,6 +40,12 @@ def banner(
         "directory": str(config.out_dir),
         "evaluation": evaluated(config, evaluation_set),
     }
+
+
+def _size(policy: Policy) -> str:
+    if policy.height == policy.width:
+        return f"{policy.resolution} pixels a side"
+    return f"{policy.width} pixels wide and {policy.height} high"
 
 
 def length(config: Config, iteration: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 
 from flowgrpo.config import ConfigError
-from flowgrpo.files import read_tensors, replacing_folder, save_tensors
+from flowgrpo.files import read_tensors, remove_folder, replacing_folder, save_tensors
 
+log = logging.getLogger("flowgrpo")
 FORMAT = "flowgrpo-checkpoint-1"
 STATE = "state.json"
 PREFIX = "step-"
@@ -148,7 +150,10 @@ def prune(folder: Path, keep: int = 2) -> None:
     newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
     for path in checkpoints:
         if path not in newest_and_best:
-            shutil.rmtree(path)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                log.warning("The old checkpoint %s cannot be removed (%s).", path, error)
 
 
 def clean(folder: Path) -> None:

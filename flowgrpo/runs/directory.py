@@ -2,11 +2,13 @@
 
     runs/nano-0/
       config.json          the configuration
+      content.json         fingerprints of prompts and weights, see content.py
       metrics.jsonl        one object a line; see `RunDirectory.log`
       tensorboard/         the same numbers as TensorBoard events, and the samples
       samples/*.png        the same prompts and seeds before, during and after
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
+      initial/             the adapter of policy.init_adapter, where the run started from one
       adapter/             for `pipe.load_lora_weights("runs/nano-0/adapter")`; or transformer/
       summary.json         before, after, seconds, versions
 
@@ -29,7 +31,8 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
-from flowgrpo.runs import checkpoints, loggers, model_card
+from flowgrpo.policies.adapters import INITIAL
+from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
 from flowgrpo.runs.process import versions
 from flowgrpo.runs.state import State
@@ -49,48 +52,101 @@ MAY_CHANGE = {
     "policy.offload_text_encoders",
     # Scores are the same beside the rollout and after it.
     "sample.overlap",
+    # Places: what lies there is compared by content.py.
+    "policy.model",
+    "sample.prompts",
+    "policy.device",
+    "run.accept_changes",
+    # Services; their addresses and tokens, see `_without_services`.
+    "reward.timeout",
+    "reward.retries",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
-FIRST_FILES = ("config.json", "metrics.jsonl")
-FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb")
+SERVICE_OPTIONS = ("url", "token", "timeout", "retries", "backoff", "concurrency")
+"""Options of rewards that say where and how a service is called."""
+
+FIRST_FILES = ("config.json", "content.json", "metrics.jsonl")
+FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb", INITIAL)
 """Folders, beside `FIRST_FILES`, that a run writes before its first checkpoint."""
 
 
 class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        self.config, self.path, self.checkpoint = config, config.out_dir, checkpoint
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.out_dir
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        _lock(self._metrics, self.path)
+        if reason := _lock(self._metrics, self.path):
+            log.warning(
+                "The run directory %s cannot be locked (%s), so nothing keeps a second process "
+                "from writing it too.",
+                self.path,
+                reason,
+            )
+        # A checkpoint may be among what a process that was killed has set aside.
+        files.remove_leftovers(self.path)
+        saved = checkpoints.list_checkpoints(self.checkpoints) if config.run.resume else []
+        self.checkpoint = saved[-1] if saved else None
         self.loggers = loggers.Loggers(config, self.path)
 
     @classmethod
-    def open(cls, config: Config) -> RunDirectory:
+    def open(cls, config: Config, now: content.Content | None = None) -> RunDirectory:
         """Create the directory of a new run, or open the one that `config.run.resume` names.
+
+        Args:
+            config: of the run.
+            now: the content that it trains and evaluates with; None: it is not looked at.
 
         Raises:
             ConfigError: the directory holds a run that has begun or other files, cannot be
-                written, belongs to another configuration or is in use. Nothing is left behind or
-                changed then.
+                written, belongs to another configuration or content, or is in use. Nothing is left
+                behind or changed then.
         """
         folder = config.out_dir
         loggers.check(config.run)
-        checkpoint = None
+        changes = {}
         if config.run.resume:
             _check_same(config, resume_config(folder))
-            if saved := checkpoints.list_checkpoints(folder / "checkpoints"):
-                checkpoint = saved[-1]
+            changes = content.check(folder, config, now) if now is not None else {}
         else:
             _create(folder, config)
-        run = cls(config, checkpoint)
-        if not config.run.resume:
-            run._clear()
-        run.samples.mkdir(exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
+        try:
+            run = cls(config)
+            if not config.run.resume:
+                run._clear()
+            run.samples.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {str(folder)!r} cannot be written ({error.strerror}), but a "
+                "run writes its metrics and checkpoints there; make it writable."
+            ) from error
+        if now is not None:
+            try:
+                run._note_content(now, changes)
+            except BaseException:
+                run.close()
+                raise
         return run
+
+    def _note_content(self, now: content.Content, changes: Mapping[str, str]) -> None:
+        """Write content.json, and put aside evaluations that `changes` have made incomparable."""
+        iteration = checkpoints.read_state(self.checkpoint)["iteration"] if self.checkpoint else 0
+        evaluations = self.path / "evaluations"
+        if changes.keys() & {"evaluation", "model"} and evaluations.is_dir():
+            number, aside = 0, evaluations
+            while aside.exists():
+                number += 1
+                aside = self.path / f"evaluations-before-change-{number}"
+            evaluations.rename(aside)
+        if changes:
+            log.warning(
+                "The run goes on with other content, as accepted: %s.", "; ".join(changes.values())
+            )
+        if changes or not (self.path / content.FILE).exists():
+            content.write(self.path, now, iteration, changes)
 
     def log(
         self,
@@ -119,26 +175,33 @@ class RunDirectory:
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Read the lines of metrics.jsonl so far, all or of one kind."""
         text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
         return [line for line in lines if kind in (None, line["kind"])]
 
     def save(self, state: State, transformer: nn.Module, score: float | None = None) -> Path:
         """Write the checkpoint of `state.iteration`; keep the last two and the best by `score`
         (the evaluation's accuracy, if there was one at this iteration)."""
         self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        files.sync(self._metrics.fileno())
         record = {**files.plain(state.counters()), "score": score, "versions": versions()}
         lora = self.config.policy.adapter == "lora"
 
         def adapter(folder: Path) -> None:
             export(transformer, state.ema, self.config.policy, folder)
-            model_card.write(folder, self.config, transformer, state.iteration)
+            model_card.write(
+                folder, self.config, transformer, state.iteration, weights=state.ema.weights
+            )
 
         path = checkpoints.save(
             self.checkpoints, state.iteration, state.tensors(), record, adapter if lora else None
         )
         checkpoints.prune(self.checkpoints)
         return path
+
+    def save_initial(self, state: State, transformer: nn.Module) -> None:
+        """Copy the adapter that the run starts from: a resumed run and `evaluate` read it here."""
+        with files.replacing_folder(self.path / INITIAL) as folder:
+            export(transformer, state.ema, self.config.policy, folder)
 
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
@@ -164,11 +227,12 @@ class RunDirectory:
         return self.checkpoint is not None
 
     def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
-        """Write summary.json, and the averaged weights for diffusers."""
+        """Write summary.json, and the weights that `state.ema` shows for diffusers."""
         final = self.path / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
         with files.replacing_folder(final) as folder:
             export(transformer, state.ema, self.config.policy, folder)
-            model_card.write(folder, self.config, transformer, state.iteration, summary)
+            iteration, weights = state.iteration, state.ema.weights
+            model_card.write(folder, self.config, transformer, iteration, summary, weights=weights)
         files.write_json(self.path / "summary.json", summary)
 
     def close(self) -> None:
@@ -186,6 +250,7 @@ class RunDirectory:
         """Remove what a run that never began has left; this process has the lock."""
         for name in FIRST_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / content.FILE).unlink(missing_ok=True)
         self._metrics.truncate(0)
 
     def _cut_metrics(self, iteration: int) -> None:
@@ -197,13 +262,15 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         size = 0
         for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                values = json.loads(line)
-            except ValueError:
-                break
-            beyond = values["iteration"] > iteration or values.get("final", False)
-            if beyond or not line.endswith(b"\n"):
-                break
+            # An editor may have left an empty line.
+            if line.strip():
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    break
+                beyond = values["iteration"] > iteration or values.get("final", False)
+                if beyond or not line.endswith(b"\n"):
+                    break
             size += len(line)
         os.truncate(path, size)
 
@@ -213,18 +280,29 @@ def resume_config(folder: str | Path) -> Config:
     path = Path(folder).expanduser() / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # A ValueError: it is no UTF-8, or its path no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.resume is {str(folder)!r}, but {path} cannot be read ({error.strerror}); name a "
-            "run directory that `flowgrpo train` wrote."
+            f"run.resume is {str(folder)!r}, but {path} cannot be read "
+            f"({getattr(error, 'strerror', error)}); name a run directory that `flowgrpo train` "
+            "wrote."
         ) from error
-    return replace(from_json(text), **{"run.resume": str(folder)})
+    # A change is accepted each time anew.
+    return replace(from_json(text), **{"run.resume": str(folder), "run.accept_changes": False})
 
 
 def _check_same(config: Config, stored: Config) -> None:
     """Raise ConfigError if a continuation differs from the run in more than `MAY_CHANGE`."""
-    before = _by_name(stored)
-    for name, value in _by_name(config).items():
+    before, now = (_without_services(_by_name(c)) for c in (stored, config))
+    if config.policy.device != stored.policy.device:
+        log.warning(
+            "policy.device is %r, and the run in %s began with %r: on another kind of device the "
+            "last bits of its numbers are others.",
+            config.policy.device,
+            stored.run.resume,
+            stored.policy.device,
+        )
+    for name, value in now.items():
         if name not in MAY_CHANGE and value != before[name]:
             raise ConfigError(
                 f"{name} is {value!r}, but the run in {stored.run.resume} was started with "
@@ -243,12 +321,41 @@ def _by_name(config: Config) -> dict[str, Any]:
     return fields
 
 
+def _without_services(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace what only says where the rewards' services are: addresses by their number among the
+    weights, options of `SERVICE_OPTIONS` by nothing."""
+    addresses = [name for name in fields["reward.weights"] if is_address(name)]
+    aliases = {name: f"address {number}" for number, name in enumerate(addresses, start=1)}
+    options = {}
+    for key, value in fields["reward.options"].items():
+        name, _, option = key.rpartition(".")
+        if option not in SERVICE_OPTIONS:
+            options[f"{aliases.get(name, name)}.{option}"] = value
+    weights = {aliases.get(name, name): w for name, w in fields["reward.weights"].items()}
+    report = [aliases.get(name, name) for name in fields["reward.report"]]
+    extra = [name for name in report if is_address(name)]
+    report = [f"reported address {extra.index(n)}" if n in extra else n for n in report]
+    return {
+        **fields,
+        "reward.weights": weights,
+        "reward.report": report,
+        "reward.options": options,
+    }
+
+
+def is_address(name: str) -> bool:
+    """Tell an address of a remote reward from a reward's name."""
+    return name.startswith(("http://", "https://"))
+
+
 def check_directory(config: Config) -> None:
     """Raise early, before a model is loaded, if a new run's directory is taken."""
     folder = config.out_dir
     if config.run.resume:
         return
-    if folder.is_dir() and any(folder.iterdir()) and not _never_began(folder):
+    # A process that is killed while it writes config.json leaves a file with another name.
+    taken = folder.is_dir() and not all(map(files.is_leftover, folder.iterdir()))
+    if taken and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
             f"choose another --run.out, or go on with that run by --run.resume {folder}."
@@ -260,7 +367,7 @@ def _never_began(folder: Path) -> bool:
 
     There is nothing to go on from then, and nothing but what such a run writes.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not files.is_leftover(path)}
     if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
         return False
     # One that is damaged counts too.
@@ -268,7 +375,9 @@ def _never_began(folder: Path) -> bool:
         return False
     try:
         with open(folder / "metrics.jsonl", "ab+") as file:
-            _lock(file, folder)
+            # Without locks no process can be told from none.
+            if _lock(file, folder):
+                return False
             file.seek(0)
             if b'"kind": "train"' in file.read():
                 return False
@@ -294,17 +403,28 @@ def _create(folder: Path, config: Config) -> None:
         ) from error
 
 
-def _lock(file: Any, folder: Path) -> None:
-    """Lock the open `file` of `folder` for this process, where the system has such locks."""
+def _lock(file: Any, folder: Path) -> str:
+    """Lock the open `file` of `folder` for this process.
+
+    Returns:
+        The reason why the system has no locks for it; "" if it is locked.
+
+    Raises:
+        ConfigError: another process has the lock.
+    """
     try:
         import fcntl
     except ImportError:
-        return
+        return "no fcntl on this system"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise ConfigError(
             f"run directory {str(folder)!r} is in use by another process, but one process at a "
             "time writes it; stop that one or choose another --run.out."
         ) from error
+    except OSError as error:
+        # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.
+        return error.strerror or str(error)
+    return ""

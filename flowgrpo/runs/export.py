@@ -6,41 +6,54 @@ from pathlib import Path
 
 from torch import nn
 
-from flowgrpo.config import PolicyConfig
+from flowgrpo import files
+from flowgrpo.config import Config, OptimConfig, PolicyConfig
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import ADAPTER, add_adapter, trained_parameters
+from flowgrpo.policies.adapters import ADAPTER, LORA_FILE, add_adapter, trained_parameters
 from flowgrpo.policies.families import family_of
 from flowgrpo.runs import checkpoints
-from flowgrpo.runs.state import EMA
+from flowgrpo.runs.state import EMA, shown_weights
 
 
 def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path) -> None:
-    """Write the averaged weights for diffusers: a file for `pipe.load_lora_weights(folder)`, or for
-    full fine-tuning a folder for `from_pretrained(folder)` of the transformer's class."""
+    """Write the weights that `ema` shows for diffusers.
+
+    A file for `pipe.load_lora_weights(folder)`, or for full fine-tuning a folder for
+    `from_pretrained(folder)` of the transformer's class.
+    """
     with ema.swapped():
         if config.adapter == "full":
             transformer.save_pretrained(folder)
             return
         from peft.utils import get_peft_model_state_dict
 
+        metadata = transformer.peft_config[ADAPTER].to_dict()
+        # PEFT keeps names of layers in sets, whose order changes from process to process.
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
         family = family_of(transformer)
         family.load_class(family.pipeline).save_lora_weights(
             save_directory=folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_adapter_metadata=metadata,
         )
+        files.order_metadata(folder / LORA_FILE)
 
 
-def load_trained(transformer: nn.Module, checkpoint: Path) -> None:
-    """Put the averaged weights of `checkpoint` into a transformer that `add_adapter` prepared."""
-    stem = "ema" if checkpoints.load(checkpoint, "ema") else "weights"
+def load_trained(transformer: nn.Module, optim: OptimConfig, checkpoint: Path) -> None:
+    """Put the weights of `checkpoint` into a transformer that `add_adapter` prepared.
+
+    They are those that its run, with this `optim`, evaluated and exported.
+    """
+    updates = checkpoints.read_state(checkpoint)["record"]["ema_updates"]
+    weights = shown_weights(optim.ema_decay, optim.ema_every, updates)
+    stem = {"average": "ema", "live": "weights"}[weights]
     values = checkpoints.load(checkpoint, stem)
     parameters = {n: p.detach() for n, p in trained_parameters(transformer).items()}
     checkpoints.check(parameters, values, checkpoint / f"{stem}.safetensors")
     checkpoints.restore(parameters, values)
 
 
-def add_trained(policy: Policy, config: PolicyConfig, checkpoint: Path) -> None:
-    """Put the averaged weights of `checkpoint`, trained as `config` says, into the policy."""
-    add_adapter(policy.transformer, config)
-    load_trained(policy.transformer, checkpoint)
+def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
+    """Put the weights of `checkpoint`, trained as `config` says, into the policy."""
+    add_adapter(policy.transformer, config.policy)
+    load_trained(policy.transformer, config.optim, checkpoint)

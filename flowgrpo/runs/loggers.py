@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from flowgrpo.config import Config, ConfigError, RunConfig, to_dict
 
+log = logging.getLogger("flowgrpo")
 Pictures = Mapping[str, Image.Image]
 
 SERIES = ("grad_norm",)
@@ -27,6 +29,7 @@ SERIES = ("grad_norm",)
 class Logger:
     """A service that takes numbers and pictures."""
 
+    name: str
     write: Callable[[Mapping[str, float], Pictures, int], None]
     """f(name -> number, name -> picture, iteration)."""
     close: Callable[[], None]
@@ -55,13 +58,26 @@ class Loggers:
             self.open(line["iteration"])
         values = dict(numbers(line, kind))
         tagged = {f"{kind}/{name}": picture for name, picture in pictures.items()}
-        for logger in self._open:
-            logger.write(values, tagged, line["iteration"])
+        for logger in tuple(self._open):
+            try:
+                logger.write(values, tagged, line["iteration"])
+            # A service of others may raise anything, and metrics.jsonl has the same numbers.
+            except Exception as error:
+                self._open.remove(logger)
+                log.warning(
+                    "%s failed (%s: %s) and gets no more numbers; metrics.jsonl has them all.",
+                    logger.name,
+                    type(error).__name__,
+                    error,
+                )
 
     def close(self) -> None:
         """Write all that is still in memory."""
         for logger in self._open or ():
-            logger.close()
+            try:
+                logger.close()
+            except Exception as error:
+                log.warning("%s was not closed (%s: %s).", logger.name, type(error).__name__, error)
 
 
 def check(run: RunConfig) -> None:
@@ -98,7 +114,7 @@ def tensorboard(folder: Path, purge: int | None) -> Logger:
         # on from may be younger.
         writer.flush()
 
-    return Logger(write, writer.close)
+    return Logger("TensorBoard", write, writer.close)
 
 
 def wandb(config: Config, folder: Path) -> Logger:
@@ -133,7 +149,7 @@ def wandb(config: Config, folder: Path) -> Logger:
         images = {name: wandb.Image(picture) for name, picture in pictures.items()}
         record.log({**numbers, **images}, step=iteration)
 
-    return Logger(write, record.finish)
+    return Logger("Weights & Biases", write, record.finish)
 
 
 def numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

@@ -17,6 +17,7 @@ from flowgrpo import files
 from flowgrpo.config import Config
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.family import Family
+from flowgrpo.runs.state import Weights
 
 FILE = "README.md"
 
@@ -27,11 +28,14 @@ def write(
     transformer: nn.Module,
     iteration: int,
     summary: Mapping[str, Any] | None = None,
+    *,
+    weights: Weights = "average",
 ) -> Path:
     """Write the card of the weights in `folder`, trained for `iteration` iterations.
 
     Args:
         summary: the content of summary.json, for the numbers before and after.
+        weights: the kind of weights in `folder`, as `EMA.weights` says.
     """
     from huggingface_hub import ModelCardData
 
@@ -45,6 +49,8 @@ def write(
     )
     optim = config.optim
     average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
+    if optim.ema_decay and weights == "live":
+        average = "; the weights as the last update left them"
     kind = "LoRA adapter" if lora else "Transformer"
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
@@ -72,6 +78,8 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
         )
     library, pipeline, cls = family.library, family.pipeline, family.transformer
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
+    if policy.variant:
+        base += f', variant="{policy.variant}"'
     call = f'image = pipe("a prompt", {_arguments(config, family)}).images[0]'
     if policy.adapter == "lora":
         return (
@@ -90,9 +98,12 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
 def _arguments(config: Config, family: Family) -> str:
     """The pipeline's arguments that make it sample as evaluation did."""
     policy = config.policy
-    arguments: dict[str, Any] = {}
-    if policy.resolution:
-        arguments |= {"height": policy.resolution, "width": policy.resolution}
+    sides = {"height": policy.height, "width": policy.width}
+    arguments: dict[str, Any] = {
+        name: pixels or policy.resolution
+        for name, pixels in sides.items()
+        if pixels or policy.resolution
+    }
     arguments["num_inference_steps"] = config.sample.eval_steps
     if family.call_arguments is not None:
         arguments |= family.call_arguments(config)
@@ -119,6 +130,8 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
     if policy.adapter == "lora":
         targets = policy.lora_targets or family_of(transformer).lora_targets
         trained = f"rank {policy.lora_rank}, alpha {policy.lora_alpha}, on {', '.join(targets)}"
+        if policy.init_adapter:
+            trained += f", from the adapter {Path(policy.init_adapter).name}"
     return [
         ("Recipe", config.recipe),
         ("Rewards", rewards),

@@ -13,10 +13,13 @@ All that is written or shown around the algorithm is here, so that the loop is t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -28,11 +31,15 @@ from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.runs import content
+from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory
+from flowgrpo.runs.directory import RunDirectory, is_address
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import device_name, kernel_backends, versions
-from flowgrpo.runs.state import State
+from flowgrpo.runs.state import State, start_share
+
+log = logging.getLogger("flowgrpo")
 
 
 class DivergedError(RuntimeError):
@@ -65,6 +72,7 @@ class Monitor:
         policy.check_texts(self.evaluation_set.prompts.texts)
         self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
+        self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
         """Evaluations before training: "base", and "guided" if `run.eval_guidance` asks for it."""
         self.latest: tuple[int, Evaluation]
@@ -88,7 +96,9 @@ class Monitor:
                 is left behind then.
         """
         monitor = cls(config, policy, state)
-        monitor.directory = RunDirectory.open(config)
+        # The weights are still those that were loaded; `restore` may replace them.
+        now = content.content_of(config, policy, monitor.evaluation_set)
+        monitor.directory = RunDirectory.open(config, now)
         try:
             restored = monitor.directory.restore(state)
             monitor._open_loggers(restored)
@@ -135,6 +145,8 @@ class Monitor:
             raise
 
     def _begin(self, restored: bool) -> None:
+        if self.config.policy.init_adapter and not restored:
+            self.directory.save_initial(self.state, self.policy.transformer)
         scales = {"base": self.config.sample.guidance_scale}
         if self.config.run.eval_guidance != 1:
             scales["guided"] = self.config.run.eval_guidance
@@ -171,6 +183,10 @@ class Monitor:
         if self.untrained["base"].label == "accuracy":
             accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
         self.display.iteration(iteration, {**metrics, "accuracy": accuracy}, sum(seconds.values()))
+        # Nothing was decoded since the rollout.
+        noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
+        for sentence in filter(None, (noise, self.advice.gradients(metrics))):
+            self.display.note(sentence)
         score = None
         if run.eval_every and iteration % run.eval_every == 0:
             score = self._evaluate(final=False).accuracy
@@ -183,19 +199,37 @@ class Monitor:
         if not interrupted and self.latest[0] != iteration:
             self._evaluate(final=True)
         evaluated, evaluation = self.latest
+        if evaluated != iteration:
+            with self.state.ema.swapped():
+                self._check_weights()
         if self._saved != iteration:
             self._save(evaluation.accuracy if evaluated == iteration else None)
         summary = self.summary(interrupted)
         self.directory.finish(summary, self.state, self.policy.transformer)
         rows = {"before": self.untrained["base"], "after": evaluation}
-        picture = pictures.evaluation_grid(rows, self.evaluation_set)
-        pictures.save(picture, self.directory.samples / "before-after.png")
+        with _drawing("before-after.png"):
+            picture = pictures.evaluation_grid(rows, self.evaluation_set)
+            pictures.save(picture, self.directory.samples / "before-after.png")
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
-            f"Written to {self.directory.path}: summary.json, curve.png, samples, weights."
+            f"Written to {self.directory.path}: summary.json, curve.png, samples, "
+            f"{_described(self.state)}."
         )
         return summary
+
+    def _check_weights(self) -> None:
+        """Raise NotFiniteError unless the present weights give an image of finite numbers, which an
+        evaluation would have shown."""
+        evaluate.generate_images(
+            self.policy,
+            self.evaluation_set.prompts.texts[:1],
+            self.evaluation_set.seeds[:1],
+            1,
+            steps=1,
+            batch_size=1,
+            guidance_scale=self.config.sample.guidance_scale,
+        )
 
     def summary(self, interrupted: bool) -> dict[str, Any]:
         """Sum up the run: what summary.json holds."""
@@ -207,6 +241,7 @@ class Monitor:
             "iterations": self.state.iteration,
             "images": self.state.iteration * self.config.sample.rows,
             "interrupted": interrupted,
+            "weights": self.state.ema.weights,
             "before": base.to_dict(),
             "before_guided": guided.to_dict() if guided else None,
             "after": {"iteration": iteration, **after.to_dict()},
@@ -236,6 +271,8 @@ class Monitor:
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
         with contextlib.nullcontext() if is_reference else self.policy.reference():
             evaluation = self._measure(label, guidance_scale)
+        if name == "base":
+            self.advice.std = self.policy.decoded.read().std
         evaluation.save(self.directory.path / "evaluations" / folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}
@@ -249,8 +286,23 @@ class Monitor:
     def _load(self, folder: str) -> Evaluation | None:
         """Read an evaluation of this run; None if it is not there or damaged."""
         with contextlib.suppress(ConfigError, OSError, ValueError, KeyError, TypeError):
-            return Evaluation.load(self.directory.path / "evaluations" / folder)
+            evaluation = Evaluation.load(self.directory.path / "evaluations" / folder)
+            # Of runs without content.json: another number of prompts is another set.
+            if evaluation.images == len(self.evaluation_set.seeds):
+                return self._with_present_addresses(evaluation)
         return None
+
+    def _with_present_addresses(self, evaluation: Evaluation) -> Evaluation:
+        """Give the remote rewards of an evaluation, named by address, their names of now."""
+        before, now = list(evaluation.scores), list(self.scorer.weights)
+        if len(before) != len(now):
+            return evaluation
+        names = {b: n if is_address(b) else b for b, n in zip(before, now, strict=True)}
+        return dataclasses.replace(
+            evaluation,
+            scores={names[name]: score for name, score in evaluation.scores.items()},
+            intervals={names.get(n, n): bounds for n, bounds in evaluation.intervals.items()},
+        )
 
     def _measure(self, label: str, guidance_scale: float) -> Evaluation:
         rewards = list(self.scorer.weights)
@@ -268,7 +320,7 @@ class Monitor:
             )
 
     def _evaluate(self, final: bool) -> Evaluation:
-        """Evaluate the averaged weights, log it, and renew the pictures."""
+        """Evaluate the weights that the average shows, log it, and renew the pictures."""
         iteration = self.state.iteration
         with self.state.ema.swapped():
             evaluation = self._measure(f"iteration {iteration}", self.config.sample.guidance_scale)
@@ -304,7 +356,8 @@ class Monitor:
         if lines:
             level = guided[0] if guided else None
             label = self.untrained["base"].label
-            pictures.curve(self.directory.path / "curve.png", lines, level, title, label)
+            with _drawing("curve.png"):
+                pictures.curve(self.directory.path / "curve.png", lines, level, title, label)
         pictures.save(samples, self.directory.samples / f"{_step(self.latest[0])}.png")
 
     def _save(self, score: float | None) -> None:
@@ -329,6 +382,35 @@ class Monitor:
         """Sum the seconds of all processes of the run."""
         before = self.state.totals.get("seconds", {}).get("total", 0.0)
         return before + time.perf_counter() - self._since
+
+
+def _described(state: State) -> str:
+    """Say which weights are exported, for the last line of the screen."""
+    ema = state.ema
+    if ema.weights == "average":
+        return f"weights (the average of decay {ema.decay:g})"
+    text = "weights (as the last update left them"
+    if ema.decay:
+        share = start_share(ema.decay, ema.interval, ema.updates)
+        text += (
+            f": after {ema.updates} updates the average of decay {ema.decay:g}, which moves every "
+            f"{ema.interval}, is still {share:.0%} untrained"
+        )
+    return text + ")"
+
+
+@contextlib.contextmanager
+def _drawing(name: str) -> Iterator[None]:
+    """Let a picture that cannot be drawn be a warning: the run's numbers do not need it.
+
+    A full disk is an error, as it is for all that comes next.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("%s cannot be drawn (%s: %s).", name, type(error).__name__, error)
 
 
 def _step(iteration: int) -> str:

@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 
 from flowgrpo import __version__
-from flowgrpo.config import RunConfig
+from flowgrpo.config import ConfigError, RunConfig
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
@@ -60,8 +60,24 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def check_one_process() -> None:
+    """Raise ConfigError in a process that a launcher started as one of several."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"the environment variable WORLD_SIZE is {size}, as launchers such as torchrun and "
+            "accelerate set it, but a run is one process on one device; start `flowgrpo` by "
+            "itself, or unset WORLD_SIZE."
+        )
+
+
 def prepare_process(run: RunConfig) -> None:
-    """Set threads, deterministic algorithms, and an allocator that keeps its memory."""
+    """Set threads, deterministic algorithms, and an allocator that keeps its memory.
+
+    Raises:
+        ConfigError: this process is one of several.
+    """
+    check_one_process()
     quiet_loading()
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -88,6 +104,8 @@ class Stop:
     """A request to stop, from a signal to the loop."""
 
     requested: bool = False
+    signal: int = 0
+    """Number of the signal that asked first."""
 
 
 def _leave_terminal() -> None:
@@ -100,11 +118,13 @@ def _leave_terminal() -> None:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Let the first Ctrl-C (SIGTERM, or the end of the terminal) only set `stop.requested`; the
-    second one aborts.
+    """Let the first Ctrl-C, the end of the terminal, or a signal by which a scheduler of a cluster
+    says that the time is nearly up, only set `stop.requested`; a second Ctrl-C aborts.
 
-    The loop looks at `stop.requested` after each iteration, so that what it started is finished and
-    saved. Outside the main thread, where Python delivers no signals, nothing is changed.
+    Schedulers send several signals, which ask for the same once: SLURM sends SIGTERM after the
+    SIGUSR1 of --signal, Grid Engine SIGUSR2 after SIGUSR1. The loop looks at `stop.requested` after
+    each iteration, so that what it started is finished and saved. Outside the main thread, where
+    Python delivers no signals, nothing is changed.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -113,19 +133,29 @@ def stoppable() -> Iterator[Stop]:
 
     def ask(number: int, frame: object) -> None:
         if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
+            # `kill` after a Ctrl-C is the same person, who wants the end now.
+            impatient = stop.signal == signal.SIGINT and number == signal.SIGTERM
+            if number == signal.SIGINT or impatient:
+                raise KeyboardInterrupt
+            return
+        stop.requested, stop.signal = True, number
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
         # os.write, because print may be the very call that the signal interrupted; and the reader
         # may be gone.
         with suppress(OSError):
-            os.write(2, b"\nFinishing this iteration, then saving; once more to abort at once.\n")
+            again = b"once more" if number == signal.SIGINT else b"Ctrl-C"
+            os.write(2, b"\nFinishing this iteration, then saving; %s to abort at once.\n" % again)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     # Under nohup it is ignored, and stays so.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        # A handler of the caller's stays.
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            numbers.append(number)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop

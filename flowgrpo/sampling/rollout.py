@@ -36,8 +36,11 @@ from torch import Tensor
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Trajectory
+from flowgrpo.sampling import finite
 from flowgrpo.sampling.schedule import Schedule, ode_schedule
 from flowgrpo_kernels import Transitions, initial_noise, sde_step
+
+DETERMINISTIC = "the deterministic sampler"
 
 
 def chunks(rows: int, batch_size: int) -> list[slice]:
@@ -313,27 +316,47 @@ def sample_images(
         steps: steps of the sampler.
         on_progress: called after each chunk with the number of images so far; on a GPU those that
             are launched.
+
+    Raises:
+        NotFiniteError: velocities, latents or pixels are no finite numbers.
     """
     schedule = ode_schedule(policy, steps)
     table_rows = torch.arange(steps)[:, None].expand(steps, seeds.numel())
     images: list[Tensor] = []
+    arguments = {"batch_size": batch_size, "uncond": uncond, "guidance_scale": guidance_scale}
+
+    def sample(rows: slice, **options: object) -> Trajectory:
+        return rollout(
+            policy,
+            conditioning,
+            schedule,
+            table_rows[:, rows],
+            groups=groups[rows],
+            seeds=seeds[rows],
+            **arguments,
+            **options,
+        )
+
+    def explain() -> str | None:
+        """Sample chunk by chunk once more, with all states, up to the one with the fault."""
+        # A graph of all these steps would be recorded for nothing.
+        policy.graphs = None
+        for rows in chunks(seeds.numel(), batch_size):
+            latents = sample(rows).latents
+            inputs = (latents, conditioning, uncond, schedule, groups[rows], guidance_scale)
+            if fault := finite.explain(policy, *inputs, DETERMINISTIC):
+                return fault
+        return None
 
     def decode(latents: Tensor) -> None:
         images.append(policy.decode(latents))
         if on_progress is not None:
             on_progress(sum(map(len, images)))
+            # Whoever shows the progress has waited for the images.
+            finite.raise_if_unsound(policy.decoded.read(), explain, DETERMINISTIC)
 
-    rollout(
-        policy,
-        conditioning,
-        schedule,
-        table_rows,
-        groups=groups,
-        seeds=seeds,
-        batch_size=batch_size,
-        uncond=uncond,
-        guidance_scale=guidance_scale,
-        keep_states=False,
-        on_chunk=decode,
-    )
+    policy.decoded.begin()
+    sample(slice(None), keep_states=False, on_chunk=decode)
+    if on_progress is None:
+        finite.raise_if_unsound(policy.decoded.read(), explain, DETERMINISTIC)
     return torch.cat(images)

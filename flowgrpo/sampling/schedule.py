@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo import seeds as random
-from flowgrpo.config import Config, SampleConfig
+from flowgrpo.config import Config, ConfigError, SampleConfig
 from flowgrpo.config.validation import require
 from flowgrpo.policies import Policy
 from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, ode
@@ -35,10 +35,21 @@ class Schedule:
 
 
 def training_schedule(policy: Policy, config: SampleConfig, kl: str = "std_dev") -> Schedule:
-    """Build the training sampler of a policy: `sample.transition` above, the ODE below it."""
+    """Build the training sampler of a policy: `sample.transition` above, the ODE below it.
+
+    Raises:
+        ConfigError: a step adds too much noise, or the sigmas are none.
+    """
     sigmas = policy.sigmas(config.steps)
-    stochastic = TRANSITIONS[config.transition](sigmas, config.noise_level, kl=kl)
-    transitions = Transitions.cat(stochastic, ode(sigmas))
+    try:
+        stochastic = TRANSITIONS[config.transition](sigmas, config.noise_level, kl=kl)
+        transitions = Transitions.cat(stochastic, ode(sigmas))
+    # The kernels refuse steps that leave the range of latents, and say what makes them do so.
+    except ValueError as error:
+        raise ConfigError(
+            f"sample.transition {config.transition} with sample.noise_level {config.noise_level:g} "
+            f"and the {config.steps} steps of the model's scheduler is no sampler: {error}."
+        ) from error
     low, high = config.window_bounds
     return Schedule(
         sigmas.to(policy.device, torch.float32),

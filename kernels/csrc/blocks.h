@@ -13,6 +13,42 @@ namespace FLOWGRPO_ISA {
 // Below this many elements waking the other threads costs more than it saves.
 constexpr int64_t kSerialElements = 32768;
 
+// How this thread treats subnormals and rounds: a register of each thread, which
+// torch.set_flush_denormal changes in the calling one alone.
+#if defined(__SSE2__)
+FG_INLINE uint64_t float_mode() { return _mm_getcsr(); }
+FG_INLINE void set_float_mode(uint64_t mode) { _mm_setcsr((uint32_t)mode); }
+#elif defined(__aarch64__)
+FG_INLINE uint64_t float_mode() {
+  uint64_t mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+FG_INLINE void set_float_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+FG_INLINE uint64_t float_mode() { return 0; }
+FG_INLINE void set_float_mode(uint64_t) {}
+#endif
+
+// Gives a thread the mode of another one for as long as it lives.
+class FloatMode {
+ public:
+  explicit FloatMode(uint64_t mode) : before_(float_mode()) { change(mode); }
+  ~FloatMode() { change(before_); }
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
+
+ private:
+  // Fences for the compiler: what is loaded between them is not computed with outside.
+  static void change(uint64_t mode) {
+    __asm__ volatile("" : : : "memory");
+    set_float_mode(mode);
+    __asm__ volatile("" : : : "memory");
+  }
+
+  const uint64_t before_;
+};
+
 struct Coefficients {
   float A, B, C, k, c0, K, abs_dt, noise_step;
 };
@@ -41,8 +77,11 @@ void for_rows(const FgArgs& a, Before before, Finish finish, After after) {
   const int threads = serial ? 1 : (int)a.threads;
   const int64_t whole = a.rows - a.rows % threads;
   const int64_t shared = (a.rows - whole) * blocks;
+  const uint64_t mode = float_mode();
 #pragma omp parallel num_threads(threads) if (!serial)
   {
+    // Every element is computed as the calling thread would, whichever thread does.
+    const FloatMode same(mode);
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < whole; ++row) {
       for (int64_t block = 0; block < blocks; ++block) before(row, block);

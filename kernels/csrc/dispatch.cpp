@@ -1,6 +1,12 @@
 // The C ABI: chooses an instruction set at run time and passes each op on to it.
 
+#include <atomic>
+
 #include "abi.h"
+
+#ifdef FLOWGRPO_X86
+#include <cpuid.h>
+#endif
 
 #define FG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,11 +24,19 @@ extern const Kernels kernels;
 
 namespace {
 
+#ifdef FLOWGRPO_X86
+// Conversions of float16, of which compilers' __builtin_cpu_supports knows only since lately.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 int32_t best() {
 #ifdef FLOWGRPO_X86
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !has_f16c()) return 0;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
              ? 2
@@ -32,10 +46,18 @@ int32_t best() {
 #endif
 }
 
-int32_t selected = -1;
+// Any thread may make the first call. Nothing else is published with the number, so the order of
+// other memory accesses does not matter.
+std::atomic<int32_t> selected{-1};
+
+int32_t select(int32_t isa) {
+  selected.store(isa, std::memory_order_relaxed);
+  return isa;
+}
 
 const Kernels& kernels() {
-  switch (selected < 0 ? selected = best() : selected) {
+  const int32_t isa = selected.load(std::memory_order_relaxed);
+  switch (isa < 0 ? select(best()) : isa) {
 #ifdef FLOWGRPO_X86
     case 2:
       return isa_avx512::kernels;
@@ -54,7 +76,7 @@ FG_EXPORT int64_t flowgrpo_native_args_size(void) { return (int64_t)sizeof(FgArg
 FG_EXPORT const char* flowgrpo_native_version(void) { return FLOWGRPO_VERSION; }
 FG_EXPORT int32_t flowgrpo_native_isa_best(void) { return best(); }
 FG_EXPORT int32_t flowgrpo_native_isa_select(int32_t wanted) {
-  return selected = wanted >= 0 && wanted <= best() ? wanted : best();
+  return select(wanted >= 0 && wanted <= best() ? wanted : best());
 }
 FG_EXPORT int32_t flowgrpo_native_openmp(void) { return FLOWGRPO_OPENMP_FOUND; }
 

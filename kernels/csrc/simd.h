@@ -136,16 +136,28 @@ FG_INLINE vf load(const float* p) {
   return x;
 }
 FG_INLINE vf load(const bf16* p) { return as_float(widen(p) << 16); }
-// binary16 -> binary32, exact: exponent and mantissa are shifted into place and rescaled by 2^112,
-// which also normalises subnormals; infinities and NaN get the exponent 255.
+// binary16 -> binary32, exact: exponent and mantissa are shifted into place and the exponent is
+// rebiased by 112; infinities and NaN get the exponent 255. A subnormal becomes the mantissa of a
+// number in [2^-14, 2^-13), from which 2^-14 is subtracted: no float32 on the way is subnormal, so
+// the result does not depend on whether those are flushed to zero.
 FG_INLINE vf from_fp16_bits(vu h) {
   const vu magnitude = (h & 0x7fffu) << 13;
-  const vu scaled = as_bits(as_float(magnitude) * splat(0x1p112f));
+  const vu normal = magnitude + splat_u(112u << 23);
+  const vu small = as_bits(as_float(magnitude | splat_u(113u << 23)) - splat(0x1p-14f));
   const vi special = (vi)magnitude >= (vi)splat_u(0x7c00u << 13);
-  return as_float(select_u(special, magnitude | splat_u(0x7f800000u), scaled) |
-                  ((h & 0x8000u) << 16));
+  const vu x = select_u((vi)magnitude < (vi)splat_u(0x0400u << 13), small, normal);
+  return as_float(select_u(special, magnitude | splat_u(0x7f800000u), x) | ((h & 0x8000u) << 16));
 }
-FG_INLINE vf load(const fp16* p) { return from_fp16_bits(widen(p)); }
+// The instructions that do the same take subnormals as they are, whatever the mode of the thread.
+FG_INLINE vf load(const fp16* p) {
+#if FLOWGRPO_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif FLOWGRPO_LANES == 8 && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return from_fp16_bits(widen(p));
+#endif
+}
 
 // Round to nearest even; NaN becomes torch's NaN.
 FG_INLINE vu to_bf16_bits(vf x) {

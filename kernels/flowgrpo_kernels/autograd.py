@@ -1,4 +1,4 @@
-"""once_differentiable: a backward that can be differentiated no further, and says so."""
+"""Derivatives that the ops do not have, refused with an error: second ones, torch.func's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def once_differentiable(name: str) -> Callable[[Callable], Callable]:
@@ -40,6 +41,32 @@ def once_differentiable(name: str) -> Callable[[Callable], Callable]:
         return wrapped
 
     return decorate
+
+
+def check_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Checks that no derivative is asked for that is not reached by backward().
+
+    torch would drop the tangents of forward mode in silence, and say of the transforms of
+    torch.func what the author of an autograd.Function has to write.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use torch.autograd.grad or backward()"
+        )
+    if (
+        torch.is_grad_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+        and any(x is not None and x.requires_grad for x in tensors)
+    ):
+        raise NotImplementedError(
+            f"{name} is not differentiable under the transforms of torch.func (grad, vjp, jacrev, "
+            "vmap of a gradient); use torch.autograd.grad or backward()"
+        )
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:

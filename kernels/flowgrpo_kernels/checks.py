@@ -11,18 +11,13 @@ import os
 import torch
 from torch import Tensor
 
+from .arguments import check_tensor, finite, flag, integer
 from .transitions import Transitions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Latents that may not be None in an op that takes them.
 REQUIRED = ("velocity", "prev_sample")
 DEBUG = os.environ.get("FLOWGRPO_DEBUG", "0") == "1"
-
-
-def check_tensor(name: str, value) -> None:
-    """Checks that a value is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_latents(sample: Tensor, **others: Tensor | None) -> None:
@@ -92,18 +87,12 @@ def check_transitions(transitions: Transitions, sample: Tensor) -> None:
         )
 
 
-def check_numbers(**values) -> None:
-    """Checks that coefficients are numbers: a tensor on a GPU would be read back at each call."""
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a number, got a tensor")
-
-
-def check_guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> None:
-    """Checks that a scale other than 1 has its unconditional velocity."""
-    check_numbers(guidance_scale=guidance_scale)
-    if uncond_velocity is None and guidance_scale != 1.0:
+def guidance(uncond_velocity: Tensor | None, guidance_scale: float) -> float:
+    """Returns the scale as a float; one other than 1 needs its unconditional velocity."""
+    scale = finite("guidance_scale", guidance_scale)
+    if uncond_velocity is None and scale != 1.0:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
+    return scale
 
 
 def resolve_step(
@@ -112,6 +101,7 @@ def resolve_step(
     """Expands an int, 0-dim or [B] int64 to [B] on the sample's device, a view if possible."""
     rows, batch = transitions.num_steps, sample.shape[0]
     if isinstance(step, Tensor):
+        check_tensor(name, step)
         if step.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {step.dtype}")
         if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != batch):
@@ -130,8 +120,7 @@ def resolve_step(
                         f"{name} must be in [0, {rows - 1}], got values from {low} to {high}"
                     )
             return step.expand(batch)
-    if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(step).__name__}")
+    step = integer(name, step)
     if step < 0 or step >= rows:
         raise ValueError(f"{name} must be in [0, {rows - 1}], got {step}")
     return transitions.row_numbers[step].expand(batch)
@@ -148,6 +137,7 @@ def check_constants(**latents: Tensor | None) -> None:
 
 def uncond_half(uncond_velocity: Tensor | None, uncond_grad: bool) -> tuple[Tensor | None, bool]:
     """Detaches the unconditional half unless its gradient is asked for and needed."""
+    uncond_grad = flag("uncond_grad", uncond_grad)
     if uncond_velocity is None:
         if uncond_grad:
             raise ValueError("uncond_grad=True needs uncond_velocity")

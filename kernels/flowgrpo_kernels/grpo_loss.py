@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .autograd import once_differentiable
+from .arguments import bound, finite
+from .autograd import check_transforms, once_differentiable
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -632,15 +633,18 @@ def grpo_loss(
         "row_weight": row_weight,
         "kl_row_weight": kl_row_weight,
     }
-    _check(sample, latents, per_row, transitions, guidance_scale, kl_weight, adv_clip)
+    scale = checks.guidance(uncond_velocity, guidance_scale)
+    kl_weight, adv_clip = finite("kl_weight", kl_weight), bound("adv_clip", adv_clip)
+    _check(sample, latents, per_row, transitions, kl_weight, adv_clip)
     rows = checks.resolve_step(step, transitions, sample)
     uncond, uncond_grad = checks.uncond_half(uncond_velocity, uncond_grad)
     constants = (
-        float(guidance_scale), sample, prev_sample, old_log_prob, advantages,
+        scale, sample, prev_sample, old_log_prob, advantages,
         transitions.table, rows, ref_velocity, ref_uncond_velocity, old_velocity,
         row_weight, row_weight if kl_row_weight is None else kl_row_weight,
-        float(kl_weight), low, high, float(adv_clip),
+        kl_weight, low, high, adv_clip,
     )  # fmt: skip
+    check_transforms("grpo_loss", velocity, uncond)
     if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
         *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
     elif in_one_pass(velocity, sample):
@@ -659,11 +663,10 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
         low, high = clip_range
     else:
         low = high = clip_range
-    for value in (low, high):
-        checks.check_numbers(clip_range=value)
+    low, high = bound("clip_range", low), bound("clip_range", high)
     if not (0.0 <= low <= 1.0 and high >= 0.0):
         raise ValueError(f"clip_range must be low in [0, 1] and high >= 0, got {clip_range!r}")
-    return float(low), float(high)
+    return low, high
 
 
 def _check(
@@ -671,13 +674,11 @@ def _check(
     latents: dict[str, Tensor | None],
     per_row: dict[str, Tensor | None],
     transitions: Transitions,
-    guidance_scale: float,
     kl_weight: float,
     adv_clip: float,
 ) -> None:
     """Checks all arguments but step and clip_range."""
     checks.check_latents(sample, **latents)
-    checks.check_guidance(latents["uncond_velocity"], guidance_scale)
     checks.check_transitions(transitions, sample)
     for name, value in per_row.items():
         if value is not None or name in ("old_log_prob", "advantages"):
@@ -685,7 +686,6 @@ def _check(
     halves = ("velocity", "uncond_velocity")
     constants = {name: value for name, value in latents.items() if name not in halves}
     checks.check_constants(sample=sample, **constants, **per_row)
-    checks.check_numbers(kl_weight=kl_weight, adv_clip=adv_clip)
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be >= 0, got {kl_weight}")
     if not adv_clip > 0:

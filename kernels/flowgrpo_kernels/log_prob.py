@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .autograd import once_differentiable
+from .autograd import check_transforms, once_differentiable
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -228,12 +228,13 @@ def log_prob(
     checks.check_latents(
         sample, velocity=velocity, prev_sample=prev_sample, uncond_velocity=uncond_velocity
     )
-    checks.check_guidance(uncond_velocity, guidance_scale)
+    scale = checks.guidance(uncond_velocity, guidance_scale)
     checks.check_transitions(transitions, sample)
     checks.check_constants(sample=sample, prev_sample=prev_sample)
     rows = checks.resolve_step(step, transitions, sample)
     uncond, uncond_grad = checks.uncond_half(uncond_velocity, uncond_grad)
-    others = (uncond, float(guidance_scale), sample, prev_sample, transitions.table, rows)
+    others = (uncond, scale, sample, prev_sample, transitions.table, rows)
+    check_transforms("log_prob", velocity, uncond)
     if torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad):
         return _LogProb.apply(velocity, *others, uncond_grad)
     # The op has no autograd of its own.

@@ -7,12 +7,14 @@ in any batch, on any rank and on any backend.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import integer
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -26,6 +28,9 @@ from .backends.triton import (
     tl,
 )
 from .checks import FLOAT_DTYPES, check_seeds
+
+# With room for the bytes of an element in an int64.
+MAX_ELEMENTS = 1 << 60
 
 
 def _fake(seeds, shape, dtype):
@@ -84,9 +89,12 @@ def initial_noise(
     check_seeds(seeds)
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"shape must be a sequence of integers, got {type(shape).__name__}")
-    shape = [int(n) for n in shape]
+    shape = [integer("shape", n) for n in shape]
     if any(n < 0 for n in shape):
         raise ValueError(f"shape must not have negative sizes, got {shape}")
-    if dtype not in FLOAT_DTYPES:
+    # The sizes of an empty tensor have strides, too.
+    if math.prod(max(n, 1) for n in (*seeds.shape, *shape)) >= MAX_ELEMENTS:
+        raise ValueError(f"shape must have less than 2^60 elements in a batch, got {shape}")
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return initial_noise_op(seeds, shape, dtype)

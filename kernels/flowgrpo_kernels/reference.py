@@ -21,7 +21,8 @@ its own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=
 
 Noise. eps as in philox.py (counter = element block and column noise_step of the table, key =
 seed), or the caller's tensor converted to float32, or 0 when neither is given (ODE steps only).
-The sign of a zero is not part of the contract, so a backend may skip C * eps where C = 0.
+Where C = 0, C * eps is 0 whatever the caller's tensor holds. The sign of a zero is not part of the
+contract, so a backend may skip it there.
 
 Sums over elements (of d * d, e * e, h * h), `ordered_sum` below. The row is cut into blocks of
 BLOCK = 4096 elements, missing elements count as +0. Inside a block, 4 chunks of LANES = 1024 are
@@ -108,7 +109,9 @@ def ordered_sum(x: Tensor) -> Tensor:
     """Sums over the last dimension of [B, n] in the fixed order of the module docstring: [B]."""
     rows, n = x.shape
     if n > BLOCK:
-        x = F.pad(x, (0, -n % BLOCK)).view(rows, -1, BLOCK // LANES, LANES)
+        # Not -1: an empty batch leaves it open.
+        blocks = (n + BLOCK - 1) // BLOCK
+        x = F.pad(x, (0, -n % BLOCK)).view(rows, blocks, BLOCK // LANES, LANES)
         return _lane_sum(_pair_tree(_chunk_sum(x)))
     return _lane_sum(x)
 
@@ -122,7 +125,8 @@ def _lane_sum(x: Tensor) -> Tensor:
     # no padding up to LANES.
     if n <= LANES:
         return _pair_tree(F.pad(x, (0, (1 << (n - 1).bit_length()) - n)))
-    return _pair_tree(_chunk_sum(F.pad(x, (0, -n % LANES)).view(rows, -1, LANES)))
+    chunks = (n + LANES - 1) // LANES
+    return _pair_tree(_chunk_sum(F.pad(x, (0, -n % LANES)).view(rows, chunks, LANES)))
 
 
 def _chunk_sum(x: Tensor) -> Tensor:
@@ -202,7 +206,7 @@ def sde_step(
         eps = philox.normals(seeds, steps, mu.shape[1]).to(dtype)
     else:
         eps = torch.zeros_like(mu)
-    x_prev = (mu + c.C[:, None] * eps).to(sample.dtype)
+    x_prev = (mu + _term(c.C, eps)).to(sample.dtype)
     prev_sample.copy_(x_prev.view(prev_sample.shape))
     log_prob.copy_(_score(c, x_prev.to(dtype) - mu))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .autograd import check_transforms
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -88,7 +89,8 @@ def sde_step_kernel(
         if NOISE == "seeds":
             b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
         elif NOISE == "tensor":
-            b_x = b_mu + c * load(noise_ptr + base, o_lane, remaining)
+            # A quiet row takes nothing from noise, which may be infinite or NaN there.
+            b_x = b_mu + tl.where(c == 0.0, 0.0, c * load(noise_ptr + base, o_lane, remaining))
         else:
             b_x = b_mu
         b_out = narrow(b_x, out_ptr.dtype.element_ty)
@@ -163,7 +165,7 @@ def sde_step(
     checks.check_latents(
         sample, velocity=velocity, uncond_velocity=uncond_velocity, noise=noise, out=out
     )
-    checks.check_guidance(uncond_velocity, guidance_scale)
+    scale = checks.guidance(uncond_velocity, guidance_scale)
     checks.check_transitions(transitions, sample)
     rows = checks.resolve_step(step, transitions, sample)
     if seeds is not None and noise is not None:
@@ -172,7 +174,11 @@ def sde_step(
         checks.check_seeds(seeds, sample)
     elif noise is None and not transitions.deterministic:
         raise ValueError("seeds or noise must be given: the transitions are stochastic")
-    out, log_prob_out = _outputs(sample, out, log_prob_out)
+    inputs = {
+        "velocity": velocity, "uncond_velocity": uncond_velocity, "sample": sample, "noise": noise,
+        "seeds": seeds, "step": rows, "transitions": transitions.table,
+    }  # fmt: skip
+    out, log_prob_out = _outputs(sample, out, log_prob_out, inputs)
     _no_gradient(
         velocity=velocity, uncond_velocity=uncond_velocity, sample=sample, noise=noise,
         out=out, log_prob_out=log_prob_out,
@@ -180,7 +186,7 @@ def sde_step(
     sde_step_op(
         velocity,
         uncond_velocity,
-        float(guidance_scale),
+        scale,
         sample,
         transitions.table,
         rows,
@@ -192,34 +198,58 @@ def sde_step(
     return out, log_prob_out
 
 
-def _outputs(sample: Tensor, out: Tensor | None, log_prob: Tensor | None) -> tuple[Tensor, Tensor]:
+def _outputs(
+    sample: Tensor, out: Tensor | None, log_prob: Tensor | None, inputs: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor]:
     """Checks the buffers to write into, or allocates them."""
+    buffers = {"out": out, "log_prob_out": log_prob}
     dtype = reference.compute_dtype(sample)
     if out is None:
         out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     elif out.dtype != sample.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {sample.dtype} like sample, got {out.dtype}")
-    elif not torch.compiler.is_compiling() and _overlap(out, sample):
-        raise ValueError("out must not be the memory of sample, nor overlap it")
     if log_prob is None:
         log_prob = torch.empty(sample.shape[0], dtype=dtype, device=sample.device)
     else:
         checks.check_rows("log_prob_out", log_prob, sample)
         if log_prob.dtype != dtype or not log_prob.is_contiguous():
             raise ValueError(f"log_prob_out must be contiguous and {dtype}, got {log_prob.dtype}")
+    buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    if buffers and not torch.compiler.is_compiling():
+        _check_overlap(buffers, inputs)
     return out, log_prob
 
 
-def _overlap(out: Tensor, sample: Tensor) -> bool:
-    """Tells whether out, which is contiguous, holds elements of sample, of its shape and dtype."""
-    start, size = out.data_ptr(), out.numel() * out.element_size()
-    distance = abs(start - sample.data_ptr())
-    # A sample that is not contiguous is copied before anything is written.
-    return start != 0 and (distance < size if sample.is_contiguous() else distance == 0)
+def _check_overlap(buffers: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
+    """Checks that nothing is written where something is read, or written twice.
+
+    Backends read a contiguous input block by block while they write. One that is not contiguous
+    they copy first, so a buffer may lie between its rows.
+    """
+    read = {name: x for name, x in inputs.items() if x is not None}
+    spans = {name: _span(x) for name, x in (read | buffers).items()}
+    for buffer in buffers:
+        start, end = spans[buffer]
+        for name, (first, last) in spans.items():
+            if name == buffer or start == end or first == last:
+                continue
+            whole = name in buffers or inputs[name].is_contiguous()
+            if (start < last and first < end) if whole else start == first:
+                raise ValueError(f"{buffer} must not be the memory of {name}, nor overlap it")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of x and of the one behind its last; equal without memory."""
+    start = x.data_ptr()
+    if start == 0 or x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
 
 
 def _no_gradient(**tensors: Tensor | None) -> None:
     """Checks that no gradient is asked for."""
+    check_transforms("sde_step", *tensors.values())
     if not torch.is_grad_enabled():
         return
     for name, value in tensors.items():

@@ -27,6 +27,13 @@ Departures from flow_grpo:
 1. The table is computed once, on the host, in float64, and rounded to float32.
 2. A row with C = 0 (an ODE step, a noise level of 0, the last cps step) has k = c0 = K = 0: its
    log_prob, KL and gradient are 0 by definition. flow_grpo's value is NaN or a plain squared error.
+3. A first sigma within 2^-22 of 1 is 1. In float32 DanceGRPO's shift t / (1 + (shift - 1) t) gives
+   1 - 2^-23, 1 - 2^-24 or 1 + 2^-23 at t = 1 for one shift in twelve (of 1.01, 1.02 .. 12). With
+   such a sigma inside 1 - s, as flow_grpo has it, S would be 3000 to 4000 times a.
+4. S of flow_sde has a pole at s = 1, so a schedule that begins just below 1 (0.999 of UniPC's flow
+   sigmas) steps far out of the range of latents: C is 49 for 0.9999 -> 0.5. Rows with C above 5 or
+   |A| above 12.5 are refused. The schedules of SD3 and FLUX (1 to 1000 steps, shifts up to 12) stay
+   below 3.4 and 5.1 at a noise level of 1.
 """
 
 from __future__ import annotations
@@ -39,6 +46,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .arguments import check_tensor, integer, number
+
 # Columns of the table. `abs_dt` is |dt|, `noise_step` the step number that enters the noise counter
 # (an integer, exact in float32), `std_dev` is S, `sigma` is s.
 COLUMNS = ("A", "B", "C", "k", "c0", "K", "abs_dt", "noise_step", "std_dev", "sigma")
@@ -46,6 +55,11 @@ NUM_COLUMNS = len(COLUMNS)
 KINDS = ("flow_sde", "dance_sde", "cps", "ode")
 # The noise counter holds the step in 32 bits and a float32 column carries it exactly up to 2^24.
 MAX_STEPS = 1 << 24
+# Latents have a standard deviation of about 1. What C = 5 comes with at s = 1 is A = 1 - 12.5.
+MAX_C = 5.0
+MAX_A = 12.5
+# Four roundings of a float32 below 1: further from 1 no float32 schedule that means 1 begins.
+ROUNDING_OF_ONE = 2.0**-22
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
@@ -66,7 +80,11 @@ class Transitions:
 
     @classmethod
     def from_table(cls, table: Tensor, sigmas: Tensor | None, kinds: Sequence[str]) -> Transitions:
-        """Checks a table (float32 [R, 10], any device) and wraps it. Reads it on the host once."""
+        """Checks a table (float32 [R, 10], any device) and wraps it.
+
+        Reads it on the host once; RuntimeError while a CUDA graph is captured.
+        """
+        check_tensor("table", table)
         if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or table.dtype != torch.float32:
             raise ValueError(
                 f"table must be float32 [R, {NUM_COLUMNS}] with columns {COLUMNS}, "
@@ -74,9 +92,17 @@ class Transitions:
             )
         if not 0 < table.shape[0] <= MAX_STEPS:
             raise ValueError(f"table must have 1 to {MAX_STEPS} rows, got {table.shape[0]}")
+        if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
+            raise TypeError(f"kinds must be a sequence of names, got {kinds!r:.60}")
         if len(kinds) != table.shape[0] or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds must name one of {KINDS} for each of {table.shape[0]} rows")
-        if not bool(torch.isfinite(table).all()):
+        if sigmas is not None and not isinstance(sigmas, Tensor):
+            raise TypeError(f"sigmas must be a tensor or None, got {type(sigmas).__name__}")
+        if sigmas is not None and sigmas.shape != (table.shape[0] + 1,):
+            raise ValueError(f"sigmas must be [{table.shape[0] + 1}], got {list(sigmas.shape)}")
+        _check_capture("Transitions.from_table", table.device)
+        # A table without memory has no values to check.
+        if table.device.type != "meta" and not bool(torch.isfinite(table).all()):
             raise ValueError("table must hold finite coefficients, got NaN or infinity")
         row_numbers = torch.arange(table.shape[0], device=table.device)
         return cls(table.contiguous(), sigmas, tuple(kinds), row_numbers)
@@ -98,15 +124,24 @@ class Transitions:
 
     def column(self, name: str) -> Tensor:
         """Returns one column of the table by name: float32 [R]."""
-        if name not in COLUMNS:
+        if not isinstance(name, str) or name not in COLUMNS:
             raise ValueError(f"name must be one of {COLUMNS}, got {name!r}")
         return self.table[:, COLUMNS.index(name)]
 
     def to(self, device: torch.device | str) -> Transitions:
-        """Moves the table to `device`; copies, so call it outside a loop."""
-        device = torch.device(device)
-        if device == self.table.device:
+        """Moves the table to `device`; returns itself where that is where it is.
+
+        Else it copies, so call it outside a loop; RuntimeError while a CUDA graph is captured.
+        """
+        try:
+            device = torch.device(device)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise TypeError(f"device must be a torch.device or its name: {error}") from None
+        if _is_current(device, self.table.device):
             return self
+        if self.table.device.type == "meta":
+            raise ValueError(f"device must be meta: a table on meta has no values for {device}")
+        _check_capture("Transitions.to", device, self.table.device)
         table, row_numbers = self.table.to(device), self.row_numbers.to(device)
         return Transitions(table, self.sigmas, self.kinds, row_numbers)
 
@@ -119,10 +154,12 @@ class Transitions:
         a batch.
         """
         if not schedules or not all(isinstance(s, Transitions) for s in schedules):
-            raise TypeError("Transitions.cat takes one or more Transitions")
+            names = [type(s).__name__ for s in schedules]
+            raise TypeError(f"schedules must be one or more Transitions, got {names}")
         devices = [str(s.device) for s in schedules]
         if len(set(devices)) > 1:
             raise ValueError(f"schedules must be on one device, got {devices}")
+        _check_capture("Transitions.cat", schedules[0].device)
         table = torch.cat([s.table for s in schedules])
         kinds = [kind for s in schedules for kind in s.kinds]
         sigmas = schedules[0].sigmas if len(schedules) == 1 else None
@@ -161,7 +198,7 @@ def cps(sigmas, noise_level: float = 0.8, kl: str = "std_dev") -> Transitions:
         q = s[i + 1] * abs(math.cos(a * math.pi / 2.0))
         drift_x = (1.0 - s[i + 1]) + q
         drift_v = -s[i] * (1.0 - s[i + 1]) + (1.0 - s[i]) * q
-        big_k = 0.5 / std**2 if std > 0.0 else 0.0
+        big_k = _half_inverse_square(std) if std > 0.0 else 0.0
         rows.append(_row(drift_x, drift_v, std, 1.0, 0.0, big_k, s, i, std))
     return _build(rows, s, "cps")
 
@@ -186,13 +223,15 @@ def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> T
         raise ValueError("inside and outside must be single schedules, not concatenated tables")
     if not torch.equal(inside.sigmas, outside.sigmas):
         raise ValueError("inside and outside must be built from the same sigmas")
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps must be integers, got {type(steps).__name__}")
     chosen = set()
     for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"steps must be integers, got {step!r}")
+        step = integer("steps", step)
         if not 0 <= step < inside.num_steps:
             raise ValueError(f"steps must be in [0, {inside.num_steps - 1}], got {step}")
         chosen.add(step)
+    _check_capture("window", outside.device)
     table = outside.table.clone()
     rows = sorted(chosen)
     table[rows] = inside.table[rows]
@@ -210,12 +249,42 @@ def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
         drift_v = (1.0 + std**2 * (1.0 - s[i]) / (2.0 * s[i])) * dt
         c = std * math.sqrt(-dt)
         if c > 0.0:
-            k, c0 = 0.5 / c**2, math.log(c) + _LOG_SQRT_2PI
-            big_k = 0.5 / std**2 if kl == "std_dev" else k
+            k, c0 = _half_inverse_square(c), math.log(c) + _LOG_SQRT_2PI
+            big_k = _half_inverse_square(std) if kl == "std_dev" else k
         else:
             k = c0 = big_k = 0.0
+        _check_bounds(kind, s, i, drift_x, c)
         rows.append(_row(drift_x, drift_v, c, k, c0, big_k, s, i, std))
     return _build(rows, s, kind)
+
+
+def _check_bounds(kind: str, s: list[float], i: int, a: float, c: float) -> None:
+    """Checks that step i neither adds noise nor scales latents far out of their range."""
+    slack = 1.0 + 1e-6
+    if c <= MAX_C * slack and abs(a) <= MAX_A * slack:
+        return
+    step, gap = s[i] - s[i + 1], 1.0 - s[i]
+    if kind == "flow_sde" and 0.0 < gap < step:
+        start = "begin at sigma = 1, as the schedules of SD3 and FLUX do, or " if i == 0 else ""
+        hint = (
+            f"C grows with step / (1 - sigma), here {step / gap:.3g}: {start}shorten this step or "
+            "lower noise_level"
+        )
+    elif kind == "flow_sde":
+        hint = "lower noise_level"
+    else:
+        hint = "lower noise_level or shorten this step"
+    raise ValueError(
+        f"sigmas[{i}] = {s[i]:.9g} with the next sigma {s[i + 1]:.9g} gives {kind} C = {c:.4g} and "
+        f"A = {a:.4g}, beyond C <= {MAX_C:g} and |A| <= {MAX_A:g} for latents of a standard "
+        f"deviation of about 1; {hint}"
+    )
+
+
+def _half_inverse_square(x: float) -> float:
+    """Computes 1 / 2x^2 of a positive number, infinite where x^2 is 0 in float64."""
+    square = x**2
+    return 0.5 / square if square > 0.0 else math.inf
 
 
 def _row(a, b, c, k, c0, big_k, s, i, std) -> list[float]:
@@ -239,13 +308,25 @@ def _build(rows: list[list[float]], s: list[float], kind: str) -> Transitions:
 
 def _sigmas(sigmas) -> list[float]:
     if isinstance(sigmas, Tensor):
+        check_tensor("sigmas", sigmas)
         sigmas = sigmas.detach()
-    values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        if sigmas.is_complex():
+            raise TypeError(f"sigmas must be real numbers, got {sigmas.dtype}")
+        if sigmas.device.type == "meta":
+            raise ValueError("sigmas must hold values, got a tensor on meta")
+    try:
+        values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(
+            f"sigmas must be a tensor or a sequence of numbers, got {type(sigmas).__name__}"
+        ) from error
     if values.ndim != 1 or values.numel() < 2:
         raise ValueError(f"sigmas must be [T + 1] with T >= 1, got shape {list(values.shape)}")
     if values.numel() - 1 > MAX_STEPS:
         raise ValueError(f"sigmas must have at most {MAX_STEPS} steps, got {values.numel() - 1}")
     result = values.tolist()
+    if abs(result[0] - 1.0) <= ROUNDING_OF_ONE:
+        result[0] = 1.0
     if not all(math.isfinite(x) and 0.0 <= x <= 1.0 for x in result):
         raise ValueError("sigmas must be finite and inside [0, 1]; divide timesteps by 1000 first")
     if not all(x > y for x, y in pairwise(result)):
@@ -254,13 +335,35 @@ def _sigmas(sigmas) -> list[float]:
 
 
 def _noise_level(noise_level: float) -> float:
-    if isinstance(noise_level, bool) or not isinstance(noise_level, (int, float)):
-        raise TypeError(f"noise_level must be a number, got {type(noise_level).__name__}")
-    if not math.isfinite(noise_level) or noise_level < 0.0:
+    value = number("noise_level", noise_level)
+    if not math.isfinite(value) or value < 0.0:
         raise ValueError(f"noise_level must be finite and >= 0, got {noise_level}")
-    return float(noise_level)
+    return value
+
+
+def _is_current(target: torch.device, device: torch.device) -> bool:
+    """Tells whether a device, maybe without an index as "cuda" is, is one that a tensor is on."""
+    if target.type != device.type:
+        return False
+    if target.index == device.index or device.type in ("cpu", "meta"):
+        return True
+    if target.index is not None:
+        return False
+    return torch.get_device_module(device).current_device() == device.index
+
+
+def _check_capture(action: str, *devices: torch.device) -> None:
+    """Checks that the host may wait for the devices: not while a CUDA graph is captured."""
+    # Where nothing has used a GPU, nothing is captured; builds without CUDA cannot be asked.
+    if not torch.cuda.is_initialized() or all(device.type != "cuda" for device in devices):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{action} waits for the GPU, which ends the capture of a CUDA graph: make the "
+            "transitions before the capture"
+        )
 
 
 def _check_kl(kl: str) -> None:
-    if kl not in ("std_dev", "gaussian"):
+    if not isinstance(kl, str) or kl not in ("std_dev", "gaussian"):
         raise ValueError(f"kl must be 'std_dev' or 'gaussian', got {kl!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, ode, sde_step, window
 from flowgrpo_kernels.backends import dispatch, triton
 from support.kernels import oracle
 
@@ -42,7 +42,7 @@ def all_ops(rows: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return named | {"x": x_prev, "lp": lp, "dv": dv, "grad": v.grad, "du": u.grad, "noise": noise}
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 0), (1025,), (2, 4097)], ids=str)
 def test_empty_batch(each, shape):
     results = all_ops(0, shape)
     for name in ("loss", "policy_loss", "kl", "clip_fraction"):
@@ -61,6 +61,18 @@ def test_rows_without_elements(each, shape):
     assert results["lp"].eq(-TRANSITIONS.table[3, 4]).all() and results["kl"].item() == 0
     for name in ("x", "dv", "grad", "du", "noise"):
         assert results[name].shape == (3, *shape)
+
+
+def test_a_quiet_row_takes_nothing_from_noise(each):
+    """Where C = 0 noise may hold anything; elsewhere it is what it is."""
+    transitions, b = window(TRANSITIONS, ode(oracle.SIGMAS), [5]), oracle.batch(3, (2, 2100))
+    noise = b.old.clone()
+    noise[0, 0, 5], noise[0, 1, 7], noise[2, 1, 9] = float("inf"), float("nan"), float("nan")
+    step = torch.tensor([2, 5, 5])
+    x, lp = sde_step(b.velocity, b.sample, transitions, step, noise=noise)
+    expected, score = sde_step(b.velocity, b.sample, transitions, step, noise=b.old)
+    assert torch.equal(x[:2], expected[:2]) and torch.equal(lp[:2], score[:2])
+    assert x[2, 1, 9].isnan() and x[2].isnan().sum() == 1 and lp[2].isnan()
 
 
 def test_steps_do_not_wrap(each):

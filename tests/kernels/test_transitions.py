@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, ode, window
 from support.kernels import oracle
@@ -158,3 +160,205 @@ def test_made_on_the_host_whatever_the_default_device(make):
             assert {made.table.device.type, made.sigmas.device.type} == {"cpu"}
         made = window(make(oracle.SIGMAS), ode(oracle.SIGMAS), [1, 4])
     assert torch.equal(made.table, expected.table) and torch.equal(made.sigmas, expected.sigmas)
+
+
+NEAR_ONE = [0.9999, 0.999, 1 - 1e-6, 1 - 2**-21]
+
+
+@pytest.mark.parametrize("sigma", NEAR_ONE)
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_pole_just_below_one_is_refused(sigma, position):
+    """The error has sigma, its index, what C would be and what to do."""
+    sigmas = [sigma, 0.5, 0.0] if position == 0 else [1.0, sigma, 0.5, 0.0]
+    c = 0.7 * math.sqrt(sigma * (sigma - 0.5) / (1 - sigma))
+    with pytest.raises(ValueError) as error:
+        flow_sde(sigmas)
+    text = str(error.value)
+    assert text.startswith(f"sigmas[{position}] = {sigma:.9g} with the next sigma 0.5 gives")
+    assert f"C = {c:.4g}" in text and "C <= 5" in text and "lower noise_level" in text
+    assert ("begin at sigma = 1" in text) == (position == 0)
+    # Neither a constant S nor cps has the pole.
+    for make in (dance_sde, cps, ode):
+        assert make(sigmas).column("C").max() < 1
+
+
+def test_bounds_of_c_and_a():
+    """C of the first step is noise_level; A of the last one of dance_sde 1 - noise_level^2 / 2."""
+    assert flow_sde([1.0, 0.5, 0.0], 5.0).column("C")[0] == 5
+    with pytest.raises(ValueError, match=r"sigmas\[0\] = 1 .*C = 5.01 .*; lower noise_level$"):
+        flow_sde([1.0, 0.5, 0.0], 5.01)
+    with pytest.raises(ValueError, match=r"sigmas\[0\] = 1 .*dance_sde C = 7.07.*shorten"):
+        dance_sde([1.0, 0.5, 0.0], 10.0)
+    assert dance_sde([0.01, 0.0], 5.0).column("A")[0] == -11.5
+    with pytest.raises(ValueError, match=r"sigmas\[0\] = 0.01 .*A = -17"):
+        dance_sde([0.01, 0.0], 6.0)
+
+
+@pytest.mark.parametrize("ulp", [-4, -2, -1, 0, 2, 4])
+@pytest.mark.parametrize("make", [flow_sde, dance_sde, cps, ode])
+def test_a_first_sigma_within_rounding_of_one_is_one(make, ulp):
+    exact, rounded = make([1.0, 0.5, 0.0]), make([1.0 + ulp * 2.0**-24, 0.5, 0.0])
+    assert torch.equal(exact.table, rounded.table) and torch.equal(exact.sigmas, rounded.sigmas)
+    if ulp < 0:
+        assert torch.equal(make([1.0 - 6e-8, 0.5, 0.0]).table, exact.table)
+    # Only the first: further down it is a pole, or no step.
+    if make is flow_sde:
+        with pytest.raises(ValueError, match=r"sigmas\[1\]"):
+            make([1.0, 1.0 - 2.0**-24, 0.5])
+    with pytest.raises(ValueError, match="inside"):
+        make([1.0 + 2.0**-21, 0.5, 0.0])
+
+
+def test_float32_schedules_of_dance_grpo():
+    """shift t / (1 + (shift - 1) t) in float32: no shift begins a schedule with a pole."""
+    time, starts = torch.linspace(1, 0, 17), set()
+    for shift in np.arange(1.01, 12.0, 0.01).round(2).tolist():
+        sigmas = shift * time / (1 + (shift - 1) * time)
+        starts.add((float(sigmas[0]) - 1) * 2**24)
+        transitions = flow_sde(sigmas)
+        assert transitions.sigmas[0] == 1
+        assert transitions.column("C")[0].item() == pytest.approx(0.7, rel=1e-6)
+    # These are the ones that the tolerance is there for.
+    assert starts == {-2, -1, 0, 2}
+
+
+SPACINGS = {
+    "plain": {},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("shift", [1.0, 1.5, 3.0, 3.1, 5.0, 12.0, "dynamic"])
+def test_schedules_of_sd3_and_flux_stay_within_the_bounds(spacing, shift):
+    """With room: the largest C is 3.4 at a noise level of 1, of 2 or 3 steps with a shift of 12."""
+    options = SPACINGS[spacing]
+    for steps in (1, 2, 3, 4, 5, 8, 10, 20, 28, 40, 50, 100, 1000):
+        if shift == "dynamic":
+            scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(12))
+        else:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, **options)
+            scheduler.set_timesteps(steps)
+        transitions = flow_sde(scheduler.sigmas, 1.0)
+        assert transitions.column("C").max() < 3.4
+        assert transitions.column("A").abs().max() < 5.1
+
+
+@pytest.mark.parametrize("make", [flow_sde, dance_sde, cps])
+def test_numbers_of_numpy(make):
+    expected = make(oracle.SIGMAS, 0.5).table
+    for level in (np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)):
+        assert torch.equal(make(oracle.SIGMAS, level).table, expected)
+    assert torch.equal(make(oracle.SIGMAS, np.int64(1)).table, make(oracle.SIGMAS, 1).table)
+    assert torch.equal(
+        make(np.float32(oracle.SIGMAS)).table, make(torch.tensor(oracle.SIGMAS)).table
+    )
+    for level in (True, np.bool_(True), torch.tensor(0.5), np.array(0.5), None, 0.5j):
+        with pytest.raises(TypeError, match="noise_level must be a number"):
+            make(oracle.SIGMAS, level)
+
+
+def test_window_at_numbers_of_numpy():
+    inside, outside = flow_sde(oracle.SIGMAS), ode(oracle.SIGMAS)
+    expected = window(inside, outside, [2, 5])
+    for steps in (np.array([2, 5]), [np.int64(5), np.uint8(2)]):
+        assert torch.equal(window(inside, outside, steps).table, expected.table)
+    for steps in ([np.float64(2.0)], [True], [torch.tensor(2)], 3):
+        with pytest.raises(TypeError, match="steps must be"):
+            window(inside, outside, steps)
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [None, "1, 0", ["1", "0"], [None], 0.5j, {1.0: 0.0}, [[1], [1, 2]], [10**400, 0],
+     torch.tensor([1.0, 0.0], dtype=torch.complex64)],
+    ids=lambda value: f"{value!s:.20}",
+)  # fmt: skip
+@pytest.mark.parametrize("make", [flow_sde, dance_sde, cps, ode])
+def test_sigmas_that_are_no_numbers(make, sigmas):
+    with pytest.raises(TypeError, match="sigmas must be"):
+        make(sigmas)
+
+
+def test_bad_kinds_and_sigmas_of_a_table():
+    a = flow_sde(oracle.SIGMAS)
+    for table, sigmas, kinds, error, name in (
+        (a.table.tolist(), None, a.kinds, TypeError, "table"),
+        (a.table, None, None, TypeError, "kinds"),
+        (a.table, None, [0] * 9, TypeError, "kinds"),
+        (a.table, None, ["ode"] * 8, ValueError, "kinds"),
+        (a.table, list(oracle.SIGMAS), a.kinds, TypeError, "sigmas"),
+        (a.table, a.sigmas[1:], a.kinds, ValueError, "sigmas"),
+    ):
+        with pytest.raises(error, match=f"{name} must"):
+            Transitions.from_table(table, sigmas, kinds)
+
+
+def test_a_table_without_memory():
+    a, b = flow_sde(oracle.SIGMAS).to("meta"), ode(oracle.SIGMAS).to("meta")
+    for transitions, rows in ((Transitions.cat(a, b), 18), (window(a, b, [1]), 9)):
+        assert transitions.device.type == "meta" and transitions.num_steps == rows
+    with pytest.raises(ValueError, match="sigmas must hold values"):
+        flow_sde(torch.empty(5, device="meta"))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on the second GPU."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Transitions that say they are on the second GPU, which is the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    host = flow_sde(oracle.SIGMAS)
+    table = host.table.as_subclass(OnGpu)
+    return Transitions(table, host.sigmas, host.kinds, host.row_numbers.as_subclass(OnGpu))
+
+
+def test_to_is_nothing_where_the_table_is(on_gpu, monkeypatch):
+    """`cuda` is the current device, also without its index."""
+    assert on_gpu.to("cuda") is on_gpu and on_gpu.to("cuda:1") is on_gpu
+    assert on_gpu.to(torch.device("cuda", 1)) is on_gpu
+    assert on_gpu.to("cpu") is not on_gpu
+    host = flow_sde(oracle.SIGMAS)
+    assert host.to("cpu") is host and host.to("cpu:0") is host
+    on_meta = host.to("meta")
+    assert on_meta.to("meta") is on_meta
+    moves = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: moves.append(str(device)) or x)
+    assert on_gpu.to("cuda:0") is not on_gpu
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert on_gpu.to("cuda") is not on_gpu
+    assert moves == ["cuda:0", "cuda:0", "cuda", "cuda"]
+
+
+@pytest.mark.parametrize(
+    "action", ["Transitions.to", "Transitions.from_table", "Transitions.cat", "window"]
+)
+def test_a_capture_is_named(on_gpu, monkeypatch, action):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    calls = {
+        "Transitions.to": lambda: flow_sde(oracle.SIGMAS).to("cuda:1"),
+        "Transitions.from_table": lambda: Transitions.from_table(
+            on_gpu.table, on_gpu.sigmas, on_gpu.kinds
+        ),
+        "Transitions.cat": lambda: Transitions.cat(on_gpu, on_gpu),
+        "window": lambda: window(on_gpu, on_gpu, [1]),
+    }
+    with pytest.raises(RuntimeError, match=f"{action} waits for the GPU.*before the capture"):
+        calls[action]()
+    # What stays on the host, and what is there already, may be made at any time.
+    assert Transitions.cat(flow_sde(oracle.SIGMAS)).num_steps == 9
+    assert on_gpu.to("cuda:1") is on_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a build without CUDA says so")
+def test_without_cuda_the_error_is_that_of_torch():
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        flow_sde(oracle.SIGMAS).to("cuda")

@@ -1,8 +1,8 @@
 """FLUX.1: FluxPipeline, whose transformer works on packed latents.
 
-A sample is [N, 64]: N = (resolution / 16)^2 tokens, each a 2 x 2 patch of 16 latent channels. It
-stays packed from the initial noise to the last step, as in the pipeline itself, and is unpacked for
-the VAE alone. Embeddings are those of diffusers' `encode_prompt`: T5's tokens and CLIP's pooled
+A sample is [N, 64]: N = height / 16 x width / 16 tokens, each a 2 x 2 patch of 16 latent channels.
+It stays packed from the initial noise to the last step, as in the pipeline itself, and is unpacked
+for the VAE alone. Embeddings are those of diffusers' `encode_prompt`: T5's tokens and CLIP's pooled
 vector.
 
 FLUX.1-dev is guidance-distilled: it is told a guidance value beside the time. policy.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
@@ -84,9 +84,10 @@ class FluxPolicy(Policy):
         self.scheduler = self.pipeline.scheduler
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
-        self.resolution = pipelines.check_resolution(
-            config.resolution, default, PATCH * factor, None, self.name
+        self.height, self.width = pipelines.check_size(
+            config, default, PATCH * factor, None, self.name
         )
+        self.resolution = max(self.height, self.width)
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
         self._set_positions(factor)
         self._guidance = None
@@ -96,7 +97,7 @@ class FluxPolicy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
+            config.text_cache, source, TEXT_COMPONENTS, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
@@ -109,11 +110,11 @@ class FluxPolicy(Policy):
             )
 
     def _set_positions(self, factor: int) -> None:
-        side = self.resolution // (PATCH * factor)
-        self.latent_shape = (side * side, self.transformer.config.in_channels)
+        rows, columns = (side // (PATCH * factor) for side in (self.height, self.width))
+        self.latent_shape = (rows * columns, self.transformer.config.in_channels)
         # In float32 and not, as in the pipeline, in the embeddings' dtype: bfloat16 has no 257.
         self._image_ids = self.pipeline._prepare_latent_image_ids(
-            1, side, side, self.device, torch.float32
+            1, rows, columns, self.device, torch.float32
         )
         self._text_ids = torch.zeros(self._length, 3, device=self.device)
         # The rotary tables depend on the ids alone. The transformer would make them anew, by some
@@ -122,10 +123,11 @@ class FluxPolicy(Policy):
         self._rotary = Rotary(self.transformer.pos_embed(ids))
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        return self._texts(texts)
+        return self._texts(check_list(texts))
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Both tokenizers know every text."""
+        check_list(texts)
 
     def token_limits(self) -> list[tuple[Any, int]]:
         if not isinstance(self._texts, text_cache.TextEncoder):
@@ -168,10 +170,9 @@ class FluxPolicy(Policy):
         """The scheduler's timestep over 1000, which the transformer multiplies by 1000."""
         return sigma * self.scheduler.config.num_train_timesteps / 1000
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
         factor = self.pipeline.vae_scale_factor
-        unpacked = self.pipeline._unpack_latents(latents, self.resolution, self.resolution, factor)
+        unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, factor)
         return vae.decode(self.pipeline.vae, unpacked)
 
     def sigmas(self, num_steps: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, scheduler_sigmas
+from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.records import Conditioning
@@ -50,7 +50,7 @@ class SD3Policy(Policy):
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
-        self._set_size(config.resolution)
+        self._set_size(config)
         if self._one_encoder:
             # The small encoder of a small model: computed sooner than read, and in one batch.
             return
@@ -59,24 +59,24 @@ class SD3Policy(Policy):
             self._texts = encode
             return
         cached = text_cache.open_cache(
-            config.text_cache, source.folder, TEXT_COMPONENTS, self.dtype, self._length, device
+            config.text_cache, source, TEXT_COMPONENTS, self._length, device
         )
         self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
-    def _set_size(self, resolution: int) -> None:
+    def _set_size(self, policy_config: PolicyConfig) -> None:
         config, factor = self.transformer.config, 1
         if self.pipeline.vae is not None:
             factor = self.pipeline.vae_scale_factor
         multiple = factor * config.patch_size
-        self.resolution = pipelines.check_resolution(
-            resolution,
+        self.height, self.width = pipelines.check_size(
+            policy_config,
             config.sample_size * factor,
             multiple,
             multiple * config.pos_embed_max_size,
             self.name,
         )
-        side = self.resolution // factor
-        self.latent_shape = (config.in_channels, side, side)
+        self.resolution = max(self.height, self.width)
+        self.latent_shape = (config.in_channels, self.height // factor, self.width // factor)
 
     def _find_encoders(self, needed: bool) -> list[nn.Module]:
         """The text encoders that the pipeline has; `needed`: those that texts are encoded by."""
@@ -93,13 +93,13 @@ class SD3Policy(Policy):
         return list(encoders.values())
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        if self._one_encoder:
-            return self._encode_with_one(list(texts))
-        return self._texts(texts)
+        texts = check_list(texts)
+        return self._encode_with_one(texts) if self._one_encoder else self._texts(texts)
 
     def check_texts(self, texts: Sequence[str]) -> None:
+        texts = check_list(texts)
         if self._one_encoder:
-            self._tokens(list(texts))
+            self._tokens(texts)
 
     def token_limits(self) -> list[tuple[Any, int]]:
         if not (self._one_encoder or isinstance(self._texts, text_cache.TextEncoder)):
@@ -168,8 +168,7 @@ class SD3Policy(Policy):
         # As diffusers: timesteps stay in float32 and are embedded before any cast.
         return sigma * self.scheduler.config.num_train_timesteps
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
         return vae.decode(self.pipeline.vae, latents)
 
     def sigmas(self, num_steps: int) -> Tensor:
@@ -184,7 +183,8 @@ class SD3Policy(Policy):
         )
 
         config = self.scheduler.config
-        tokens = (self.latent_shape[1] // self.transformer.config.patch_size) ** 2
+        patch = self.transformer.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         return calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import MethodType
 
 from torch import Tensor, nn
 
 
 def crop_once(transformer: nn.Module, latent_shape: tuple[int, ...]) -> None:
-    """Crop the position embeddings of latents [C, H, H] out of their grid once, not by a copy in
+    """Crop the position embeddings of latents [C, H, W] out of their grid once, not by a copy in
     each forward.
 
     Adds to the transformer's PatchEmbed: `cropped_pos_embed` and a buffer `_cropped`
     [1, tokens, width].
     """
-    patches, side = transformer.pos_embed, latent_shape[1]
-    cropped = type(patches).cropped_pos_embed(patches, side, side).clone()
+    patches, (height, width) = transformer.pos_embed, latent_shape[1:]
+    cropped = type(patches).cropped_pos_embed(patches, height, width).clone()
     # A buffer, so that a captured graph notices when it moves; not one that is saved.
     patches.register_buffer("_cropped", cropped, persistent=False)
-    patches.cropped_pos_embed = MethodType(_cropped_pos_embed, patches)
+    patches.cropped_pos_embed = MethodType(CroppedPosEmbed(height, width), patches)
 
 
-def _cropped_pos_embed(self: nn.Module, height: int, width: int) -> Tensor:
-    tokens = self._cropped.shape[1]
-    if height == width and (height // self.patch_size) ** 2 == tokens:
-        return self._cropped
-    # The pipeline itself may be asked for images of another size.
-    return type(self).cropped_pos_embed(self, height, width)
+@dataclass(frozen=True)
+class CroppedPosEmbed:
+    """PatchEmbed's method for latents of one size, of which `_cropped` holds the result."""
+
+    height: int
+    width: int
+
+    def __call__(self, patches: nn.Module, height: int, width: int) -> Tensor:
+        """[1, tokens, width]: the embeddings of latents [C, height, width]."""
+        if (height, width) == (self.height, self.width):
+            return patches._cropped
+        # The pipeline itself may be asked for images of another size.
+        return type(patches).cropped_pos_embed(patches, height, width)

@@ -94,4 +94,8 @@ def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    try:
+        return number and math.isfinite(value)
+    # An integer above the range of float64.
+    except OverflowError:
+        return False

@@ -114,6 +114,7 @@ def app(
 ) -> Any:
     """Build the ASGI application."""
     fastapi = library("fastapi", name, INSTALL)
+    from fastapi.exceptions import RequestValidationError
     from fastapi.security import HTTPBearer
     from pydantic import BaseModel, Field
 
@@ -134,6 +135,13 @@ def app(
     # AuthMiddleware checks the token; this shows it on the OpenAPI page.
     documented = [fastapi.Depends(HTTPBearer(auto_error=False))] if token else []
 
+    @api.exception_handler(RequestValidationError)
+    def refuse(request: Any, error: RequestValidationError) -> Any:
+        # FastAPI's own answer has the input in it, which may be long, and no UTF-8.
+        problems = [{name: e[name] for name in ("type", "loc", "msg")} for e in error.errors()]
+        body = json.dumps({"detail": problems})
+        return fastapi.Response(body, 422, media_type="application/json")
+
     @api.get("/health")
     def health() -> dict[str, str]:
         return {"reward": name}
@@ -149,7 +157,9 @@ def app(
         # A reward may raise anything, sys.exit too: the client hears what, and the server goes on.
         except (Exception, SystemExit) as error:
             log.exception("reward %r failed", name)
-            raise fastapi.HTTPException(500, f"{type(error).__name__}: {error}") from error
+            # Metadata may hold a lone surrogate, and the message the metadata.
+            reason = str(error).encode("utf-8", "backslashreplace").decode()
+            raise fastapi.HTTPException(500, f"{type(error).__name__}: {reason}") from error
         if values.shape != (len(images),):
             problem = f"the reward returned scores of shape {tuple(values.shape)}"
             raise fastapi.HTTPException(500, f"{problem} for {len(images)} images")

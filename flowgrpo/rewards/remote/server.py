@@ -125,7 +125,8 @@ class Server:
             )
         try:
             reply = response.json()
-        except ValueError:
+        # A nesting of thousands is a RecursionError.
+        except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
             raise RemoteError(
@@ -140,7 +141,7 @@ def _detail(response: Any) -> str:
     try:
         reply = response.json()
         detail = reply.get("detail") or reply.get("error") or reply
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         detail = response.text or response.reason_phrase
     return " ".join(str(detail).split())[:300]
 

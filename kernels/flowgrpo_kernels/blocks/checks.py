@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, check_tensor
+from ..arguments import check_tensor, finite
+from ..checks import FLOAT_DTYPES
 
 
 def check_float(name: str, value, like: Tensor | None = None, like_name: str = "x") -> None:
@@ -59,12 +60,12 @@ def pair(name: str, value, meaning: str) -> tuple:
     return tuple(value)
 
 
-def check_eps(eps) -> None:
-    """Checks a positive number."""
-    if isinstance(eps, (bool, Tensor)) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+def positive(name: str, value) -> float:
+    """Checks a positive number, finite in float32, and returns it as a float."""
+    result = finite(name, value)
+    if not result > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return result
 
 
 def needs_grad(*values: Tensor | None) -> bool:

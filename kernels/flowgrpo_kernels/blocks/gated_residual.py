@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import check_transforms, once_differentiable
 from ..backends import dispatch, triton
 from ..backends.triton import tl
 from ..reference import compute_dtype
@@ -205,6 +205,7 @@ def gated_residual(
         if y2.dtype != y.dtype:
             raise TypeError(f"y2 must have the dtype of y {y.dtype}, got {y2.dtype}")
     args = (x, gate, y, gate2, y2)
+    check_transforms("gated_residual", *args)
     if checks.needs_grad(*args):
         return _GatedResidual.apply(*args)
     return gated_residual_op(*args)

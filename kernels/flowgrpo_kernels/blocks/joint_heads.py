@@ -26,7 +26,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..arguments import integer
+from ..autograd import check_transforms, once_differentiable
 from ..backends import dispatch, triton
 from ..backends.triton import narrow, tl
 from . import checks, reference, rows
@@ -377,17 +378,19 @@ def joint_heads(
             f"streams must be 1 or 2 tensors with one weight (or None) each, got {len(streams)} "
             f"streams and {len(weights)} weights"
         )
+    heads = integer("heads", heads)
     size = _check_streams(streams, heads)
     for i, weight in enumerate(weights):
         if weight is not None:
             checks.check_float(f"weights[{i}]", weight, streams[0], "streams[0]")
             if weight.shape != (size,):
                 raise ValueError(f"weights[{i}] must be [{size}], got {list(weight.shape)}")
-    checks.check_eps(eps)
+    eps = checks.positive("eps", eps)
     cos, sin = _check_rotary(rotary, streams, size)
     first, second = streams if len(streams) == 2 else (streams[0], None)
     weight, weight2 = weights if len(weights) == 2 else (weights[0], None)
-    args = (first, second, weight, weight2, cos, sin, heads, float(eps))
+    args = (first, second, weight, weight2, cos, sin, heads, eps)
+    check_transforms("joint_heads", first, second, weight, weight2)
     if checks.needs_grad(first, second, weight, weight2):
         return _JointHeads.apply(*args)
     return joint_heads_op(*args)
@@ -402,8 +405,6 @@ def _listed(name: str, value) -> list:
 
 def _check_streams(streams: list, heads: int) -> int:
     """Checks the streams and returns d."""
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"heads must be an int, got {type(heads).__name__}")
     for i, stream in enumerate(streams):
         checks.check_tokens(f"streams[{i}]", stream)
     first = streams[0]

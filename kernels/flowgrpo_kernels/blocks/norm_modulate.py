@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import check_transforms, once_differentiable
 from ..backends import dispatch, triton
 from ..backends.triton import tl
 from . import checks, reference, rows
@@ -275,8 +275,8 @@ def norm_modulate(
     if second is not None:
         checks.check_row("scale2", scale2, x)
         checks.check_row("shift2", shift2, x)
-    checks.check_eps(eps)
-    args = (x, scale, shift, scale2, shift2, float(eps))
+    args = (x, scale, shift, scale2, shift2, checks.positive("eps", eps))
+    check_transforms("norm_modulate", x, scale, shift, scale2, shift2)
     if checks.needs_grad(x, scale, shift, scale2, shift2):
         y, y2 = _NormModulate.apply(*args)
     else:

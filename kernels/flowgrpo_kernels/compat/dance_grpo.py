@@ -18,25 +18,28 @@ switch to their 16-bit arithmetic: pass model_output.float() to theirs to compar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..arguments import flag, integer, number
 from ..checks import resolve_step
 from ..log_prob import log_prob as score
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, dance_sde
 from .patch import Patch
 from .tables import cached, rows
+from .tables import latents as checked
 
 
 def flux_step(
     model_output: Tensor,
     latents: Tensor,
     eta: float,
-    sigmas: Tensor,
-    index: int,
+    sigmas: Tensor | Sequence[float],
+    index: int | Tensor,
     prev_sample: Tensor | None,
     grpo: bool,
     sde_solver: bool,
@@ -45,10 +48,18 @@ def flux_step(
 ) -> tuple[Tensor, ...]:
     """Steps to (prev_sample, pred_original, log_prob [B]) with grpo, else (mean, pred_original).
 
-    sigmas: [T + 1] tensor, 1 -> 0. index: the step, an int, or a 0-dim or [B] int64 tensor.
+    sigmas: [T + 1], 1 -> 0; a tensor, whose table is cached, or a sequence of numbers.
+    index: the step, an int, or a 0-dim or [B] int64 tensor.
     sde_solver=False keeps the ODE mean and adds noise of eta sqrt(dt).
     """
-    key = (float(eta), bool(sde_solver), str(latents.device))
+    latents, model_output, prev_sample = checked(
+        "prev_sample", latents=latents, model_output=model_output, prev_sample=prev_sample
+    )
+    eta, grpo, sde_solver = (
+        number("eta", eta), flag("grpo", grpo), flag("sde_solver", sde_solver),
+    )  # fmt: skip
+    index = index if isinstance(index, Tensor) else integer("index", index)
+    key = (eta, sde_solver, str(latents.device))
     transitions = cached(sigmas, key, lambda: _transitions(sigmas, eta, sde_solver, latents.device))
     a, b, sigma = _coefficients(index, transitions, latents)
     pred_original = latents.float() - sigma * model_output.float()
@@ -85,7 +96,7 @@ def _coefficients(index: int | Tensor, transitions: Transitions, latents: Tensor
 
 def _transitions(sigmas: Tensor, eta: float, sde_solver: bool, device) -> Transitions:
     """Builds the table; without sde_solver the mean is that of the ODE."""
-    transitions = dance_sde(sigmas, float(eta))
+    transitions = dance_sde(sigmas, eta)
     if not sde_solver:
         table = transitions.table.clone()
         table[:, COLUMNS.index("A")] = 1.0

@@ -32,11 +32,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor, flag, number
 from ..log_prob import log_prob as score
 from ..sde_step import sde_step
 from ..transitions import COLUMNS, Transitions, cps, flow_sde
 from .patch import Patch
-from .tables import cached, rows
+from .tables import cached, latents, rows
 
 _KINDS = {"sde": flow_sde, "cps": cps}
 
@@ -64,10 +65,19 @@ def sde_step_with_logprob(
         timestep: a number, 0-dim, [1] or [B], equal to entries of self.timesteps.
         seeds: int64 [B], draws the noise from the samples' own seeds in place of the generator.
     """
-    if sde_type not in _KINDS:
+    if not isinstance(sde_type, str) or sde_type not in _KINDS:
         raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
-    sample = _at_most_float32(sample)
-    prev_sample = None if prev_sample is None else _at_most_float32(prev_sample)
+    sample, model_output, prev_sample = latents(
+        "prev_sample", sample=sample, model_output=model_output, prev_sample=prev_sample
+    )
+    noise_level = number("noise_level", noise_level)
+    return_sqrt_dt = flag("return_sqrt_dt", return_sqrt_dt)
+    peer_log_prob = flag("peer_log_prob", peer_log_prob)
+    if not all(isinstance(getattr(self, name, None), Tensor) for name in ("sigmas", "timesteps")):
+        raise TypeError(
+            "self must be a scheduler with the tensors sigmas and timesteps, got "
+            f"{type(self).__name__}"
+        )
     transitions = _transitions(self.sigmas, sde_type, noise_level, sample.device)
     step = _step(self, timestep, sample)
     storage = sample.dtype
@@ -114,8 +124,8 @@ def patch(*modules: ModuleType, **options) -> Patch:
 
 def _transitions(sigmas: Tensor, sde_type: str, noise_level: float, device) -> Transitions:
     """Builds the table of a scheduler's sigmas, or takes the cached one."""
-    key = (sde_type, float(noise_level), str(device))
-    return cached(sigmas, key, lambda: _KINDS[sde_type](sigmas, float(noise_level)).to(device))
+    key = (sde_type, noise_level, str(device))
+    return cached(sigmas, key, lambda: _KINDS[sde_type](sigmas, noise_level).to(device))
 
 
 def _step(scheduler, timestep, sample: Tensor) -> Tensor:
@@ -123,7 +133,16 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
     known = scheduler.timesteps
     if known.device != sample.device:
         known = cached(known, str(sample.device), lambda: known.to(sample.device))
-    timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
+    if isinstance(timestep, Tensor):
+        check_tensor("timestep", timestep)
+        if timestep.device.type == "meta" != sample.device.type:
+            raise ValueError("timestep must hold values, got a tensor on meta")
+    try:
+        timesteps = torch.as_tensor(timestep, dtype=known.dtype, device=sample.device).reshape(-1)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(
+            f"timestep must be a number or a tensor, got {type(timestep).__name__}"
+        ) from error
     count = timesteps.shape[0]
     if count not in (1, sample.shape[0]):
         raise ValueError(f"timestep must hold 1 or {sample.shape[0]} values, got {count}")
@@ -133,12 +152,6 @@ def _step(scheduler, timestep, sample: Tensor) -> Tensor:
         values = timesteps.tolist()
         raise ValueError(f"timestep must be among the scheduler's timesteps, got {values}")
     return step
-
-
-def _at_most_float32(x: Tensor) -> Tensor:
-    """Casts float64 to float32."""
-    # theirs casts everything; ours rounds to 16-bit storage and needs its dtype.
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _randn(like: Tensor, generator) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from flowgrpo import train, update
 from flowgrpo.cli import main
-from flowgrpo.runs import monitor
+from flowgrpo.runs import monitor, process
 from support import processes
 
 MISTAKES = [
@@ -24,7 +24,7 @@ MISTAKES = [
     ("train --reward.weights nano_strict x", "NAME WEIGHT, repeated"),
     ("train --reward.weights nano_strict 1 nano_strict 2", "'nano_strict' is given twice"),
     ("train --reward.options a.b 1 c.d 2 a.b 3", "'a.b' is given twice"),
-    ("train --run.resume /no/such", "/no/such/config.json cannot be read"),
+    ("train --run.resume /no/such", "'/no/such/config.json' cannot be read"),
     ("train --run.out /proc/x --policy.model /no/such", "policy.model is '/no/such'"),
     ("evaluate /no/such", "neither a run directory nor a recipe"),
     ("evaluate .", "holds no checkpoint"),
@@ -55,6 +55,29 @@ def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, mon
     assert words in shown.err and shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["train --run.out there", "evaluate nano", "sample x"])
+def test_several_processes_are_one_sentence_on_each(line, capsys, tmp_path, monkeypatch):
+    """A rank that comes later finds the directory of the first, which is not what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main.main(line.split()) == 2
+        shown = capsys.readouterr()
+        assert shown.err == (
+            "error: the environment variable WORLD_SIZE is 2, as launchers such as torchrun and "
+            "accelerate set it, but a run is one process on one device; start `flowgrpo` by "
+            "itself, or unset WORLD_SIZE.\n"
+        )
+        assert list(tmp_path.iterdir()) == [] and shown.out == ""
+
+
+@pytest.mark.parametrize("size", ["1", "", "many"])
+def test_one_process_of_a_launcher_may_train(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    process.check_one_process()
 
 
 def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypatch):

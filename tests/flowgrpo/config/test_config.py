@@ -51,6 +51,12 @@ BAD = [
     ({"sample.stpes": 8}, "did you mean 'steps'?"),
     ({"sampel.steps": 8}, "did you mean 'sample'?"),
     ({"recipe.name": "a"}, "set recipe itself"),
+    ({"sample.steps": 10**400}, "whole numbers must be below 2^63"),
+    ({"sample": 3, "sample.steps": 4}, "sample is 3, but a value of type SampleConfig"),
+    ({"optim.kl": "x" * 10_000}, "'xxxx"),
+    ({"a\nb": 1}, "'a\\nb' is no field"),
+    # The rows have too many possible divisors to try all.
+    ({"sample.prompts_per_iteration": 10**15 + 37, "sample.batch_size": 7}, "for example 6."),
 ]
 
 
@@ -92,6 +98,12 @@ def test_a_broken_rule_says_so_in_one_sentence(changes, words):
     text = str(caught.value)
     assert words in text
     assert "\n" not in text and text.endswith(".") and text.count(". ") == 0
+    assert len(text) < 1000
+
+
+def test_a_number_that_python_does_not_write():
+    with pytest.raises(ConfigError, match=r"reward.weights is a dict too long to be shown, but"):
+        replace(Config(), **{"reward.weights": {"a": -(10**5000)}})
 
 
 def test_derived_numbers():
@@ -146,6 +158,8 @@ def test_json_round_trip_is_exact():
     ("text", "words"),
     [
         ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"run": {"seed": ' + "1" * 5_000 + "}}", "no JSON"),
         ("[]", "an object with the fields of Config"),
         ('{"sample": 3}', "an object with the fields of SampleConfig"),
         ('{"sample": {"step": 3}}', "did you mean 'steps'?"),

@@ -46,6 +46,28 @@ def test_every_image_is_enlarged_exactly_and_stands_under_its_other_row():
     assert places["base", 4][1] == places["base", 0][1]
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
+def test_images_that_are_not_square_keep_their_sides(shape):
+    """Twice as large, 96 pixels on the longer side; columns hold a word under a narrow one."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(0, 256, (3, 3, *shape), dtype=torch.uint8, generator=generator)
+    grid = np.asarray(pictures.grid({"base": row, "after": row}, ["prompt"] * 3))
+    lefts = []
+    for image in row:
+        tile = image.permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)[1:-1, 1:-1]
+        (top, left), (below, same) = find(grid, tile)
+        assert same == left and below - top >= 2 * shape[0]
+        lefts.append(left)
+    assert lefts[1] - lefts[0] == lefts[2] - lefts[1] == 96 + pictures.GAP
+    assert lefts[2] + 2 * shape[1] < grid.shape[1]
+
+
+@pytest.mark.parametrize(("shape", "size"), [((512, 2048), (336, 84)), ((2048, 512), (84, 336))])
+def test_a_large_image_is_shrunk_by_its_longer_side(shape, size):
+    assert pictures._tile(torch.zeros(3, *shape, dtype=torch.uint8)).size == size
+    assert pictures._tile(torch.zeros(3, 2000, 2, dtype=torch.uint8)).size == (1, 336)
+
+
 def test_marks_are_green_for_one_and_red_for_less():
     row = torch.full((3, 3, 24, 24), 255, dtype=torch.uint8)
     grid = np.asarray(pictures.grid({"a": row}, ["x"] * 3, {"a": [1.0, 0.99, 0.0]}))

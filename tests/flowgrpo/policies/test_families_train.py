@@ -128,7 +128,9 @@ def own(trained: Trained):
     """Our policy with the averaged weights of the last checkpoint."""
     policy = targets.load_base(trained.config)
     add_adapter(policy.transformer, trained.config.policy)
-    load_trained(policy.transformer, trained.folder / "checkpoints" / "step-000003")
+    load_trained(
+        policy.transformer, trained.config.optim, trained.folder / "checkpoints" / "step-000003"
+    )
     return policy
 
 
@@ -221,7 +223,7 @@ def test_flux_full_fine_tuning(flux_model, tmp_path):
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 1
     policy = load_policy(config)
     base = latents(policy, config)
-    load_trained(policy.transformer, tmp_path / "run" / "checkpoints" / "step-000001")
+    load_trained(policy.transformer, config.optim, tmp_path / "run" / "checkpoints" / "step-000001")
     ours = latents(policy, config)
     saved = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "transformer")
     policy.transformer.load_state_dict(saved.state_dict())

@@ -130,8 +130,8 @@ class ToyPolicy(Policy):
     def _velocity(self, sample, sigma, conditioning) -> Tensor:
         return self.transformer(sample.to(self.dtype), sigma, conditioning.pooled)
 
-    def decode(self, latents) -> Tensor:
-        return ((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    def pixels(self, latents) -> Tensor:
+        return latents
 
     def sigmas(self, num_steps) -> Tensor:
         return scheduler_sigmas(self.scheduler, num_steps)
@@ -237,7 +237,9 @@ def test_it_is_trained_and_its_adapter_gives_the_same_pictures(folder, tmp_path)
         base = f"{owner}.base_layer.{last}"
         assert torch.equal(tensor, state[base if base in state else name])
     trained = load_policy(config, ToyPipeline.from_pretrained(folder))
-    load_trained(trained.transformer, tmp_path / "run" / "checkpoints" / "step-000002")
+    load_trained(
+        trained.transformer, config.optim, tmp_path / "run" / "checkpoints" / "step-000002"
+    )
     base = Policy.load(ToyPipeline.from_pretrained(folder), device="cpu")
     plain = picture(base)
     load_adapter(base, str(tmp_path / "run" / "adapter"))
@@ -320,6 +322,7 @@ def test_techniques_that_it_has_no_hook_for(folder, tmp_path):
             r"policy.attention is native, but the attention of ToyTransf.*auto",
         ),
         ("fused", True, "the blocks of ToyTransformer have no fused forward; set policy.fused to"),
+        ("height", 2 * SIZE, rf"policy.height is {2 * SIZE}, but .* images of {SIZE} x {SIZE}"),
     ):
         config = config_of(folder, tmp_path, **{f"policy.{field}": value})
         with pytest.raises(ConfigError, match=message):

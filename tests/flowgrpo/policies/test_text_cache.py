@@ -142,6 +142,27 @@ def test_a_cache_that_cannot_be(latent_model, tmp_path):
         load(latent_model, tmp_path / "file" / "cache")
 
 
+@pytest.mark.parametrize("home", ["file", "none"])
+def test_a_default_cache_that_cannot_be_is_a_warning(
+    latent_model, tmp_path, monkeypatch, caplog, home
+):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    if home == "file":
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    else:
+
+        def homeless(path):
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(text_cache.Path, "expanduser", homeless)
+    policy = load(latent_model, "auto")
+    assert same(policy.encode(TEXTS), load(latent_model, "").encode(TEXTS))
+    (message,) = warnings(caplog)
+    reason = "Not a directory" if home == "file" else "Could not determine home directory."
+    assert message.startswith("Text embeddings are not cached") and reason in message
+
+
 def test_default_folder_and_small_models(latent_model, pixel_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load(pixel_model, "auto", resolution=8).encode(["a"])

@@ -82,6 +82,8 @@ def test_jsonl_file_and_folder(tmp_path):
         ("p.jsonl", '["prompt"]', "object with a string 'prompt'"),
         ("p.jsonl", '{"prompt": 3}', "object with a string 'prompt'"),
         ("p.jsonl", '{"prompt": " "}', "line 1 of .* 'prompt' that is not empty"),
+        ("p.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2 of .* 'prompt'"),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5_000 + "}", "line 1 of .* 'prompt'"),
         ("p.json", '[{"prompt": "a"}]', "a .json file, whose lines are no prompts"),
         ("p.CSV", "prompt\na", "a .csv file, whose lines are no prompts"),
         ("p.yaml", "- a dog", "a .yaml file, whose lines are no prompts"),
@@ -109,6 +111,8 @@ def test_a_path_and_the_home_directory(tmp_path, monkeypatch):
 
 
 def test_missing_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"'aaa.*cannot be looked up .File name too long"):
+        load_prompts("a" * 5_000)
     with pytest.raises(ConfigError, match="neither one of nano, geneval, ocr, general"):
         load_prompts(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):

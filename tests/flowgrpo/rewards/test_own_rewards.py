@@ -271,6 +271,18 @@ def test_nothing_is_sampled_for_a_wrong_reward_and_the_command_works_once_it_is_
     del sys.modules["users_own"]
 
 
+def test_an_evaluation_samples_nothing_for_a_wrong_reward(tmp_path, monkeypatch, capsys):
+    config = processes.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flowgrpo.evaluation.evaluate.generate_images", None)
+    (tmp_path / "users_own.py").write_text(RUN)
+    line = ["evaluate", config.policy.model, "--prompt-set", config.sample.prompts]
+    assert main.main([*line, "--rewards", "users_own.py:score", "--out", "e"]) == 2
+    assert "returned a dict for 2 images" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+    del sys.modules["users_own"]
+
+
 def test_a_reward_that_exits_in_mid_run_saves_it(tmp_path, monkeypatch):
     """As one that fails: the iterations before it are kept, and the run goes on from there."""
     config = processes.make(

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from flowgrpo import rewards
+from flowgrpo.advantages import advantages
+from flowgrpo.config import OptimConfig
 from flowgrpo.records import Prompts
 
 PROMPTS = Prompts.of(["a", "b", "c"], [{"n": 1}, {"n": 2}, {"n": 3}])
@@ -199,6 +201,52 @@ def test_a_reward_that_never_differs_adds_nothing_to_compare(reward, how):
     alone = reward(normalize=how, a=(first, 1.0))(IMAGES, PROMPTS, 4).total.view(3, 4)
     centred = groups - groups.mean(1, keepdim=True)
     assert torch.allclose(centred, alone - alone.mean(1, keepdim=True), atol=1e-6)
+
+
+LEVELS = torch.tensor([0.1, 0.7, 0.3]).repeat_interleave(4)
+
+
+def rounded(images, prompts, metadata):
+    """Equal inside a group but for the last bits of float32, as a network's batches leave them."""
+    return LEVELS * (1 + 6e-8 * torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat(3))
+
+
+@pytest.mark.parametrize("how", ["std", "group"])
+@pytest.mark.parametrize("level", [lambda i, p, m: LEVELS, rounded], ids=["equal", "rounded"])
+def test_a_reward_that_tells_only_groups_apart_leaves_the_others_their_advantages(
+    reward, how, level
+):
+    """With the std of all rewards as the divisor: levels over 0 would be all of it."""
+    config = OptimConfig(advantage_std="global")
+    both = reward(normalize=how, a=(first, 1.0), b=(level, 1.0))(IMAGES, PROMPTS, 4)
+    alone = reward(normalize=how, a=(first, 1.0))(IMAGES, PROMPTS, 4)
+    assert torch.equal(both.total, alone.total) and both.total.abs().max() < 100
+    found, _ = advantages(both.total.view(3, 4), config)
+    # first: 0 to 11, whose std inside a group of 4 is sqrt(5) / 2.
+    scores = VALUES / (np.sqrt(5) / 2) if how == "std" else (VALUES % 4 - 1.5) / (np.sqrt(5) / 2)
+    centred = (scores.view(3, 4) - scores.view(3, 4).mean(1, keepdim=True)).flatten()
+    assert found.numpy() == pytest.approx((centred / scores.std(correction=0)).numpy(), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["std", "group"])
+def test_alone_it_says_nothing_and_a_group_that_failed_stays_dropped(reward, how):
+    def failing(images, prompts, metadata):
+        return LEVELS.masked_fill(torch.arange(12) == 5, torch.nan)[images[:, 0, 0, 0].long()]
+
+    scores = reward(0, how, a=(failing, 1.0))(IMAGES, PROMPTS, 4)
+    assert scores.dropped.tolist() == [False, True, False]
+    assert (scores.total.view(3, 4)[[0, 2]] == 0).all() and scores.total[4:8].isnan().all()
+
+
+@pytest.mark.parametrize("how", ["std", "group"])
+def test_every_group_is_dropped_by_one_reward_or_another(reward, how):
+    def failing(*groups):
+        return lambda images, p, m: [
+            np.nan if value // 4 in groups else value for value in first(images).tolist()
+        ]
+
+    scores = reward(0, how, a=(failing(0), 1.0), b=(failing(1, 2), 1.0))(IMAGES, PROMPTS, 4)
+    assert scores.dropped.all() and scores.total.isnan().all()
 
 
 def test_nanos_rewards_by_name():

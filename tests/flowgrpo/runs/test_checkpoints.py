@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
+from flowgrpo import files
 from flowgrpo.config import ConfigError, OptimConfig
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import State
@@ -155,6 +159,28 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
         checkpoints.latest(tmp_path / "checkpoints")
 
 
+def test_an_old_checkpoint_that_cannot_go_is_a_warning(tmp_path, monkeypatch, caplog):
+    state, model = state_of(updates=0)
+    for _ in range(4):
+        use(state, model, 1)
+        save(state, tmp_path)
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", busy)
+    checkpoints.prune(tmp_path / "checkpoints")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and "step-000001 cannot be removed" in messages[0]
+    assert all("Device or resource busy" in message for message in messages)
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000003", "step-000004"]
+    monkeypatch.undo()
+    checkpoints.clean(tmp_path / "checkpoints")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+
+
 def test_saving_again_replaces(tmp_path):
     state, _ = state_of()
     save(state, tmp_path, 0.1)
@@ -201,3 +227,62 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
         for _ in range(state.iteration - 3):
             use(expected, model, 1)
         assert bits(state) == bits(expected)
+
+
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+"""Audit events of file operations; each is raised before it happens."""
+
+
+def _killed_before_operation(number, state, folder) -> bool:
+    """Save in a process that is killed before its file operation `number`; False: it has fewer."""
+    process = os.fork()
+    if not process:
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            if event in OPERATIONS:
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        save(state, folder, 0.2)
+        checkpoints.prune(folder / "checkpoints")
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _killed_before_each_operation(folder):
+    state, model = state_of()
+    saved = {}
+    while state.iteration < 7:
+        use(state, model, 1)
+        # The newest is saved again, as at the end of a run, and an older one is removed.
+        before = save(state, folder, {4: 1.0}.get(state.iteration))
+        saved[before.name] = bits(state)
+    whole = folder.with_name("whole")
+    folder.rename(whole)
+    number = 1
+    while _killed_before_operation(number, state, shutil.copytree(whole, folder)):
+        files.remove_leftovers(folder)
+        listed = checkpoints.list_checkpoints(folder / "checkpoints")
+        assert sorted((folder / "checkpoints").iterdir()) == listed, number
+        names = [path.name for path in listed]
+        assert names in (list(saved), ["step-000004", "step-000006", "step-000007"]), number
+        for path in listed:
+            restored, _ = state_of(seed=1)
+            restored.restore(path)
+            assert bits(restored) == saved[path.name], number
+        shutil.rmtree(folder)
+        number += 1
+    print(number, "operations")
+
+
+def test_killed_before_any_file_operation_each_checkpoint_is_whole_or_gone(tmp_path):
+    run = processes.Fork(tmp_path / "log", _killed_before_each_operation, tmp_path / "run")
+    operations, _, word = run.wait().strip().rpartition(" ")
+    assert word == "operations" and int(operations) > 15

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -130,6 +132,34 @@ def test_one_process_at_a_time(tmp_path):
     directory.RunDirectory.open(directory.resume_config(tmp_path / "run")).close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with directory.RunDirectory.open(config_for(tmp_path / "run")) as run:
+        run.log(0, {"x": 1})
+    assert (
+        run.path.joinpath("metrics.jsonl").read_text()
+        == '{"iteration": 0, "kind": "train", "x": 1}\n'
+    )
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"cannot be locked ({os.strerror(number)})" in message
+    assert "in use" not in message
+    # A second process may be at work there, so it is no run that never began.
+    with pytest.raises(ConfigError, match="is not empty"):
+        directory.check_directory(config_for(tmp_path / "run"))
+
+
+def test_a_run_that_cannot_be_written_any_more_is_refused(tmp_path, monkeypatch):
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"run' cannot be written \(Is a directory\)"):
+        directory.RunDirectory.open(directory.resume_config(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -157,6 +187,47 @@ def test_what_does_not_change_the_numbers_may_change(tmp_path):
     )
     again.close()
     assert again.config.run.steps == 7 and again.config.sample.overlap == 0
+
+
+def services(first: str, second: str, **options) -> dict:
+    weights = {"ocr": 0.5, first: 1.0, second: 2.0}
+    report = ("ocr", second, "http://other")
+    return {"reward.weights": weights, "reward.report": report, "reward.options": options}
+
+
+def test_services_may_change(tmp_path):
+    before = services("http://a:1", "http://b:2", **{"http://a:1.token": "x", "ocr.language": "en"})
+    directory.RunDirectory.open(config_for(tmp_path / "run", **before)).close()
+    changes = {
+        **services("https://c", "http://d/e", **{"ocr.language": "en", "http://d/e.url": "f"}),
+        "reward.timeout": 5.0,
+        "reward.retries": 7,
+        "policy.model": "elsewhere",
+        "policy.device": "cuda:1",
+        "sample.prompts": "elsewhere.txt",
+    }
+    config = replace(directory.resume_config(tmp_path / "run"), **changes)
+    with directory.RunDirectory.open(config) as run:
+        assert run.config.reward.retries == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0, "http://d": 3.0}}, "reward.weights is"),
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0}}, "reward.weights is"),
+        ({"reward.weights": {"ocr": 0.5, "http://c": 1.0, "clipscore": 2.0}}, "reward.weights is"),
+        ({"reward.report": ("http://b:2", "ocr", "http://other")}, "reward.report is"),
+        ({"reward.report": ("ocr", "http://a:1", "http://other")}, "reward.report is"),
+        ({"reward.options": {"ocr.language": "fr"}}, "reward.options is"),
+        ({"reward.options": {"ocr.language": "en", "http://a:1.batch_size": "3"}}, "reward.opt"),
+    ],
+)
+def test_what_services_count_for_may_not_change(tmp_path, changes, words):
+    before = services("http://a:1", "http://b:2", **{"ocr.language": "en"})
+    directory.RunDirectory.open(config_for(tmp_path / "run", **before)).close()
+    with pytest.raises(ConfigError, match=words):
+        directory.RunDirectory.open(replace(directory.resume_config(tmp_path / "run"), **changes))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"optim": {"lrr": 1}}'])
@@ -227,6 +298,25 @@ def test_resuming_cuts_the_metrics_back_to_the_checkpoint(tmp_path):
         assert path.read_bytes() == b"".join(whole)
 
 
+@pytest.mark.parametrize("blank", [b"\n", b"  \n", b"\r\n"])
+def test_a_blank_line_in_the_metrics_costs_no_other(tmp_path, blank):
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        for state.iteration in (1, 2, 3):
+            run.log(state.iteration, {"x": state.iteration})
+            if state.iteration == 2:
+                save(run, state)
+    path = tmp_path / "run" / "metrics.jsonl"
+    one, two, three = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(one + blank + two + three)
+    with directory.RunDirectory.open(directory.resume_config(run.path)) as run:
+        assert [line["x"] for line in run.metrics()] == [1, 2, 3]
+        assert run.restore(small_state(config)[0])
+        assert path.read_bytes() == one + blank + two
+        assert [line["x"] for line in run.metrics("train")] == [1, 2]
+
+
 def test_a_damaged_checkpoint_leaves_the_metrics_alone(tmp_path):
     config = config_for(tmp_path / "run")
     with directory.RunDirectory.open(config) as run:
@@ -262,6 +352,30 @@ def test_first_signal_asks_and_second_aborts(capfd, default_sigint):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGTERM])
+def test_a_scheduler_asks_once_by_several_signals(capfd, default_sigint, first):
+    before = signal.getsignal(first)
+    with stoppable() as stop:
+        os.kill(os.getpid(), first)
+        assert stop.requested and "Ctrl-C to abort at once" in capfd.readouterr().err
+        for number in (first, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(first) == before
+
+
+def test_a_handler_of_the_callers_stays(default_sigint):
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *arguments: calls.append("mine"))
+    try:
+        with stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert calls == ["mine"] and not stop.requested
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_the_end_of_the_terminal_asks_too(default_sigint):
     """With stderr gone as well; but not under nohup, which has it ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -295,3 +409,40 @@ def test_stoppable_in_a_thread_changes_no_handler():
     thread.start()
     thread.join()
     assert found == [(False, before)]
+
+
+def test_a_run_that_was_killed_before_its_configuration_begins_again(tmp_path):
+    leftover = tmp_path / f".config.json.{'0a' * 16}"
+    leftover.write_text('{"reci')
+    directory.check_directory(config_for(tmp_path))
+    with directory.RunDirectory.open(config_for(tmp_path)):
+        assert tree(tmp_path) == {"config.json", "metrics.jsonl", "samples", "checkpoints"}
+
+
+def test_a_checkpoint_that_was_set_aside_is_gone_on_from(tmp_path):
+    """A process killed while it saved the same iteration again leaves it under another name."""
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        state.iteration = 3
+        save(run, state)
+        name = run.checkpoints / "step-000003"
+        name.rename(run.checkpoints / f".{name.name}.{'0a' * 16}.old")
+        (run.checkpoints / f".{name.name}.{'0a' * 16}").mkdir()
+    resumed = directory.resume_config(tmp_path / "run")
+    with directory.RunDirectory.open(resumed) as run:
+        state, _ = small_state(config)
+        assert run.restore(state) and state.iteration == 3
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"[" * 100_000, b"{", b'{"run": 3}'])
+def test_a_configuration_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.json cannot be read|JSON|is expected"):
+        directory.resume_config(tmp_path)
+
+
+def test_a_name_that_is_no_path_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be read .embedded null byte"):
+        directory.resume_config("a\0b")

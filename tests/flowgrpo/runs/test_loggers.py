@@ -104,23 +104,20 @@ def test_samples_and_learning_rates_of_a_resumed_run_are_those_of_a_whole_one(
     tmp_path, monkeypatch
 ):
     changes = {"run.steps": 5, "run.eval_every": 2, "run.checkpoint_every": 3, "optim.warmup": 7}
-    config, red = (
-        processes.make(tmp_path, **changes, **{"run.eval_guidance": 2.0}),
-        processes.red,
-    )
-    lines = config.out_dir / "metrics.jsonl"
+    config = processes.make(tmp_path, **changes, **{"run.eval_guidance": 2.0})
+    lines, prompt_batch = config.out_dir / "metrics.jsonl", train.prompt_batch
 
-    def dies(images, prompts, metadata):
-        if lines.exists() and '"iteration": 4, "kind": "eval"' in lines.read_text():
+    def dies(*arguments):
+        if '"iteration": 4, "kind": "eval"' in lines.read_text():
             raise Killed
-        return red(images, prompts, metadata)
+        return prompt_batch(*arguments)
 
-    monkeypatch.setattr(processes, "red", dies)
+    monkeypatch.setattr(train, "prompt_batch", dies)
     with pytest.raises(Killed):
         train.run(config)
     # What was shown is beyond the checkpoint that the run goes on from.
     assert list(pictures_of(read(config.out_dir), "eval/samples")) == [0, 2, 4]
-    monkeypatch.setattr(processes, "red", red)
+    monkeypatch.setattr(train, "prompt_batch", prompt_batch)
     train.run(replace(config, **{"run.resume": str(config.out_dir)}))
     whole = replace(config, **{"run.out": str(tmp_path / "whole")})
     train.run(whole)
@@ -218,3 +215,34 @@ def test_a_run_that_diverges_says_so(metrics):
     with pytest.raises(monitor.DivergedError, match=r"at iteration 7, .* lower optim.lr"):
         monitor.check_finite({"loss": 0.0, **metrics}, 7)
     monitor.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)
+
+
+def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplog):
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
+    config = replace(Config(), **{"run.out": str(tmp_path / "run"), "run.wandb": "p"})
+    with directory.RunDirectory.open(config) as run:
+        run.log(1, {"x": 1.0})
+        (first, _), log = run.loggers._open, fake.calls.append
+        assert first.name == "Weights & Biases"
+
+        def gone(*arguments, **keywords):
+            log("called")
+            raise ConnectionError("the network is gone")
+
+        run.loggers._open[0] = replace_write(first, gone)
+        run.log(2, {"x": 2.0})
+        run.log(3, {"x": 3.0})
+    assert fake.calls.count("called") == 1
+    assert [line["x"] for line in processes.untimed(run.path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+    assert [e.value for e in read(run.path).Scalars("train/x")] == [1.0, 2.0, 3.0]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "flowgrpo"]
+    assert message == (
+        "Weights & Biases failed (ConnectionError: the network is gone) and gets no more numbers; "
+        "metrics.jsonl has them all."
+    )
+
+
+def replace_write(logger, write):
+    return loggers.Logger(logger.name, write, logger.close)

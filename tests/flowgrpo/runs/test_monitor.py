@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import types
 
 import pytest
 import torch
 from rich.console import Console
 
-from flowgrpo import rewards, train
+from flowgrpo import files, rewards, train
+from flowgrpo.cli.evaluate import evaluate_run
+from flowgrpo.cli.options import EvaluateOptions
 from flowgrpo.config import replace
 from flowgrpo.policies.load import load_policy
 from flowgrpo.prompts.load import has_splits
-from flowgrpo.runs import display
+from flowgrpo.runs import display, monitor
 from flowgrpo.runs.banner import slow_start
 from support import processes
 
@@ -104,3 +109,70 @@ def test_what_takes_longer_the_first_time():
         "In the first evaluation and iteration blocks are compiled, which takes minutes and "
         "CUDA graphs are recorded."
     )
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_short_run_shows_what_it_trained(tmp_path, monkeypatch, shown, stopped):
+    """The average moves every 8 updates, and the run has 6, or is stopped after 2."""
+    changes = {"run.steps": 3, "run.eval_every": 0, "optim.ema_every": 8}
+    config, red = processes.make(tmp_path, **changes), processes.red
+    lines, signals = config.out_dir / "metrics.jsonl", [signal.SIGINT]
+
+    def stops(images, prompts, metadata):
+        if signals and lines.exists() and '"kind": "eval"' in lines.read_text():
+            os.kill(os.getpid(), signals.pop())
+        return red(images, prompts, metadata)
+
+    if stopped:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr(processes, "red", stops)
+    summary = train.run(config)
+    if stopped:
+        signal.signal(signal.SIGINT, before)
+    assert summary["interrupted"] == stopped and summary["weights"] == "live"
+    assert json.loads((config.out_dir / "summary.json").read_text())["weights"] == "live"
+    updates = 2 if stopped else 6
+    text = f"weights (as the last update left them: after {updates} updates the average of decay"
+    assert f"{text} 0.9, which moves every 8, is still 100% untrained)." in shown.export_text()
+    checkpoint = config.out_dir / "checkpoints" / f"step-{summary['iterations']:06d}"
+    trained = files.read_tensors(checkpoint / "weights.safetensors")
+    for folder in (config.out_dir / "adapter", checkpoint):
+        exported = files.read_tensors(folder / "pytorch_lora_weights.safetensors")
+        ends = sorted(float(tensor.abs().max()) for tensor in exported.values())
+        assert ends == sorted(float(tensor.abs().max()) for tensor in trained.values())
+        # B starts at 0, and the untrained adapter has nothing else there.
+        assert any(bool(t.any()) for name, t in exported.items() if "lora_B" in name)
+        assert "the weights as the last update left them" in (folder / "README.md").read_text()
+    if not stopped:
+        # What the run evaluated is what `flowgrpo evaluate` finds in it.
+        assert summary["after"]["accuracy"] != summary["before"]["accuracy"]
+        options = EvaluateOptions(str(config.out_dir), out=str(tmp_path / "e"), device="cpu")
+        report = evaluate_run(options, Console(quiet=True))
+        assert report["reports"]["iteration 3"]["accuracy"] == summary["after"]["accuracy"]
+
+
+def test_a_longer_run_shows_its_average(tmp_path, shown):
+    changes = {"run.steps": 4, "run.eval_every": 0, "optim.ema_every": 8}
+    config = processes.make(tmp_path, **changes)
+    assert train.run(config)["weights"] == "average"
+    assert "weights (the average of decay 0.9)." in shown.export_text()
+    checkpoint = config.out_dir / "checkpoints" / "step-000004"
+    average = files.read_tensors(checkpoint / "ema.safetensors")
+    exported = files.read_tensors(config.out_dir / "adapter" / "pytorch_lora_weights.safetensors")
+    assert sorted(float(t.abs().max()) for t in exported.values()) == sorted(
+        float(t.abs().max()) for t in average.values()
+    )
+    card = (config.out_dir / "adapter" / "README.md").read_text()
+    assert "the weights' average of decay 0.9" in card
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **keywords):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(monitor.pictures, "curve", fail)
+    config = processes.make(tmp_path, **{"run.steps": 1, "run.eval_every": 0})
+    assert train.run(config)["iterations"] == 1
+    messages = [r.getMessage() for r in caplog.records if r.name == "flowgrpo"]
+    assert messages == ["curve.png cannot be drawn (ValueError: no font)."] * 2
+    assert (config.out_dir / "samples" / "before-after.png").is_file()

@@ -93,6 +93,19 @@ def test_ctrl_c_saves_and_resumes(whole, tmp_path):
     same(whole / "run", tmp_path / "run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_scheduler_that_ends_the_run_finds_it_saved(whole, tmp_path, number):
+    run = processes.Fork(tmp_path / "log", processes.run, processes.make(tmp_path))
+    wait_for_line(tmp_path / "run" / "metrics.jsonl", 3, run)
+    run.kill(number)
+    run.kill(signal.SIGTERM)
+    assert "Finishing this iteration" in run.wait()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["interrupted"] and 3 <= summary["iterations"] < 6
+    processes.Fork(tmp_path / "log2", processes.resume, tmp_path / "run").wait()
+    same(whole / "run", tmp_path / "run")
+
+
 def test_a_longer_run_continues_a_finished_one(tmp_path):
     """Five iterations with an evaluation that only the end called for, then three, are eight."""
     changes = {"run.eval_every": 4, "run.checkpoint_every": 0}

@@ -13,7 +13,7 @@ from flowgrpo import files
 from flowgrpo.cli import main
 from flowgrpo.cli.evaluate import evaluate_run
 from flowgrpo.cli.options import EvaluateOptions
-from flowgrpo.config import to_dict
+from flowgrpo.config import Config, to_dict
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.policies.load import load_policy
 from flowgrpo.runs import checkpoints, directory
@@ -38,9 +38,13 @@ def run_before(tmp_path, pixel_model) -> Path:
 def test_a_configuration_without_an_objective_is_that_of_grpo(run_before):
     written = json.loads((run_before / "config.json").read_text())
     assert "objective" not in written["optim"]
-    fields = to_dict(directory.resume_config(run_before))
-    assert fields["optim"].pop("objective") == "grpo"
+    fields, defaults = to_dict(directory.resume_config(run_before)), to_dict(Config())
+    assert fields["optim"]["objective"] == "grpo"
     fields["run"]["resume"] = None
+    for section, values in defaults.items():
+        # Fields that came later have their defaults.
+        for name in values.keys() - written[section].keys() if section != "recipe" else ():
+            assert fields[section].pop(name) == values[name]
     assert fields == written
 
 

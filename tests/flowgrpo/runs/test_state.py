@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from flowgrpo.config import ConfigError, OptimConfig, PolicyConfig
 from flowgrpo.policies.adapters import add_adapter, trained_parameters
 from flowgrpo.runs.export import export
-from flowgrpo.runs.state import EMA, State, learning_rate
+from flowgrpo.runs.state import EMA, State, learning_rate, shown_weights, start_share
 from support import pipelines
 
 CONFIG = PolicyConfig(lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "ff.net.2"))
@@ -121,6 +123,27 @@ def test_exported_adapter_is_what_diffusers_loads(folder, tmp_path, decay):
     assert (lora.r, lora.lora_alpha) == (4, 8)
 
 
+def test_equal_adapters_are_equal_files(folder, tmp_path):
+    """The order of a set, and of safetensors' metadata, is another each time."""
+    contents = set()
+    for number in range(8):
+        model = transformer(folder, torch.float32)
+        targets = CONFIG.lora_targets[:: 1 if number % 2 else -1]
+        config = PolicyConfig(lora_rank=4, lora_alpha=8, lora_targets=targets)
+        add_adapter(model, config, seed=1)
+        state = State.create(model, OptimConfig())
+        export(model, state.ema, config, tmp_path / str(number))
+        path = tmp_path / str(number) / "pytorch_lora_weights.safetensors"
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        assert list(file.keys()) == sorted(file.keys()) and file.get_tensor(min(file.keys())).any()
+    assert metadata["format"] == "pt"
+    names = json.loads(metadata["lora_adapter_metadata"])["transformer.target_modules"]
+    assert names == ["attn.to_q", "ff.net.2"]
+
+
 def test_exported_full_model_is_what_diffusers_loads(folder, tmp_path):
     from diffusers import SD3Transformer2DModel
 
@@ -199,3 +222,37 @@ def test_without_decay_the_average_is_the_parameters():
         model.weight.add_(1)
     ema.update()
     assert torch.equal(ema.tensors()["weight"], model.weight)
+
+
+@pytest.mark.parametrize(
+    ("decay", "interval", "updates", "share", "weights"),
+    [
+        (0.9, 8, 0, 1.0, "live"),
+        (0.9, 8, 7, 1.0, "live"),
+        (0.9, 8, 8, 9 / 18, "average"),
+        (0.9, 8, 16, 9 / 18 * 17 / 26, "average"),
+        (0.98, 1, 1, 2 / 11, "average"),
+        # It moves late, and by a tenth each time: half is reached with the seventh step.
+        (0.9, 100, 600, 0.9**6, "live"),
+        (0.9, 100, 700, 0.9**7, "average"),
+        (0.0, 1, 5, 0.0, "live"),
+    ],
+)
+def test_the_average_counts_once_half_of_it_is_trained(decay, interval, updates, share, weights):
+    model = torch.nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        ema = EMA(trained_parameters(model), decay, interval)
+        model.weight.zero_()
+        for _ in range(updates):
+            ema.update()
+    assert start_share(decay, interval, updates) == pytest.approx(share)
+    if decay:
+        # Of the start 1 and weights that are 0 ever since, the average is the start's share.
+        assert ema.shadow["weight"][0, 0].item() == pytest.approx(share)
+    assert ema.weights == shown_weights(decay, interval, updates) == weights
+    expected = share if weights == "average" else 0.0
+    assert ema.tensors()["weight"][0, 0].item() == pytest.approx(expected)
+    with ema.swapped():
+        assert model.weight[0, 0].item() == pytest.approx(expected)
+    assert torch.equal(model.weight, torch.zeros(3, 3))

@@ -95,10 +95,13 @@ def test_tries_are_bounded_and_back_off():
         ((422, b'{"detail": "bad prompts"}'), RewardError, "bad prompts"),
         ((200, b"hello"), RemoteError, "'hello', but a JSON object"),
         ((200, b"[1, 2]"), RemoteError, "but a JSON object"),
+        ((200, b"[" * 100_000), RemoteError, "but a JSON object"),
+        ((404, b"[" * 100_000), RewardError, r"status 404 \(\[\["),
         ((200, b'{"score": 1}'), RemoteError, "a list under the key 'scores'"),
         (scores(1, 2), RewardError, "2 scores for 5 images"),
         (scores(1, 2, 3, 4, float("nan")), RemoteError, "nan for 1 of 5 images"),
         (scores(1, None, None, 4, 5), RemoteError, "None for 2 of 5 images"),
+        (scores(1, 10**400, 3, 4, 5), RemoteError, "0 for 1 of 5 images"),
         (scores(1, "2", 3, 4, True), RemoteError, "'2' for 2 of 5 images"),
     ],
 )

@@ -148,12 +148,29 @@ def test_requests_that_make_no_sense(changes, detail):
 
 
 @pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\x80" * 10_000, "text/plain"),
+        (b'{"images": ["a"], "prompts": {"\\ud800": 1}, "metadata": [{}]}', "application/json"),
+        (json.dumps({"images": "a" * 10_000}).encode(), "application/json"),
+    ],
+)
+def test_what_is_refused_is_not_sent_back(data, kind):
+    with running(app(means, "means")) as url:
+        status, reply = post(url, data, **{"content-type": kind})
+        assert status == 422 and len(json.dumps(reply)) < 1000
+        assert {"type", "loc", "msg"} == set(reply["detail"][0])
+
+
+@pytest.mark.parametrize(
     ("reward", "detail"),
     [
         (lambda i, p, m: 1 / 0, "ZeroDivisionError"),
         (lambda i, p, m: [1.0], "shape (1,) for 3 images"),
         (lambda i, p, m: RewardError, "Error"),
         (lambda i, p, m: sys.exit("enough"), "SystemExit: enough"),
+        # A lone surrogate, which a prompt set may hold, is no UTF-8.
+        (lambda i, p, m: {}["\ud800"], "ud800"),
     ],
 )
 def test_a_reward_that_fails(reward, detail):

@@ -1,0 +1,206 @@
+"""Fingerprints of the content that a run's numbers depend on: its prompts and its model's weights.
+
+A run names its files by places, which may change: a model is moved, a prompt file copied to another
+machine. What lies there may not. content.json of the run directory holds
+
+    prompts   of training and of evaluation: their number, SHA-256 of texts and metadata
+    model     a digest of the values of each component's weights, and the sampler's sigmas
+    changes   what was accepted by run.accept_changes, with what held before
+
+A model of tens of gigabytes is sampled, as reading all of it would take longer than an iteration:
+eight blocks of each tensor. Weights count as bfloat16, so that they are the same in a process that
+loads them in float32; names of tensors do not count, because versions of libraries rename them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowgrpo import files
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.evaluation.evaluation_set import EvaluationSet
+from flowgrpo.policies import Policy
+from flowgrpo.prompts.load import fingerprint, load_prompts
+
+log = logging.getLogger("flowgrpo")
+FILE = "content.json"
+WHOLE = 1 << 16
+"""Elements up to which a tensor counts whole; a larger one by `BLOCKS` blocks of `BLOCK`."""
+BLOCKS, BLOCK = 8, 1024
+SIGMA_TOLERANCE = 1e-5
+"""Difference of two sigmas that versions of a scheduler may have."""
+
+Content = Mapping[str, Any]
+"""Values of content.json, without its changes."""
+
+
+def content_of(config: Config, policy: Policy, evaluation_set: EvaluationSet) -> dict[str, Any]:
+    """Compute the fingerprints of a run's prompts and of its model as it is loaded, untrained."""
+    prompts = {
+        "training": load_prompts(config.sample.prompts, "train"),
+        "evaluation": evaluation_set.prompts,
+    }
+    return {
+        "prompts": {
+            name: {"count": len(entries), "sha256": fingerprint(entries)}
+            for name, entries in prompts.items()
+        },
+        "model": {
+            "weights": weights_of(policy),
+            "sigmas": policy.sigmas(config.sample.steps).tolist(),
+        },
+    }
+
+
+def weights_of(policy: Policy) -> dict[str, str]:
+    """Digest the components of the policy's pipeline, by name, without adapters."""
+    return {
+        name: weights_digest(component)
+        for name, component in policy.pipeline.components.items()
+        if isinstance(component, nn.Module)
+    }
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Digest the values of the module's weights, without adapters: "bfloat16:..." or, where they
+    are float16 and cannot be compared with those, "float16:..."."""
+    weights = [p.detach() for name, p in module.named_parameters() if ".lora_" not in name]
+    half = any(weight.dtype == torch.float16 for weight in weights)
+    digests = sorted(_digest(weight) for weight in weights)
+    total = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return f"{'float16' if half else 'bfloat16'}:{total}"
+
+
+def _digest(weight: torch.Tensor) -> str:
+    digest = hashlib.sha256(str(list(weight.shape)).encode())
+    if weight.is_meta:
+        return digest.hexdigest()
+    flat = weight.reshape(-1)
+    if len(flat) > WHOLE:
+        last = len(flat) - BLOCK
+        starts = [last * number // (BLOCKS - 1) for number in range(BLOCKS)]
+        flat = torch.cat([flat[start : start + BLOCK] for start in starts])
+    if flat.is_floating_point() and flat.dtype != torch.float16:
+        flat = flat.to(torch.bfloat16)
+    digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Read content.json of a run directory; None for a run of before there was one.
+
+    Raises:
+        ConfigError: it is there, and no JSON object.
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {"prompts": values["prompts"], "model": values["model"], **values}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), but the fingerprints of the run are expected; "
+            "restore it, or remove it to go on without."
+        ) from error
+
+
+def differences(before: Content, now: Content) -> dict[str, str]:
+    """Compare two contents: "training", "evaluation", "model" -> what differs, in words."""
+    changes: dict[str, str] = {}
+    for name, entry in now["prompts"].items():
+        old = before["prompts"].get(name)
+        if old is not None and old != entry:
+            changes[name] = f"the prompts of {name} ({old['count']} then, {entry['count']} now)"
+    if components := model_differences(before["model"], now["model"]):
+        changes["model"] = f"the model's {' and '.join(components)}"
+    return changes
+
+
+def model_differences(before: Content, now: Content) -> list[str]:
+    """List the components of two models that differ, and "sigmas" if these do.
+
+    What only one of them has, or has in a dtype that the other cannot be compared with, is left
+    out.
+    """
+    names = [
+        name
+        for name, digest in now["weights"].items()
+        if _kind(before["weights"].get(name, "")) == _kind(digest)
+        and before["weights"][name] != digest
+    ]
+    sigmas = [torch.tensor(model["sigmas"], dtype=torch.float64) for model in (before, now)]
+    if len(sigmas[0]) == len(sigmas[1]) and not torch.allclose(
+        *sigmas, rtol=0, atol=SIGMA_TOLERANCE
+    ):
+        names.append("sigmas")
+    return names
+
+
+def _kind(digest: str) -> str:
+    return digest.partition(":")[0]
+
+
+def check(folder: Path, config: Config, now: Content) -> dict[str, str]:
+    """Compare the content of the run in `folder` with what a continuation finds, and return the
+    differences, which run.accept_changes accepts.
+
+    Raises:
+        ConfigError: there are some, and they are not accepted, or cannot be.
+    """
+    before = read(folder)
+    changes = differences(before, now) if before is not None else {}
+    if not changes:
+        return {}
+    words = "; ".join(changes.values())
+    if not config.run.accept_changes:
+        raise ConfigError(
+            f"the run in {folder} goes on with policy.model {config.policy.model!r} and "
+            f"sample.prompts {config.sample.prompts!r}, but their content is not what it was: "
+            f"{words}; restore it, start a new run, or accept the change by --run.accept-changes, "
+            f"which {FILE} records."
+        )
+    unmeasured = config.policy.adapter == "full" and config.optim.beta == 0
+    if unmeasured and changes.keys() & {"evaluation", "model"}:
+        raise ConfigError(
+            f"run.accept_changes is on, and {words} changed, but the model before training, which "
+            "would be evaluated again, is gone with policy.adapter full and optim.beta 0; start a "
+            "new run."
+        )
+    return changes
+
+
+def write(folder: Path, now: Content, iteration: int, changes: Mapping[str, str]) -> None:
+    """Write content.json; `changes` were accepted after `iteration` iterations."""
+    before = read(folder) or {}
+    record = list(before.get("changes", []))
+    if changes:
+        replaced = {name: before[name] for name in ("prompts", "model")}
+        record.append({"iteration": iteration, "changed": dict(changes), "before": replaced})
+    files.write_json(folder / FILE, {**now, "changes": record})
+
+
+def warn_of_another_model(folder: Path, policy: Policy) -> None:
+    """Warn if the policy's weights are not those that the run in `folder` was trained on."""
+    before = read(folder)
+    if before is None:
+        return
+    # Sigmas may depend on the resolution, which an evaluation may choose.
+    if names := model_differences(
+        before["model"], {**before["model"], "weights": weights_of(policy)}
+    ):
+        log.warning(
+            "%s is not the model that the run in %s was trained on: its %s differ, so the trained "
+            "weights may not fit.",
+            policy.name,
+            folder,
+            " and ".join(names),
+        )

@@ -1,0 +1,194 @@
+"""Adapters in the formats that people publish: each gives the velocity of diffusers' own file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from flowgrpo.cli import main
+from flowgrpo.config import ConfigError
+from flowgrpo.policies import Policy
+from flowgrpo.policies.adapter_files import read_adapter
+from flowgrpo.policies.adapters import check_adapter, load_adapter
+from flowgrpo.policies.lora import lora_layers
+from support import pipelines
+
+TARGETS = ["attn.to_q", "attn.to_v"]
+
+
+def load(model) -> Policy:
+    return Policy.load(str(model), device="cpu", dtype="float32")
+
+
+def velocity(policy: Policy) -> torch.Tensor:
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    texts = policy.encode(["a red circle", "two square"])
+    with torch.no_grad():
+        return policy.velocity(x, torch.tensor([0.9, 0.2]), texts)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """(model, PEFT's folder, matrices by bare names, the velocity that PEFT computes)."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = pipelines.save_pixel_pipeline(folder / "model")
+    policy = load(model)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        wrapped = get_peft_model(policy.transformer, config)
+    wrapped.save_pretrained(folder / "peft")
+    expected = velocity(policy)
+    tensors = load_file(folder / "peft" / "adapter_model.safetensors")
+    bare = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    return model, folder / "peft", bare, expected
+
+
+@pytest.mark.parametrize("whole", ["folder", "file"])
+def test_peft_format_at_its_scale(adapters, whole):
+    model, folder, _, expected = adapters
+    policy = load(model)
+    base = velocity(policy)
+    path = folder if whole == "folder" else folder / "adapter_model.safetensors"
+    text = load_adapter(policy, str(path))
+    assert text == "adapter_model.safetensors in PEFT's format: 4 layers, rank 4, alpha 12"
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+    assert (velocity(policy) - base).abs().max() > 1e-3
+
+
+def save(folder, tensors, name="lora.safetensors"):
+    folder.mkdir()
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
+    return str(folder)
+
+
+def test_bare_names_with_and_without_alpha(adapters, tmp_path):
+    model, _, bare, expected = adapters
+    alphas = {f"{name.split('.lora_')[0]}.alpha": torch.tensor(12.0) for name in bare}
+    policy = load(model)
+    assert "alpha 12" in load_adapter(policy, save(tmp_path / "alpha", {**bare, **alphas}))
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+    # Without one the scale is 1, so matrices that hold the scale themselves give the same.
+    scaled = {name: t * (3 if "lora_B" in name else 1) for name, t in bare.items()}
+    policy = load(model)
+    text = load_adapter(policy, save(tmp_path / "none", scaled))
+    assert text == "lora.safetensors in bare module names: 4 layers, rank 4, no alpha, so scale 1"
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_of_their_own_and_the_name_of_the_adapter(adapters, tmp_path):
+    """One layer of rank 2 among those of 4; keys as in the state of a PEFT model."""
+    model, _, bare, expected = adapters
+    scaled = {name: t * (3 if "lora_B" in name else 1) for name, t in bare.items()}
+    layer = "transformer_blocks.1.attn.to_q"
+    a, b = (scaled.pop(f"{layer}.lora_{m}.weight") for m in "AB")
+    # The same product B A by other factors of rank 16, B A itself and the identity.
+    scaled[f"{layer}.lora_A.weight"], scaled[f"{layer}.lora_B.weight"] = torch.eye(16), b @ a
+    keys = {f"base_model.model.{n.replace('.weight', '.default.weight')}": n for n in scaled}
+    folder = save(tmp_path / "ranks", {key: scaled[name] for key, name in keys.items()})
+    assert read_adapter(folder).ranks[layer] == 16
+    policy = load(model)
+    load_adapter(policy, folder)
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_check_adapter_leaves_the_policy_as_it_was(adapters):
+    model, folder, _, _ = adapters
+    policy = load(model)
+    before = velocity(policy)
+    assert check_adapter(policy, str(folder)).endswith("alpha 12")
+    assert not lora_layers(policy.transformer) and torch.equal(velocity(policy), before)
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "pytorch_lora_weights"])
+def test_a_hub_repository(adapters, tmp_path, monkeypatch, name):
+    """Offline, from a cache folder laid out as the Hub's client does; PEFT's alpha comes along."""
+    model, folder, bare, expected = adapters
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--acme--adapter"
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, snapshot)
+    if name == "pytorch_lora_weights":
+        shutil.rmtree(snapshot)
+        scaled = {f"transformer.{n}": t * (3 if "lora_B" in n else 1) for n, t in bare.items()}
+        save(snapshot, scaled, f"{name}.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    policy = load(model)
+    assert load_adapter(policy, "acme/adapter").startswith(f"{name}.safetensors in ")
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="'acme/other' cannot be loaded"):
+        load_adapter(policy, "acme/other")
+
+
+def test_a_diffusers_file_says_so(adapters, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    model, _, _, _ = adapters
+    policy = load(model)
+    policy.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(policy.transformer),
+        transformer_lora_adapter_metadata=policy.transformer.peft_config["default"].to_dict(),
+    )
+    text = load_adapter(load(model), str(tmp_path))
+    assert text.endswith("in diffusers' format: 4 layers, rank 3, alpha 6")
+
+
+def test_a_file_of_several_models_goes_to_diffusers(adapters, tmp_path):
+    model, _, bare, expected = adapters
+    scaled = {f"transformer.{n}": t * (3 if "lora_B" in n else 1) for n, t in bare.items()}
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora"
+    width = load(model).pipeline.text_encoder.config.hidden_size
+    scaled |= {f"{text}_A.weight": torch.ones(4, width), f"{text}_B.weight": torch.zeros(width, 4)}
+    policy = load(model)
+    folder = save(tmp_path / "both", scaled, "pytorch_lora_weights.safetensors")
+    assert load_adapter(policy, folder) == "diffusers' conversion of its keys"
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_is_one_sentence(adapters, tmp_path):
+    model, _, bare, _ = adapters
+    first = next(iter(bare))
+    larger = {**bare, first.replace("blocks.0", "blocks.7"): bare[first]}
+    with pytest.raises(ConfigError, match=r"transformer_blocks\.7\.attn\.to_q \(1 such of 5"):
+        load_adapter(load(model), save(tmp_path / "larger", larger))
+    dora = {**bare, "transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.ones(16)}
+    with pytest.raises(ConfigError, match="lora_magnitude_vector beside its matrices"):
+        load_adapter(load(model), save(tmp_path / "dora", dora))
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="which is a pickle"):
+        load_adapter(load(model), str(tmp_path / "pickle"))
+    other = save(tmp_path / "other", bare, "adapter_model.safetensors")
+    (tmp_path / "other" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(ConfigError, match="peft_type LOHA, but LORA is expected"):
+        load_adapter(load(model), other)
+    (tmp_path / "other" / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json cannot be read"):
+        load_adapter(load(model), other)
+
+
+def test_sample_and_evaluate_take_it_and_name_the_format(adapters, tmp_path, capsys):
+    model, folder, _, _ = adapters
+    line = ["sample", "a red circle", "--model", str(model), "--count", "1", "--steps", "2"]
+    line += ["--device", "cpu", "--adapter", str(folder), "--out", str(tmp_path / "x.png")]
+    assert main.main(line) == 0
+    assert "adapter_model.safetensors in PEFT's format: 4 layers" in capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo square\n")
+    line = ["evaluate", str(model), "--adapter", str(folder), "--steps", "2", "--device", "cpu"]
+    line += ["--prompt-set", str(tmp_path / "prompts.txt"), "--rewards", "jpeg_compressibility"]
+    assert main.main([*line, "--out", str(tmp_path)]) == 0
+    assert "in PEFT's format: 4 layers, rank 4, alpha 12" in capsys.readouterr().out
+    reports = json.loads((tmp_path / "report.json").read_text())["reports"]
+    assert reports["base"]["scores"] != reports["adapter"]["scores"]
