@@ -88,6 +88,8 @@ def pytest_runtestloop():
     """Objects of imported modules take no time in each collection of garbage from here."""
     gc.collect()
     gc.freeze()
+    # Nor do tests leave so much that a look at every 700 new objects would find any.
+    gc.set_threshold(20_000, 50, 100)
     gc.enable()
 
 
