@@ -118,9 +118,12 @@ def test_one_step_serves_any_number_of_steps(parts, scale):
     assert policy.graphs.recorder.replays == 2 * (5 + 8 + 2)
 
 
-def test_reference_and_averaged_weights(parts, caplog):
+def test_reference_and_averaged_weights(parts, caplog, monkeypatch):
     """Adapters off is another graph; weights that are swapped in place are the same one."""
     policy, images = parts.policy, {}
+    # So many updates that the average is what an evaluation shows.
+    monkeypatch.setattr(parts.state.ema, "updates", 100)
+    assert parts.state.ema.weights == "average"
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         images["trained"] = evaluate(policy)

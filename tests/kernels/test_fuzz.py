@@ -44,4 +44,4 @@ def test_a_fault_is_found(fault, monkeypatch):
     changed = fuzz.Target(faulty, target.call, target.check)
     monkeypatch.setitem(fuzz.TARGETS, "log_prob", changed)
     with pytest.raises(AssertionError):
-        fuzz.fuzz("log_prob", 200 if fault == "exception" else EXAMPLES, shrink=False)
+        fuzz.fuzz("log_prob", 3000 if fault == "exception" else EXAMPLES, shrink=False)

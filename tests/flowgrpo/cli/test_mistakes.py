@@ -24,7 +24,7 @@ MISTAKES = [
     ("train --reward.weights nano_strict x", "NAME WEIGHT, repeated"),
     ("train --reward.weights nano_strict 1 nano_strict 2", "'nano_strict' is given twice"),
     ("train --reward.options a.b 1 c.d 2 a.b 3", "'a.b' is given twice"),
-    ("train --run.resume /no/such", "'/no/such/config.json' cannot be read"),
+    ("train --run.resume /no/such", "/no/such/config.json cannot be read"),
     ("train --run.out /proc/x --policy.model /no/such", "policy.model is '/no/such'"),
     ("evaluate /no/such", "neither a run directory nor a recipe"),
     ("evaluate .", "holds no checkpoint"),
