@@ -194,7 +194,7 @@ def sampler_step(
     conditioning: Conditioning,
     uncond: Conditioning | None,
     transitions: Transitions,
-    steps: Tensor,
+    table_rows: Tensor,
     seeds: Tensor,
     guidance_scale: float,
     keep_velocity: bool = False,
@@ -207,7 +207,7 @@ def sampler_step(
     Args:
         sample: float32 [b, C, H, W], the states.
         sigma: float32 [b], their noise levels.
-        steps: int64 [b], the row of the transition table that each takes.
+        table_rows: int64 [b], the row of the transition table that each takes.
         seeds: int64 [b], seeds of the steps' noise.
         out, log_prob_out: memory for the first two results.
 
@@ -218,7 +218,7 @@ def sampler_step(
     conditional, unconditional = velocities(policy, sample, sigma, conditioning, uncond)
     guided = guide(conditional, unconditional, guidance_scale) if keep_velocity else None
     prev_sample, log_prob = sde_step(
-        conditional, sample, transitions, steps, seeds=seeds, uncond_velocity=unconditional,
+        conditional, sample, transitions, table_rows, seeds=seeds, uncond_velocity=unconditional,
         guidance_scale=guidance_scale, out=out, log_prob_out=log_prob_out,
     )  # fmt: skip
     return prev_sample, log_prob, guided
@@ -233,12 +233,14 @@ def step_function(policy: Policy) -> Callable[..., tuple[Tensor, Tensor, Tensor 
     if policy.graphs is None:
         return sampler_step
 
-    def step(policy, sample, sigma, conditioning, uncond, transitions, steps, *rest, **buffers):
+    def step(
+        policy, sample, sigma, conditioning, uncond, transitions, table_rows, *rest, **buffers
+    ):
         # Row b of the table is what row b of the batch does: one shape for any number of steps.
         # Not by `from_table`, which reads the table on the host.
-        index = torch.arange(len(steps), device=steps.device)
+        index = torch.arange(len(table_rows), device=table_rows.device)
         kinds = tuple(dict.fromkeys(transitions.kinds))
-        rows = Transitions(transitions.table[steps], None, kinds, index)
+        rows = Transitions(transitions.table[table_rows], None, kinds, index)
         inputs = (sample, sigma, conditioning, uncond, rows, index, *rest)
         result = policy.graphs(sampler_step, policy, *inputs)
         for name, value in zip(("out", "log_prob_out"), result, strict=False):

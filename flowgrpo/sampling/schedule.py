@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo import seeds as random
+from flowgrpo import seeds
 from flowgrpo.config import Config, ConfigError, SampleConfig
 from flowgrpo.config.validation import require
 from flowgrpo.policies import Policy
@@ -84,7 +84,7 @@ def windows(groups: int, config: Config, iteration: int) -> Tensor:
     low, high = config.sample.window_bounds
     length = config.sample.trained_steps
     choices = high - low - length + 1
-    shift = random.below(choices, config.run.seed, random.WINDOW, iteration, np.arange(groups))
+    shift = seeds.below(choices, config.run.seed, seeds.WINDOW, iteration, np.arange(groups))
     start = torch.from_numpy(low + shift).repeat_interleave(config.sample.group_size)
     return start[None, :] + torch.arange(length)[:, None]
 
