@@ -194,6 +194,7 @@ def lines(settings) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_bit_for_bit(tmp_path):
     """Two iterations at once, and one iteration, then another by a resumed run."""
     whole, halves = config(tmp_path / "whole"), config(tmp_path / "halves")
@@ -216,6 +217,7 @@ def test_it_trains_and_resumes_bit_for_bit(tmp_path):
     assert any(not torch.equal(first[name], tensor) for name, tensor in last.items())
 
 
+@pytest.mark.slow
 def test_each_objective_is_another_run(tmp_path):
     """The table decides: the same images in the first iteration, another loss."""
     toy, grpo = config(tmp_path / "toy"), config(tmp_path / "grpo", **{"optim.objective": "grpo"})

@@ -111,6 +111,7 @@ def test_attention_has_no_matrix_of_scores():
     assert watch.operations["aten._scaled_dot_product_flash_attention_backward"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["velocity", "loss"])
 def test_a_wait_in_the_trainers_own_code_is_found(monkeypatch, place):
     """The mutations that test_on_device.py is there for."""

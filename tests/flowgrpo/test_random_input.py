@@ -133,6 +133,7 @@ def accepted(config: Config) -> None:
     assert to_json(from_json(to_json(config))) == to_json(config)
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(st.one_of(near_configs(), json_values))
 @example({"sample": {"prompts_per_iteration": 10**15 + 37, "batch_size": 10**9}})

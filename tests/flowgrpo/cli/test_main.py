@@ -48,6 +48,7 @@ def test_resume_takes_the_configuration_of_the_run(tmp_path):
         parse_train(["--run.resume", str(tmp_path / "run"), "--run.out", "x"])
 
 
+@pytest.mark.slow
 def test_output_in_ascii_has_no_error(tmp_path, monkeypatch):
     """As LC_ALL=C or PYTHONIOENCODING=ascii make it, with a directory of another alphabet."""
     shown = io.BytesIO()

@@ -88,6 +88,7 @@ def written(text: str) -> np.ndarray:
     return np.asarray(canvas)[top:bottom, left:right]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "texts", "bars"),
     [

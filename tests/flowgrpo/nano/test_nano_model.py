@@ -21,6 +21,7 @@ def test_folder_is_small_and_has_no_pickle():
     assert {f.suffix for f in files} == {".json", ".safetensors"}
 
 
+@pytest.mark.slow
 def test_ode_sampling_draws_mostly_known_objects(policy):
     records = prompts.balanced("train", 12)
     images = sample_images(

@@ -86,6 +86,7 @@ def test_nano_has_positions_for_other_sizes_too():
     assert policy.decode(torch.zeros(1, *policy.latent_shape)).shape[2:] == (16, policy.width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
 def test_a_run_and_its_pictures(request, kind, tmp_path, capsys):
     """The first ratios are 1; pictures and the card have the size; evaluate can change it."""

@@ -181,6 +181,7 @@ def run(kind, folder, out, pipeline=None, **changes):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_pipeline(pixel_model, tmp_path):
     pipeline = loaded(pixel_model)
     first = run("pixel_model", pixel_model, tmp_path / "1", pipeline)
@@ -192,6 +193,7 @@ def test_two_runs_on_one_pipeline(pixel_model, tmp_path):
     assert again == first == run("pixel_model", pixel_model, tmp_path / "4")
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_an_adapter(pixel_model, tmp_path):
     """Refused as it is; merged into the weights, it is the base of the new one."""
     run("pixel_model", pixel_model, tmp_path / "1")
@@ -208,6 +210,7 @@ def test_a_pipeline_with_an_adapter(pixel_model, tmp_path):
     assert run("pixel_model", pixel_model, tmp_path / "3", pipeline)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_goes_on_where_the_first_run_ended(pixel_model, tmp_path):
     pipeline = loaded(pixel_model)
     changes = {"policy.adapter": "full", "policy.gradient_checkpointing": True}

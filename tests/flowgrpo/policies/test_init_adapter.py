@@ -113,6 +113,7 @@ def test_the_reference_stays_the_start(request, adapters, kind):
     assert len(list(policy.parameters())) == 2 * len(lora.lora_layers(policy.transformer))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_reference_the_bits_of_the_start(pixel_model, adapters):
     policy = started(pixel_model, "pixel_model", adapters["pixel_model"], compile=True)
     start = velocity(policy)
@@ -149,6 +150,7 @@ def lines(out):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run(request, adapters, kind, tmp_path):
     """KL 0 and ratio 1 at the start; what is evaluated before training is the start; a resumed run
@@ -224,6 +226,7 @@ def test_an_adapter_of_some_blocks_is_named_by_its_layers(pixel_model, adapters,
     assert len(lora.lora_layers(policy.transformer)) == 1
 
 
+@pytest.mark.slow
 def test_captured_updates_and_evaluations_have_the_eager_bits(pixel_model, adapters, tmp_path):
     """The reference inside of a graph of an update, and of its own in the first evaluation."""
     changes = {**SIZES, "policy.init_adapter": str(adapters["pixel_model"]), "optim.beta": 1.0}

@@ -216,6 +216,7 @@ def picture(policy) -> Tensor:
     return generate_images(policy, texts, torch.arange(4), 2, steps=4, batch_size=4)
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_its_adapter_gives_the_same_pictures(folder, tmp_path):
     """In memory, with embeddings of the caller's; the adapter is loaded by diffusers."""
     asked = []
@@ -271,6 +272,7 @@ def test_its_rollout_is_captured(folder, tmp_path):
     assert parts.policy.graphs.recorder.captures == 1
 
 
+@pytest.mark.slow
 def test_its_run_is_evaluated_and_its_card_loads_it(folder, tmp_path):
     config = config_of(folder, tmp_path)
     summary = train.run(config)

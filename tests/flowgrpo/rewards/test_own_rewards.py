@@ -249,6 +249,7 @@ def recipe():
 RECIPE = {}
 
 
+@pytest.mark.slow
 def test_nothing_is_sampled_for_a_wrong_reward_and_the_command_works_once_it_is_mended(
     tmp_path, monkeypatch, capsys
 ):
@@ -283,6 +284,7 @@ def test_an_evaluation_samples_nothing_for_a_wrong_reward(tmp_path, monkeypatch,
     del sys.modules["users_own"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_exits_in_mid_run_saves_it(tmp_path, monkeypatch):
     """As one that fails: the iterations before it are kept, and the run goes on from there."""
     config = processes.make(

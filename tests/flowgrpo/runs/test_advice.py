@@ -92,6 +92,7 @@ def test_noise_is_compared_with_the_deterministic_sampler():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "noisy"), [(0.1, False), (2.5, True)])
 def test_a_run_says_that_its_rollouts_are_noise_once(level, noisy, tmp_path, shown):
     changes = {"run.steps": 3, "sample.noise_level": level, "sample.window_size": 0}
@@ -107,6 +108,7 @@ def test_a_run_says_that_its_rollouts_are_noise_once(level, noisy, tmp_path, sho
     assert "standard deviation" not in shown.export_text()
 
 
+@pytest.mark.slow
 def test_a_run_says_that_eps_hides_its_gradients(tmp_path, shown):
     config = processes.make(tmp_path, **{**FAST, "run.steps": 5, "optim.eps": 1.0})
     train.run(config)

@@ -71,6 +71,7 @@ def change_weights(model: Path) -> None:
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_places_may_change(moved, trained, tmp_path):
     """By the command line; its numbers are those of a run that stayed where it was."""
     line = ["train", "--run.resume", str(moved / "run"), "--run.steps", "3"]
@@ -101,6 +102,7 @@ def test_other_prompts_are_refused(moved, change, words):
     assert files_of(moved / "run") == before
 
 
+@pytest.mark.slow
 def test_the_same_prompts_in_another_file_are_the_same(moved):
     """Spaces, the order of keys, a key that is null, and the end of a line."""
     lines = [json.loads(line) for line in prompts_of(moved)]
@@ -125,6 +127,7 @@ def test_another_scheduler_is_refused(moved):
         train.run(going_on(moved))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["prompts", "weights"])
 def test_a_change_that_is_accepted_is_recorded_and_the_base_measured_again(
     moved, tmp_path, changed, caplog
@@ -161,6 +164,7 @@ def test_a_change_that_is_accepted_is_recorded_and_the_base_measured_again(
     assert train.run(going_on(moved, **{"run.steps": 4}))["iterations"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_before_gets_its_fingerprints(moved):
     """Without them it resumes; a set of another size is at least evaluated anew."""
     (moved / "run" / content.FILE).unlink()
@@ -197,6 +201,7 @@ def test_evaluate_and_sample_find_a_model_that_moved(moved, trained, tmp_path, c
     assert "is a model, but --model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_address_of_a_reward_may_change(tmp_path):
     """Its scores are the same ones under another name, before and after."""
     pytest.importorskip("httpx")
@@ -221,6 +226,7 @@ def test_the_address_of_a_reward_may_change(tmp_path):
     assert [list(rewards) for rewards in trained] == [[old], [old], [new]]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_without_a_reference_accepts_no_other_base(tmp_path):
     changes = {**SHORT, "policy.adapter": "full", "optim.lr": 1e-3, "optim.beta": 0.0}
     config = processes.make(tmp_path, **changes)

@@ -111,6 +111,7 @@ def test_what_takes_longer_the_first_time():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_short_run_shows_what_it_trained(tmp_path, monkeypatch, shown, stopped):
     """The average moves every 8 updates, and the run has 6, or is stopped after 2."""
@@ -151,6 +152,7 @@ def test_a_short_run_shows_what_it_trained(tmp_path, monkeypatch, shown, stopped
         assert report["reports"]["iteration 3"]["accuracy"] == summary["after"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_longer_run_shows_its_average(tmp_path, shown):
     changes = {"run.steps": 4, "run.eval_every": 0, "optim.ema_every": 8}
     config = processes.make(tmp_path, **changes)

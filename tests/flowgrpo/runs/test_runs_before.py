@@ -61,6 +61,7 @@ def test_the_state_is_restored_to_the_bit(run_before):
         assert all(torch.equal(tensors[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_writes_what_it_wrote_before(run_before):
     config = (run_before / "config.json").read_bytes()
     metrics = (run_before / "metrics.jsonl").read_bytes().splitlines()

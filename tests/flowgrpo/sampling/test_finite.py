@@ -226,6 +226,7 @@ def test_a_rollout_that_is_nan_ends_before_its_update(pixel_model, tmp_path, mon
     assert updates == [0, 2] and not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_nan_is_not_scored_by_any_command(latent_model, tmp_path, capsys):
     folder = shutil.copytree(latent_model, tmp_path / "model")
     file = next((folder / "transformer").glob("*.safetensors"))
