@@ -59,6 +59,7 @@ def test_a_moved_storage_means_a_new_graph(pixel_model, tmp_path, how, caplog, m
     assert f"sampler_step is captured again, because the storage of {name} moved" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_function_that_synchronises(parts, shared):
     """The message names module and line; nothing is kept; without the fault all goes on."""
     policy, config = parts.policy, shared[1]
@@ -111,6 +112,7 @@ def test_a_mistake_of_the_model_is_not_called_a_capture_error(parts):
     assert parts.policy.graphs.recordings == {}
 
 
+@pytest.mark.slow
 def test_another_shape_is_another_graph_and_the_oldest_goes(parts, caplog):
     policy = parts.policy
     for rows in (1, 2, 3):

@@ -56,6 +56,7 @@ def test_full_fine_tuning(pixel_model, tmp_path, beta):
     assert (metrics["kl"] > 0) == (beta > 0)
 
 
+@pytest.mark.slow
 def test_latent_model_with_three_encoders(latent_model, tmp_path):
     config = setups.config(latent_model, tmp_path, **{"policy.dtype": "bfloat16"})
     parts = setups.parts(config)
@@ -63,6 +64,7 @@ def test_latent_model_with_three_encoders(latent_model, tmp_path):
     assert metrics["max_ratio_error"] == 0.0 and metrics["kl"] > 0
 
 
+@pytest.mark.slow
 def test_every_iteration_starts_at_one(pixel_model, tmp_path):
     """Over iterations with optimizer steps between them, and the second update is off policy."""
     config = setups.config(pixel_model, tmp_path, **{"optim.lr": 1e-2})

@@ -68,6 +68,7 @@ def test_threads_share_what_rows_are_left(rows):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_triton_gives_the_bits_of_two():
     if not (triton.interpreting() and dispatch.backends()["triton"]["available"]):
         pytest.skip("needs Triton and TRITON_INTERPRET=1")

@@ -98,6 +98,7 @@ def test_compile_without_recompiling(dynamic):
     assert [c.frame_count for c in counters] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_compile_fills_a_trajectory():
     """Writing into a slice of a buffer works inside a compiled function."""
     torch._dynamo.reset()

@@ -119,6 +119,7 @@ def test_evaluate_other_rewards_than_a_run_had_options_for(trained, tmp_path):
     assert list(report["change"]["scores"]) == ["jpeg_compressibility"]
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_what_the_run_reported(trained, tmp_path):
     """The adapter that was saved gives, bit for bit, the accuracy that training had found."""
     summary = json.loads((trained / "summary.json").read_text())
@@ -131,6 +132,7 @@ def test_evaluate_repeats_what_the_run_reported(trained, tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_sample_writes_one_picture(trained, tmp_path, capsys):
     model = str(trained.parent / "model")
     out = tmp_path / "new" / "x.png"

@@ -171,6 +171,7 @@ def blue_line(path) -> np.ndarray:
     return np.argwhere((np.abs(pixels - colour("#0969da")) < 8).all(-1))
 
 
+@pytest.mark.slow
 def test_curve_rises_with_the_accuracy(tmp_path):
     for name, values in (("up", (0.3, 0.5, 0.9)), ("down", (0.9, 0.5, 0.3))):
         entries = evaluations(values, tasks={"counting": 0.2, "colors": 0.9}, elapsed=60.0)

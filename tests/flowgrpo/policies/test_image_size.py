@@ -55,6 +55,7 @@ def test_images_are_diffusers_own(request, kind, size):
     assert ours.float().std() > 1 and (ours.int() - theirs).abs().amax() <= 1
 
 
+@pytest.mark.slow
 def test_a_side_that_is_not_set_is_the_resolution(latent_model):
     assert load(latent_model, height=8, resolution=12).latent_shape == (4, 4, 6)
     assert load(latent_model, width=8).latent_shape == (4, 8, 4)

@@ -180,6 +180,7 @@ def test_a_run_of_before_gets_its_fingerprints(moved):
         train.run(going_on(moved, **{"run.steps": 4}))
 
 
+@pytest.mark.slow
 def test_evaluate_and_sample_find_a_model_that_moved(moved, trained, tmp_path, capsys, caplog):
     run, model = str(moved / "run"), str(moved / "model")
     words = ["--prompt-set", str(moved / "prompts.jsonl"), "--out", str(tmp_path / "e")]

@@ -168,6 +168,7 @@ def test_a_longer_run_shows_its_average(tmp_path, shown):
     assert "the weights' average of decay 0.9" in card
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
     def fail(*arguments, **keywords):
         raise ValueError("no font")

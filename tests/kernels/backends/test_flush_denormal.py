@@ -82,6 +82,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return torch.where(integers << 1 == 0, 0, integers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 def test_bits_do_not_depend_on_the_threads(dtype, isa):
     if not torch.set_flush_denormal(False):

@@ -44,6 +44,7 @@ def run(program: Path) -> subprocess.CompletedProcess:
     return subprocess.run([program], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"),
     reason="needs g++ on x86",
