@@ -99,7 +99,6 @@ def test_no_placeholder_names():
     assert not faults, f"{len(faults)} names say nothing about their values:\n{listing(faults)}"
 
 
-@pytest.mark.slow
 def test_docstrings_begin_with_a_verb_or_a_noun():
     faults = [
         (file, line, text.splitlines()[0])
