@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -144,12 +143,6 @@ def run_unread(config: Config) -> None:
     os.dup2(write, 1)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     run(config)
-
-
-def run_module(*words: str) -> None:
-    """`python -m flowgrpo WORDS` in this process."""
-    sys.argv = ["flowgrpo", *words]
-    runpy.run_module("flowgrpo", run_name="__main__", alter_sys=True)
 
 
 def resume(folder: Path, *options: str) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from pathlib import Path
@@ -78,7 +79,9 @@ def _serve() -> None:
     import torch  # noqa: F401
 
     begun_with = {*_searched(), os.path.dirname(os.path.abspath(__file__))}
-    standard = [path for path in sys.path if path and path not in begun_with]
+    # PYTHONPATH may name the libraries' folders too, which every process has.
+    libraries = set(sysconfig.get_paths().values())
+    standard = [path for path in sys.path if path in libraries or (path and path not in begun_with)]
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

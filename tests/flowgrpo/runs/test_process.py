@@ -153,6 +153,6 @@ def test_full_fine_tuning_goes_on_with_the_same_numbers(tmp_path):
 def test_the_command_in_a_process_of_its_own(whole, tmp_path):
     """By the command line, the finished run has nothing left to do and keeps its numbers."""
     run = shutil.copytree(whole / "run", tmp_path / "run")
-    words = ("train", "--run.resume", str(run), "--run.progress", "none")
-    assert processes.Fork(tmp_path / "log", processes.run_module, *words).wait() == ""
+    done = processes.command("train", "--run.resume", run, "--run.progress", "none")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     same(whole / "run", run)
