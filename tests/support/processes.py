@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+import flowgrpo_kernels
 from flowgrpo.config import Config, replace
 from support import pipelines
 
@@ -66,7 +67,9 @@ def make(folder: Path, **changes) -> Config:
 
 def environment() -> dict[str, str]:
     """Of a subprocess that finds the packages and this file."""
-    paths = (ROOT, ROOT / "kernels", ROOT / "tests")
+    # The kernels that the tests import: those of an installed package have the compiled library.
+    kernels = Path(flowgrpo_kernels.__file__).resolve().parents[1]
+    paths = (ROOT, kernels, ROOT / "tests")
     paths = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
