@@ -260,7 +260,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a row of objectives.py: grpo."""
+    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, sft, orw."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -309,11 +309,18 @@ class OptimConfig:
     """Trained steps of a chunk in one forward of the update; it must divide their number."""
     capture: Literal["on", "off"] = "off"
     """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
+    levels: int = 1
+    """Noise levels that an objective of the forward process looks at each result at."""
+    level_weight: Literal["uniform", "sigma", "normalized"] = "uniform"
+    """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
+    tau: float = 0.5
+    """Temperature of orw: an image counts exp(reward / tau)."""
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
+        check_positive("optim", self, "levels", "tau")
         nonnegative = (
             "eps",
             "weight_decay",
