@@ -150,7 +150,7 @@ def setup(
     return Components(
         objective=objective,
         policy=policy,
-        state=State.create(policy.transformer, config.optim),
+        state=State.create(policy.transformer, config.optim, objective.old_policy),
         schedule=training_schedule(policy, config.sample, config.optim.kl),
         prompts=prompts,
         scorer=scorer,
@@ -185,21 +185,22 @@ def collect(
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     shared = options.share_prefix and options.shared_noise and options.last_start > 0
     sampler = rollout_shared_prefix if shared else rollout
-    return sampler(
-        policy,
-        conditioning,
-        components.schedule,
-        table_rows(trained_steps, options.steps),
-        groups=torch.arange(count).repeat_interleave(options.group_size),
-        seeds=seeds,
-        noise_seeds=noise_seeds,
-        batch_size=options.batch_size,
-        uncond=components.uncond,
-        guidance_scale=options.guidance_scale,
-        trained_steps=trained_steps,
-        keep_velocities=config.optim.guard,
-        on_chunk=score,
-    )
+    with components.state.rollout_weights():
+        return sampler(
+            policy,
+            conditioning,
+            components.schedule,
+            table_rows(trained_steps, options.steps),
+            groups=torch.arange(count).repeat_interleave(options.group_size),
+            seeds=seeds,
+            noise_seeds=noise_seeds,
+            batch_size=options.batch_size,
+            uncond=components.uncond,
+            guidance_scale=options.guidance_scale,
+            trained_steps=trained_steps,
+            keep_velocities=config.optim.guard,
+            on_chunk=score,
+        )
 
 
 def check_finite(

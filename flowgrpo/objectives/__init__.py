@@ -15,6 +15,7 @@ advantages.py  rewards -> advantages
 grpo.py        Flow-GRPO: steps of the sampler
 matching.py    re-noised results, for objectives of the forward process
 awm.py         advantage weighted matching
+nft.py         DiffusionNFT
 sft.py  orw.py supervised: the best of a group; each image by the exponential of its reward
 """
 

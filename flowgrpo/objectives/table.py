@@ -6,12 +6,13 @@ import dataclasses
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.validation import require, similar
-from flowgrpo.objectives import awm, grpo, orw, sft
+from flowgrpo.objectives import awm, grpo, nft, orw, sft
 from flowgrpo.objectives.interface import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": grpo.OBJECTIVE,
     "awm": awm.OBJECTIVE,
+    "nft": nft.OBJECTIVE,
     "sft": sft.OBJECTIVE,
     "orw": orw.OBJECTIVE,
 }
