@@ -548,6 +548,8 @@ def test_results_are_those_of_the_record():
     before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
     assert f"Of all 240 it accepts {before} before and {after} after" in README
     assert f"It took {record['seconds']['total']:.0f} s" in README
+    avx2 = linked_record("README.md", "summary-avx2.json")["seconds"]["total"]
+    assert f"and {avx2:.0f} s on two of a recent AMD held to AVX2" in README
 
 
 def test_results_of_nano_are_those_of_the_records():
@@ -575,6 +577,8 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
         else:
             assert share == f"{100 * total / seconds['total']:.0f} %"
+    avx2 = linked_record(page, "summary-avx2.json")["seconds"]["total"]
+    assert f"took {avx2:.0f} s" in PAGES[page]
 
 
 CASES = {
