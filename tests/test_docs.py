@@ -233,15 +233,15 @@ def policy_skeleton(text, monkeypatch, capsys):
     assert not scope["MyPolicy"].__abstractmethods__
 
 
-@runs("def reinforce(")
+@runs("REINFORCE (Williams")
 def objective(text, monkeypatch, capsys):
-    """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
+    """The loss on one batch, its ratio and its gradient."""
     from flowgrpo_kernels import flow_sde, sde_step
 
-    scope = vars(objectives) | {"OBJECTIVES": {}}
+    scope = {}
     exec(text, scope)
-    [(name, row)] = scope["OBJECTIVES"].items()
-    assert name == "reinforce" and isinstance(row, objectives.Objective)
+    row = scope["OBJECTIVE"]
+    assert isinstance(row, objectives.Objective)
     factor = torch.tensor(0.3, requires_grad=True)
     policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
     transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)

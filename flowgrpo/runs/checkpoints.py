@@ -4,6 +4,7 @@
       weights.safetensors     trained parameters, by name
       optimizer.safetensors   AdamW's state, "<parameter name>|<key>"
       ema.safetensors         averaged parameters, by name
+      old.safetensors         the policy that samples, by name, where it is another (nft)
       state.json              format, iteration, counters, SHA-256 of each file, versions
       pytorch_lora_weights.safetensors   what diffusers' `load_lora_weights` reads (LoRA runs)
 

@@ -14,7 +14,7 @@ from .grpo_loss import GrpoLoss, grpo_loss
 from .log_prob import log_prob
 from .noise import initial_noise
 from .sde_step import sde_step
-from .transitions import Transitions, cps, dance_sde, flow_sde, ode, window
+from .transitions import Transitions, cps, dance_sde, flow_sde, matching, ode, window
 
 __all__ = [
     "GrpoLoss",
@@ -26,6 +26,7 @@ __all__ = [
     "grpo_loss",
     "initial_noise",
     "log_prob",
+    "matching",
     "ode",
     "sde_step",
     "window",
