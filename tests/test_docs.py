@@ -151,6 +151,20 @@ def guided_window(text, monkeypatch, capsys):
     assert all(torch.equal(ratio, torch.ones(2)) for ratio in ratios)
 
 
+@runs("import nft_loss")
+def forward_process_loss(text, monkeypatch, capsys):
+    """On policy both errors agree, and what succeeded is drawn to its result."""
+    net = torch.nn.Conv2d(16, 16, 1)
+    sigma, x0, noise = torch.rand(3), torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    scope = {"s": sigma.view(-1, 1, 1, 1), "sigma": sigma, "x0": x0, "noise": noise}
+    scope |= {"model": net, "old_model": lambda x: net(x).detach(), "adv_clip": 5.0}
+    scope["advantages"] = torch.tensor([9.0, -9.0, 0.0])
+    exec(text, scope)
+    assert scope["optimality"].tolist() == [1.0, 0.0, 0.5]
+    assert torch.equal(scope["out"].positive_error, scope["out"].negative_error)
+    assert net.weight.grad.abs().sum() > 0
+
+
 @runs("flow_grpo.patch(")
 def drop_in(text, monkeypatch, capsys):
     theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
