@@ -25,11 +25,12 @@ from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
-from flowgrpo.runs.export import add_trained
+from flowgrpo.runs.export import add_initial, load_trained
 
 
 def sample_pictures(options: SampleOptions, console: Console | None = None) -> Path:
-    """Write one picture with `count` images of each prompt; with a run, base above trained."""
+    """Write one picture with `count` images of each prompt; with a run, base above trained, and
+    between them the adapter that it started from, if any."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
     config, checkpoint = config_of_model(options.model or "nano"), None
@@ -72,7 +73,9 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config, checkpoint)
+        if add_initial(policy, config):
+            rows["start"] = images()
+        load_trained(policy.transformer, config.optim, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)

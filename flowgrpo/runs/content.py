@@ -4,12 +4,13 @@ A run names its files by places, which may change: a model is moved, a prompt fi
 machine. What lies there may not. content.json of the run directory holds
 
     prompts   of training and of evaluation: their number, SHA-256 of texts and metadata
-    model     a digest of the values of each component's weights, and the sampler's sigmas
+    model     a digest of samples of each component's weights, and the sampler's sigmas
     changes   what was accepted by run.accept_changes, with what held before
 
 A model of tens of gigabytes is sampled, as reading all of it would take longer than an iteration:
-eight blocks of each tensor. Weights count as bfloat16, so that they are the same in a process that
-loads them in float32; names of tensors do not count, because versions of libraries rename them.
+eight blocks of each large tensor, so a change between them is not seen. Weights count as bfloat16,
+so that they are the same in a process that loads them in float32; names of tensors do not count,
+because versions of libraries rename them.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ MAY_CHANGE = {
     "sample.overlap",
     # Places: what lies there is compared by content.py.
     "policy.model",
+    "policy.variant",
     "sample.prompts",
     "policy.device",
     "run.accept_changes",
@@ -303,8 +304,12 @@ def _check_same(config: Config, stored: Config) -> None:
             stored.run.resume,
             stored.policy.device,
         )
+    may_change = set(MAY_CHANGE)
+    if config.policy.init_adapter and stored.policy.init_adapter:
+        # A place too: the run goes on from its own copy of what lay there.
+        may_change.add("policy.init_adapter")
     for name, value in now.items():
-        if name not in MAY_CHANGE and value != before[name]:
+        if name not in may_change and value != before[name]:
             raise ConfigError(
                 f"{name} is {value!r}, but the run in {stored.run.resume} was started with "
                 f"{before[name]!r}; leave it as it was, or start a new run with another --run.out."
