@@ -49,10 +49,14 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
         splits = datasets.load_dataset(source)
     # What the Hub, the network and the readers of a dozen formats raise.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        # Behind "an error occurred" stands which.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:300]
         raise ConfigError(
             f"sample.prompts is {name!r}, but the data set {source!r} cannot be loaded "
-            f"({type(error).__name__}: {reason.rstrip('.')}); check the name and its files, and "
+            f"({type(cause).__name__}: {reason.rstrip('.')}); check the name and its files, and "
             "for the Hub your access and the network."
         ) from error
     candidates = ("train",) if split == "train" else HELD_OUT

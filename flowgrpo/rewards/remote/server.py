@@ -154,6 +154,8 @@ def _check_address(httpx: Any, reward: str, url: str) -> None:
             reason = "one that begins with http:// or https://"
         elif not address.host:
             reason = "one with a host, such as http://127.0.0.1:8400,"
+        elif (address.port or 0) >= 2**16:
+            reason = "a port below 65536"
     # UnicodeError: a host that is no name.
     except (httpx.InvalidURL, ValueError) as error:
         reason = f"one that can be read ({error})"
