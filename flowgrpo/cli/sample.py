@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def _check_sample(options: SampleOptions) -> None:
     )
     pictures.check_ending(Path(options.out))
     require(
-        not Path(options.out).is_dir(),
+        not os.path.isdir(options.out),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
         f"one, for example {Path(options.out) / 'sample.png'}.",
     )

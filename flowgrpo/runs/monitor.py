@@ -31,10 +31,12 @@ from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import content
 from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory, is_address
+from flowgrpo.runs.directory import RunDirectory, is_address, is_file
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
@@ -78,6 +80,9 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        if has_splits(config.sample.prompts):
+            # Of one file they are among those of training, which were counted.
+            warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
         self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
@@ -108,7 +113,7 @@ class Monitor:
         """
         monitor = cls(config, policy, state, stop)
         # The weights are still those that were loaded; `restore` may replace them.
-        now = content.content_of(config, policy, monitor.evaluation_set)
+        now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
         monitor.directory = RunDirectory.open(config, now)
         try:
             restored = monitor.directory.restore(state)
@@ -140,7 +145,7 @@ class Monitor:
                     self._save(None)
                 self.display.note(
                     f"Saved after {iteration} iterations; go on with --run.resume "
-                    f"{self.directory.path}."
+                    f"{self.config.out_dir}."
                 )
         finally:
             self.close()
@@ -248,7 +253,7 @@ class Monitor:
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
-            f"Written to {self.directory.path}: summary.json, curve.png, samples, "
+            f"Written to {self.config.out_dir}: summary.json, curve.png, samples, "
             f"{_described(self.state)}."
         )
         return summary
@@ -328,11 +333,13 @@ class Monitor:
         return None
 
     def _with_present_addresses(self, evaluation: Evaluation) -> Evaluation:
-        """Give the remote rewards of an evaluation, named by address, their names of now."""
+        """Give the rewards of an evaluation that are named by place their names of now."""
         before, now = list(evaluation.scores), list(self.scorer.weights)
         if len(before) != len(now):
             return evaluation
-        names = {b: n if is_address(b) else b for b, n in zip(before, now, strict=True)}
+        names = {
+            b: n if is_address(b) or is_file(b) else b for b, n in zip(before, now, strict=True)
+        }
         return dataclasses.replace(
             evaluation,
             scores={names[name]: score for name, score in evaluation.scores.items()},
