@@ -337,6 +337,7 @@ def test_training_commands_run(line, working_directory, monkeypatch):
 
 def test_other_commands_parse():
     classes = {
+        "compare": options.CompareOptions,
         "evaluate": options.EvaluateOptions,
         "sample": options.SampleOptions,
         "serve-reward": options.ServeOptions,

@@ -134,6 +134,36 @@ class ServeOptions:
     """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
 
 
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare the arms of a study; fields of the configuration are changed in all arms."""
+
+    study: Annotated[str, tyro.conf.Positional]
+    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    arms: tuple[str, ...] = ()
+    """Labels of the arms to compare; default: all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training; each arm is trained once with each."""
+    out: str | None = None
+    """Folder of runs, tables and picture, with which it goes on; default: runs/compare-STUDY."""
+    jobs: int | Literal["auto"] = "auto"
+    """Runs at once; auto: one a GPU, or one a CPU core where memory allows."""
+    images: int | None = None
+    """Images that each run trains on, in place of the study's budget."""
+    seconds: float | None = None
+    """Seconds of training of each run, in place of the study's budget; with --images both."""
+    report: bool = False
+    """Only write tables and picture of the runs that are there."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        settle_paths(self, "out")
+
+
 def parse(cls: type[T], argv: list[str], prog: str, default: Any = None) -> T:
     """Parse `argv` by tyro. A ConfigError that a field raised comes out as it is; tyro prints its
     own errors and exits with 2."""

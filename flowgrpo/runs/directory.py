@@ -41,9 +41,11 @@ from flowgrpo.runs.state import State
 log = logging.getLogger("flowgrpo")
 MAY_CHANGE = {
     "run.steps",
+    "run.min_seconds",
     "run.out",
     "run.resume",
     "run.eval_every",
+    "run.eval_seconds",
     "run.checkpoint_every",
     "run.threads",
     "run.wandb",
@@ -88,7 +90,7 @@ class RunDirectory:
         self.config, self.path = config, Path(os.path.abspath(config.out_dir))
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if reason := _lock(self._metrics, self.path):
+        if reason := lock(self._metrics, self.path):
             log.warning(
                 "The run directory %s cannot be locked (%s), so nothing keeps a second process "
                 "from writing it too.",
@@ -329,7 +331,7 @@ def resume_config(folder: str | Path) -> Config:
 
 def _check_same(config: Config, stored: Config) -> None:
     """Raise ConfigError if a continuation differs from the run in more than `MAY_CHANGE`."""
-    before, now = (_without_services(_by_name(c)) for c in (stored, config))
+    before, now = (_without_services(fields_by_name(c)) for c in (stored, config))
     if config.policy.device != stored.policy.device:
         log.warning(
             "policy.device is %r, and the run in %s began with %r: on another kind of device the "
@@ -350,7 +352,7 @@ def _check_same(config: Config, stored: Config) -> None:
             )
 
 
-def _by_name(config: Config) -> dict[str, Any]:
+def fields_by_name(config: Config) -> dict[str, Any]:
     """List the fields of a configuration by dotted name, as JSON values."""
     fields: dict[str, Any] = {}
     for section, values in to_dict(config).items():
@@ -438,7 +440,7 @@ def _never_began(folder: Path) -> bool:
     try:
         with open(folder / "metrics.jsonl", "ab+") as file:
             # Without locks no process can be told from none.
-            if _lock(file, folder):
+            if lock(file, folder):
                 return False
             file.seek(0)
             if b'"kind": "train"' in file.read():
@@ -467,8 +469,9 @@ def _create(folder: Path, config: Config) -> None:
         ) from error
 
 
-def _lock(file: Any, folder: Path) -> str:
-    """Lock the open `file` of `folder` for this process.
+def lock(file: Any, folder: Path, kind: str = "run directory", option: str = "--run.out") -> str:
+    """Lock the open `file` of `folder` for this process; messages say what `kind` of folder it is,
+    and which `option` names it.
 
     Returns:
         The reason why the system has no locks for it; "" if it is locked.
@@ -485,8 +488,8 @@ def _lock(file: Any, folder: Path) -> str:
     except BlockingIOError as error:
         file.close()
         raise ConfigError(
-            f"run directory {str(folder)!r} is in use by another process, but one process at a "
-            "time writes it; stop that one or choose another --run.out."
+            f"{kind} {str(folder)!r} is in use by another process, but one process at a "
+            f"time writes it; stop that one or choose another {option}."
         ) from error
     except OSError as error:
         # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.

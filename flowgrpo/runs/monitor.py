@@ -3,7 +3,7 @@
 All that is written or shown around the algorithm is here, so that the loop is the algorithm::
 
     with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
-        while state.iteration < config.run.steps and not stop.requested:
+        while monitor.unfinished and not stop.requested:
             ...
             state.iteration += 1
             monitor.iteration(metrics, seconds)
@@ -29,6 +29,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
+from flowgrpo.evaluation.kl import path_kl
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
 from flowgrpo.policies.tokens import warn_of_cut
@@ -196,6 +197,7 @@ class Monitor:
             seconds: its phases, as {"rollout", "reward", "update"}.
         """
         totals, iteration = self.state.totals, self.state.iteration
+        before = self._training()
         self._add(seconds)
         error = max(totals.get("max_ratio_error", 0.0), float(metrics.get("max_ratio_error", 0.0)))
         totals["max_ratio_error"] = error
@@ -208,19 +210,23 @@ class Monitor:
         accuracy = None
         if self.untrained["base"].label == "accuracy":
             accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
-        self.display.iteration(iteration, {**metrics, "accuracy": accuracy}, sum(seconds.values()))
+        shown = {**metrics, "accuracy": accuracy}
+        self.display.iteration(iteration, shown, sum(seconds.values()), self._expected())
         # Nothing was decoded since the rollout.
         noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
         for sentence in filter(None, (noise, self.advice.gradients(metrics))):
             self.display.note(sentence)
-        self._evaluate_and_save()
+        self._evaluate_and_save(before)
 
-    def _evaluate_and_save(self) -> None:
-        """Evaluate and save where it is due after the present iteration. A stop that is requested
-        meanwhile ends the evaluation, and the checkpoint is written at once."""
+    def _evaluate_and_save(self, before: float) -> None:
+        """Evaluate and save where it is due after the present iteration, before which training had
+        taken `before` seconds. A stop that is requested meanwhile ends the evaluation, and the
+        checkpoint is written at once."""
         iteration, run, score = self.state.iteration, self.config.run, None
-        due = bool(run.checkpoint_every) and iteration % run.checkpoint_every == 0
-        if run.eval_every and iteration % run.eval_every == 0:
+        timed = self._is_due(before)
+        due = timed or (bool(run.checkpoint_every) and iteration % run.checkpoint_every == 0)
+        regular = run.eval_every and iteration <= run.steps and iteration % run.eval_every == 0
+        if timed or regular:
             try:
                 score = self._evaluate(final=False).accuracy
             except EvaluationStopped:
@@ -228,6 +234,29 @@ class Monitor:
                 due = True
         if due:
             self._save(score)
+
+    @property
+    def unfinished(self) -> bool:
+        """Tell if an iteration is left of `run.steps`, or a second of `run.min_seconds`."""
+        run = self.config.run
+        return self.state.iteration < run.steps or self._training() < run.min_seconds
+
+    def _is_due(self, before: float) -> bool:
+        """Tell if the training seconds since `before` ask for an evaluation: at each multiple of
+        `run.eval_seconds` up to `run.min_seconds`, and after `run.steps` where the run goes on."""
+        run, seconds = self.config.run, self._training()
+        if self.state.iteration == run.steps and self.unfinished:
+            return True
+        if not run.eval_seconds or before >= run.min_seconds:
+            return False
+        return seconds // run.eval_seconds > before // run.eval_seconds
+
+    def _expected(self) -> int:
+        """Expect the number of iterations of the whole run, by the mean of those so far."""
+        run, iteration = self.config.run, self.state.iteration
+        left = max(run.min_seconds - self._training(), 0.0)
+        mean = self._training() / max(iteration, 1)
+        return max(run.steps, iteration + math.ceil(left / mean) if mean else 0)
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Evaluate once more unless interrupted, save, and return what summary.json holds."""
@@ -368,11 +397,25 @@ class Monitor:
                 on_progress=on_progress,
             )
 
+    def _measure_kl(self, evaluation: Evaluation) -> Evaluation:
+        """Add the KL of the present weights to the untrained model, if `run.eval_kl` asks for it;
+        its seconds count as the evaluation's."""
+        sample, noise_level = self.config.sample, self.config.run.eval_kl
+        if not noise_level:
+            return evaluation
+        started = time.perf_counter()
+        kl = path_kl(
+            self.policy, self.evaluation_set, noise_level, sample.batch_size, sample.guidance_scale
+        )
+        seconds = evaluation.seconds + time.perf_counter() - started
+        return dataclasses.replace(evaluation, kl=kl, seconds=seconds)
+
     def _evaluate(self, final: bool) -> Evaluation:
         """Evaluate the weights that the average shows, log it, and renew the pictures."""
         iteration = self.state.iteration
         with self.state.ema.swapped():
             evaluation = self._measure(f"iteration {iteration}", self.config.sample.guidance_scale)
+            evaluation = self._measure_kl(evaluation)
         self.latest = (iteration, evaluation)
         evaluation.save(self.directory.path / "evaluations" / _step(iteration))
         self._add({"evaluate": evaluation.seconds})
