@@ -43,13 +43,18 @@ if TYPE_CHECKING:
 
 
 def without_nulls(value: Any) -> Any:
-    """Copy a JSON value without the keys whose value is null, at any depth.
+    """Copy a JSON value without the keys whose value is null or NaN, at any depth.
 
-    Tables give every row every key, so `datasets` and others write null where a key was absent.
-    Items of a list stay, as their positions have a meaning.
+    Tables give every row every key, so `datasets` and others write null where a key was absent, and
+    pandas NaN. Items of a list stay, as their positions have a meaning.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: without_nulls(item)
+            for key, item in value.items()
+            # NaN alone is not equal to itself.
+            if item is not None and not (isinstance(item, float) and item != item)
+        }
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value

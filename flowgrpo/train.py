@@ -99,8 +99,8 @@ def run(
     """
     components = setup(config, pipeline=pipeline, encode=encode)
     policy, state, group_size = components.policy, components.state, config.sample.group_size
-    with stoppable() as stop, Monitor.open(config, policy, state) as monitor:
-        while state.iteration < config.run.steps and not stop.requested:
+    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+        while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
             with clock("rollout"):
                 batch = prompt_batch(components.prompts, config, state.iteration)

@@ -359,16 +359,24 @@ class RunConfig:
     """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
+    min_seconds: float = 0.0
+    """Go on past run.steps until rollouts, rewards and updates have taken so many seconds."""
     seed: int = 0
     """Seed of prompts, noise, windows and adapter weights."""
     eval_every: int = 50
-    """Iterations between two evaluations; 0: only before and after."""
+    """Iterations between two evaluations, up to run.steps; 0: only before and after."""
+    # How many iterations fit into them is the machine's matter, and so is where these evaluations
+    # come: equal runs agree in their numbers, not in these lines.
+    eval_seconds: float = 0.0
+    """Seconds of training between two more, each saved, until run.min_seconds; 0: none."""
     eval_prompts: int = 120
     """Held-out prompts of an evaluation; 0: all of the set."""
     eval_samples: int = 2
     """Images for each prompt of an evaluation (two or more show diversity within a prompt)."""
     eval_guidance: float = 1.0
     """Guidance scale of one more evaluation of the untrained model, for comparison; 1: none."""
+    eval_kl: float = 0.0
+    """Noise level of flow_sde at which evaluations measure the KL to the untrained model; 0: no."""
     checkpoint_every: int = 50
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
@@ -387,5 +395,6 @@ class RunConfig:
         check_types("run.", self)
         check_positive("run", self, "steps", "eval_samples", "eval_guidance")
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
-        check_positive("run", self, *counts, zero=True)
+        seconds = ("min_seconds", "eval_seconds")
+        check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)
         require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")

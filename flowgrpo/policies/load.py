@@ -44,7 +44,7 @@ def load_policy(
     )
     if not trainable:
         return policy
-    if full and (config.optim.beta > 0 or reference):
+    if full and (config.optim.beta > 0 or config.run.eval_kl > 0 or reference):
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     add_adapter(policy.transformer, config.policy, seed)

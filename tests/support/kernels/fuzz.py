@@ -298,6 +298,25 @@ def loss_call(draw: Draw) -> dict:
     return call
 
 
+def nft_call(draw: Draw) -> dict:
+    call = {name: draw.latent() for name in ("velocity", "sample", "x0", "old_velocity")}
+    for name in ("sigma", "optimality"):
+        value = draw.tensor((draw.batch,), values="normal").detach()
+        call[name] = value.sigmoid() if draw.chance(2) else (value > 0).to(value.dtype)
+    call |= draw.guidance()
+    if draw.chance(2):
+        call |= {"ref_velocity": draw.latent(), "kl_weight": draw.number(0, 3)}
+        if "uncond_velocity" in call and draw.chance(2):
+            call["ref_uncond_velocity"] = draw.latent()
+    for name in ("row_weight", "kl_row_weight"):
+        if draw.chance(3):
+            call[name] = draw.per_row()
+    for name, values in (("beta", (0.1, 1, np.float32(2))), ("floor", (1e-5, 1, np.float64(0.1)))):
+        if draw.chance(2):
+            call[name] = draw.one_of(values)
+    return differentiated(draw, call)
+
+
 def tokens(draw: Draw) -> tuple[int, int, int]:
     return draw.batch, draw.one_of((0, 1, 4)), draw.one_of((1, 6, 64, 100))
 
@@ -443,6 +462,14 @@ def check_loss(call: dict, result) -> None:
         assert_like(value, shape, score_dtype(sample), sample.device)
 
 
+def check_nft(call: dict, result) -> None:
+    sample = call["sample"]
+    for name, value in result._asdict().items():
+        per_row = name in ("positive_error", "negative_error", "old_deviation")
+        shape = sample.shape[:1] if per_row else ()
+        assert_like(value, shape, score_dtype(sample), sample.device)
+
+
 def check_noise(call: dict, result) -> None:
     shape = (call["seeds"].shape[0], *call["shape"])
     assert_like(result, shape, call.get("dtype", torch.float32), call["seeds"].device)
@@ -549,6 +576,7 @@ TARGETS = {
     "sde_step": Target(fk.sde_step, step_call, check_step, share=3),
     "log_prob": Target(fk.log_prob, score_call, check_score, differentiable=True, share=2),
     "grpo_loss": Target(fk.grpo_loss, loss_call, check_loss, close, True, share=3),
+    "nft_loss": Target(fk.nft_loss, nft_call, check_nft, differentiable=True, share=3),
     "norm_modulate": Target(blocks.norm_modulate, norm_call, check_first("x"), differentiable=True),
     "gated_residual": Target(
         blocks.gated_residual, residual_call, check_first("x"), differentiable=True
