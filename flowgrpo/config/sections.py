@@ -104,6 +104,8 @@ class SampleConfig:
 
     prompts: str = "nano"
     """Prompt set: nano, geneval, ocr, general, a text or JSONL file, folder, or hub:OWNER/NAME."""
+    curated: str = ""
+    """Folder of a curated set: sft learns its images, dpo its pairs, and see optim.sft_weight."""
     prompts_per_iteration: int = 8
     """K: prompts drawn for one iteration."""
     group_size: int = 12
@@ -135,7 +137,7 @@ class SampleConfig:
     """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "prompts")
+        settle_paths(self, "prompts", "curated")
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
@@ -313,6 +315,8 @@ class OptimConfig:
     """Noise levels that an objective of the forward process looks at each result at."""
     level_weight: Literal["uniform", "sigma", "normalized"] = "uniform"
     """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
+    sft_weight: float = 0.0
+    """Weight of flow matching on images of sample.curated beside grpo, awm or nft."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
     dpo_beta: float = 100.0
@@ -338,6 +342,7 @@ class OptimConfig:
             "beta",
             "ratio_tolerance",
             "old_decay_rise",
+            "sft_weight",
         )
         check_positive("optim", self, *nonnegative, zero=True)
         require(

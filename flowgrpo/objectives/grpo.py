@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import Loss, Objective
+from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Batch, Experience
@@ -179,5 +179,5 @@ OBJECTIVE = Objective(
     prepare=prepare,
     gather=gather_trained_steps,
     loss=loss,
-    options=("optim.anchor", "optim.guard", "optim.steps_per_forward"),
+    options=("optim.anchor", "optim.guard", "optim.steps_per_forward", *MIXTURE),
 )
