@@ -177,14 +177,14 @@ class Monitor:
         if not restored:
             self._save(self.untrained["base"].accuracy)
         elif self._was_left():
-            self._evaluate_and_save()
+            self._evaluate_and_save(self._training())
         self._draw(self._samples())
 
     def _was_left(self) -> bool:
         """Tell if the evaluation of the present iteration is due and was not made: the process that
         wrote the checkpoint was asked to stop meanwhile."""
-        iteration, every = self.state.iteration, self.config.run.eval_every
-        if not every or not iteration or iteration % every:
+        iteration, interval = self.state.iteration, self.config.run.eval_every
+        if not interval or not iteration or iteration % interval:
             return False
         return all(line["iteration"] != iteration for line in self.directory.metrics("eval"))
 
