@@ -514,12 +514,13 @@ def nft_loss(
         floor: the least that the mean of |x0+- - x0| is taken for, > 0.
         uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
 
-    A row of weight 0 adds 0 to the loss and has no gradient, whatever its latents hold. A row whose
-    sigma or optimality is outside [0, 1] is an error on a CPU (on a GPU under FLOWGRPO_DEBUG=1),
-    and NaN where only the device knows. TypeError and ValueError name the argument.
+    A row of weight 0 adds 0 to that term and has no gradient of it, whatever its latents hold. A
+    sigma or an optimality outside [0, 1] is a ValueError on a CPU (on a GPU under
+    FLOWGRPO_DEBUG=1); where only the device knows, its row is NaN. TypeError and ValueError name
+    the argument.
 
-    Under exact on-policy velocities (v = v_old) both errors are equal, and the gradient is
-    proportional to 1 - 2 r: the direction of the advantage.
+    On policy (v = v_old) both errors are the same bits, and the gradient is that of error+ times
+    2 r - 1: the direction of the advantage.
     """
     latents = {
         "velocity": velocity,
