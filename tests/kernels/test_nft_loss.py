@@ -388,3 +388,22 @@ def test_triton_gives_the_bits_of_the_reference(guided, shape, dtype):
         expected = two_passes(args, 0.3, guided)
     with dispatch.use_backend("triton"):
         assert_same_bits(dispatch.op("nft_loss_gradient")(*args, 0.3, guided), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "shape"), [(0, (2, 3)), (2, (0,)), (5, (3,))], ids=str)
+def test_triton_at_the_edges(rows, shape):
+    """Empty batch, no elements; numbers outside their range, and silenced rows of NaN."""
+    if not (triton.interpreting() and dispatch.backends()["triton"]["available"]):
+        pytest.skip("needs Triton and TRITON_INTERPRET=1")
+    b = oracle.nft_batch(rows, shape)
+    if rows == 5:
+        b.sigma[1], b.optimality[2], b.x0[3, 0] = 1.5, -0.1, float("nan")
+        b.weight[3] = 0
+    args = arguments(b, True)
+    with dispatch.use_backend("reference"):
+        expected = two_passes(args, 0.3, True)
+    with dispatch.use_backend("triton"):
+        assert_same_bits(dispatch.op("nft_loss_gradient")(*args, 0.3, True), expected)
+    nan = expected[-2].flatten(1).isnan().any(1)
+    assert nan.tolist() == ([False, True, True, False, False] if rows == 5 else [False] * rows)
