@@ -247,15 +247,15 @@ def policy_skeleton(text, monkeypatch, capsys):
     assert not scope["MyPolicy"].__abstractmethods__
 
 
-@runs("def reinforce(")
+@runs("REINFORCE (Williams")
 def objective(text, monkeypatch, capsys):
-    """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
+    """The loss on one batch, its ratio and its gradient."""
     from flowgrpo_kernels import flow_sde, sde_step
 
-    scope = vars(objectives) | {"OBJECTIVES": {}}
+    scope = {}
     exec(text, scope)
-    [(name, row)] = scope["OBJECTIVES"].items()
-    assert name == "reinforce" and isinstance(row, objectives.Objective)
+    row = scope["OBJECTIVE"]
+    assert isinstance(row, objectives.Objective)
     factor = torch.tensor(0.3, requires_grad=True)
     policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
     transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)
@@ -337,6 +337,7 @@ def test_training_commands_run(line, working_directory, monkeypatch):
 
 def test_other_commands_parse():
     classes = {
+        "compare": options.CompareOptions,
         "evaluate": options.EvaluateOptions,
         "sample": options.SampleOptions,
         "serve-reward": options.ServeOptions,
@@ -562,6 +563,8 @@ def test_results_are_those_of_the_record():
     before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
     assert f"Of all 240 it accepts {before} before and {after} after" in README
     assert f"It took {record['seconds']['total']:.0f} s" in README
+    avx2 = linked_record("README.md", "summary-avx2.json")["seconds"]["total"]
+    assert f"and {avx2:.0f} s on two of a recent AMD held to AVX2" in README
 
 
 def test_results_of_nano_are_those_of_the_records():
@@ -589,6 +592,8 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
         else:
             assert share == f"{100 * total / seconds['total']:.0f} %"
+    avx2 = linked_record(page, "summary-avx2.json")["seconds"]["total"]
+    assert f"took {avx2:.0f} s" in PAGES[page]
 
 
 CASES = {

@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
+"""The command line: ``flowgrpo train | compare | evaluate | sample | serve-reward | doctor``.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -24,6 +24,7 @@ from flowgrpo.recipes import RECIPES
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
 
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train
+       flowgrpo compare STUDY [options]                      train several ways, on equal budgets
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
        flowgrpo sample PROMPT ... [options]                  write pictures
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "compare": compare,
         "evaluate": evaluate,
         "sample": sample,
         "serve-reward": serve_reward,
@@ -62,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         _quiet()
         _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        # There is none where the directory was removed.
+        with contextlib.suppress(OSError):
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,6 +90,13 @@ def evaluate(argv: list[str]) -> int:
     from flowgrpo.cli.evaluate import evaluate_run
 
     return _run(evaluate_run, options)
+
+
+def compare(argv: list[str]) -> int:
+    """Run ``flowgrpo compare STUDY [--section.field value ...]``."""
+    from flowgrpo.cli.compare import compare as compare_study
+
+    return compare_study(argv)
 
 
 def sample(argv: list[str]) -> int:

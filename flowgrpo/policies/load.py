@@ -42,7 +42,7 @@ def load_policy(
     )
     if not trainable:
         return policy
-    if full and config.optim.beta > 0:
+    if full and (config.optim.beta > 0 or config.run.eval_kl > 0):
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     add_adapter(policy.transformer, config.policy, seed)

@@ -15,7 +15,7 @@ from .log_prob import log_prob
 from .nft_loss import NftLoss, nft_loss
 from .noise import initial_noise
 from .sde_step import sde_step
-from .transitions import Transitions, cps, dance_sde, flow_sde, ode, window
+from .transitions import Transitions, cps, dance_sde, flow_sde, matching, ode, window
 
 __all__ = [
     "GrpoLoss",
@@ -28,6 +28,7 @@ __all__ = [
     "grpo_loss",
     "initial_noise",
     "log_prob",
+    "matching",
     "nft_loss",
     "ode",
     "sde_step",

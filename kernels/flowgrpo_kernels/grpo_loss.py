@@ -660,5 +660,8 @@ def _check(
         latents["ref_velocity"] is None or latents["uncond_velocity"] is None
     ):
         raise ValueError("ref_uncond_velocity needs ref_velocity and uncond_velocity")
-    if latents["old_velocity"] is not None and "cps" in transitions.kinds:
-        raise ValueError("old_velocity (Guard) needs k = 1 / 2C^2, but transitions has cps rows")
+    for kind in ("cps", "matching"):
+        if latents["old_velocity"] is not None and kind in transitions.kinds:
+            raise ValueError(
+                f"old_velocity (Guard) needs k = 1 / 2C^2, but transitions has {kind} rows"
+            )

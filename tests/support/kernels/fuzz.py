@@ -199,6 +199,15 @@ def schedule(draw: Draw, names=("noise_level", "kl")) -> dict:
     return call
 
 
+def matching_call(draw: Draw) -> dict:
+    call = schedule(draw, ())
+    if draw.chance(2):
+        call["weight"] = draw.number(0, 2)
+    elif draw.chance(2):
+        call["weight"] = torch.rand(len(call["sigmas"]))
+    return call
+
+
 def window_call(draw: Draw) -> dict:
     inside = fk.flow_sde([1, 0.7, 0.4, 0]).to(draw.device)
     steps = draw.data.draw(st.lists(st.integers(0, 2)))
@@ -278,7 +287,7 @@ def loss_call(draw: Draw) -> dict:
     for name in ("row_weight", "kl_row_weight"):
         if draw.chance(3):
             call[name] = draw.per_row()
-    if draw.chance(3) and "cps" not in call["transitions"].kinds:
+    if draw.chance(3) and not {"cps", "matching"} & set(call["transitions"].kinds):
         call["old_velocity"] = draw.latent()
     if draw.chance(2):
         call["clip_range"] = draw.one_of(
@@ -422,6 +431,17 @@ def check_table(call: dict, result: Transitions) -> None:
     assert result.sigmas.dtype == torch.float64 and result.num_steps == len(result.kinds)
 
 
+def check_matching(call: dict, result: Transitions) -> None:
+    """Rows that say v for every velocity v, with the weights that were asked for."""
+    table, sigmas = result.table, torch.as_tensor(call["sigmas"], dtype=torch.float32)
+    assert table.dtype == torch.float32 and table.shape == (len(sigmas), len(COLUMNS))
+    assert torch.equal(table[:, COLUMNS.index("sigma")], sigmas)
+    weight = torch.as_tensor(call.get("weight", 1.0), dtype=torch.float32)
+    assert torch.equal(table[:, COLUMNS.index("k")], weight.expand(len(sigmas)))
+    assert (table[:, 0] == 0).all() and (table[:, [1, 2, 5]] == 1).all()
+    assert result.sigmas is None and set(result.kinds) == {"matching"}
+
+
 def check_step(call: dict, result) -> None:
     out, lp = result
     assert_like(out, call["sample"].shape, call["sample"].dtype, call["sample"].device)
@@ -536,6 +556,7 @@ TARGETS = {
     "dance_sde": Target(fk.dance_sde, schedule, check_table),
     "cps": Target(fk.cps, schedule, check_table),
     "ode": Target(fk.ode, lambda draw: schedule(draw, ()), check_table, share=0.5),
+    "matching": Target(fk.matching, matching_call, check_matching, share=0.5),
     "window": Target(fk.window, window_call, share=0.5),
     "Transitions.from_table": Target(Transitions.from_table, table_call, share=0.5),
     "Transitions.cat": Target(concatenated, cat_call, share=0.5),
