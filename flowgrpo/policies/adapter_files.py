@@ -39,7 +39,7 @@ FORMATS = {DIFFUSERS: "diffusers' format", PEFT: "PEFT's format", BARE: "bare mo
 # A whole state of a PEFT model has the adapter's name before `weight`.
 MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 EXTRA = re.compile(r"(?P<module>.+)\.(lora_magnitude_vector(\.weight)?|lora_B\.bias)")
-"""What diffusers reads beside the matrices: DoRA's magnitudes and biases."""
+"""Keys that diffusers reads beside the matrices: DoRA's magnitudes, and biases."""
 SETTINGS = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
 """Fields of PEFT's LoraConfig, beside the ranks, that decide what the matrices do."""
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
