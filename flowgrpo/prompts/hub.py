@@ -21,8 +21,12 @@ MEDIA = ("Image", "Audio", "Video")
 HELD_OUT = ("test", "validation")
 
 
-def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
+def load(
+    name: str, split: str, argument: str = "sample.prompts"
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Load texts and metadata of the set called `name`, "hub:..." as above.
+
+    argument: what `name` was given by, for messages.
 
     Raises:
         ConfigError: the library is missing, or there is no such set, split or column.
@@ -31,7 +35,7 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"sample.prompts is {name!r}, which the library datasets reads, but it cannot be "
+            f"{argument} is {name!r}, which the library datasets reads, but it cannot be "
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, _, column = name.removeprefix(PREFIX).partition(":")
@@ -42,7 +46,7 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"sample.prompts is {name!r}, but the data set {source!r} cannot be loaded "
+            f"{argument} is {name!r}, but the data set {source!r} cannot be loaded "
             f"({type(error).__name__}: {reason.rstrip('.')}); check the name, your access and the "
             "network."
         ) from error

@@ -29,8 +29,13 @@ TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html")
 """Files of text whose lines would be taken for prompts."""
 
 
-def load_prompts(name: str | Path, split: str = "train") -> Prompts:
-    """Load a split of a prompt set. A single file is the same in every split."""
+def load_prompts(
+    name: str | Path, split: str = "train", argument: str = "sample.prompts"
+) -> Prompts:
+    """Load a split of a prompt set. A single file is the same in every split.
+
+    argument: what `name` was given by, for messages.
+    """
     name = path_text(name)
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
@@ -41,22 +46,22 @@ def load_prompts(name: str | Path, split: str = "train") -> Prompts:
         f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
     )
     if name.startswith(hub.PREFIX):
-        texts, metadata = hub.load(name, split)
+        texts, metadata = hub.load(name, split, argument)
         check_unicode(metadata, f"the data set {name}")
         return Prompts.of(texts, metadata)
     path = sets.folder(name) if name in sets.NAMES else Path(name)
-    if _is_folder(path):
+    if _is_folder(path, argument):
         path = _file_of_split(path, split)
     if not path.is_file():
         raise ConfigError(
-            f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
+            f"{argument} is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
             "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
             "file, a folder with both splits, or hub:OWNER/NAME."
         )
     kind = path.suffix.lower()
     require(
         kind not in TABLES,
-        f"sample.prompts is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
+        f"{argument} is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
         "with one prompt a line, or a JSONL file.",
     )
     prompts = _read_jsonl(path) if kind in LINES_OF_JSON else _read_text(path)
@@ -71,13 +76,13 @@ def has_splits(name: str | Path) -> bool:
     return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: Path, argument: str = "sample.prompts") -> bool:
     try:
         return path.is_dir()
     # A name that is too long, or a folder that may not be looked into.
     except OSError as error:
         raise ConfigError(
-            f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
+            f"{argument} is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
             "name another file or folder, or change its permissions."
         ) from error
 

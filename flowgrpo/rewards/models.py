@@ -36,12 +36,14 @@ def pretrained(kind: str, model: str, on: torch.device, revision: str | None = N
         RewardError: there is no such model, or it has no safetensors weights.
     """
     import transformers
+    from safetensors import SafetensorError
 
     try:
         network = getattr(transformers, kind).from_pretrained(
             path_text(model), use_safetensors=True, dtype=torch.float32, revision=revision or "main"
         )
-    except (OSError, ValueError) as error:
+    # A file that was cut off is a SafetensorError, weights of other sizes are a RuntimeError.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(f"the model {model}", kind + " with safetensors weights", error) from error
     return network.eval().requires_grad_(False).to(on)
 

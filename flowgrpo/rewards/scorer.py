@@ -96,7 +96,12 @@ class Scorer:
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
                     check(text, entry)
-        for name, reward in self.rewards.items():
+
+        def has_weights(entry: tuple[str, Any]) -> bool:
+            return "url" not in getattr(entry[1], "defaults", {})
+
+        # Addresses first: one that is missing is seen at once, weights take minutes to load.
+        for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
                 reach = getattr(_build(reward, name), "reach", None)
                 if reach is not None:
@@ -235,11 +240,14 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
 
 
 def _build(reward: Any, name: str) -> Reward:
-    """Load what the reward needs; an error of the user's code is one sentence."""
+    """Load what the reward needs; an error names the reward, and one of the user's code is one
+    sentence too."""
     try:
         return reward.build()
-    except RewardError:
-        raise
+    except RewardError as error:
+        if repr(name) in str(error):
+            raise
+        raise RewardError(f"reward {name!r} cannot be loaded: {error}") from error
     except Exception as error:
         if not is_users(name):
             raise
