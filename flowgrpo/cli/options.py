@@ -134,10 +134,16 @@ class ServeOptions:
     """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
 
 
-def parse(cls: type[T], argv: list[str], prog: str, default: Any = None) -> T:
+def parse(
+    cls: type[T], argv: list[str], prog: str, default: Any = None, description: str | None = None
+) -> T:
     """Parse `argv` by tyro. A ConfigError that a field raised comes out as it is; tyro prints its
-    own errors and exits with 2."""
+    own errors and exits with 2.
+
+    description: what the help says, in place of the class's docstring.
+    """
     arguments: dict[str, Any] = {"args": argv, "prog": prog, "registry": _registry()}
+    arguments["description"] = description
     if default is not None:
         arguments["default"] = default
     # Quietly first, because tyro would print a ConfigError's sentence in a box.
