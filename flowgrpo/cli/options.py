@@ -18,7 +18,7 @@ from flowgrpo.config import (
     RunConfig,
     SampleConfig,
 )
-from flowgrpo.config.validation import settle_paths
+from flowgrpo.config.validation import path_text, settle_paths
 
 T = TypeVar("T")
 
@@ -36,10 +36,22 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a trained model against its base on held-out prompts, with the same seeds."""
+    """Evaluate a trained model against its base on held-out prompts, with the same seeds; or
+    pictures of other systems (--images); or put evaluations into one table (--table)."""
 
-    target: Annotated[str, tyro.conf.Positional]
-    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
+    target: Annotated[str, tyro.conf.Positional] = ""
+    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id); required
+    without --images and --table."""
+    images: tuple[str, ...] = ()
+    """Pictures that other systems made, a row each: folders in GenEval's layout, or JSONL files."""
+    quality_images: tuple[str, ...] = ()
+    """With --images: each system's pictures of the quality prompts; default: the same pictures."""
+    label: tuple[str, ...] = ()
+    """Names of the rows of --images or --table; default: names of the folders, or as they are."""
+    skip_unreadable: bool = False
+    """Leave out pictures that are missing or cannot be read; they are named and counted."""
+    table: tuple[str, ...] = ()
+    """Folders of evaluations, or their evaluation.json: one table of all their rows."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
     model: str | None = None
@@ -50,6 +62,13 @@ class EvaluateOptions:
     """Rewards to report, the first as the accuracy; default: as in training."""
     reward_options: dict[str, str] = field(default_factory=dict)
     """Options of rewards: NAME.OPTION VALUE."""
+    quality: tuple[str, ...] = ()
+    """Rewards on the quality prompts: "paper" (aesthetic, deqa, imagereward, pickscore,
+    unifiedreward), or names of rewards."""
+    quality_prompts: str = "general"
+    """Prompt set of --quality: as sample.prompts, a file such as DrawBench's, or hub:OWNER/NAME."""
+    quality_samples: int = 1
+    """Images for each quality prompt."""
     prompt_set: str | None = None
     """Prompt set; default: as in training."""
     split: str = "heldout"
@@ -71,16 +90,20 @@ class EvaluateOptions:
     width: int | None = None
     """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
-    """Rows of one forward; default: as in training, or 8."""
+    """Rows of one forward; default: as in training, or 8. With --images: pictures scored at once,
+    16."""
     out: str | None = None
-    """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    """Folder for the results; default: evaluation in the run directory; runs/images/evaluation with
+    --images; with --table nothing is written without it."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
-    """Torch device."""
+    """Torch device; with --images that of the rewards."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "target", "adapter", "prompt_set", "out")
+        settle_paths(self, "target", "adapter", "prompt_set", "quality_prompts", "out")
+        for name in ("images", "quality_images", "table"):
+            object.__setattr__(self, name, tuple(map(path_text, getattr(self, name))))
 
 
 @dataclass(frozen=True)
@@ -213,6 +236,29 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         )
 
     return registry
+
+
+def gather(argv: list[str], *names: str) -> list[str]:
+    """Write a repeated option as one: --images A --images B as --images A B, at its first place."""
+    values: dict[str, list[str]] = {}
+    rest: list[str] = []
+    current = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
+        if option in names:
+            if option not in values:
+                rest.append(option)
+            current = values.setdefault(option, [])
+            if equals:
+                current.append(value)
+                current = None
+        elif word.startswith("-") or current is None:
+            current = None
+            rest.append(word)
+        else:
+            current.append(word)
+    return [word for name in rest for word in (name, *values.get(name, ()))]
 
 
 def option_value(argv: list[str], name: str) -> str | None:
