@@ -37,7 +37,7 @@ from flowgrpo.policies.adapters import (
     start_from,
 )
 from flowgrpo.policies.tokens import warn_of_cut
-from flowgrpo.prompts.load import load_prompts
+from flowgrpo.prompts.load import ANY, load_prompts
 from flowgrpo.recipes import RECIPES
 from flowgrpo.rewards.table import options_of
 from flowgrpo.runs import checkpoints, content
@@ -104,6 +104,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
         f"{options.target!r} is a model, but --model {options.model} was given too; leave one out.",
     )
     quality = quality_rewards(options.quality)
+    quality_options = _quality_options(config, options, quality)
     config = _with_options(config, options, quality)
     require(
         checkpoint is None or options.adapter is None,
@@ -111,7 +112,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
         "given too; leave one out, or name the model itself.",
     )
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
-    benchmarks = _benchmarks(config, options, quality)
+    benchmarks = _benchmarks(config, options, quality_options)
     for benchmark in benchmarks:
         benchmark.scorer.prepare(benchmark.evaluation_set.prompts)
     policy = load_base(config)
@@ -163,10 +164,19 @@ def _check_target(options: EvaluateOptions) -> None:
     )
 
 
-def _benchmarks(
+def _quality_options(
     config: Config, options: EvaluateOptions, quality: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Sort the options of the `quality` rewards, the run's and the command line's, by reward."""
+    texts = {**config.reward.options, **options.reward_options}
+    texts = {key: value for key, value in texts.items() if key.rpartition(".")[0] in quality}
+    return options_of(texts, quality)
+
+
+def _benchmarks(
+    config: Config, options: EvaluateOptions, quality: Mapping[str, Mapping[str, str]]
 ) -> list[Benchmark]:
-    """Load the task's prompts and rewards, and with `quality` rewards theirs."""
+    """Load the task's prompts and rewards, and those of `quality`: reward -> its options."""
     names = list(config.reported)
     if quality and not options.rewards:
         # They have prompts of their own; the accuracy stays in any case.
@@ -179,13 +189,11 @@ def _benchmarks(
     )
     if not quality:
         return [task]
-    prompts = load_prompts(options.quality_prompts, "heldout", "--quality-prompts")
-    texts = {**config.reward.options, **options.reward_options}
-    texts = {key: value for key, value in texts.items() if key.rpartition(".")[0] in quality}
+    prompts = load_prompts(options.quality_prompts, ANY, "--quality-prompts")
     scorer = rewards.Scorer(
         dict.fromkeys(quality, 1.0),
         config.reward.retries,
-        options=options_of(texts, quality),
+        options=quality,
         timeout=config.reward.timeout,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)

@@ -19,6 +19,8 @@ PREFIX = "hub:"
 COLUMNS = ("prompt", "caption", "text")
 MEDIA = ("Image", "Audio", "Video")
 HELD_OUT = ("test", "validation")
+CANDIDATES = {"train": ("train",), "any": (*HELD_OUT, "train")}
+"""Split here -> names of splits there, the first that there is; HELD_OUT for others."""
 
 
 def load(
@@ -50,7 +52,7 @@ def load(
             f"({type(error).__name__}: {reason.rstrip('.')}); check the name, your access and the "
             "network."
         ) from error
-    candidates = ("train",) if split == "train" else HELD_OUT
+    candidates = CANDIDATES.get(split, HELD_OUT)
     present = [candidate for candidate in candidates if candidate in splits]
     require(
         bool(present),

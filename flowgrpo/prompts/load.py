@@ -22,6 +22,9 @@ from flowgrpo.records import Prompts, without_nulls
 HELD_OUT = ("heldout", "test")
 """Names of the split that training does not see."""
 
+ANY = "any"
+"""Split for prompts that are only evaluated: the held-out one, or train where there is no other."""
+
 LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines")
 """Files with one JSON object a line."""
 
@@ -40,9 +43,9 @@ def load_prompts(
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
-        return nano_prompts.split(split)
+        return nano_prompts.split("heldout" if split == ANY else split)
     require(
-        split in ("train", *HELD_OUT),
+        split in ("train", ANY, *HELD_OUT),
         f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
     )
     if name.startswith(hub.PREFIX):
@@ -102,9 +105,9 @@ def fingerprint(prompts: Prompts) -> str:
 
 
 def _file_of_split(folder: Path, split: str) -> Path:
-    stem = "train" if split == "train" else "test"
+    stems = {"train": ("train",), ANY: ("test", "train")}.get(split, ("test",))
     suffixes = (*(f"_metadata{kind}" for kind in LINES_OF_JSON), *LINES_OF_JSON, ".txt")
-    names = [stem + suffix for suffix in suffixes]
+    names = [stem + suffix for stem in stems for suffix in suffixes]
     for name in names:
         if (folder / name).is_file():
             return folder / name

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from experiments.ocr_renders import render
 from flowgrpo.cli import evaluate, main
 from flowgrpo.cli.options import gather
 from flowgrpo.evaluation import systems
 from flowgrpo.rewards import models
+from flowgrpo.rewards.images import to_pil
+from flowgrpo.runs import display
 from support import image_folders
 
 REWARDS = '''
@@ -163,6 +166,38 @@ def test_the_judges_of_the_paper_need_an_endpoint(folder, capsys, monkeypatch):
     monkeypatch.setattr(models, "pretrained", None)
     told = refused(capsys, "--images", "good", "--quality", "paper")
     assert "the address of reward 'deqa' is ''" in told and "FLOWGRPO_REWARD_DEQA_URL" in told
+
+
+def test_the_progress_of_long_work(folder, capsys, monkeypatch):
+    """Outside a terminal a line at once here, every half minute otherwise."""
+    monkeypatch.setattr(display, "QUIET", 0.0)
+    line = ["--images", "good", "--rewards", "r.py:right", "--batch-size", "2", "--out", "out"]
+    assert run(*line) == 0
+    shown = capsys.readouterr().out
+    assert "good: reading pictures  4/6 images  " in shown
+    assert "good: scoring by r.py:right  4/6 images  " in shown
+
+
+@pytest.mark.slow
+def test_posters_are_read_by_the_real_ocr(tmp_path, capsys):
+    """RapidOCR's own weights on renders of another system, as PNG, JPEG and WebP of two sizes."""
+    pytest.importorskip("rapidocr")
+    distance = pytest.importorskip("rapidfuzz.distance").Levenshtein.distance
+    words, lines = ["OPEN", "Good Morning", "EXIT", "Voyage"], []
+    for number, (text, kind) in enumerate(zip(words, ("png", "jpg", "webp", "png"), strict=True)):
+        # The last poster shows another word than the prompt asks for.
+        image = render("Monday" if number == 3 else text, "DejaVuSans-Bold", 64, ("white", "black"))
+        name = f"{number}.{kind}"
+        picture = to_pil(image if number else image[:, 64:-64])
+        picture.save(tmp_path / name)
+        lines.append({"prompt": f'a poster that says "{text}"', "file_name": name})
+    (tmp_path / "posters.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    assert run("--images", tmp_path / "posters.jsonl", "--rewards", "ocr", "--out", out) == 0
+    score = scores(out)["posters"]["ocr"]
+    wrong = max(0.0, 1 - distance("monday", "voyage") / 6)
+    assert score["mean"] == pytest.approx((3 + wrong) / 4) and score["failed"] == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["Model", "OCR"]
 
 
 @pytest.mark.parametrize(
