@@ -113,7 +113,8 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     )
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
     benchmarks = _benchmarks(config, options, quality_options)
-    for benchmark in benchmarks:
+    # The judges' addresses are tried before any weights are loaded.
+    for benchmark in reversed(benchmarks):
         benchmark.scorer.prepare(benchmark.evaluation_set.prompts)
     policy = load_base(config)
     if config.run.resume:

@@ -54,7 +54,8 @@ def evaluate_images(options: EvaluateOptions, console: Console | None = None) ->
     check_numbers(options, "batch_size")
     collections = _find(options)
     task, quality = _scorers(options, collections)
-    for scorer, sets in _pairs(task, quality, collections):
+    # The judges' addresses are tried before any weights are loaded.
+    for scorer, sets in reversed(_pairs(task, quality, collections)):
         scorer.prepare(_all_prompts(sets))
     check_writable(Path(options.out or OUT))
     collections = [_read(entry, options, console) for entry in collections]

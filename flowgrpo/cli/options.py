@@ -40,8 +40,7 @@ class EvaluateOptions:
     pictures of other systems (--images); or put evaluations into one table (--table)."""
 
     target: Annotated[str, tyro.conf.Positional] = ""
-    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id); required
-    without --images and --table."""
+    """Run directory, checkpoint folder, recipe, or model (folder or Hub id); none with --images."""
     images: tuple[str, ...] = ()
     """Pictures that other systems made, a row each: folders in GenEval's layout, or JSONL files."""
     quality_images: tuple[str, ...] = ()
@@ -63,8 +62,7 @@ class EvaluateOptions:
     reward_options: dict[str, str] = field(default_factory=dict)
     """Options of rewards: NAME.OPTION VALUE."""
     quality: tuple[str, ...] = ()
-    """Rewards on the quality prompts: "paper" (aesthetic, deqa, imagereward, pickscore,
-    unifiedreward), or names of rewards."""
+    """Rewards on prompts of their own: "paper", which are the five of its table, or names."""
     quality_prompts: str = "general"
     """Prompt set of --quality: as sample.prompts, a file such as DrawBench's, or hub:OWNER/NAME."""
     quality_samples: int = 1
@@ -90,15 +88,13 @@ class EvaluateOptions:
     width: int | None = None
     """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
-    """Rows of one forward; default: as in training, or 8. With --images: pictures scored at once,
-    16."""
+    """Rows of one forward; default: as in training, or 8. With --images: pictures at once, 16."""
     out: str | None = None
-    """Folder for the results; default: evaluation in the run directory; runs/images/evaluation with
-    --images; with --table nothing is written without it."""
+    """Folder for the results; default: in the run's, or runs/images/evaluation; --table: none."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
-    """Torch device; with --images that of the rewards."""
+    """Torch device; with --images, that of the rewards."""
 
     def __post_init__(self) -> None:
         settle_paths(self, "target", "adapter", "prompt_set", "quality_prompts", "out")

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from flowgrpo import rewards
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import require
+from flowgrpo.config.validation import path_text, require
 from flowgrpo.prompts.hub import COLUMNS as TEXTS
 from flowgrpo.prompts.load import LINES_OF_JSON, check_unicode
-from flowgrpo.records import Prompts
+from flowgrpo.records import Prompts, without_nulls
 from flowgrpo.rewards.images import from_file
 
 GENEVAL, JSONL = "GenEval's layout", "JSONL"
@@ -177,7 +177,7 @@ def _jsonl(source: Path, path: Path) -> PictureSet:
             f"line {number} of {path} names no picture, but its path is expected under "
             f"{', '.join(FILES[:-1])} or {FILES[-1]}; add it.",
         )
-        files.append(path.parent / Path(entry[names[0]]).expanduser())
+        files.append(path.parent / path_text(entry[names[0]]))
         texts.append(entry["prompt"])
         metadata.append({key: value for key, value in entry.items() if key not in FILES})
     return PictureSet(source, JSONL, tuple(files), one_index_a_text(Prompts.of(texts, metadata)))
@@ -201,7 +201,8 @@ def _objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            # Nulls go here, where too deep a nesting is still an error of the line.
+            entry = without_nulls(json.loads(line))
         # Also a number of more digits than Python reads, and brackets in thousands.
         except (ValueError, RecursionError):
             entry = None

@@ -229,7 +229,7 @@ def load(path: Path) -> list[System]:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}")
         return [_system_from_dict(entry) for entry in values["systems"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--table names {str(path)!r}, but {file} holds something else "
             f"({type(error).__name__}: {error}), and an {NAME} of format {FORMAT} is expected; "
@@ -387,14 +387,19 @@ def columns(systems: Sequence[System]) -> list[Column]:
     )
     paper = [name for name in PRESETS[PAPER] if name in qualities]
     ordered = list(dict.fromkeys((*paper, *qualities)))
-    listed = [Column(_header(name), QUALITY, name, 2) for name in ordered]
+    listed = [Column(_header(name), QUALITY, name, _digits(name)) for name in ordered]
 
     def task_column(name: str) -> Column:
         header = _header(name) + (" (task)" if name in ordered else "")
-        return Column(header, TASK, name, 2 if name in PRESETS[PAPER] else 3)
+        return Column(header, TASK, name, _digits(name))
 
     rest = [name for name in others if name not in metrics]
     return [*map(task_column, metrics), *listed, *map(task_column, rest)]
+
+
+def _digits(reward: str) -> int:
+    """Choose the decimals: two for the paper's quality rewards, three for shares and others."""
+    return 2 if reward in PRESETS[PAPER] else 3
 
 
 def _header(reward: str) -> str:
