@@ -16,8 +16,8 @@ diffusers leave out, without a word, the matrices and keys that they have no pla
 from __future__ import annotations
 
 import json
-import os
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
