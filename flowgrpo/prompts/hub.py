@@ -42,6 +42,9 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, column = path_text(name.removeprefix(PREFIX)), ""
+    require(
+        bool(source), f"sample.prompts is {name!r}, but {PREFIX}OWNER/NAME is expected; name one."
+    )
     # A folder's path may have a colon of its own.
     if not os.path.isdir(source):
         source, _, column = source.partition(":")
