@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -149,6 +149,11 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _on_one_line(text: str) -> str:
+    """Write line breaks and control characters, as of a path or a file, as Python does."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_everything() -> None:

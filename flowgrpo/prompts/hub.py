@@ -48,6 +48,9 @@ def load(
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, column = path_text(name.removeprefix(PREFIX)), ""
+    require(
+        bool(source), f"sample.prompts is {name!r}, but {PREFIX}OWNER/NAME is expected; name one."
+    )
     # A folder's path may have a colon of its own.
     if not os.path.isdir(source):
         source, _, column = source.partition(":")
