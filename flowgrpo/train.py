@@ -226,7 +226,7 @@ def collect(
             uncond=components.uncond,
             guidance_scale=options.guidance_scale,
             trained_steps=trained_steps,
-            keep_velocities=config.optim.guard,
+            keep_velocities=config.optim.keeps_velocities,
             on_chunk=score,
         )
 

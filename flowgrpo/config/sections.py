@@ -297,6 +297,10 @@ class OptimConfig:
     """Optimizer steps on the images of one iteration."""
     guard: bool = False
     """GRPO-Guard: recentre the ratio and balance the steps; not for transition cps."""
+    dppo: bool = False
+    """Flow-DPPO: in place of the clip, leave out samples past dppo_threshold that move away."""
+    dppo_threshold: float = 1e-5
+    """KL per element from the rollout's step above which a sample may only move back."""
     ema_decay: float = 0.9
     """Decay of the averaged weights that evaluation and the saved adapter use; 0: no average."""
     ema_every: int = 8
@@ -333,6 +337,12 @@ class OptimConfig:
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
+        check_positive("optim", self, "dppo_threshold")
+        require(
+            not (self.guard and self.dppo),
+            "optim.guard and optim.dppo are both on, but each has its own way to bound an update; "
+            "choose one.",
+        )
         nonnegative = (
             "eps",
             "weight_decay",
@@ -354,6 +364,11 @@ class OptimConfig:
             self.clip_range < 1,
             f"optim.clip_range is {self.clip_range}, but it must be below 1; lower it.",
         )
+
+    @property
+    def keeps_velocities(self) -> bool:
+        """True: an update compares its velocities with the rollout's, which are stored."""
+        return self.guard or self.dppo
 
 
 @dataclass(frozen=True)
