@@ -82,7 +82,7 @@ def test_the_papers_quality_table(weights, tmp_path, capsys):
     [row] = systems.load(tmp_path / "out")
     assert row.label == "GPT-4o" and row.task is None
     assert (row.quality.images, row.quality.prompts) == (4, 3)
-    assert row.quality.details["sizes"] == {"48x48": 2, "64x32": 1, "40x64": 1}
+    assert row.quality.sizes == {"48x48": 2, "64x32": 1, "40x64": 1}
     for name in ("aesthetic", "imagereward", "pickscore"):
         chosen = {k.partition(".")[2]: v for k, v in weights.items() if k.startswith(name)}
         reward = load(name).configured(**chosen, device="cpu")
