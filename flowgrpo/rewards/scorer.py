@@ -114,7 +114,9 @@ class Scorer:
         # Addresses first: one that is missing is seen at once, weights take minutes to load.
         for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                built = _run_users(reward.build, name, "be built")
+                built = _run_users(
+                    reward.build, name, "be loaded" if not is_users(name) else "be built"
+                )
                 reach = getattr(built, "reach", None)
                 if reach is not None:
                     _run_users(reach, name, "reach what it needs")
