@@ -29,20 +29,14 @@ from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.systems import Measurement, System, quality_rewards
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import (
-    INITIAL,
-    add_adapter,
-    check_adapter,
-    load_adapter,
-    start_from,
-)
+from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import ANY, load_prompts
 from flowgrpo.recipes import RECIPES
 from flowgrpo.rewards.table import options_of
 from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
-from flowgrpo.runs.export import load_trained
+from flowgrpo.runs.export import add_initial, load_trained
 from flowgrpo.runs.process import versions
 
 
@@ -222,10 +216,7 @@ def _evaluate_all(
     if options.guidance != 1:
         evaluate_as(f"base, CFG {options.guidance:g}", options.guidance)
     if checkpoint is not None:
-        add_adapter(policy.transformer, config.policy)
-        initial = Path(config.run.resume or "") / INITIAL
-        if config.policy.init_adapter and initial.is_dir():
-            start_from(policy, config.policy, str(initial))
+        if add_initial(policy, config):
             evaluate_as("start", scale, "the adapter that training started from")
         load_trained(policy.transformer, config.optim, checkpoint)
         evaluate_as(f"iteration {checkpoints.read_state(checkpoint)['iteration']}", scale)

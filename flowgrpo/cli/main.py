@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
+"""The command line: ``flowgrpo train | compare | evaluate | sample | serve-reward | doctor``.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -24,6 +24,7 @@ from flowgrpo.recipes import RECIPES
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
 
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train
+       flowgrpo compare STUDY [options]                      train several ways, on equal budgets
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
        flowgrpo evaluate --images DIR ... [options]          score pictures of other systems
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "compare": compare,
         "evaluate": evaluate,
         "sample": sample,
         "serve-reward": serve_reward,
@@ -64,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         _quiet()
         _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        # There is none where the directory was removed.
+        with contextlib.suppress(OSError):
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -94,6 +98,13 @@ def evaluate(argv: list[str]) -> int:
     from flowgrpo.cli.evaluate import evaluate_run
 
     return _run(evaluate_run, options)
+
+
+def compare(argv: list[str]) -> int:
+    """Run ``flowgrpo compare STUDY [--section.field value ...]``."""
+    from flowgrpo.cli.compare import compare as compare_study
+
+    return compare_study(argv)
 
 
 def sample(argv: list[str]) -> int:
@@ -138,6 +149,11 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _on_one_line(text: str) -> str:
+    """Write line breaks and control characters, as of a path or a file, as Python does."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_everything() -> None:

@@ -109,7 +109,7 @@ class SampleOptions:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Prompts, each in quotation marks."""
     run: str | None = None
-    """Run directory or checkpoint: shows the base model's images above the trained model's."""
+    """Run directory or checkpoint: images of the base, of its initial adapter, and trained."""
     model: str | None = None
     """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
     adapter: str | None = None
@@ -151,6 +151,36 @@ class ServeOptions:
     """Port to listen on."""
     token: str | None = None
     """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare the arms of a study; fields of the configuration are changed in all arms."""
+
+    study: Annotated[str, tyro.conf.Positional]
+    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    arms: tuple[str, ...] = ()
+    """Labels of the arms to compare; default: all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training; each arm is trained once with each."""
+    out: str | None = None
+    """Folder of runs, tables and picture, with which it goes on; default: runs/compare-STUDY."""
+    jobs: int | Literal["auto"] = "auto"
+    """Runs at once; auto: one a GPU, or one a CPU core where memory allows."""
+    images: int | None = None
+    """Images that each run trains on, in place of the study's budget."""
+    seconds: float | None = None
+    """Seconds of training of each run, in place of the study's budget; with --images both."""
+    report: bool = False
+    """Only write tables and picture of the runs that are there."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        settle_paths(self, "out")
 
 
 def parse(
