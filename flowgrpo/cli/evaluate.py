@@ -133,6 +133,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     if report["change"] is not None:
         _print_changes(report["change"], evaluations["base"].label == "accuracy", console)
     if quality:
+        console.print()
         systems.show(rows, console)
     names = f"report.json, grid.png, table.md, {systems.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
