@@ -145,8 +145,14 @@ def sync(descriptor: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk.
+
+    What UTF-8 cannot write, as of a path whose bytes are none, is written as its number.
+    """
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(text)
         file.flush()
         sync(file.fileno())

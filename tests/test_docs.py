@@ -151,6 +151,20 @@ def guided_window(text, monkeypatch, capsys):
     assert all(torch.equal(ratio, torch.ones(2)) for ratio in ratios)
 
 
+@runs("import nft_loss")
+def forward_process_loss(text, monkeypatch, capsys):
+    """On policy both errors agree, and what succeeded is drawn to its result."""
+    net = torch.nn.Conv2d(16, 16, 1)
+    sigma, x0, noise = torch.rand(3), torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    scope = {"s": sigma.view(-1, 1, 1, 1), "sigma": sigma, "x0": x0, "noise": noise}
+    scope |= {"model": net, "old_model": lambda x: net(x).detach(), "adv_clip": 5.0}
+    scope["advantages"] = torch.tensor([9.0, -9.0, 0.0])
+    exec(text, scope)
+    assert scope["optimality"].tolist() == [1.0, 0.0, 0.5]
+    assert torch.equal(scope["out"].positive_error, scope["out"].negative_error)
+    assert net.weight.grad.abs().sum() > 0
+
+
 @runs("flow_grpo.patch(")
 def drop_in(text, monkeypatch, capsys):
     theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
@@ -233,15 +247,15 @@ def policy_skeleton(text, monkeypatch, capsys):
     assert not scope["MyPolicy"].__abstractmethods__
 
 
-@runs("def reinforce(")
+@runs("REINFORCE (Williams")
 def objective(text, monkeypatch, capsys):
-    """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
+    """The loss on one batch, its ratio and its gradient."""
     from flowgrpo_kernels import flow_sde, sde_step
 
-    scope = vars(objectives) | {"OBJECTIVES": {}}
+    scope = {}
     exec(text, scope)
-    [(name, row)] = scope["OBJECTIVES"].items()
-    assert name == "reinforce" and isinstance(row, objectives.Objective)
+    row = scope["OBJECTIVE"]
+    assert isinstance(row, objectives.Objective)
     factor = torch.tensor(0.3, requires_grad=True)
     policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
     transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)
@@ -549,6 +563,8 @@ def test_results_are_those_of_the_record():
     before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
     assert f"Of all 240 it accepts {before} before and {after} after" in README
     assert f"It took {record['seconds']['total']:.0f} s" in README
+    avx2 = linked_record("README.md", "summary-avx2.json")["seconds"]["total"]
+    assert f"and {avx2:.0f} s on two of a recent AMD held to AVX2" in README
 
 
 def test_results_of_nano_are_those_of_the_records():
@@ -576,6 +592,8 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
         else:
             assert share == f"{100 * total / seconds['total']:.0f} %"
+    avx2 = linked_record(page, "summary-avx2.json")["seconds"]["total"]
+    assert f"took {avx2:.0f} s" in PAGES[page]
 
 
 CASES = {

@@ -38,7 +38,6 @@ STAGES = (
     "policies",
     "sampling",
     "rewards",
-    "advantages",
     "objectives",
     "update",
     "train",

@@ -26,18 +26,12 @@ from flowgrpo.evaluation.quality import quality_of, tolerances_of
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import (
-    INITIAL,
-    add_adapter,
-    check_adapter,
-    load_adapter,
-    start_from,
-)
+from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.recipes import RECIPES
 from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
-from flowgrpo.runs.export import load_trained
+from flowgrpo.runs.export import add_initial, load_trained
 from flowgrpo.runs.process import versions
 
 
@@ -127,10 +121,7 @@ def _evaluate_all(
         label = f"base, CFG {options.guidance:g}"
         evaluations[label] = evaluator(label, options.guidance)
     if checkpoint is not None:
-        add_adapter(policy.transformer, config.policy)
-        initial = Path(config.run.resume or "") / INITIAL
-        if config.policy.init_adapter and initial.is_dir():
-            start_from(policy, config.policy, str(initial))
+        if add_initial(policy, config):
             evaluations["start"] = evaluator("the adapter that training started from", scale)
         load_trained(policy.transformer, config.optim, checkpoint)
         label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"

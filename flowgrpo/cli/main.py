@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         _quiet()
         _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        # There is none where the directory was removed.
+        with contextlib.suppress(OSError):
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -90,7 +90,7 @@ class SampleOptions:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Prompts, each in quotation marks."""
     run: str | None = None
-    """Run directory or checkpoint: shows the base model's images above the trained model's."""
+    """Run directory or checkpoint: images of the base, of its initial adapter, and trained."""
     model: str | None = None
     """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
     adapter: str | None = None

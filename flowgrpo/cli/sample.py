@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
-from flowgrpo.runs.export import add_trained
+from flowgrpo.runs.export import add_initial, load_trained
 
 
 def sample_pictures(options: SampleOptions, console: Console | None = None) -> Path:
-    """Write one picture with `count` images of each prompt; with a run, base above trained."""
+    """Write one picture with `count` images of each prompt; with a run, base above trained, and
+    between them the adapter that it started from, if any."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
     config, checkpoint = config_of_model(options.model or "nano"), None
@@ -72,7 +74,9 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config, checkpoint)
+        if add_initial(policy, config):
+            rows["start"] = images()
+        load_trained(policy.transformer, config.optim, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
@@ -109,7 +113,7 @@ def _check_sample(options: SampleOptions) -> None:
     )
     pictures.check_ending(Path(options.out))
     require(
-        not Path(options.out).is_dir(),
+        not os.path.isdir(options.out),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
         f"one, for example {Path(options.out) / 'sample.png'}.",
     )

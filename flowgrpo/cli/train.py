@@ -33,9 +33,10 @@ def train(argv: list[str]) -> int:
     except Exception as error:
         if getattr(error, "errno", None) not in FULL and "No space left" not in str(error):
             raise
+        # A cache or a temporary file may lie on another disk than the run.
         print(
-            f"error: the disk of run.out {str(config.out_dir)!r} is full ({error}); free some "
-            f"space and go on with --run.resume {config.out_dir}.",
+            f"error: no space is left on a disk that the run in {str(config.out_dir)!r} writes to "
+            f"({error}); free some and go on with --run.resume {config.out_dir}.",
             file=sys.stderr,
         )
         return 1

@@ -260,7 +260,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a row of objectives.py: grpo."""
+    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -309,11 +309,24 @@ class OptimConfig:
     """Trained steps of a chunk in one forward of the update; it must divide their number."""
     capture: Literal["on", "off"] = "off"
     """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
+    levels: int = 1
+    """Noise levels that an objective of the forward process looks at each result at."""
+    level_weight: Literal["uniform", "sigma", "normalized"] = "uniform"
+    """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
+    tau: float = 0.5
+    """Temperature of orw: an image counts exp(reward / tau)."""
+    nft_beta: float = 1.0
+    """How far nft's positive and negative velocities lie from the old policy's."""
+    old_decay: float = 0.5
+    """Largest share of itself that nft's old policy keeps after an iteration; 0: none."""
+    old_decay_rise: float = 0.001
+    """Growth of that share with each optimizer step, from 0."""
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
+        check_positive("optim", self, "levels", "tau", "nft_beta")
         nonnegative = (
             "eps",
             "weight_decay",
@@ -322,12 +335,13 @@ class OptimConfig:
             "max_grad_norm",
             "beta",
             "ratio_tolerance",
+            "old_decay_rise",
         )
         check_positive("optim", self, *nonnegative, zero=True)
         require(
-            all(0 <= b < 1 for b in (*self.betas, self.ema_decay)),
-            f"optim.betas is {self.betas} and ema_decay {self.ema_decay}, but each must be at "
-            "least 0 and below 1; change the one outside.",
+            all(0 <= b < 1 for b in (*self.betas, self.ema_decay, self.old_decay)),
+            f"optim.betas is {self.betas}, ema_decay {self.ema_decay} and old_decay "
+            f"{self.old_decay}, but each must be at least 0 and below 1; change the one outside.",
         )
         require(
             self.clip_range < 1,

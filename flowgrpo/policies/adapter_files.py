@@ -12,6 +12,7 @@ are of this kind. Where no alpha is stored, it is the rank, as in diffusers.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -129,9 +130,10 @@ def _most(values: Any) -> Any:
 def _find(adapter: str) -> Path | None:
     """Find the file of weights in a folder or Hub repository; a file is itself."""
     path = Path(adapter)
-    if path.is_file():
+    # os.path answers False for a name that is too long, which the Hub refuses.
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _from_hub(adapter)
     for name in (LORA_FILE, PEFT_FILE):
         if (path / name).is_file():

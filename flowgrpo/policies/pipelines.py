@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -64,7 +65,7 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
     cls = family.load_class(family.pipeline)
     try:
         chosen = {"variant": variant} if variant else {}
-        folder = Path(source if Path(source).is_dir() else cls.download(source, **chosen))
+        folder = Path(source if os.path.isdir(source) else cls.download(source, **chosen))
         pipeline = _load_files(cls, folder, dtype, chosen)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
@@ -140,7 +141,9 @@ def _check_scheduler_class(name: str, model: str) -> None:
 def _read_index(source: str, model: str) -> dict[str, Any]:
     """model_index.json of a pipeline folder or Hub repository; `model` is what the user called
     it."""
-    index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
+    # os.path answers False for a name that is too long, which the Hub refuses with a reason.
+    is_folder = os.path.isdir(source)
+    index = Path(source) / "model_index.json" if is_folder else _from_hub(source, model)
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
         values["_class_name"]
@@ -202,7 +205,7 @@ def check_variant(model: str, variant: str, files: Iterable[str]) -> None:
 
 def _files_of(source: str) -> list[str]:
     """Paths in a folder or Hub repository; none where it cannot be asked."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         paths = Path(source).rglob("*.safetensors")
         return [path.relative_to(source).as_posix() for path in paths]
     from huggingface_hub import list_repo_files

@@ -2,7 +2,7 @@
 
 All that is written or shown around the algorithm is here, so that the loop is the algorithm::
 
-    with stoppable() as stop, Monitor.open(config, policy, state) as monitor:
+    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
         while monitor.unfinished and not stop.requested:
             ...
             state.iteration += 1
@@ -32,19 +32,26 @@ from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.evaluation.kl import path_kl
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import content
 from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory, is_address
+from flowgrpo.runs.directory import RunDirectory, is_address, is_file
 from flowgrpo.runs.display import Display
-from flowgrpo.runs.process import device_name, kernel_backends, versions
+from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
 
 log = logging.getLogger("flowgrpo")
+LEFT = "The evaluation is left; it is made when the run goes on."
 
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was left, because the run was asked to stop."""
 
 
 def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
@@ -62,8 +69,11 @@ def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
 class Monitor:
     """Logs, evaluates, draws and saves one run. Opened by `Monitor.open`; a context manager."""
 
-    def __init__(self, config: Config, policy: Policy, state: State) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, state: State, stop: Stop | None = None
+    ) -> None:
         self.config, self.policy, self.state = config, policy, state
+        self.stop = stop or Stop()
         self.evaluation_set = load_evaluation_set(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported)
         self.scorer.prepare(self.evaluation_set.prompts)
@@ -71,6 +81,9 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        if has_splits(config.sample.prompts):
+            # Of one file they are among those of training, which were counted.
+            warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
         self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
@@ -83,7 +96,9 @@ class Monitor:
         self._since = time.perf_counter()
 
     @classmethod
-    def open(cls, config: Config, policy: Policy, state: State) -> Monitor:
+    def open(
+        cls, config: Config, policy: Policy, state: State, stop: Stop | None = None
+    ) -> Monitor:
         """Open or create the run directory, restore `state`, show the banner, and evaluate the
         untrained model (or read its evaluation).
 
@@ -91,14 +106,15 @@ class Monitor:
             config: of the run.
             policy: the model, with `state.parameters` in its transformer.
             state: restored in place when the run is resumed; `state.totals` is updated here.
+            stop: once it is requested, evaluations of trained weights are left for the next start.
 
         Raises:
             ConfigError: as `RunDirectory.open`, `RunDirectory.restore` and `Loggers.open`; nothing
                 is left behind then.
         """
-        monitor = cls(config, policy, state)
+        monitor = cls(config, policy, state, stop)
         # The weights are still those that were loaded; `restore` may replace them.
-        now = content.content_of(config, policy, monitor.evaluation_set)
+        now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
         monitor.directory = RunDirectory.open(config, now)
         try:
             restored = monitor.directory.restore(state)
@@ -130,7 +146,7 @@ class Monitor:
                     self._save(None)
                 self.display.note(
                     f"Saved after {iteration} iterations; go on with --run.resume "
-                    f"{self.directory.path}."
+                    f"{self.config.out_dir}."
                 )
         finally:
             self.close()
@@ -160,7 +176,17 @@ class Monitor:
                 self.latest = (line["iteration"], evaluation)
         if not restored:
             self._save(self.untrained["base"].accuracy)
+        elif self._was_left():
+            self._evaluate_and_save()
         self._draw(self._samples())
+
+    def _was_left(self) -> bool:
+        """Tell if the evaluation of the present iteration is due and was not made: the process that
+        wrote the checkpoint was asked to stop meanwhile."""
+        iteration, every = self.state.iteration, self.config.run.eval_every
+        if not every or not iteration or iteration % every:
+            return False
+        return all(line["iteration"] != iteration for line in self.directory.metrics("eval"))
 
     def iteration(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Log and show a finished iteration; evaluate and save where it is due.
@@ -170,7 +196,7 @@ class Monitor:
                 Logged beside them is "lr", the learning rate of the last update.
             seconds: its phases, as {"rollout", "reward", "update"}.
         """
-        totals, iteration, run = self.state.totals, self.state.iteration, self.config.run
+        totals, iteration = self.state.totals, self.state.iteration
         before = self._training()
         self._add(seconds)
         error = max(totals.get("max_ratio_error", 0.0), float(metrics.get("max_ratio_error", 0.0)))
@@ -190,10 +216,23 @@ class Monitor:
         noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
         for sentence in filter(None, (noise, self.advice.gradients(metrics))):
             self.display.note(sentence)
-        score, due = None, self._is_due(before)
-        if due or (run.eval_every and iteration <= run.steps and iteration % run.eval_every == 0):
-            score = self._evaluate(final=False).accuracy
-        if due or (run.checkpoint_every and iteration % run.checkpoint_every == 0):
+        self._evaluate_and_save(before)
+
+    def _evaluate_and_save(self, before: float) -> None:
+        """Evaluate and save where it is due after the present iteration, before which training had
+        taken `before` seconds. A stop that is requested meanwhile ends the evaluation, and the
+        checkpoint is written at once."""
+        iteration, run, score = self.state.iteration, self.config.run, None
+        timed = self._is_due(before)
+        due = timed or (bool(run.checkpoint_every) and iteration % run.checkpoint_every == 0)
+        regular = run.eval_every and iteration <= run.steps and iteration % run.eval_every == 0
+        if timed or regular:
+            try:
+                score = self._evaluate(final=False).accuracy
+            except EvaluationStopped:
+                self.display.note(LEFT)
+                due = True
+        if due:
             self._save(score)
 
     @property
@@ -223,7 +262,11 @@ class Monitor:
         """Evaluate once more unless interrupted, save, and return what summary.json holds."""
         iteration = self.state.iteration
         if not interrupted and self.latest[0] != iteration:
-            self._evaluate(final=True)
+            try:
+                self._evaluate(final=True)
+            except EvaluationStopped:
+                self.display.note(LEFT)
+                interrupted = True
         evaluated, evaluation = self.latest
         if evaluated != iteration:
             with self.state.ema.swapped():
@@ -239,7 +282,7 @@ class Monitor:
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
-            f"Written to {self.directory.path}: summary.json, curve.png, samples, "
+            f"Written to {self.config.out_dir}: summary.json, curve.png, samples, "
             f"{_described(self.state)}."
         )
         return summary
@@ -319,11 +362,13 @@ class Monitor:
         return None
 
     def _with_present_addresses(self, evaluation: Evaluation) -> Evaluation:
-        """Give the remote rewards of an evaluation, named by address, their names of now."""
+        """Give the rewards of an evaluation that are named by place their names of now."""
         before, now = list(evaluation.scores), list(self.scorer.weights)
         if len(before) != len(now):
             return evaluation
-        names = {b: n if is_address(b) else b for b, n in zip(before, now, strict=True)}
+        names = {
+            b: n if is_address(b) or is_file(b) else b for b, n in zip(before, now, strict=True)
+        }
         return dataclasses.replace(
             evaluation,
             scores={names[name]: score for name, score in evaluation.scores.items()},
@@ -334,6 +379,13 @@ class Monitor:
         rewards = list(self.scorer.weights)
         count = len(self.evaluation_set.seeds)
         with self.display.evaluating(label, count, rewards) as progress:
+
+            def on_progress(stage: str, images: int) -> None:
+                progress(stage, images)
+                # Before the first iteration there is nothing to save.
+                if self.stop.requested and self.state.iteration:
+                    raise EvaluationStopped
+
             return evaluate.evaluate(
                 self.policy,
                 self.evaluation_set,
@@ -342,7 +394,7 @@ class Monitor:
                 batch_size=self.config.sample.batch_size,
                 guidance_scale=guidance_scale,
                 quality=self.quality,
-                on_progress=progress,
+                on_progress=on_progress,
             )
 
     def _measure_kl(self, evaluation: Evaluation) -> Evaluation:

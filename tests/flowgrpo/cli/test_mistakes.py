@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error))
     assert main.main(["train", "--run.out", "there"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: the disk of run.out 'there' is full (")
+    assert shown.startswith("error: no space is left on a disk that the run in 'there' writes")
     assert shown.endswith("go on with --run.resume there.\n") and shown.count("\n") == 1
     monkeypatch.setattr(train, "run", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):

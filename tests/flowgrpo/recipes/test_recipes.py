@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,48 @@ def test_overrides_and_the_command_line(monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             train.parse_train(["sd35m_geneval_1gpu", *words.split()])
+
+
+FILE = """
+from flowgrpo.recipes import recipe
+def mine(**changes):
+    return recipe("nano", **changes)
+def fails():
+    raise ValueError("no")
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The path of a file with recipes of the user's own."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "users_recipes.py").write_text(FILE)
+    yield tmp_path / "users_recipes.py"
+    sys.modules.pop("users_recipes", None)
+
+
+def test_a_file_is_named_as_a_module_is(file, monkeypatch):
+    config = recipe(f"{file}:mine", **{"run.steps": 7})
+    assert config.recipe == "nano" and config.run.steps == 7
+    monkeypatch.chdir(file.parent)
+    assert train.parse_train(["users_recipes.py:mine", "--run.steps", "3"]).run.steps == 3
+    from flowgrpo.cli.targets import resolve_target
+
+    assert resolve_target("users_recipes.py:mine", best=False) == (recipe("nano"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", r"failed \(ValueError: no\)"),
+        ("number", "is int, but a function"),
+        ("none", "has no attribute 'none'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(file, name, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        recipe(f"{file}:{name}")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="there is no file"):
+        recipe(f"{file.parent}/other.py:mine")

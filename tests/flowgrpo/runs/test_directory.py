@@ -189,6 +189,24 @@ def test_what_does_not_change_the_numbers_may_change(tmp_path):
     assert again.config.run.steps == 7 and again.config.sample.overlap == 0
 
 
+def test_the_places_of_files_may_change(tmp_path):
+    """Another variant of the weights, whose content is compared, and an adapter that is copied."""
+    first = {"policy.init_adapter": "a", "policy.variant": "fp16"}
+    directory.RunDirectory.open(config_for(tmp_path / "run", **first)).close()
+    before = directory.resume_config(tmp_path / "run")
+    changes = {"policy.init_adapter": "b", "policy.variant": ""}
+    directory.RunDirectory.open(replace(before, **changes)).close()
+    with pytest.raises(ConfigError, match=r"init_adapter is '', but the run in .* with 'a'"):
+        directory.RunDirectory.open(replace(before, **{"policy.init_adapter": ""}))
+
+
+def test_a_run_without_an_adapter_does_not_get_one(tmp_path):
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
+    changed = replace(directory.resume_config(tmp_path / "run"), **{"policy.init_adapter": "a"})
+    with pytest.raises(ConfigError, match=r"init_adapter is 'a', but the run in .* with ''"):
+        directory.RunDirectory.open(changed)
+
+
 def services(first: str, second: str, **options) -> dict:
     weights = {"ocr": 0.5, first: 1.0, second: 2.0}
     report = ("ocr", second, "http://other")

@@ -50,7 +50,7 @@ def test_a_gradient_norm_for_each_update_is_its_mean_and_the_last():
 
 
 def test_a_board_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "is_installed", lambda name: False)
     config = replace(Config(), **{"run.wandb": "p", "run.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"install flowgrpo\[wandb\]"):
         directory.RunDirectory.open(config)
@@ -81,7 +81,6 @@ class Wandb(types.ModuleType):
 def test_a_resumed_run_goes_on_in_the_same_record(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.wandb": "project", "run.out": str(tmp_path / "run")})
     with directory.RunDirectory.open(config) as run:
         run.log(1, {"reward": torch.tensor(0.5)}, {"update": 2.0})
@@ -165,7 +164,6 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
 def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = processes.make(tmp_path, **{"run.wandb": "p", "run.steps": 1, "run.eval_every": 1})
     train.run(config)
     logged = [call for call in fake.calls if isinstance(call, tuple)]
@@ -193,7 +191,6 @@ def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
 
     monkeypatch.setattr(fake, "init", init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(evaluate, "evaluate", None)
     with pytest.raises(ConfigError) as error:
         train.run(replace(config, **{"run.wandb": "p"}))
@@ -220,7 +217,6 @@ def test_a_run_that_diverges_says_so(metrics):
 def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplog):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.out": str(tmp_path / "run"), "run.wandb": "p"})
     with directory.RunDirectory.open(config) as run:
         run.log(1, {"x": 1.0})
