@@ -208,6 +208,9 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
+# Their rollouts are deterministic: images of a group that begin from equal noise would be equal.
+FORWARD = {"sample.shared_noise": False}
+
 STUDIES = {
     study.name: study
     for study in (
@@ -218,12 +221,18 @@ STUDIES = {
             recipe="nano",
             arms={
                 "GRPO": {"optim.objective": "grpo"},
-                "SFT": {"optim.objective": "sft"},
-                "DPO": {"optim.objective": "dpo"},
+                "SFT": {"optim.objective": "sft", **FORWARD},
+                "DPO": {"optim.objective": "dpo", **FORWARD},
                 "ReFL": {"optim.objective": "refl"},
-                "ORW": {"optim.objective": "orw"},
-                "AWM": {"optim.objective": "awm"},
-                "NFT": {"optim.objective": "nft"},
+                "ORW": {"optim.objective": "orw", **FORWARD},
+                # One update an iteration, so that no step is clipped; large errors count less.
+                "AWM": {
+                    "optim.objective": "awm",
+                    "optim.level_weight": "normalized",
+                    "optim.updates_per_iteration": 1,
+                    **FORWARD,
+                },
+                "NFT": {"optim.objective": "nft", **FORWARD},
             },
             images=19_200,
             seconds=480.0,

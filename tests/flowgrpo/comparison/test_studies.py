@@ -21,6 +21,7 @@ from flowgrpo.comparison.studies import (
     select_arms,
 )
 from flowgrpo.config import ConfigError, to_dict
+from flowgrpo.objectives import OBJECTIVES, objective_of
 
 ARMS = {"A": {}, "B": {"optim.lr": 1e-4}}
 
@@ -53,6 +54,15 @@ def test_shipped_studies_compare_what_the_paper_compares():
     assert [c.optim.beta for c in kl.values()] == [0.0, nano.recipe().optim.beta, 0.4]
     assert {"quality", "diversity"} <= set(STUDIES["kl"].panels)
     assert all("jpeg_compressibility" in c.reward.weights for c in kl.values())
+
+
+def test_the_methods_that_are_there_can_be_trained():
+    """Each with its own rules, such as other noise for each image of a deterministic rollout."""
+    configs = STUDIES["methods"].configs().values()
+    there = [config for config in configs if config.optim.objective in OBJECTIVES]
+    assert {config.optim.objective for config in there} >= {"grpo", "sft", "orw", "awm", "nft"}
+    for config in there:
+        assert objective_of(config) is not None
 
 
 def test_arms_override_the_common_fields_and_the_command_line_overrides_both():
