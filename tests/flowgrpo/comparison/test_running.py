@@ -59,18 +59,14 @@ class Setup:
 
         def change(event, process, attempt):
             self.events.append((event, process.run.name))
+            self.most = max(self.most, len(runner.active))
 
-        return Runner(
-            self.folder, self.runs, slots, on_change=change, launch=self.launch, **options
-        )
+        options |= {"on_change": change, "launch": self.launch}
+        runner = Runner(self.folder, self.runs, slots, **options)
+        return runner
 
     def loop(self, runner: Runner, stop: Stop | None = None, tick=None) -> None:
-        def count():
-            self.most = max(self.most, len(runner.active))
-            if tick is not None:
-                tick()
-
-        runner.loop(stop or Stop(), count)
+        runner.loop(stop or Stop(), tick)
 
 
 @pytest.fixture

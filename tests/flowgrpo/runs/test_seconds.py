@@ -81,6 +81,36 @@ def test_a_killed_run_goes_on_to_the_same_seconds(tmp_path, a_second_each):
     assert processes.untimed(metrics) == whole and resumed["iterations"] == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("eval_every", "eval_seconds"), [(2, 0.0), (0, 2.0)])
+def test_an_evaluation_that_a_stop_left_is_made_when_the_run_goes_on(
+    tmp_path, a_second_each, eval_every, eval_seconds
+):
+    """By its iteration and by its seconds alike; with the numbers of a run that was not stopped."""
+    changes = {"run.steps": 1, "run.min_seconds": 3.0, "run.eval_seconds": eval_seconds}
+    if eval_every:
+        changes = {"run.steps": 3, "run.eval_every": eval_every}
+    else:
+        changes["run.eval_every"] = 0
+    changes |= {"run.checkpoint_every": 2, "run.progress": "none"}
+    config = processes.make(tmp_path, **changes)
+    train.run(config)
+    metrics = config.out_dir / "metrics.jsonl"
+    whole = processes.untimed(metrics)
+    checkpoints = config.out_dir / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000003")
+    (config.out_dir / "summary.json").unlink()
+    # As the process that was stopped left it: saved after iteration 2, without its evaluation.
+    shutil.rmtree(config.out_dir / "evaluations" / "step-000002")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    left = [line for line in lines if (line["iteration"], line["kind"]) != (2, "eval")]
+    assert len(left) == len(lines) - 1
+    text = "".join(json.dumps(line) + "\n" for line in left if line["iteration"] <= 2)
+    metrics.write_text(text)
+    train.run(replace(config, **{"run.resume": str(config.out_dir)}))
+    assert processes.untimed(metrics) == whole
+
+
 def test_what_the_banner_says(tmp_path):
     config = processes.make(tmp_path, **{"run.steps": 4, "run.min_seconds": 30.0})
     text = length(config, 4)
