@@ -137,7 +137,7 @@ def setup(
     check_count(prompts, config.sample.prompts_per_iteration)
     scorer = Scorer.of(config.reward)
     scorer.prepare(prompts)
-    policy = load_policy(config, pipeline, encode)
+    policy = load_policy(config, pipeline, encode, reference=objective.reference)
     cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.

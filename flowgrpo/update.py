@@ -162,7 +162,8 @@ def check_ratio(error: float, tolerance: float) -> None:
     if math.isnan(error):
         raise DivergedError(
             "the ratios of the first update after a rollout are NaN, but finite numbers are "
-            "expected; start again with a lower optim.lr."
+            "expected, as the same weights gave the rollout finite velocities; try another "
+            "policy.attention or policy.dtype, or start again with a lower optim.lr."
         )
     if error > tolerance:
         raise RatioError(

@@ -21,11 +21,13 @@ import tyro
 
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
+from flowgrpo.cli.doctor import LIBRARIES
 from flowgrpo.comparison.studies import STUDIES, parse_study
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
+from flowgrpo.evaluation import systems
 from flowgrpo.policies import Policy
 from flowgrpo.policies.family import Family
-from flowgrpo.recipes import RECIPES
+from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
 
@@ -557,6 +559,49 @@ def test_rewards_table():
     assert set(listed) == set(REWARDS)
     for name, settings in listed.items():
         assert settings == list(getattr(rewards.load(name), "defaults", {})), name
+
+
+def test_quality_rewards_of_the_evaluation_page():
+    rows = table("docs/evaluation.md", "| reward | column |")
+    assert [names(row[0]) for row in rows] == [[name] for name in systems.PRESETS["paper"]]
+    head = table("docs/evaluation.md", "| Model | task metric |")
+    assert head == []
+    for (name, header, models, factor, needs), reward in zip(
+        rows, systems.PRESETS["paper"], strict=True
+    ):
+        assert (header, float(factor)) == systems.COLUMNS[reward], name
+        defaults = rewards.load(reward).defaults
+        keys = [key for key in ("model", "head", "tokenizer") if key in defaults]
+        assert names(models) == [defaults[key] for key in keys]
+        remote = "url" in defaults
+        libraries = LIBRARIES.get(reward, ())
+        assert ("flowgrpo[rewards]" in names(needs)) == bool(libraries) == remote
+        assert not remote or f"{reward}.url" in names(needs)
+
+
+def test_tasks_of_the_evaluation_page():
+    rows = table("docs/evaluation.md", "| recipe | prompts |")
+    for (cell, prompts, metric, needs, numbers, figures), (name, task) in zip(
+        rows, tasks.TASKS.items(), strict=True
+    ):
+        [recipe_name] = names(cell)
+        config = recipe(recipe_name, memory=80.0)
+        assert names(prompts) == [config.sample.prompts]
+        assert (
+            names(metric)
+            == [*config.reward.weights, config.reported[0]]
+            == [
+                name,
+                task.reported[0],
+            ]
+        )
+        [extra] = names(needs)
+        assert f"pip install '{extra}'" in task.needs
+        assert (extra == "flowgrpo[rewards]") == bool(LIBRARIES.get(name))
+        assert names(numbers) == [tasks.CONFIGS["sd3", "paper", name]]
+        assert re.findall(r"[\d.]+", figures) == re.findall(r"[\d.]+", task.published)
+    guards = "`pickscore`, `aesthetic` and `imagereward`"
+    assert tuple(names(guards)) == tasks.GUARDS and guards in prose("docs/evaluation.md")
 
 
 # Numbers

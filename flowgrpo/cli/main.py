@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowgrpo import __version__
-from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, parse
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, gather, parse
 from flowgrpo.cli.train import train
 from flowgrpo.config import ConfigError
 from flowgrpo.recipes import RECIPES
@@ -27,6 +27,8 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo compare STUDY [options]                      train several ways, on equal budgets
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
+       flowgrpo evaluate --images DIR ... [options]          score pictures of other systems
+       flowgrpo evaluate --table DIR DIR ...                 evaluations in one table
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -85,8 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 
 # A command's own file is imported once its options are read: torch takes seconds, `--help` none.
 def evaluate(argv: list[str]) -> int:
-    """Run ``flowgrpo evaluate RUN_DIR``."""
+    """Run ``flowgrpo evaluate RUN_DIR | --images DIR ... | --table DIR ...``."""
+    argv = gather(argv, "--images", "--quality-images", "--label", "--table")
     options = parse(EvaluateOptions, argv, "flowgrpo evaluate")
+    if options.images or options.quality_images or options.table:
+        from flowgrpo.cli.evaluate_images import evaluate_images, merge_tables
+
+        (merge_tables if options.table else evaluate_images)(options)
+        return 0
     from flowgrpo.cli.evaluate import evaluate_run
 
     return _run(evaluate_run, options)
@@ -141,6 +149,11 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _on_one_line(text: str) -> str:
+    """Write line breaks and control characters, as of a path or a file, as Python does."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_everything() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from flowgrpo import seeds
+from flowgrpo import files, seeds
 from flowgrpo.cli.options import SampleOptions
 from flowgrpo.cli.targets import (
     check_numbers,
@@ -18,8 +18,8 @@ from flowgrpo.cli.targets import (
     load_base,
     resolve_target,
 )
-from flowgrpo.config import replace
-from flowgrpo.config.validation import require
+from flowgrpo.config import ConfigError, replace
+from flowgrpo.config.validation import require, shown
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
@@ -112,8 +112,21 @@ def _check_sample(options: SampleOptions) -> None:
         "given too; leave one out.",
     )
     pictures.check_ending(Path(options.out))
+    try:
+        os.stat(options.out)
+    # Not there yet; that its folder is none is said by `check_writable`.
+    except (FileNotFoundError, NotADirectoryError):
+        require(
+            options.out != "", "--out is empty, but the file of a picture is expected; name one."
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--out is {shown(options.out)}, which cannot be written "
+            f"({getattr(error, 'strerror', error)}); choose another name."
+        ) from error
     require(
         not os.path.isdir(options.out),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
         f"one, for example {Path(options.out) / 'sample.png'}.",
     )
+    files.replaceable(Path(options.out))

@@ -7,7 +7,7 @@ import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.recipes import recipe
+from flowgrpo.recipes import describe, recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -72,7 +72,13 @@ def parse_train(argv: list[str]) -> Config:
     else:
         base = recipe(name)
     sections = TrainOptions(base.policy, base.sample, base.reward, base.optim, base.run)
-    sections = parse(TrainOptions, options, f"flowgrpo train {base.recipe}", sections)
+    sections = parse(
+        TrainOptions,
+        options,
+        f"flowgrpo train {base.recipe}",
+        sections,
+        description=describe(base.recipe, base) or None,
+    )
     if folder is not None and sections.run.out != base.run.out:
         raise ConfigError(
             f"run.out is {sections.run.out!r} with run.resume {folder!r}, but a run goes on in its "

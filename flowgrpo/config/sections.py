@@ -260,7 +260,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw."""
+    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw, dpo."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -315,6 +315,8 @@ class OptimConfig:
     """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
+    dpo_beta: float = 100.0
+    """Strength of dpo's preferences; errors are means over the elements of a latent."""
     nft_beta: float = 1.0
     """How far nft's positive and negative velocities lie from the old policy's."""
     old_decay: float = 0.5
@@ -326,7 +328,7 @@ class OptimConfig:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
-        check_positive("optim", self, "levels", "tau", "nft_beta")
+        check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
         nonnegative = (
             "eps",
             "weight_decay",

@@ -79,7 +79,15 @@ def path_text(value: Any) -> Any:
 def settle_paths(values: Any, *names: str) -> None:
     """Write the named fields of the frozen dataclass `values` as `path_text` does."""
     for name in names:
-        object.__setattr__(values, name, path_text(getattr(values, name)))
+        path = path_text(getattr(values, name))
+        # Otherwise a folder of that name would be made.
+        unknown = isinstance(path, str) and path.startswith("~") and not os.path.lexists(path)
+        require(
+            not unknown,
+            f"{name} is {path!r}, but the home directory of {str(path).partition('/')[0]} is not "
+            "known; write the whole path.",
+        )
+        object.__setattr__(values, name, path)
 
 
 def _is_long(value: Any) -> bool:

@@ -16,6 +16,7 @@ grpo.py        Flow-GRPO: steps of the sampler
 matching.py    re-noised results, for objectives of the forward process
 awm.py         advantage weighted matching
 nft.py         DiffusionNFT
+dpo.py         Flow-DPO
 sft.py  orw.py supervised: the best of a group; each image by the exponential of its reward
 """
 

@@ -55,11 +55,12 @@ def prepare(
     micro_steps = matching.chunks_by_levels(config)
     with policy.frozen_weights():
         for old in matching.old_forwards(policy, schedule, experience, micro_steps):
-            values = (old.batch, old.velocity, old.uncond, config)
+            batch, values = old.batch, (old.velocity, old.uncond, config)
             if config.optim.level_weight == "normalized":
-                weights = matching.normalizer(*values)
-                table = matching.with_weights(table, old.batch.table_row, weights)
-            log_probs[old.draw, old.rows] = matching.score(*values, table).detach()
+                weights = matching.normalizer(batch, *values)
+                table = matching.with_weights(table, batch.table_row, weights)
+            batch = replace(batch, transitions=table)
+            log_probs[old.draw, old.rows] = matching.score(batch, *values)
     draws = replace(experience.draws, log_probs=log_probs)
     return replace(schedule, transitions=table), replace(experience, draws=draws)
 
@@ -71,16 +72,16 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     if optim.beta > 0:
         reference = matching.reference_velocity(policy, batch, config)
     velocity, uncond = velocities(policy, *matching.inputs_of(batch))
-    table, old = matching.table_of(batch, velocity, uncond, config), batch.old_log_prob
+    batch, old = matching.weighted(batch, velocity, uncond, config), batch.old_log_prob
     if old is None:
-        old = matching.score(batch, velocity.detach(), uncond, config, table)
+        old = matching.score(batch, velocity.detach(), uncond, config)
     out = grpo_loss(
         velocity,
         batch.sample,
         batch.prev_sample,
-        old.detach(),
+        old,
         batch.advantages,
-        table,
+        batch.transitions,
         batch.table_row,
         uncond_velocity=uncond,
         guidance_scale=config.sample.guidance_scale,

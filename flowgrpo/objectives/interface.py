@@ -48,6 +48,8 @@ class Objective:
     rollout: Literal["stochastic", "deterministic"] = "stochastic"
     """Sampler of the rollout: that of `sample.transition`, or the deterministic one, whose steps
     are not trained; then only the results are looked at, the last of a trajectory's states."""
+    reference: bool = False
+    """The model before training is needed whatever `optim.beta` is."""
     old_policy: bool = False
     """Rollouts are those of an old policy, which follows the trained one (runs/state.py)."""
     options: tuple[str, ...] = ()

@@ -200,14 +200,12 @@ def score(
     velocity: Tensor,
     uncond: Tensor | None,
     config: Config,
-    transitions: Transitions | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """Compute -w e of each sample, float32 [M], differentiable in the velocity.
 
     Args:
-        velocity, uncond: what `velocities` returned.
-        transitions: the table; default: that of the batch.
+        velocity, uncond: what `velocities` returned; uncond None: the velocity after guidance.
         target: in place of v*, another velocity, scored with weight 1.
     """
     rows = batch.table_row
@@ -217,10 +215,10 @@ def score(
         velocity,
         batch.sample,
         batch.prev_sample if target is None else target,
-        batch.transitions if transitions is None else transitions,
+        batch.transitions,
         rows,
         uncond_velocity=uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=1.0 if uncond is None else config.sample.guidance_scale,
     )
 
 
@@ -241,15 +239,22 @@ def with_weights(transitions: Transitions, rows: Tensor, weights: Tensor) -> Tra
     return Transitions(table, None, transitions.kinds, transitions.row_numbers)
 
 
-def table_of(batch: Batch, velocity: Tensor, uncond: Tensor | None, config: Config) -> Transitions:
-    """Return the table whose weights are those of `optim.level_weight`, now that v is known.
+def weighted(batch: Batch, velocity: Tensor, uncond: Tensor | None, config: Config) -> Batch:
+    """Return the batch with the weights of `optim.level_weight`, now that a velocity is known.
 
-    The weights of a batch with old values were set when these were computed.
+    Those of a batch with old values were set when these were computed.
     """
     if config.optim.level_weight != "normalized" or batch.old_log_prob is not None:
-        return batch.transitions
-    weights = normalizer(batch, velocity, uncond, config)
-    return with_weights(batch.transitions, batch.table_row, weights)
+        return batch
+    transitions, samples = batch.transitions, len(batch.sample)
+    rows = transitions.table[batch.table_row]
+    rows[:, WEIGHT] = normalizer(batch, velocity, uncond, config)
+    others = transitions.table[batch.table_row + transitions.num_steps // 2]
+    # Not by `from_table`, which reads the table on the host.
+    number = torch.arange(2 * samples, device=rows.device)
+    kinds = transitions.kinds[:1] * (2 * samples)
+    table = Transitions(torch.cat([rows, others]), None, kinds, number)
+    return replace(batch, transitions=table, table_row=number[:samples])
 
 
 class Matching(NamedTuple):
@@ -267,11 +272,11 @@ def match(policy: Policy, batch: Batch, config: Config) -> Matching:
     if config.optim.beta > 0:
         reference = reference_velocity(policy, batch, config)
     velocity, uncond = velocities(policy, *inputs_of(batch))
-    table = table_of(batch, velocity, uncond, config)
-    error = -score(batch, velocity, uncond, config, table)
+    batch = weighted(batch, velocity, uncond, config)
+    error = -score(batch, velocity, uncond, config)
     if reference is None:
         return Matching(error, None)
-    return Matching(error, -score(batch, velocity, uncond, config, table, reference))
+    return Matching(error, -score(batch, velocity, uncond, config, reference))
 
 
 @torch.no_grad()

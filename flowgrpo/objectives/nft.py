@@ -27,10 +27,8 @@ Deliberate departures from the paper and its code:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.objectives import matching
@@ -40,9 +38,7 @@ from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.schedule import Schedule
-
-FLOOR = 1e-5
-"""Least value of the divisor of an error."""
+from flowgrpo_kernels import nft_loss
 
 
 def prepare(
@@ -69,64 +65,6 @@ def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: ran
     return replace(batch, prev_sample=results.repeat(len(numbers), *[1] * (results.ndim - 1)))
 
 
-class NftLoss(NamedTuple):
-    """Results of `nft_loss`, on the device. Only `loss` carries a gradient."""
-
-    loss: Tensor
-    """0-dim."""
-    kl: Tensor
-    """0-dim: mean over rows of kl_row_weight mean (v - v_ref)^2; 0 without ref_velocity."""
-    positive_error: Tensor
-    """[M]: e+."""
-    negative_error: Tensor
-    """[M]: e-."""
-    old_deviation: Tensor
-    """[M]: mean (v - v_old)^2."""
-
-
-def nft_loss(
-    velocity: Tensor,
-    sample: Tensor,
-    x0: Tensor,
-    old_velocity: Tensor,
-    sigma: Tensor,
-    optimality: Tensor,
-    *,
-    beta: float,
-    ref_velocity: Tensor | None,
-    kl_weight: float,
-    row_weight: Tensor,
-    kl_row_weight: Tensor,
-    uncond_velocity: Tensor | None,
-    guidance_scale: float,
-) -> NftLoss:
-    """Compute the loss of one batch of re-noised results, differentiable in velocity.
-
-    Args:
-        velocity, sample, x0: [M, ...].
-        old_velocity, ref_velocity: [M, ...], after guidance, constants.
-        sigma, optimality, row_weight, kl_row_weight: float32 [M]; optimality is r in [0, 1].
-        uncond_velocity: [M, ...], a constant.
-    """
-    uncond = None if uncond_velocity is None else uncond_velocity.detach()
-    v = guide(velocity, uncond, guidance_scale).float()
-    step = v - old_velocity.float()
-    level = sigma.view(-1, *[1] * (v.ndim - 1))
-    errors = []
-    for side in (beta * step, -beta * step):
-        residual = (sample - level * (old_velocity.float() + side) - x0).flatten(1)
-        scale = residual.detach().abs().mean(dim=1).clamp(min=FLOOR)
-        errors.append(residual.square().mean(dim=1) / scale)
-    positive, negative = errors
-    loss = (row_weight * (optimality * positive + (1 - optimality) * negative)).mean()
-    kl = torch.zeros_like(loss)
-    if ref_velocity is not None:
-        kl = (kl_row_weight * (v - ref_velocity).flatten(1).square().mean(dim=1)).mean()
-        loss = loss + kl_weight * kl
-    deviation = step.detach().flatten(1).square().mean(dim=1)
-    return NftLoss(loss, kl.detach(), positive.detach(), negative.detach(), deviation)
-
-
 def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute DiffusionNFT's loss of one micro-step."""
     optim, bound = config.optim, config.optim.adv_clip
@@ -151,7 +89,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     )
     metrics = {
         "loss": out.loss.detach(),
-        "kl": out.kl,
+        "kl": out.kl.detach(),
         "positive_error": out.positive_error.mean(),
         "negative_error": out.negative_error.mean(),
         "old_deviation": out.old_deviation.mean(),

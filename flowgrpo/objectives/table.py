@@ -6,7 +6,7 @@ import dataclasses
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.validation import require, similar
-from flowgrpo.objectives import awm, grpo, nft, orw, sft
+from flowgrpo.objectives import awm, dpo, grpo, nft, orw, sft
 from flowgrpo.objectives.interface import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, Objective] = {
     "nft": nft.OBJECTIVE,
     "sft": sft.OBJECTIVE,
     "orw": orw.OBJECTIVE,
+    "dpo": dpo.OBJECTIVE,
 }
 """`optim.objective` -> its row."""
 

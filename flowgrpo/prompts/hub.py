@@ -24,10 +24,16 @@ PREFIX = "hub:"
 COLUMNS = ("prompt", "caption", "text")
 MEDIA = ("Image", "Audio", "Video")
 HELD_OUT = ("test", "validation")
+CANDIDATES = {"train": ("train",), "any": (*HELD_OUT, "train")}
+"""Split here -> names of splits there, the first that there is; HELD_OUT for others."""
 
 
-def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
+def load(
+    name: str, split: str, argument: str = "sample.prompts"
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Load texts and metadata of the set called `name`, "hub:..." as above.
+
+    argument: what `name` was given by, for messages.
 
     Raises:
         ConfigError: the library is missing, or there is no such set, split or column.
@@ -38,10 +44,13 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"sample.prompts is {name!r}, which the library datasets reads, but it cannot be "
+            f"{argument} is {name!r}, which the library datasets reads, but it cannot be "
             f"imported ({error}); run pip install 'flowgrpo[data]'."
         ) from error
     source, column = path_text(name.removeprefix(PREFIX)), ""
+    require(
+        bool(source), f"sample.prompts is {name!r}, but {PREFIX}OWNER/NAME is expected; name one."
+    )
     # A folder's path may have a colon of its own.
     if not os.path.isdir(source):
         source, _, column = source.partition(":")
@@ -55,11 +64,11 @@ def load(name: str, split: str) -> tuple[list[str], list[dict[str, Any]]]:
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:300]
         raise ConfigError(
-            f"sample.prompts is {name!r}, but the data set {source!r} cannot be loaded "
+            f"{argument} is {name!r}, but the data set {source!r} cannot be loaded "
             f"({type(cause).__name__}: {reason.rstrip('.')}); check the name and its files, and "
             "for the Hub your access and the network."
         ) from error
-    candidates = ("train",) if split == "train" else HELD_OUT
+    candidates = CANDIDATES.get(split, HELD_OUT)
     present = [candidate for candidate in candidates if candidate in splits]
     require(
         bool(present),

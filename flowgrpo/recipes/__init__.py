@@ -102,3 +102,16 @@ def recipe(name: str, **overrides: Any) -> Config:
 def _line(error: BaseException) -> str:
     """Write an error's text on one line."""
     return " ".join(str(error).split())[:300]
+
+
+def describe(name: str, config: Config) -> str:
+    """Describe the recipe `name`, whose Config this is: rewards, what they need, sources of the
+    numbers. The empty string for the embedded model's and for those of other modules."""
+    target, arguments = RECIPES.get(name, ("", {}))
+    module, _, method = target.partition(":")
+    if module not in (SD3, FLUX):
+        return ""
+    from flowgrpo.recipes import tasks
+
+    task = arguments.get("task", "pickscore")
+    return tasks.describe(module.rpartition(".")[2], method, task, config.reported)

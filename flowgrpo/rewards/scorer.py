@@ -107,9 +107,16 @@ class Scorer:
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
                     _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
-        for name, reward in self.rewards.items():
+
+        def has_weights(entry: tuple[str, Any]) -> bool:
+            return "url" not in getattr(entry[1], "defaults", {})
+
+        # Addresses first: one that is missing is seen at once, weights take minutes to load.
+        for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                built = _run_users(reward.build, name, "be built")
+                built = _run_users(
+                    reward.build, name, "be loaded" if not is_users(name) else "be built"
+                )
                 reach = getattr(built, "reach", None)
                 if reach is not None:
                     _run_users(reach, name, "reach what it needs")
@@ -254,15 +261,18 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
 
 
 def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
-    """Call code of a reward before there are images; an error of the user's is one sentence."""
-    if not is_users(name):
-        return call()
+    """Call code of a reward before there are images; an error names the reward, and one of the
+    user's code is one sentence too."""
     try:
-        with isolated(name):
+        with isolated(name) if is_users(name) else nullcontext():
             return call()
-    except RewardError:
-        raise
+    except RewardError as error:
+        if repr(name) in str(error):
+            raise
+        raise RewardError(f"reward {name!r} cannot {purpose}: {error}") from error
     except (Exception, SystemExit) as error:
+        if not is_users(name):
+            raise
         raise RewardError(
             f"reward {name!r} cannot {purpose} ({describe_error(error)}), but a function of "
             "images, prompts and metadata is expected; correct it or its options."

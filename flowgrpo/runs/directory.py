@@ -62,7 +62,6 @@ MAY_CHANGE = {
     "policy.device",
     "run.accept_changes",
     # Which of the files there, and recorded rollouts have the bits of others.
-    "policy.variant",
     "sample.capture",
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",

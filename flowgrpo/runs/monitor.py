@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 
 from flowgrpo import rewards
@@ -54,15 +55,27 @@ class EvaluationStopped(Exception):
     """An evaluation was left, because the run was asked to stop."""
 
 
-def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
-    """Raise DivergedError if the loss or a gradient's norm is not finite."""
+def check_finite(
+    metrics: Mapping[str, Any], iteration: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise DivergedError if the loss or a gradient's norm is not finite; `dtype`: of the frozen
+    weights and of the velocity."""
     for name in ("loss", "grad_norm"):
         values = metrics.get(name, 0.0)
-        for value in values if isinstance(values, list | tuple) else [values]:
+        for number, value in enumerate(values if isinstance(values, list | tuple) else [values]):
             if not math.isfinite(value):
+                # The norm is that of the gradients before an update.
+                untouched = name == "grad_norm" and iteration == 1 and number == 0
+                where = f"at iteration {iteration}"
+                advice = "start again with a lower optim.lr or optim.max_grad_norm"
+                if untouched:
+                    where += ", before any update"
+                    advice = "try policy.dtype float32 or another policy.attention"
+                if dtype == torch.float16:
+                    other = "" if untouched else f", or {advice}"
+                    advice = f"set policy.dtype to bfloat16 or float32{other}"
                 raise DivergedError(
-                    f"{name} is {value} at iteration {iteration}, but a finite number is expected; "
-                    "start again with a lower optim.lr or optim.max_grad_norm."
+                    f"{name} is {value} {where}, but a finite number is expected; {advice}."
                 )
 
 
@@ -210,7 +223,7 @@ class Monitor:
         totals["dropped_groups"] = dropped
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.directory.log(iteration, {**metrics, "lr": lr}, seconds)
-        check_finite(metrics, iteration)
+        check_finite(metrics, iteration, self.policy.dtype)
         # A score that is no accuracy is the reward, which is shown already.
         accuracy = None
         if self.untrained["base"].label == "accuracy":
@@ -304,7 +317,8 @@ class Monitor:
             self.evaluation_set.prompts.texts[:1],
             self.evaluation_set.seeds[:1],
             1,
-            steps=1,
+            # Some schedulers have no schedule of one step.
+            steps=min(2, self.config.sample.eval_steps),
             batch_size=1,
             guidance_scale=self.config.sample.guidance_scale,
         )

@@ -107,7 +107,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
 
   float kl = has_ref && c.C != 0.0f ? (c.K * b2) * (s.e / n) : 0.0f;
   if (a.row_weight != nullptr) policy = weight == 0.0f ? 0.0f : weight * policy;
-  if (a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
+  if (has_ref && a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
   a.log_prob[row] = lp;
   a.ratio[row] = ratio;
   return {policy, kl, outside ? 1.0f : 0.0f};

@@ -127,7 +127,7 @@ NftRow nft_row(const FgArgs& a, int64_t row, const NftSums& s) {
     positive = silent ? 0.0f : weight * positive;
     negative = silent ? 0.0f : weight * negative;
   }
-  if (a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
+  if (has_ref && a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
   return {positive, negative, kl};
 }
 

@@ -130,12 +130,12 @@ def unit(ptr, row):
 
 
 @jit
-def errors(x_ptr, x0_ptr, old_ptr, base, o_lane, remaining, b_v, sigma, sigma_beta):
-    """Loads one chunk and returns (p, q): x0+ - x0 and x0- - x0."""
-    b_old = load(old_ptr + base, o_lane, remaining)
+def errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta):
+    """Loads one chunk of x_t and x0 and returns (p, q): x0+ - x0 and x0- - x0. b_h: v - v_old."""
+    # First, so that b_h need not be kept: the kernel of the sums has no register left.
+    b_t = sigma_beta * b_h
     b_d = load(x_ptr + base, o_lane, remaining) - sigma * b_old
     b_d = b_d - load(x0_ptr + base, o_lane, remaining)
-    b_t = sigma_beta * (b_v - b_old)
     return b_d - b_t, b_d + b_t
 
 
@@ -167,10 +167,18 @@ def nft_loss_sums_kernel(
     b_pp = tl.zeros([LANES_C], dtype=tl.float32)
     b_abs_q = tl.zeros([LANES_C], dtype=tl.float32)
     b_qq = tl.zeros([LANES_C], dtype=tl.float32)
+    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
+    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_p, b_q = errors(x_ptr, x0_ptr, old_ptr, base, o_lane, remaining, b_v, sigma, sigma_beta)
+        if REF:
+            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+            b_ee += b_e * b_e
+        b_old = load(old_ptr + base, o_lane, remaining)
+        b_h = b_v - b_old
+        b_hh += b_h * b_h
+        b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
         # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
         b_abs_p += tl.abs(b_p)
         b_pp += b_p * b_p
@@ -182,18 +190,6 @@ def nft_loss_sums_kernel(
     tl.store(p_sum + SUM_P * programs, pair_tree(b_pp, LANES_C))
     tl.store(p_sum + SUM_ABS_Q * programs, pair_tree(b_abs_q, LANES_C))
     tl.store(p_sum + SUM_Q * programs, pair_tree(b_qq, LANES_C))
-    # A loop of its own: six sums at a time need more registers than five programs a multiprocessor
-    # have. What it reads again is still in the multiprocessor's cache.
-    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_h = b_v - load(old_ptr + base, o_lane, remaining)
-        b_hh += b_h * b_h
-        if REF:
-            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_ee += b_e * b_e
     tl.store(p_sum + SUM_H * programs, pair_tree(b_hh, LANES_C))
     if REF:
         tl.store(p_sum + SUM_E * programs, pair_tree(b_ee, LANES_C))
@@ -331,7 +327,10 @@ def nft_loss_backward_kernel(
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_p, b_q = errors(x_ptr, x0_ptr, old_ptr, base, o_lane, remaining, b_v, sigma, sigma_beta)
+        b_old = load(old_ptr + base, o_lane, remaining)
+        b_p, b_q = errors(
+            x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta
+        )
         b_dv = term(c_p, b_p) + term(c_q, b_q)
         if REF:
             b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
@@ -514,12 +513,13 @@ def nft_loss(
         floor: the least that the mean of |x0+- - x0| is taken for, > 0.
         uncond_velocity, guidance_scale, uncond_grad: as for log_prob.
 
-    A row of weight 0 adds 0 to the loss and has no gradient, whatever its latents hold. A row whose
-    sigma or optimality is outside [0, 1] is an error on a CPU (on a GPU under FLOWGRPO_DEBUG=1),
-    and NaN where only the device knows. TypeError and ValueError name the argument.
+    A row of weight 0 adds 0 to that term and has no gradient of it, whatever its latents hold. A
+    sigma or an optimality outside [0, 1] is a ValueError on a CPU (on a GPU under
+    FLOWGRPO_DEBUG=1); where only the device knows, its row is NaN. TypeError and ValueError name
+    the argument.
 
-    Under exact on-policy velocities (v = v_old) both errors are equal, and the gradient is
-    proportional to 1 - 2 r: the direction of the advantage.
+    On policy (v = v_old) both errors are the same bits, and the gradient is that of error+ times
+    2 r - 1: the direction of the advantage.
     """
     latents = {
         "velocity": velocity,

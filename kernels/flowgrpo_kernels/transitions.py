@@ -260,8 +260,11 @@ def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> T
         raise ValueError("inside and outside must be single schedules, not concatenated tables")
     if not torch.equal(inside.sigmas, outside.sigmas):
         raise ValueError("inside and outside must be built from the same sigmas")
-    if not isinstance(steps, Iterable):
-        raise TypeError(f"steps must be integers, got {type(steps).__name__}")
+    try:
+        steps = list(steps)
+    # A 0-dim tensor or array counts as an Iterable.
+    except TypeError:
+        raise TypeError(f"steps must be integers, got {type(steps).__name__}") from None
     chosen = set()
     for step in steps:
         step = integer("steps", step)

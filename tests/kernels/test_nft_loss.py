@@ -256,6 +256,13 @@ def test_empty(backend, shape):
         assert out.loss.item() == 0 or (rows and 0 not in shape)
 
 
+def test_a_weight_of_a_term_that_is_not_there(backend):
+    """Without ref_velocity there is no KL, whatever its weight is."""
+    b = oracle.nft_batch(2, (3,))
+    out = nft_loss(*b.args, kl_row_weight=torch.tensor([float("nan"), 1.0]))
+    assert out.kl == 0 and torch.isfinite(out.loss)
+
+
 def test_not_a_number_gets_through(backend):
     b = oracle.nft_batch(3, (2, 3))
     b.x0[1, 0, 0] = float("nan")
@@ -314,6 +321,23 @@ def test_one_pass_gives_the_bits_of_two(backend, dtype, shape, guided):
         assert_same_bits(got, two_passes(args, grad_loss, guided))
 
 
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_second_derivatives_and_batches_of_gradients(name):
+    """The former say no, however they are asked for; the latter are each the gradient of one."""
+    if name == "native" and not native.available():
+        pytest.skip(native.why_not())
+    b = oracle.nft_batch(4, (3, 7, 9))
+    v, args = with_leaf(b)
+    with dispatch.use_backend(name):
+        factors = torch.tensor([1.0, -0.5])
+        (both,) = torch.autograd.grad(nft_loss(*args).loss, v, factors, is_grads_batched=True)
+        (one,) = torch.autograd.grad(nft_loss(*args).loss, v, factors[0])
+        assert torch.equal(both[0], one) and torch.equal(both[1], -0.5 * one)
+        (grad,) = torch.autograd.grad(nft_loss(*args).loss, v, create_graph=True)
+        with pytest.raises(RuntimeError, match="nft_loss can be differentiated once"):
+            torch.autograd.grad(grad.sum(), v)
+
+
 @needs_native
 def test_upstream_gradient_is_the_last_one_until_it_is_not(monkeypatch):
     """backward reads everything again where grad_loss is not what forward took it for."""
@@ -364,3 +388,22 @@ def test_triton_gives_the_bits_of_the_reference(guided, shape, dtype):
         expected = two_passes(args, 0.3, guided)
     with dispatch.use_backend("triton"):
         assert_same_bits(dispatch.op("nft_loss_gradient")(*args, 0.3, guided), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "shape"), [(0, (2, 3)), (2, (0,)), (5, (3,))], ids=str)
+def test_triton_at_the_edges(rows, shape):
+    """Empty batch, no elements; numbers outside their range, and silenced rows of NaN."""
+    if not (triton.interpreting() and dispatch.backends()["triton"]["available"]):
+        pytest.skip("needs Triton and TRITON_INTERPRET=1")
+    b = oracle.nft_batch(rows, shape)
+    if rows == 5:
+        b.sigma[1], b.optimality[2], b.x0[3, 0] = 1.5, -0.1, float("nan")
+        b.weight[3] = 0
+    args = arguments(b, True)
+    with dispatch.use_backend("reference"):
+        expected = two_passes(args, 0.3, True)
+    with dispatch.use_backend("triton"):
+        assert_same_bits(dispatch.op("nft_loss_gradient")(*args, 0.3, True), expected)
+    nan = expected[-2].flatten(1).isnan().any(1)
+    assert nan.tolist() == ([False, True, True, False, False] if rows == 5 else [False] * rows)

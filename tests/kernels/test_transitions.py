@@ -146,6 +146,10 @@ def test_bad_windows_and_tables():
     for steps, error in (([9], ValueError), ([-1], ValueError), ([1.5], TypeError)):
         with pytest.raises(error, match="steps"):
             window(a, b, steps)
+    # Both count as an Iterable.
+    for steps in (torch.tensor(1), np.array(1), 3):
+        with pytest.raises(TypeError, match="steps must be integers, got"):
+            window(a, b, steps)
     with pytest.raises(ValueError, match="inside and outside"):
         window(a, ode(oracle.SIGMAS[1:]), [0])
     with pytest.raises(ValueError, match="same sigmas"):

@@ -150,6 +150,8 @@ def _check_address(httpx: Any, reward: str, url: str) -> None:
     reason = ""
     try:
         address = httpx.URL(url)
+        # As the socket does it, which raises where a name is empty or too long.
+        address.host.encode("idna")
         if address.scheme not in ("http", "https"):
             reason = "one that begins with http:// or https://"
         elif not address.host:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from flowgrpo.config import ConfigError
-from flowgrpo.prompts.load import load_prompts
+from flowgrpo.prompts.load import ANY, load_prompts
 
 ROWS = [
     {"prompt": "a red dog", "tag": "colors", "include": [{"class": "dog", "count": 1}]},
@@ -86,6 +86,12 @@ def test_parquet_with_pictures(folder):
     assert found.metadata[0] == {"caption": "one", "prompt": "one"}
 
 
+def test_prompts_that_are_only_evaluated_may_be_the_training_ones(folder):
+    assert load_prompts(f"hub:{folder}", ANY).texts == ("a red dog",)
+    (folder / "test.jsonl").unlink()
+    assert load_prompts(f"hub:{folder}", ANY).texts == ("a red dog", "two cats")
+
+
 def test_errors_are_one_sentence(folder):
     (folder / "test.jsonl").unlink()
     for name, split, message in (
@@ -109,6 +115,8 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'flowgrpo\[data\]'"):
         load_prompts("hub:someone/prompts")
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is 'hub:someone/prompts', which"):
+        load_prompts("hub:someone/prompts", ANY, "--quality-prompts")
 
 
 def test_rows_without_a_text_are_left_out_and_counted(folder, caplog):

@@ -12,7 +12,7 @@ import torch
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.prompts import batches as prompts_batches
 from flowgrpo.prompts.batches import check_count, row_seeds
-from flowgrpo.prompts.load import has_splits, load_prompts
+from flowgrpo.prompts.load import ANY, has_splits, load_prompts
 from flowgrpo.records import Prompts
 
 
@@ -106,6 +106,21 @@ def test_bad_files(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         load_prompts(str(path))
+
+
+def test_prompts_that_are_only_evaluated(tmp_path):
+    """The held-out ones, or those of training where a folder has no others."""
+    (tmp_path / "train.txt").write_text("one\ntwo")
+    assert load_prompts(tmp_path, ANY).texts == ("one", "two")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "three"}')
+    assert load_prompts(tmp_path, ANY).texts == ("three",)
+    for name in ("nano", "general"):
+        assert load_prompts(name, ANY).texts == load_prompts(name, "heldout").texts
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is 'absent', which is neither"):
+        load_prompts("absent", ANY, "--quality-prompts")
+    (tmp_path / "a.csv").write_text("Prompts,Category")
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is .*, a \.csv file"):
+        load_prompts(tmp_path / "a.csv", ANY, "--quality-prompts")
 
 
 def test_a_path_and_the_home_directory(tmp_path, monkeypatch):

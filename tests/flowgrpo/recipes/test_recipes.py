@@ -14,9 +14,9 @@ from flowgrpo.cli import train
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_json
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import NAMES
-from flowgrpo.recipes import RECIPES, recipe
+from flowgrpo.recipes import RECIPES, describe, recipe
 from flowgrpo.recipes.sd3 import paper
-from flowgrpo.rewards import Scorer
+from flowgrpo.rewards import Scorer, load
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIGS = json.loads((GOLDEN / "flow_grpo_configs.json").read_text())
@@ -65,6 +65,34 @@ def test_numbers_are_those_of_flow_grpo(theirs, name):
     expected = translated(CONFIGS[theirs])
     assert len(expected) > 12
     assert {field: get(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(("theirs", "name"), PEERS.items())
+def test_a_recipe_says_what_it_needs(theirs, name):
+    config = recipe(name, memory=80.0)
+    text = describe(name, config)
+    [task] = config.reward.weights
+    source = "grpo_guard.py" if "guard" in theirs else f"grpo.py:{theirs}"
+    assert f"flow_grpo's config/{source}, each marked in flowgrpo/recipes/" in text
+    assert f"the reward {task} (pip install 'flowgrpo[" in text
+    assert f"evaluations report {', '.join(config.reported)}." in text
+    options = getattr(load(task), "defaults", {})
+    models = [options[key] for key in ("model", "clip_model", "tokenizer") if key in options]
+    assert all(model in text for model in models)
+    # Figures of the paper are those of its own recipe.
+    published = name in ("sd35m_geneval", "sd35m_ocr")
+    assert ("abstract" in text) == published and ("2505.05470" in text) == (
+        theirs in ("geneval_sd3", "general_ocr_sd3", "pickscore_sd3")
+    )
+
+
+def test_the_help_of_a_recipe(capsys):
+    for name, words in (("sd35m_ocr", "RapidOCR's models are in its wheel"), ("nano", "option is")):
+        with pytest.raises(SystemExit) as stop:
+            train.parse_train([name, "--help"])
+        assert stop.value.code == 0
+        assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert describe("nano", recipe("nano")) == describe("my:recipe", recipe("nano")) == ""
 
 
 def get(config: Config, field: str) -> object:

@@ -214,6 +214,28 @@ def test_a_run_that_diverges_says_so(metrics):
     monitor.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)
 
 
+def test_gradients_that_are_none_before_any_update():
+    """No learning rate has had a part in them; with float16 its range may."""
+
+    def sentence(norms, iteration, dtype=torch.float32):
+        with pytest.raises(monitor.DivergedError) as error:
+            monitor.check_finite({"loss": 0.0, "grad_norm": norms}, iteration, dtype)
+        return str(error.value)
+
+    nan, lower = float("nan"), "start again with a lower optim.lr or optim.max_grad_norm."
+    assert sentence([nan, nan], 1) == (
+        "grad_norm is nan at iteration 1, before any update, but a finite number is expected; try "
+        "policy.dtype float32 or another policy.attention."
+    )
+    assert sentence([1.0, nan], 1).endswith(
+        f"at iteration 1, but a finite number is expected; {lower}"
+    )
+    assert sentence([nan], 2).endswith(lower)
+    half = "expected; set policy.dtype to bfloat16 or float32"
+    assert sentence([nan], 1, torch.float16).endswith(f"{half}.")
+    assert sentence([nan], 2, torch.float16).endswith(f"{half}, or {lower}")
+
+
 def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplog):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
