@@ -480,8 +480,8 @@ def _lock(file: Any, folder: Path) -> str:
     except BlockingIOError as error:
         file.close()
         raise ConfigError(
-            f"run directory {str(folder)!r} is in use by another process, but one process at a "
-            "time writes it; stop that one or choose another --run.out."
+            f"run directory {str(folder)!r} is in use by another process, or by another run of "
+            "this one, but one run at a time writes it; stop that one or choose another --run.out."
         ) from error
     except OSError as error:
         # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.
