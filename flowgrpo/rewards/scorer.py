@@ -106,13 +106,13 @@ class Scorer:
             check = getattr(reward, "check", None)
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
+                    call_users(partial(check, text, entry), name, f"check the prompt {text!r}")
         for name, reward in self.rewards.items():
             if hasattr(reward, "build"):
-                built = _run_users(reward.build, name, "be built")
+                built = call_users(reward.build, name, "be built")
                 reach = getattr(built, "reach", None)
                 if reach is not None:
-                    _run_users(reach, name, "reach what it needs")
+                    call_users(reach, name, "reach what it needs")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
@@ -253,8 +253,9 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
-    """Call code of a reward before there are images; an error of the user's is one sentence."""
+def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
+    """Call code of the reward `name` before there are images; an error of the user's is one
+    sentence, "... cannot `purpose`"."""
     if not is_users(name):
         return call()
     try:
