@@ -146,8 +146,13 @@ def sync(descriptor: int) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` by `content` and wait until it is on the disk."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         sync(file.fileno())
 

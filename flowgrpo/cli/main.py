@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | evaluate | sample | serve-reward | doctor``.
+"""The command line: ``flowgrpo train | evaluate | sample | curate | serve-reward | doctor``.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -19,6 +19,7 @@ from flowgrpo import __version__
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, parse
 from flowgrpo.cli.train import train
 from flowgrpo.config import ConfigError
+from flowgrpo.curation.options import CurateOptions
 from flowgrpo.recipes import RECIPES
 
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
@@ -27,6 +28,7 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
        flowgrpo sample PROMPT ... [options]                  write pictures
+       flowgrpo curate SOURCE ... --out DIR [options]        choose image-text pairs by rewards
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
 
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "evaluate": evaluate,
         "sample": sample,
+        "curate": curate,
         "serve-reward": serve_reward,
         "doctor": doctor,
     }
@@ -94,6 +97,15 @@ def sample(argv: list[str]) -> int:
     from flowgrpo.cli.sample import sample_pictures
 
     return _run(sample_pictures, options)
+
+
+def curate(argv: list[str]) -> int:
+    """Run ``flowgrpo curate SOURCE ... --out DIR``."""
+    options = parse(CurateOptions, argv, "flowgrpo curate")
+    from flowgrpo.cli.curate import curate_sources
+
+    curate_sources(options)
+    return 0
 
 
 def serve_reward(argv: list[str]) -> int:

@@ -43,6 +43,8 @@ EPS = 1e-8
 ROUNDING = 1e-6
 """Std over the largest |score| up to which scores count as equal: a float32 network returns other
 last bits, about 1e-7 of a score, for the same image in another batch."""
+NOT_FINITE = "it returned scores that are not finite"
+"""Problem of a reward that raised no error."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -91,16 +93,20 @@ class Scorer:
             RewardError: a reward cannot judge images of a prompt; or a model, a library or a
                 server is missing.
         """
-        for reward in self.rewards.values():
-            check = getattr(reward, "check", None)
-            if check is not None:
-                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    check(text, entry)
+        self.check(prompts)
         for name, reward in self.rewards.items():
             if hasattr(reward, "build"):
                 reach = getattr(_build(reward, name), "reach", None)
                 if reach is not None:
                     reach()
+
+    def check(self, prompts: Prompts) -> None:
+        """Raise RewardError unless the rewards can judge images of these prompts."""
+        for reward in self.rewards.values():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
+                    check(text, entry)
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the user's own rewards with a blank image, uint8 [3, H, W], before real ones.
@@ -175,7 +181,7 @@ class Scorer:
     def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
         """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        problems = ["it returned scores that are not finite"]
+        problems = [NOT_FINITE]
 
         def attempt(rows: slice, groups: Prompts) -> None:
             try:
