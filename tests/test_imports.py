@@ -38,6 +38,7 @@ STAGES = (
     "policies",
     "sampling",
     "rewards",
+    "curation",
     "advantages",
     "objectives",
     "update",
@@ -53,7 +54,7 @@ BESIDE = {
     "runs": {"update", "train", "cli"},
     "recipes": {"cli"},
 }
-ENTRIES = 22
+ENTRIES = 23
 """Files and folders on the first level of flowgrpo/, at most: what one look takes in."""
 
 # What `import transformers, diffusers` reach only when a model is imported.

@@ -1,4 +1,4 @@
-"""What a command knows so far, in SQLite beside the set: a transaction a batch.
+"""Store of what a command knows so far, in SQLite beside the set: a transaction a batch.
 
 A process that is killed leaves the batches that were committed, and the next one goes on behind
 them. Everything that the finished files need is asked here, so memory does not grow with the set.
