@@ -97,6 +97,7 @@ def _kind(name: str) -> Callable[[str, CurateOptions, int], Iterator[Sample]]:
     folder = Path(name)
     try:
         is_folder = folder.is_dir()
+        names = {file.name for file in folder.iterdir()} if is_folder else set()
     except OSError as error:
         raise ConfigError(
             f"the source {name[:200]!r} cannot be looked up ({error.strerror}); name another, or "
@@ -107,11 +108,16 @@ def _kind(name: str) -> Callable[[str, CurateOptions, int], Iterator[Sample]]:
         f"the source {name!r} is neither a folder nor a shard (.tar) nor hub:OWNER/NAME, but one "
         "of these is expected; check the name.",
     )
-    if (folder / dataset.FILE).is_file() and (folder / "train.jsonl").is_file():
+    if {dataset.FILE, "train.jsonl"} <= names:
         return _curated
-    if any(_is_shard(file.name) for file in folder.iterdir()):
-        return _shards
-    return _folder
+    shards = sorted(filter(_is_shard, names))
+    loose = sorted(n for n in names if n in LISTS or Path(n).suffix.lower() in PICTURES)
+    require(
+        not (shards and loose),
+        f"the source {name!r} holds shards such as {shards[:1]} and pictures such as {loose[:1]}, "
+        "but one of the two is expected; name the shards themselves, or move one of the two.",
+    )
+    return _shards if shards else _folder
 
 
 def _is_shard(name: str) -> bool:

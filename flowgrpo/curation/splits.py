@@ -23,11 +23,11 @@ def normalise(prompt: str) -> str:
 
     A prompt of punctuation alone stays as it is.
     """
-    text = prompt
-    # Folding may give characters that NFKC writes in another way, and the reverse.
-    for _ in range(2):
-        text = unicodedata.normalize("NFKC", text).casefold()
-    text = unicodedata.normalize("NFKC", text)
+    text, before = prompt, None
+    while text != before:
+        # Folding may give characters that NFKC writes in another way, and the reverse. Upper case
+        # first: it makes one letter of a dotless i and an i, which folding keeps apart.
+        text, before = unicodedata.normalize("NFKC", text.upper().casefold()), text
     words = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text)
     return " ".join(words.split()) or " ".join(text.split())
 

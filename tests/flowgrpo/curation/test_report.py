@@ -15,6 +15,9 @@ from flowgrpo.curation.curate import curate
 from flowgrpo.curation.options import CurateOptions
 from support.grey_pictures import captioned
 
+# matplotlib is loaded.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory, rewards):

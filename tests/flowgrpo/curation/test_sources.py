@@ -177,6 +177,13 @@ def test_wrong_shards(tmp_path, webdataset):
     refused("a JSON object is expected", shard(broken, {"a.png": png(1), "a.json": b"[1]"}))
 
 
+def test_shards_among_pictures(shards):
+    grey(shards / "loose.png", 1)
+    refused(r"holds shards such as \['000.tar'\] and pictures such as \['loose.png'\]", shards)
+    assert len(samples(f"{shards}/000.tar")) == 2
+
+
+@pytest.mark.slow
 def test_shards_become_a_set(shards, tmp_path):
     options = CurateOptions(
         (str(shards),),
