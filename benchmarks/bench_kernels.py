@@ -1,20 +1,21 @@
-"""Suites `kernels` and `memory`: the fused step and loss beside flow_grpo's eager code.
+"""Suites `kernels` and `memory`: the fused step and losses beside the peers' eager code.
 
     python benchmarks/bench_kernels.py                  # this machine, all shapes
     python benchmarks/bench_kernels.py --smoke          # seconds; checks that everything runs
     python benchmarks/bench_kernels.py --device cuda --large
     python benchmarks/bench_kernels.py --memory         # suite memory: bytes of tensors of one call
 
-Cases: `step` (one rollout step), `step-cfg` (with guidance), `loss` (forward and backward) and
-`loss-kl` (with a reference velocity). Providers: `ours` (native on the CPU, Triton in a replayed
-graph on a GPU), `ours-loop` (GPU: called from Python), `reference` (our PyTorch fallback), `eager`
-(flow_grpo_ops.py; it looks up one timestep for a rollout step and one a row for a loss), `compile`
-(its arithmetic as one compiled graph) and `ceiling`, a copy that moves the bytes that the op must
-move.
+Cases: `step` (one rollout step), `step-cfg` (with guidance), `loss` (forward and backward),
+`loss-kl` (with a reference velocity), and `nft` and `nft-kl`, the same of DiffusionNFT's loss.
+Providers: `ours` (native on the CPU, Triton in a replayed graph on a GPU), `ours-loop` (GPU: called
+from Python), `reference` (our PyTorch fallback), `eager` (flow_grpo_ops.py, which looks up one
+timestep for a rollout step and one a row for a loss; diffusion_nft_ops.py), `compile` (its
+arithmetic as one compiled graph) and `ceiling`, a copy that moves the bytes that the op must move.
 
 Bytes that must move, per element (v velocity, x sample and prev_sample, in bytes of their dtypes):
     step      v + x + x                 step-cfg  2 v + x + x
     loss      forward v + 2 x, backward v + 2 x + v;     loss-kl   2 v more
+    nft       forward 2 v + 2 x, backward 2 v + 2 x + v;    nft-kl    2 v more
 (the row's ratio must be known before its gradient, so both passes read; the native backend reads
 once, since a row of this size stays in the cache, and may exceed the copy). Every call works on
 another of several buffer sets, together larger than the caches, and providers are interleaved call
@@ -35,10 +36,18 @@ from typing import NamedTuple
 
 import torch
 
-from flowgrpo_kernels import Transitions, backend_info, flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels import (
+    Transitions,
+    backend_info,
+    flow_sde,
+    grpo_loss,
+    log_prob,
+    nft_loss,
+    sde_step,
+)
 from flowgrpo_kernels.backends import dispatch
 from measuring import memory, profiles, timers
-from providers import flow_grpo_ops
+from providers import diffusion_nft_ops, flow_grpo_ops
 from reporting import records
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,9 +59,11 @@ SHAPES = {
 SMOKE_SHAPES = {"sd3-512": ((16, 64, 64), (1,)), "odd": ((3, 7, 11), (2,))}
 # 2 GiB and more are moved by every op: 16 x 64 x 64 x 4 bytes x 3 tensors x 2750 rows = 2.01 GiB.
 LARGE_SHAPES = {"large": ((16, 64, 64), (2752,))}
-OPS = ("step", "step-cfg", "loss", "loss-kl")
+OPS = ("step", "step-cfg", "loss", "loss-kl", "nft", "nft-kl")
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)], dtype=torch.float64)
 STEP, SCALE, BETA = 4, 4.5, 0.04
+# The bound of DiffusionNFT's advantages, which its code also multiplies the loss by.
+NFT_CLIP = 5.0
 
 
 class Case(NamedTuple):
@@ -78,6 +89,8 @@ class Case(NamedTuple):
             "step-cfg": 2 * v + 2 * x,
             "loss": 3 * v + 4 * x,
             "loss-kl": 5 * v + 4 * x,
+            "nft": 5 * v + 4 * x,
+            "nft-kl": 7 * v + 4 * x,
         }[self.op]
         return per_element * self.batch * torch.Size(self.shape).numel()
 
@@ -99,7 +112,7 @@ class Buffers:
             return torch.randn(shape, generator=g, device=device).to(DTYPES[dtype])
 
         self.velocity = normal(case.velocity)
-        self.other = normal(case.velocity) if case.op in ("step-cfg", "loss-kl") else None
+        self.other = normal(case.velocity) if case.op in ("step-cfg", "loss-kl", "nft-kl") else None
         self.sample = normal(case.sample)
         self.out = torch.empty_like(self.sample)
         self.scores = torch.empty(case.batch, device=device)
@@ -112,7 +125,14 @@ class Buffers:
             self.velocity, self.sample, self.transitions, self.step, seeds=self.seeds
         )
         self.old = log_prob(self.velocity, self.sample, self.prev, self.transitions, self.step)
-        if case.op.startswith("loss"):
+        if case.op.startswith("nft"):
+            # prev stands for x0, and sample for x_t: their values cost no time.
+            self.old_velocity = normal(case.velocity)
+            self.sigma = torch.linspace(0.1, 0.9, case.batch, device=device)
+            self.optimality = self.advantages / NFT_CLIP / 2 + 0.5
+            self.row_weight = torch.full_like(self.sigma, NFT_CLIP)
+            self.kl_row_weight = torch.ones_like(self.sigma)
+        if not case.op.startswith("step"):
             self.velocity = (self.velocity * 1.001).requires_grad_()
         source = torch.zeros(max(case.bytes // 2, 1), dtype=torch.uint8, device=device)
         self.copy = (torch.empty_like(source), source)
@@ -128,21 +148,47 @@ def ours(case: Case, b: Buffers) -> None:
         )  # fmt: skip
         return
     kl = {} if b.other is None else {"ref_velocity": b.other, "kl_weight": BETA}
+    if case.op.startswith("nft"):
+        out = nft_loss(
+            b.velocity, b.sample, b.prev, b.old_velocity, b.sigma, b.optimality,
+            row_weight=b.row_weight, kl_row_weight=b.kl_row_weight, **kl,
+        )  # fmt: skip
+        torch.autograd.grad(out.loss, b.velocity)
+        return
     out = grpo_loss(b.velocity, b.sample, b.prev, b.old, b.advantages, b.transitions, b.step, **kl)
     torch.autograd.grad(out.loss, b.velocity)
 
 
-def flow_grpo(case: Case, b: Buffers, guided: Callable, micro_step: Callable) -> None:
-    """One call of flow_grpo's code with its arithmetic as it is or compiled."""
+class Peers(NamedTuple):
+    """The arithmetic of the peers' code, as it is or compiled."""
+
+    guided: Callable = flow_grpo_ops.guided
+    micro_step: Callable = flow_grpo_ops.micro_step
+    nft_micro_step: Callable = diffusion_nft_ops.micro_step
+
+    def compiled(self) -> Peers:
+        """Each as one graph."""
+        return Peers(*(torch.compile(f, fullgraph=True, dynamic=False) for f in self))
+
+
+def eager(case: Case, b: Buffers, peers: Peers) -> None:
+    """One call of flow_grpo's or DiffusionNFT's code."""
+    if case.op.startswith("nft"):
+        loss, _ = peers.nft_micro_step(
+            b.velocity, b.sample, b.prev, b.old_velocity, b.sigma, b.advantages, b.other,
+            BETA if b.other is not None else 0.0, adv_clip=NFT_CLIP,
+        )  # fmt: skip
+        torch.autograd.grad(loss, b.velocity)
+        return
     if case.op.startswith("step"):
         with torch.no_grad():
             # In a rollout all rows are at one step: flow_grpo hands over one timestep.
             sigmas = b.scheduler.lookup(b.timestep[:1], b.sample.ndim)
-            guided(sigmas, b.velocity, b.other, SCALE, b.sample)
+            peers.guided(sigmas, b.velocity, b.other, SCALE, b.sample)
         return
     loss, _ = flow_grpo_ops.loss(
         b.scheduler, b.velocity, b.timestep, b.sample, b.prev, b.old, b.advantages, b.other,
-        BETA if b.other is not None else 0.0, micro_step,
+        BETA if b.other is not None else 0.0, peers.micro_step,
     )  # fmt: skip
     torch.autograd.grad(loss, b.velocity)
 
@@ -157,16 +203,15 @@ def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[Bu
     calls = {
         "ours": lambda b: ours(case, b),
         "reference": lambda b: with_backend("reference", b),
-        "eager": lambda b: flow_grpo(case, b, flow_grpo_ops.guided, flow_grpo_ops.micro_step),
+        "eager": lambda b: eager(case, b, Peers()),
         "ceiling": lambda b: b.copy[0].copy_(b.copy[1]),
     }
     if device == "cuda":
         calls["ours-loop"] = calls["ours"]
     if compiled:
         torch._dynamo.reset()
-        guided = torch.compile(flow_grpo_ops.guided, fullgraph=True, dynamic=False)
-        micro_step = torch.compile(flow_grpo_ops.micro_step, fullgraph=True, dynamic=False)
-        calls["compile"] = lambda b: flow_grpo(case, b, guided, micro_step)
+        peers = Peers().compiled()
+        calls["compile"] = lambda b: eager(case, b, peers)
     return calls
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from flowgrpo.config import ConfigError
 
@@ -35,8 +35,13 @@ _without_fsync: set[str] = set()
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, which it replaces at the end.
 
-    After an error `path` is as it was, and the new file is gone.
+    After an error `path` is as it was, and the new file is gone. A link stays, and what it leads to
+    is replaced.
+
+    Raises:
+        ConfigError: `path` is a device, a pipe or a folder, which a file would take the place of.
     """
+    path = replaceable(path)
     temporary = _beside(path)
     try:
         yield temporary
@@ -108,9 +113,26 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+def replaceable(path: Path) -> Path:
+    """Find the file that is replaced where `path` is to be written: itself, or what it leads to.
+
+    Raises:
+        ConfigError: it is a device, a pipe or a folder, or a link that leads nowhere.
+    """
+    # One that leads in a circle is resolved to itself.
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise ConfigError(
+            f"{str(path)!r} is a device, a pipe, a folder or a link in a circle, but a file is to "
+            "be written there; choose another name."
+        )
+    return target
+
+
 def _beside(path: Path) -> Path:
-    # Processes of several machines may share the folder, so a process id is no name.
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    # Processes of several machines may share the folder, so a process id is no name. A name may
+    # have 255 bytes, of which this takes 38.
+    return path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}")
 
 
 def _sync(path: Path) -> None:
@@ -145,8 +167,11 @@ def sync(descriptor: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replace the file `path` by `text`, in UTF-8, and wait until it is on the disk.
+
+    What UTF-8 cannot write, as of a path whose bytes are none, is written as its number.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -209,6 +234,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ConfigError: the file is missing or no safetensors file.
     """
     try:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            # The library opens no path whose bytes are no UTF-8.
+            return load(path.read_bytes())
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(

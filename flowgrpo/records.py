@@ -8,6 +8,7 @@ Shapes:
     b        rows of a chunk
     M        samples of a micro-step
     T        sampling steps
+    L        noise levels that a result is looked at
     W        trained steps of a row
     C H W    a latent; N C where the model works on packed tokens, as FLUX.1 does
 
@@ -22,6 +23,7 @@ Words:
     ratio        exp(log_prob - its value at the rollout)
     reward       rating of an image; `Scores` holds the rewards of an iteration
     advantage    a normalised reward, never called a reward
+    level        noise level that a result is noised to anew, see objectives/matching.py
     window       the consecutive steps of a row that are stochastic and trained
     rollout      sampling of all rows of an iteration; chunk by chunk
     update       the optimizer steps of an iteration; micro-step by micro-step
@@ -41,13 +43,18 @@ if TYPE_CHECKING:
 
 
 def without_nulls(value: Any) -> Any:
-    """Copy a JSON value without the keys whose value is null, at any depth.
+    """Copy a JSON value without the keys whose value is null or NaN, at any depth.
 
-    Tables give every row every key, so `datasets` and others write null where a key was absent.
-    Items of a list stay, as their positions have a meaning.
+    Tables give every row every key, so `datasets` and others write null where a key was absent, and
+    pandas NaN. Items of a list stay, as their positions have a meaning.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: without_nulls(item)
+            for key, item in value.items()
+            # NaN alone is not equal to itself.
+            if item is not None and not (isinstance(item, float) and item != item)
+        }
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
@@ -189,6 +196,25 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Noise levels and noise of the results of an iteration, L draws each, and what the weights of
+    the rollout made of them; see objectives/matching.py."""
+
+    sigmas: Tensor
+    """float32 [L, B]."""
+    seeds: Tensor
+    """int64 [L, B]: seeds of the noise."""
+    log_probs: Tensor | None = None
+    """float32 [L, B]: log_prob at the rollout, for a loss with a ratio."""
+    velocities: Tensor | None = None
+    """[L, B, C, H, W]: velocities at the rollout, after guidance, for a loss that compares them."""
+
+    def to(self, device: torch.device) -> Draws:
+        """Copy levels and seeds to `device`, where they are not there."""
+        return replace(self, sigmas=self.sigmas.to(device), seeds=self.seeds.to(device))
+
+
+@dataclass(frozen=True)
 class Experience:
     """One iteration's trajectory with all that an update learns from it."""
 
@@ -201,6 +227,10 @@ class Experience:
     """float32 [B], by `Objective.weigh`."""
     weights: Tensor
     """float32 [B], by `Objective.weigh`: 0 for the rows of a dropped group; mean 1."""
+    iteration: int = 0
+    """Iterations completed before this one: the index of its draws."""
+    draws: Draws | None = None
+    """Noise levels of the results, for objectives that re-noise them."""
 
     def to(self, device: torch.device) -> Experience:
         """Move advantages and weights, which are computed on the CPU, to `device`."""
@@ -233,7 +263,7 @@ class Batch:
     old_log_prob: Tensor | None = None
     """float32 [M]: log_prob at the rollout, for a loss with a ratio."""
     old_velocity: Tensor | None = None
-    """[M, C, H, W]: velocity at the rollout, for GRPO-Guard only."""
+    """[M, C, H, W]: velocity at the rollout, for a loss that compares it."""
     step_weights: Tensor | None = None
     """float32 [M]: see `schedule.step_weights`."""
 

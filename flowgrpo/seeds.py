@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes of draws. The values are part of all recorded runs, so they never change.
-PROMPTS, WINDOW, ROW, GROUP, EVALUATION, ADAPTER = range(1, 7)
+PROMPTS, WINDOW, ROW, GROUP, EVALUATION, ADAPTER, LEVEL, LEVEL_NOISE = range(1, 9)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,6 +36,11 @@ def below(bound: int, seed: int, purpose: int, *indices: int | np.ndarray) -> np
     # The high half of the hash times bound, without its low 32 bits: a fraction of bound.
     high = draw(seed, purpose, *indices) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def uniform(seed: int, purpose: int, *indices: int | np.ndarray) -> np.ndarray:
+    """Draw numbers in [0, 1), float64: multiples of 2^-53."""
+    return (draw(seed, purpose, *indices) >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(size: int, seed: int, purpose: int, *indices: int) -> np.ndarray:

@@ -13,8 +13,7 @@ One iteration, for K prompts with G samples each (B = K G rows), T steps of the 
 in `optim.updates_per_iteration` optimizer steps, each on its own part of the rows. Evaluation
 samples with the deterministic sampler and the averaged weights.
 
-Deliberate departures from the paper and from flow_grpo (objectives.py and advantages.py have
-their own):
+Deliberate departures from the paper and from flow_grpo (each objective has its own):
 
 1. A window of stochastic steps, if any, is drawn once per group (flow_grpo: per process). Rows with
    different windows share a batch: which transition a row takes is an index into a table.
@@ -100,8 +99,8 @@ def run(
     """
     components = setup(config, pipeline=pipeline, encode=encode)
     policy, state, group_size = components.policy, components.state, config.sample.group_size
-    with stoppable() as stop, Monitor.open(config, policy, state) as monitor:
-        while state.iteration < config.run.steps and not stop.requested:
+    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+        while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
             with clock("rollout"):
                 batch = prompt_batch(components.prompts, config, state.iteration)
@@ -116,9 +115,8 @@ def run(
                 rewards = scores.total.view(-1, group_size)
                 advantages, weights = components.objective.weigh(rewards, config.optim)
             with clock("update"):
-                experience = Experience(
-                    trajectory, conditioning, components.uncond, advantages, weights
-                ).to(policy.device)
+                learned = (trajectory, conditioning, components.uncond, advantages, weights)
+                experience = Experience(*learned, state.iteration).to(policy.device)
                 schedule, micro_step = components.schedule, components.micro_step
                 metrics = update(schedule, state, micro_step, experience, config)
             state.iteration += 1
@@ -139,7 +137,7 @@ def setup(
     check_count(prompts, config.sample.prompts_per_iteration)
     scorer = Scorer.of(config.reward)
     scorer.prepare(prompts)
-    policy = load_policy(config, pipeline, encode)
+    policy = load_policy(config, pipeline, encode, reference=objective.reference)
     cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.
@@ -152,7 +150,7 @@ def setup(
     return Components(
         objective=objective,
         policy=policy,
-        state=State.create(policy.transformer, config.optim),
+        state=State.create(policy.transformer, config.optim, objective.old_policy),
         schedule=training_schedule(policy, config.sample, config.optim.kl),
         prompts=prompts,
         scorer=scorer,
@@ -168,7 +166,7 @@ def collect(
     config: Config,
     scoring: BackgroundScoring | None = None,
 ) -> Trajectory:
-    """Sample the K x G rows of one iteration, each with its seeds and its window.
+    """Sample the K x G rows of one iteration, each with its seeds and its window, if any.
 
     The images of each chunk go to `scoring` as soon as they are there.
     """
@@ -181,25 +179,28 @@ def collect(
 
     count = len(conditioning)
     trained_steps = windows(count, config, iteration)
+    if components.objective.rollout == "deterministic":
+        trained_steps = trained_steps[:0]
     seeds, noise_seeds = row_seeds(count, config, iteration)
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     shared = options.share_prefix and options.shared_noise and options.last_start > 0
     sampler = rollout_shared_prefix if shared else rollout
-    return sampler(
-        policy,
-        conditioning,
-        components.schedule,
-        table_rows(trained_steps, options.steps),
-        groups=torch.arange(count).repeat_interleave(options.group_size),
-        seeds=seeds,
-        noise_seeds=noise_seeds,
-        batch_size=options.batch_size,
-        uncond=components.uncond,
-        guidance_scale=options.guidance_scale,
-        trained_steps=trained_steps,
-        keep_velocities=config.optim.guard,
-        on_chunk=score,
-    )
+    with components.state.rollout_weights():
+        return sampler(
+            policy,
+            conditioning,
+            components.schedule,
+            table_rows(trained_steps, options.steps),
+            groups=torch.arange(count).repeat_interleave(options.group_size),
+            seeds=seeds,
+            noise_seeds=noise_seeds,
+            batch_size=options.batch_size,
+            uncond=components.uncond,
+            guidance_scale=options.guidance_scale,
+            trained_steps=trained_steps,
+            keep_velocities=config.optim.guard,
+            on_chunk=score,
+        )
 
 
 def check_finite(

@@ -46,7 +46,8 @@ def update(
     policy, objective, optim = micro_step.policy, micro_step.objective, config.optim
     micro_steps = objective.micro_steps(config)
     share = len(micro_steps) // optim.updates_per_iteration
-    schedule, experience = objective.prepare(policy, schedule, experience, config)
+    with state.rollout_weights():
+        schedule, experience = objective.prepare(policy, schedule, experience, config)
     sums: dict[str, Tensor] = {}
     error, norms = torch.zeros((), device=policy.device), []
     for number in range(optim.updates_per_iteration):
@@ -60,6 +61,7 @@ def update(
                 if number == 0:
                     error = torch.maximum(error, deviation)
         norms.append(state.step())
+    state.follow()
     parameters = [p.detach() for p in state.parameters.values()]
     weight = torch.stack(torch._foreach_norm(parameters, math.inf)).amax()
     # The only read from the device since the rewards: it waits for all of the above.
@@ -160,7 +162,8 @@ def check_ratio(error: float, tolerance: float) -> None:
     if math.isnan(error):
         raise DivergedError(
             "the ratios of the first update after a rollout are NaN, but finite numbers are "
-            "expected; start again with a lower optim.lr."
+            "expected, as the same weights gave the rollout finite velocities; try another "
+            "policy.attention or policy.dtype, or start again with a lower optim.lr."
         )
     if error > tolerance:
         raise RatioError(

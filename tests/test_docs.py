@@ -21,12 +21,14 @@ import torch
 
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
+from flowgrpo.cli.doctor import LIBRARIES
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
 from flowgrpo.curation.curate import curate
 from flowgrpo.curation.options import CurateOptions
+from flowgrpo.evaluation import systems
 from flowgrpo.policies import Policy
 from flowgrpo.policies.family import Family
-from flowgrpo.recipes import RECIPES
+from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
 from support import grey_pictures
@@ -154,6 +156,20 @@ def guided_window(text, monkeypatch, capsys):
     assert all(torch.equal(ratio, torch.ones(2)) for ratio in ratios)
 
 
+@runs("import nft_loss")
+def forward_process_loss(text, monkeypatch, capsys):
+    """On policy both errors agree, and what succeeded is drawn to its result."""
+    net = torch.nn.Conv2d(16, 16, 1)
+    sigma, x0, noise = torch.rand(3), torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    scope = {"s": sigma.view(-1, 1, 1, 1), "sigma": sigma, "x0": x0, "noise": noise}
+    scope |= {"model": net, "old_model": lambda x: net(x).detach(), "adv_clip": 5.0}
+    scope["advantages"] = torch.tensor([9.0, -9.0, 0.0])
+    exec(text, scope)
+    assert scope["optimality"].tolist() == [1.0, 0.0, 0.5]
+    assert torch.equal(scope["out"].positive_error, scope["out"].negative_error)
+    assert net.weight.grad.abs().sum() > 0
+
+
 @runs("flow_grpo.patch(")
 def drop_in(text, monkeypatch, capsys):
     theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
@@ -236,15 +252,15 @@ def policy_skeleton(text, monkeypatch, capsys):
     assert not scope["MyPolicy"].__abstractmethods__
 
 
-@runs("def reinforce(")
+@runs("REINFORCE (Williams")
 def objective(text, monkeypatch, capsys):
-    """With the names of objectives.py; the loss on one batch, its ratio and its gradient."""
+    """The loss on one batch, its ratio and its gradient."""
     from flowgrpo_kernels import flow_sde, sde_step
 
-    scope = vars(objectives) | {"OBJECTIVES": {}}
+    scope = {}
     exec(text, scope)
-    [(name, row)] = scope["OBJECTIVES"].items()
-    assert name == "reinforce" and isinstance(row, objectives.Objective)
+    row = scope["OBJECTIVE"]
+    assert isinstance(row, objectives.Objective)
     factor = torch.tensor(0.3, requires_grad=True)
     policy = SimpleNamespace(velocity=lambda sample, sigma, conditioning: factor * sample)
     transitions = flow_sde(torch.linspace(1, 0, 5), noise_level=0.7)
@@ -347,6 +363,7 @@ def test_training_commands_run(line, working_directory, monkeypatch):
 
 def test_other_commands_parse():
     classes = {
+        "compare": options.CompareOptions,
         "evaluate": options.EvaluateOptions,
         "sample": options.SampleOptions,
         "curate": CurateOptions,
@@ -546,6 +563,49 @@ def test_rewards_table():
         assert settings == list(getattr(rewards.load(name), "defaults", {})), name
 
 
+def test_quality_rewards_of_the_evaluation_page():
+    rows = table("docs/evaluation.md", "| reward | column |")
+    assert [names(row[0]) for row in rows] == [[name] for name in systems.PRESETS["paper"]]
+    head = table("docs/evaluation.md", "| Model | task metric |")
+    assert head == []
+    for (name, header, models, factor, needs), reward in zip(
+        rows, systems.PRESETS["paper"], strict=True
+    ):
+        assert (header, float(factor)) == systems.COLUMNS[reward], name
+        defaults = rewards.load(reward).defaults
+        keys = [key for key in ("model", "head", "tokenizer") if key in defaults]
+        assert names(models) == [defaults[key] for key in keys]
+        remote = "url" in defaults
+        libraries = LIBRARIES.get(reward, ())
+        assert ("flowgrpo[rewards]" in names(needs)) == bool(libraries) == remote
+        assert not remote or f"{reward}.url" in names(needs)
+
+
+def test_tasks_of_the_evaluation_page():
+    rows = table("docs/evaluation.md", "| recipe | prompts |")
+    for (cell, prompts, metric, needs, numbers, figures), (name, task) in zip(
+        rows, tasks.TASKS.items(), strict=True
+    ):
+        [recipe_name] = names(cell)
+        config = recipe(recipe_name, memory=80.0)
+        assert names(prompts) == [config.sample.prompts]
+        assert (
+            names(metric)
+            == [*config.reward.weights, config.reported[0]]
+            == [
+                name,
+                task.reported[0],
+            ]
+        )
+        [extra] = names(needs)
+        assert f"pip install '{extra}'" in task.needs
+        assert (extra == "flowgrpo[rewards]") == bool(LIBRARIES.get(name))
+        assert names(numbers) == [tasks.CONFIGS["sd3", "paper", name]]
+        assert re.findall(r"[\d.]+", figures) == re.findall(r"[\d.]+", task.published)
+    guards = "`pickscore`, `aesthetic` and `imagereward`"
+    assert tuple(names(guards)) == tasks.GUARDS and guards in prose("docs/evaluation.md")
+
+
 # Numbers
 
 
@@ -573,6 +633,8 @@ def test_results_are_those_of_the_record():
     before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
     assert f"Of all 240 it accepts {before} before and {after} after" in README
     assert f"It took {record['seconds']['total']:.0f} s" in README
+    avx2 = linked_record("README.md", "summary-avx2.json")["seconds"]["total"]
+    assert f"and {avx2:.0f} s on two of a recent AMD held to AVX2" in README
 
 
 def test_results_of_nano_are_those_of_the_records():
@@ -600,6 +662,8 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
         else:
             assert share == f"{100 * total / seconds['total']:.0f} %"
+    avx2 = linked_record(page, "summary-avx2.json")["seconds"]["total"]
+    assert f"took {avx2:.0f} s" in PAGES[page]
 
 
 CASES = {

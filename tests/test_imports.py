@@ -39,7 +39,6 @@ STAGES = (
     "sampling",
     "rewards",
     "curation",
-    "advantages",
     "objectives",
     "update",
     "train",
@@ -52,6 +51,7 @@ TOOLS = ("records", "seeds", "files", "config")
 BESIDE = {
     "evaluation": {"cli"},
     "runs": {"update", "train", "cli"},
+    "comparison": {"cli"},
     "recipes": {"cli"},
 }
 ENTRIES = 23
@@ -324,6 +324,7 @@ LIGHT = {
     "recipes": "from flowgrpo.recipes import recipe; recipe('sd35m_ocr', memory=80.0)",
     "help": "from flowgrpo.cli.main import main; main(['--help'])",
     "train --help": "from flowgrpo.cli.main import main; main(['train', '--help'])",
+    "compare --help": "from flowgrpo.cli.main import main; main(['compare', 'methods', '--help'])",
     "options": "from flowgrpo.cli.train import parse_train; parse_train(['--optim.lr', '1'])",
 }
 
@@ -351,6 +352,7 @@ assert not heavy, heavy
 def third_party(root: Path, base: Path) -> set[str]:
     """Distributions that the files below ``root`` import, by their names on PyPI."""
     renamed = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "huggingface_hub": "huggingface-hub"}
+    renamed["yaml"] = "pyyaml"
     ours = {"flowgrpo", "flowgrpo_kernels", "__future__"}
     tops = {n.split(".")[0] for file in root.rglob("*.py") for n in imports_of(file, base)}
     return {renamed.get(top, top) for top in tops - ours - sys.stdlib_module_names}

@@ -1,6 +1,6 @@
 """Kills runs of the embedded model by SIGKILL, resumes them, and compares what they end with.
 
-    python benchmarks crash-drill --kills 50 --seed 0       # writes results/crash-drill.json
+    python benchmarks crash-drill --kills 50 --each 8       # writes results/crash-drill.json
 
 A run of seconds is killed once or several times and resumed until it ends. It has to end with what
 an uninterrupted run ends with, bit for bit: metrics.jsonl without "seconds", the tensors of the
@@ -8,13 +8,16 @@ adapter, of the last checkpoint and of the evaluations, the pictures of the samp
 without "seconds", the names of all files, and none that begins with a dot. A kill is lost if its
 run does not.
 
-Three aims take turns: a moment at random in a stage, one at random in the whole run, and a file
-operation at random (a file opened, renamed, removed or cut) just before it happens.
+Kills are spread over the stages. Of rollout, update, evaluation, checkpoint and export, the one
+with the fewest is aimed at until each has `--each`, by turns at a moment at random in it and at a
+file operation at random (a file opened, renamed, removed or cut), just before it happens. After
+that the aims go round all stages, with moments at random in the whole run between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -43,6 +46,9 @@ STAGES = (
     *("evaluation", "checkpoint", "export", "between"),
 )
 """Stages of a run. opening: of the run directory; between: logging and pictures."""
+
+STRATA = ("rollout", "update", "evaluation", "checkpoint", "export")
+"""Stages that have a least number of kills."""
 
 AIMED = ("rollout", "update", "evaluation", "checkpoint", "export", "opening", "between")
 """Stages that are aimed at."""
@@ -288,9 +294,12 @@ def row(case: str, metric: str, value: float) -> dict:
 class Drill:
     """Runs in a folder, killed by one generator of random numbers."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, each: int = 0) -> None:
+        """each: least number of kills in each stage of `STRATA`."""
+        self.folder, self.random, self.each = folder, random.Random(seed), each
         self.tally = Tally()
+        self.hits: Counter[str] = Counter()
+        """Kills so far by the stage that they fell in."""
         config = tiny(folder / "whole")
         start = time.perf_counter()
         code, self.whole = self._process(config, Aim("none"))
@@ -299,33 +308,50 @@ class Drill:
             raise RuntimeError(f"the uninterrupted run failed: {self._log(config).read_text()}")
         self.expected = contents(config.out_dir)
 
+    def missing(self) -> int:
+        """Count the kills that the stages of `STRATA` lack."""
+        return sum(max(self.each - self.hits[stage], 0) for stage in STRATA)
+
     def aims(self) -> Iterator[Aim]:
-        """Aims without end: each stage by a moment and by a file operation, then any moment."""
-        while True:
-            for stage in AIMED:
-                entries, operations = self.whole.entries(stage), self.whole.operations(stage)
-                delay = self.random.random() * self.whole.seconds(stage) / entries
-                yield Aim("moment in a stage", stage, self.random.randint(1, entries), delay)
-                if operations:
-                    yield Aim("file operation", stage, self.random.randint(1, operations))
-                yield Aim("moment", delay=self.random.random() * self.seconds)
+        """Aims without end: at the stage that lacks most, then at all of them and any moment."""
+        for turn in itertools.count():
+            if self.missing():
+                stage = min(STRATA, key=lambda name: self.hits[name])
+                yield self.aim_at(stage, in_files=turn % 2 == 1)
+            else:
+                stage = AIMED[turn // 3 % len(AIMED)]
+                if turn % 3 == 2:
+                    yield Aim("moment", delay=self.random.random() * self.seconds)
+                else:
+                    yield self.aim_at(stage, in_files=turn % 3 == 1)
+
+    def aim_at(self, stage: str, in_files: bool) -> Aim:
+        """Draw an aim in a stage: one of its file operations, if it has any and `in_files`, or else
+        a moment."""
+        entries, operations = self.whole.entries(stage), self.whole.operations(stage)
+        if in_files and operations:
+            return Aim("file operation", stage, self.random.randint(1, operations))
+        # A process that goes on with a run enters each stage less often.
+        count = self.random.choice((1, self.random.randint(1, entries)))
+        delay = self.random.random() * self.whole.seconds(stage) / entries
+        return Aim("moment in a stage", stage, count, delay)
 
     def run(self, kills: int) -> Tally:
-        """Kill until there have been `kills`."""
+        """Kill until there have been `kills`, and `each` in each stage of `STRATA`."""
         aims = self.aims()
-        while self.tally.kills.total() < kills:
+        while (left := max(kills - self.hits.total(), self.missing())) > 0:
             config = tiny(self.folder / f"run-{self.tally.runs}")
             self.tally.runs += 1
             stages: list[tuple[str, str]] = []
             # The last process of a run is left alone.
-            count = self.random.choice((1, 2, 3, 4))
-            count = min(count, kills - self.tally.kills.total())
+            count = min(self.random.choice((1, 2, 3, 4)), left)
             code: int | None = None
             while code not in (0, 1, 2) and len(stages) < count:
                 aim = next(aims)
                 code, marks = self._process(config, aim)
                 if code == -signal.SIGKILL:
                     stages.append((marks.stage, aim.kind))
+                    self.hits[marks.stage] += 1
             if code == -signal.SIGKILL:
                 code, _ = self._process(config, Aim("none"))
             problem = f"exit code {code}" if code else difference(config.out_dir, self.expected)
@@ -361,22 +387,23 @@ def prepare_forkserver() -> None:
     _context.set_forkserver_preload(list(PRELOAD))
 
 
-def drill(kills: int, seed: int, folder: Path) -> Tally:
-    """Kill runs in `folder`, which is empty, `kills` times."""
+def drill(kills: int, seed: int, folder: Path, each: int = 0) -> Tally:
+    """Kill runs in `folder`, which is empty, `kills` times, and `each` in each of `STRATA`."""
     prepare_forkserver()
-    return Drill(folder, seed).run(kills)
+    return Drill(folder, seed, each).run(kills)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
+    parser.add_argument("--each", type=int, default=8, help="in each stage at least, default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, default: 0")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "crash-drill.json")
     parser.add_argument("--keep", type=Path, help="folder in which the runs stay")
     args = parser.parse_args(argv)
     records.commit()
     with tempfile.TemporaryDirectory() as temporary:
-        tally = drill(args.kills, args.seed, args.keep or Path(temporary))
+        tally = drill(args.kills, args.seed, args.keep or Path(temporary), args.each)
     rows = tally.rows()
     records.write(records.record(rows, "cpu", losses=tally.losses), args.out)
     for r in rows:

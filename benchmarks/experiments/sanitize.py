@@ -17,7 +17,14 @@ import itertools
 
 import torch
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import (
+    flow_sde,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    nft_loss,
+    sde_step,
+)
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 
@@ -45,7 +52,17 @@ def step_and_loss(
         ref_velocity=ref, kl_weight=0.1, old_velocity=ref, **guided,
     )  # fmt: skip
     out.loss.backward()
-    for name, tensor in (("x'", after), ("loss", out.loss), ("gradient", v.grad)):
+    half = torch.full((rows,), 0.5, device=device)
+    nft = nft_loss(
+        v, x, after, ref, half, half, ref_velocity=ref, kl_weight=0.1, row_weight=half, **guided
+    )
+    nft.loss.backward()
+    for name, tensor in (
+        ("x'", after),
+        ("NFT's loss", nft.loss),
+        ("loss", out.loss),
+        ("gradient", v.grad),
+    ):
         if not tensor.isfinite().all():
             raise AssertionError(f"{name} of {rows} x {shape}, {velocity}/{sample}: not finite")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo import train, update
-from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
+from flowgrpo.objectives.advantages import advantages
 from flowgrpo.policies import Conditioning
 from flowgrpo.policies import device as devices
 from flowgrpo.prompts.batches import prompt_batch

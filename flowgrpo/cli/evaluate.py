@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,35 @@ from flowgrpo.cli.targets import (
 )
 from flowgrpo.config import Config, replace
 from flowgrpo.config.validation import require
-from flowgrpo.evaluation import evaluate, pictures
+from flowgrpo.evaluation import evaluate, pictures, systems
 from flowgrpo.evaluation.evaluate import Evaluation
-from flowgrpo.evaluation.evaluation_set import EvaluationSet, load_evaluation_set
+from flowgrpo.evaluation.evaluation_set import EvaluationSet, load_evaluation_set, seeded
+from flowgrpo.evaluation.picture_sets import one_index_a_text
 from flowgrpo.evaluation.quality import quality_of, tolerances_of
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
+from flowgrpo.evaluation.systems import Measurement, System, quality_rewards
 from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import (
-    INITIAL,
-    add_adapter,
-    check_adapter,
-    load_adapter,
-    start_from,
-)
+from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import ANY, load_prompts
 from flowgrpo.recipes import RECIPES
+from flowgrpo.rewards.table import options_of
 from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
-from flowgrpo.runs.export import load_trained
+from flowgrpo.runs.export import add_initial, load_trained
 from flowgrpo.runs.process import versions
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Prompts with their seeds, and the rewards that score their images."""
+
+    kind: str
+    """systems.TASK or systems.QUALITY."""
+    prompt_set: str
+    evaluation_set: EvaluationSet
+    scorer: rewards.Scorer
 
 
 @dataclass(frozen=True)
@@ -47,26 +57,27 @@ class Evaluator:
 
     config: Config
     policy: Policy
-    evaluation_set: EvaluationSet
-    scorer: rewards.Scorer
     console: Console
 
-    def __call__(self, label: str, guidance_scale: float) -> Evaluation:
+    def __call__(self, benchmark: Benchmark, label: str, guidance_scale: float) -> Evaluation:
         """Sample and score all images; `label` names the weights on the console."""
-        sample, console, count = self.config.sample, self.console, len(self.evaluation_set.seeds)
+        sample, console = self.config.sample, self.console
+        count = len(benchmark.evaluation_set.seeds)
+        if benchmark.kind == systems.QUALITY:
+            label += " on the quality prompts"
         text = f"Evaluating {label}: {count} images in {sample.eval_steps} steps."
         console.print(text, soft_wrap=True, markup=False)
         mode = mode_of(self.config.run.progress, console)
-        names = list(self.scorer.weights)
+        names = list(benchmark.scorer.weights)
         with EvaluationProgress(console, mode, label, count, names) as progress:
             return evaluate.evaluate(
                 self.policy,
-                self.evaluation_set,
-                self.scorer,
+                benchmark.evaluation_set,
+                benchmark.scorer,
                 steps=sample.eval_steps,
                 batch_size=sample.batch_size,
                 guidance_scale=guidance_scale,
-                quality=quality_of(sample.prompts),
+                quality=quality_of(benchmark.prompt_set),
                 on_progress=progress,
             )
 
@@ -78,67 +89,178 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
         The content of report.json.
     """
     console = console or Terminal(highlight=False)
-    check_numbers(options, "samples", "steps", "cfg", "guidance", "batch_size")
+    _check_target(options)
+    check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
     check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     require(
         options.model is None or checkpoint is not None or options.target in RECIPES,
         f"{options.target!r} is a model, but --model {options.model} was given too; leave one out.",
     )
-    config = _with_options(config, options)
+    quality = quality_rewards(options.quality)
+    quality_options = _quality_options(config, options, quality)
+    config = _with_options(config, options, quality)
     require(
         checkpoint is None or options.adapter is None,
         f"{options.target!r} has a trained model of its own, but --adapter {options.adapter} was "
         "given too; leave one out, or name the model itself.",
     )
     out = Path(options.out or Path(config.run.resume or f"runs/{config.recipe}") / "evaluation")
-    evaluation_set = load_evaluation_set(config, options.split)
-    scorer = rewards.Scorer.of(config.reward, config.reported)
-    scorer.prepare(evaluation_set.prompts)
+    benchmarks = _benchmarks(config, options, quality_options)
+    # The judges' addresses are tried before any weights are loaded.
+    for benchmark in reversed(benchmarks):
+        benchmark.scorer.prepare(benchmark.evaluation_set.prompts)
     policy = load_base(config)
     if config.run.resume:
         content.warn_of_another_model(config.out_dir, policy)
-    warn_of_cut(policy, evaluation_set.prompts.texts)
-    scorer.try_out(evaluation_set.prompts, policy.blank_image())
+    for benchmark in benchmarks:
+        prompts = benchmark.evaluation_set.prompts
+        policy.check_texts(prompts.texts)
+        warn_of_cut(policy, prompts.texts)
+        benchmark.scorer.try_out(prompts, policy.blank_image())
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
     check_writable(out)
-    evaluator = Evaluator(config, policy, evaluation_set, scorer, console)
-    evaluations = _evaluate_all(evaluator, options, checkpoint)
+    results = _evaluate_all(Evaluator(config, policy, console), benchmarks, options, checkpoint)
+    evaluations, evaluation_set = results[systems.TASK], benchmarks[0].evaluation_set
     report = _report(options, config, checkpoint, evaluation_set, evaluations)
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
     files.write_json(out / "report.json", report)
+    rows = _rows(config, options, checkpoint, benchmarks, results)
+    systems.write(out, rows, report["versions"])
     print_whole(console, comparison(evaluations, tolerances_of(config.sample.prompts)))
     if report["change"] is not None:
         _print_changes(report["change"], evaluations["base"].label == "accuracy", console)
-    console.print(f"Written to {out}: report.json, grid.png.", soft_wrap=True, markup=False)
+    if quality:
+        systems.show(rows, console)
+    names = f"report.json, grid.png, table.md, {systems.NAME}"
+    console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
 
 
+def _check_target(options: EvaluateOptions) -> None:
+    """Raise ConfigError without a target, or for an option of --images and --table."""
+    require(
+        bool(options.target),
+        "no run, recipe or model was named, but one is required without --images and --table; "
+        "write, for example, flowgrpo evaluate runs/nano-0.",
+    )
+    require(
+        not options.label and not options.skip_unreadable,
+        f"{'--label' if options.label else '--skip-unreadable'} was given with the target "
+        f"{options.target!r}, but it belongs to --images"
+        f"{' and --table' if options.label else ''}; leave it out.",
+    )
+    require(
+        bool(options.quality) or options.quality_prompts == "general",
+        f"--quality-prompts is {options.quality_prompts!r} without --quality, but the rewards that "
+        "score their images are expected; add --quality paper.",
+    )
+
+
+def _quality_options(
+    config: Config, options: EvaluateOptions, quality: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Sort the options of the `quality` rewards, the run's and the command line's, by reward."""
+    texts = {**config.reward.options, **options.reward_options}
+    texts = {key: value for key, value in texts.items() if key.rpartition(".")[0] in quality}
+    return options_of(texts, quality)
+
+
+def _benchmarks(
+    config: Config, options: EvaluateOptions, quality: Mapping[str, Mapping[str, str]]
+) -> list[Benchmark]:
+    """Load the task's prompts and rewards, and those of `quality`: reward -> its options."""
+    names = list(config.reported)
+    if quality and not options.rewards:
+        # They have prompts of their own; the accuracy stays in any case.
+        names = [names[0], *(name for name in names[1:] if name not in quality)]
+    task = Benchmark(
+        systems.TASK,
+        config.sample.prompts,
+        load_evaluation_set(config, options.split),
+        rewards.Scorer.of(config.reward, names),
+    )
+    if not quality:
+        return [task]
+    prompts = load_prompts(options.quality_prompts, ANY, "--quality-prompts")
+    scorer = rewards.Scorer(
+        dict.fromkeys(quality, 1.0),
+        config.reward.retries,
+        options=quality,
+        timeout=config.reward.timeout,
+    )
+    evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
+    return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]
+
+
 def _evaluate_all(
-    evaluator: Evaluator, options: EvaluateOptions, checkpoint: Path | None
-) -> dict[str, Evaluation]:
-    """Evaluate the base model, with other guidance if asked for, then the trained one, by label."""
+    evaluator: Evaluator,
+    benchmarks: Sequence[Benchmark],
+    options: EvaluateOptions,
+    checkpoint: Path | None,
+) -> dict[str, dict[str, Evaluation]]:
+    """Evaluate the base model, with other guidance if asked for, then the trained one: by the kind
+    of the benchmark, then by label."""
     config, policy = evaluator.config, evaluator.policy
     scale = config.sample.guidance_scale
-    evaluations = {"base": evaluator("base", scale)}
+    results: dict[str, dict[str, Evaluation]] = {benchmark.kind: {} for benchmark in benchmarks}
+
+    def evaluate_as(label: str, guidance_scale: float, title: str = "") -> None:
+        for benchmark in benchmarks:
+            evaluation = evaluator(benchmark, title or label, guidance_scale)
+            results[benchmark.kind][label] = evaluation
+
+    evaluate_as("base", scale)
     if options.guidance != 1:
-        label = f"base, CFG {options.guidance:g}"
-        evaluations[label] = evaluator(label, options.guidance)
+        evaluate_as(f"base, CFG {options.guidance:g}", options.guidance)
     if checkpoint is not None:
-        add_adapter(policy.transformer, config.policy)
-        initial = Path(config.run.resume or "") / INITIAL
-        if config.policy.init_adapter and initial.is_dir():
-            start_from(policy, config.policy, str(initial))
-            evaluations["start"] = evaluator("the adapter that training started from", scale)
+        if add_initial(policy, config):
+            evaluate_as("start", scale, "the adapter that training started from")
         load_trained(policy.transformer, config.optim, checkpoint)
-        label = f"iteration {checkpoints.read_state(checkpoint)['iteration']}"
-        evaluations[label] = evaluator(label, scale)
+        evaluate_as(f"iteration {checkpoints.read_state(checkpoint)['iteration']}", scale)
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
-        evaluations["adapter"] = evaluator("adapter", scale)
-    return evaluations
+        evaluate_as("adapter", scale)
+    return results
+
+
+def _rows(
+    config: Config,
+    options: EvaluateOptions,
+    checkpoint: Path | None,
+    benchmarks: Sequence[Benchmark],
+    results: Mapping[str, Mapping[str, Evaluation]],
+) -> list[System]:
+    """Assemble the rows of table.md, one a label, under names that tell models and runs apart."""
+    model = Path(config.policy.model).name
+    trained = Path(config.run.resume).name if checkpoint is not None else model
+    rows = []
+    for label in results[systems.TASK]:
+        name = f"{trained}, {label}"
+        if label.startswith("base"):
+            name = model + label.removeprefix("base")
+        elif options.adapter is not None:
+            name = f"{model} + {Path(options.adapter).name}"
+        measurements = {b.kind: _measurement(b, results[b.kind][label]) for b in benchmarks}
+        rows.append(System(name, **measurements))
+    return rows
+
+
+def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
+    """Describe one evaluation as a system's figures."""
+    evaluation_set = benchmark.evaluation_set
+    entries = range(len(evaluation_set.prompts))
+    pictures_of = [entry for entry in entries for _ in range(evaluation_set.samples)]
+    return systems.measurement(
+        benchmark.prompt_set,
+        evaluation.per_reward,
+        evaluation_set.prompts.take(pictures_of),
+        benchmark.scorer,
+        balanced=benchmark.kind == systems.TASK,
+        details={"steps": evaluation.steps, "guidance_scale": evaluation.guidance_scale},
+    )
 
 
 def _report(
@@ -162,8 +284,9 @@ def _report(
     }
 
 
-def _with_options(config: Config, options: EvaluateOptions) -> Config:
-    """Apply the options of the command line to `config`."""
+def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[str] = ()) -> Config:
+    """Apply the options of the command line to `config`; those of the `quality` rewards alone are
+    left to `_quality_scorer`."""
     reward_options = config.reward.options
     if options.rewards:
         # Only rewards that are reported are loaded; training's may need packages that are not here.
@@ -183,6 +306,13 @@ def _with_options(config: Config, options: EvaluateOptions) -> Config:
         "policy.variant": options.variant,
         **image_size(options),
         "reward.options": {**reward_options, **options.reward_options},
+    }
+    reported = options.rewards or (*config.reward.weights, *config.reward.report)
+    alone = set(quality) - set(reported)
+    changes["reward.options"] = {
+        name: value
+        for name, value in changes["reward.options"].items()
+        if name.rpartition(".")[0] not in alone
     }
     if options.rewards:
         changes["reward.report"] = options.rewards

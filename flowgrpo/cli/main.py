@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | evaluate | sample | curate | serve-reward | doctor``.
+"""The command line: flowgrpo train, compare, evaluate, sample, curate, serve-reward, doctor.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowgrpo import __version__
-from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, parse
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, gather, parse
 from flowgrpo.cli.train import train
 from flowgrpo.config import ConfigError
 from flowgrpo.curation.options import CurateOptions
@@ -25,8 +25,11 @@ from flowgrpo.recipes import RECIPES
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
 
 usage: flowgrpo train [RECIPE] [--section.field value ...]   train
+       flowgrpo compare STUDY [options]                      train several ways, on equal budgets
        flowgrpo evaluate RUN_DIR [options]                   score a run against its base model
        flowgrpo evaluate MODEL --adapter DIR [options]       the same for any LoRA adapter
+       flowgrpo evaluate --images DIR ... [options]          score pictures of other systems
+       flowgrpo evaluate --table DIR DIR ...                 evaluations in one table
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo curate SOURCE ... --out DIR [options]        choose image-text pairs by rewards
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "compare": compare,
         "evaluate": evaluate,
         "sample": sample,
         "curate": curate,
@@ -65,11 +69,13 @@ def main(argv: list[str] | None = None) -> int:
         _quiet()
         _print_everything()
         # So that my_rewards.py in the working directory is found; last, so that it shadows nothing.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        # There is none where the directory was removed.
+        with contextlib.suppress(OSError):
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -84,11 +90,24 @@ def main(argv: list[str] | None = None) -> int:
 
 # A command's own file is imported once its options are read: torch takes seconds, `--help` none.
 def evaluate(argv: list[str]) -> int:
-    """Run ``flowgrpo evaluate RUN_DIR``."""
+    """Run ``flowgrpo evaluate RUN_DIR | --images DIR ... | --table DIR ...``."""
+    argv = gather(argv, "--images", "--quality-images", "--label", "--table")
     options = parse(EvaluateOptions, argv, "flowgrpo evaluate")
+    if options.images or options.quality_images or options.table:
+        from flowgrpo.cli.evaluate_images import evaluate_images, merge_tables
+
+        (merge_tables if options.table else evaluate_images)(options)
+        return 0
     from flowgrpo.cli.evaluate import evaluate_run
 
     return _run(evaluate_run, options)
+
+
+def compare(argv: list[str]) -> int:
+    """Run ``flowgrpo compare STUDY [--section.field value ...]``."""
+    from flowgrpo.cli.compare import compare as compare_study
+
+    return compare_study(argv)
 
 
 def sample(argv: list[str]) -> int:
@@ -142,6 +161,11 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _on_one_line(text: str) -> str:
+    """Write line breaks and control characters, as of a path or a file, as Python does."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_everything() -> None:

@@ -18,7 +18,7 @@ from flowgrpo.config import (
     RunConfig,
     SampleConfig,
 )
-from flowgrpo.config.validation import settle_paths
+from flowgrpo.config.validation import path_text, settle_paths
 from flowgrpo.curation.options import Thresholds
 
 T = TypeVar("T")
@@ -37,10 +37,21 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a trained model against its base on held-out prompts, with the same seeds."""
+    """Evaluate a trained model against its base on held-out prompts, with the same seeds; or
+    pictures of other systems (--images); or put evaluations into one table (--table)."""
 
-    target: Annotated[str, tyro.conf.Positional]
-    """Run directory, checkpoint folder, a recipe's name, or a model (folder or Hub id)."""
+    target: Annotated[str, tyro.conf.Positional] = ""
+    """Run directory, checkpoint folder, recipe, or model (folder or Hub id); none with --images."""
+    images: tuple[str, ...] = ()
+    """Pictures that other systems made, a row each: folders in GenEval's layout, or JSONL files."""
+    quality_images: tuple[str, ...] = ()
+    """With --images: each system's pictures of the quality prompts; default: the same pictures."""
+    label: tuple[str, ...] = ()
+    """Names of the rows of --images or --table; default: names of the folders, or as they are."""
+    skip_unreadable: bool = False
+    """Leave out pictures that are missing or cannot be read; they are named and counted."""
+    table: tuple[str, ...] = ()
+    """Folders of evaluations, or their evaluation.json: one table of all their rows."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
     model: str | None = None
@@ -51,6 +62,12 @@ class EvaluateOptions:
     """Rewards to report, the first as the accuracy; default: as in training."""
     reward_options: dict[str, str] = field(default_factory=dict)
     """Options of rewards: NAME.OPTION VALUE."""
+    quality: tuple[str, ...] = ()
+    """Rewards on prompts of their own: "paper", which are the five of its table, or names."""
+    quality_prompts: str = "general"
+    """Prompt set of --quality: as sample.prompts, a file such as DrawBench's, or hub:OWNER/NAME."""
+    quality_samples: int = 1
+    """Images for each quality prompt."""
     prompt_set: str | None = None
     """Prompt set; default: as in training."""
     split: str = "heldout"
@@ -72,16 +89,18 @@ class EvaluateOptions:
     width: int | None = None
     """Pixels from left to right; default: --resolution, or as in training."""
     batch_size: int | None = None
-    """Rows of one forward; default: as in training, or 8."""
+    """Rows of one forward; default: as in training, or 8. With --images: pictures at once, 16."""
     out: str | None = None
-    """Folder for report.json and grid.png; default: evaluation in the run directory."""
+    """Folder for the results; default: in the run's, or runs/images/evaluation; --table: none."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
     device: str = "auto"
-    """Torch device."""
+    """Torch device; with --images, that of the rewards."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "target", "adapter", "prompt_set", "out")
+        settle_paths(self, "target", "adapter", "prompt_set", "quality_prompts", "out")
+        for name in ("images", "quality_images", "table"):
+            object.__setattr__(self, name, tuple(map(path_text, getattr(self, name))))
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class SampleOptions:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Prompts, each in quotation marks."""
     run: str | None = None
-    """Run directory or checkpoint: shows the base model's images above the trained model's."""
+    """Run directory or checkpoint: images of the base, of its initial adapter, and trained."""
     model: str | None = None
     """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
     adapter: str | None = None
@@ -135,10 +154,46 @@ class ServeOptions:
     """Bearer token that callers must send; default: the variable FLOWGRPO_SERVE_TOKEN."""
 
 
-def parse(cls: type[T], argv: list[str], prog: str, default: Any = None) -> T:
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare the arms of a study; fields of the configuration are changed in all arms."""
+
+    study: Annotated[str, tyro.conf.Positional]
+    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    arms: tuple[str, ...] = ()
+    """Labels of the arms to compare; default: all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training; each arm is trained once with each."""
+    out: str | None = None
+    """Folder of runs, tables and picture, with which it goes on; default: runs/compare-STUDY."""
+    jobs: int | Literal["auto"] = "auto"
+    """Runs at once; auto: one a GPU, or one a CPU core where memory allows."""
+    images: int | None = None
+    """Images that each run trains on, in place of the study's budget."""
+    seconds: float | None = None
+    """Seconds of training of each run, in place of the study's budget; with --images both."""
+    report: bool = False
+    """Only write tables and picture of the runs that are there."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        settle_paths(self, "out")
+
+
+def parse(
+    cls: type[T], argv: list[str], prog: str, default: Any = None, description: str | None = None
+) -> T:
     """Parse `argv` by tyro. A ConfigError that a field raised comes out as it is; tyro prints its
-    own errors and exits with 2."""
+    own errors and exits with 2.
+
+    description: what the help says, in place of the class's docstring.
+    """
     arguments: dict[str, Any] = {"args": argv, "prog": prog, "registry": _registry()}
+    arguments["description"] = description
     if default is not None:
         arguments["default"] = default
     # Quietly first, because tyro would print a ConfigError's sentence in a box.
@@ -220,6 +275,29 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         )
 
     return registry
+
+
+def gather(argv: list[str], *names: str) -> list[str]:
+    """Write a repeated option as one: --images A --images B as --images A B, at its first place."""
+    values: dict[str, list[str]] = {}
+    rest: list[str] = []
+    current = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
+        if option in names:
+            if option not in values:
+                rest.append(option)
+            current = values.setdefault(option, [])
+            if equals:
+                current.append(value)
+                current = None
+        elif word.startswith("-") or current is None:
+            current = None
+            rest.append(word)
+        else:
+            current.append(word)
+    return [word for name in rest for word in (name, *values.get(name, ()))]
 
 
 def option_value(argv: list[str], name: str) -> str | None:

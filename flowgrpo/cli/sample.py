@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from flowgrpo import seeds
+from flowgrpo import files, seeds
 from flowgrpo.cli.options import SampleOptions
 from flowgrpo.cli.targets import (
     check_numbers,
@@ -17,19 +18,20 @@ from flowgrpo.cli.targets import (
     load_base,
     resolve_target,
 )
-from flowgrpo.config import replace
-from flowgrpo.config.validation import require
+from flowgrpo.config import ConfigError, replace
+from flowgrpo.config.validation import require, shown
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
-from flowgrpo.runs.export import add_trained
+from flowgrpo.runs.export import add_initial, load_trained
 
 
 def sample_pictures(options: SampleOptions, console: Console | None = None) -> Path:
-    """Write one picture with `count` images of each prompt; with a run, base above trained."""
+    """Write one picture with `count` images of each prompt; with a run, base above trained, and
+    between them the adapter that it started from, if any."""
     console = console or Terminal(highlight=False)
     _check_sample(options)
     config, checkpoint = config_of_model(options.model or "nano"), None
@@ -72,7 +74,9 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
 
     rows = {"base": images()}
     if checkpoint is not None:
-        add_trained(policy, config, checkpoint)
+        if add_initial(policy, config):
+            rows["start"] = images()
+        load_trained(policy.transformer, config.optim, checkpoint)
         rows["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
@@ -108,8 +112,21 @@ def _check_sample(options: SampleOptions) -> None:
         "given too; leave one out.",
     )
     pictures.check_ending(Path(options.out))
+    try:
+        os.stat(options.out)
+    # Not there yet; that its folder is none is said by `check_writable`.
+    except (FileNotFoundError, NotADirectoryError):
+        require(
+            options.out != "", "--out is empty, but the file of a picture is expected; name one."
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--out is {shown(options.out)}, which cannot be written "
+            f"({getattr(error, 'strerror', error)}); choose another name."
+        ) from error
     require(
-        not Path(options.out).is_dir(),
+        not os.path.isdir(options.out),
         f"--out is {options.out!r}, which is a folder, but the file of a picture is expected; name "
         f"one, for example {Path(options.out) / 'sample.png'}.",
     )
+    files.replaceable(Path(options.out))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from flowgrpo import cuda_graphs
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions
 from flowgrpo.config import Config, ConfigError, replace
-from flowgrpo.config.validation import require
+from flowgrpo.config.validation import require, shown
 from flowgrpo.policies import Policy
 from flowgrpo.policies.load import load_policy
 from flowgrpo.recipes import RECIPES, recipe
@@ -57,13 +59,15 @@ def resolve_target(target: str, best: bool) -> tuple[Config, Path | None]:
     """Find the configuration and checkpoint of a run directory or checkpoint folder; for a recipe's
     name or a model the checkpoint is None."""
     folder = Path(target)
-    if not folder.exists() and target in RECIPES:
+    # os.path answers False for a name that is too long, or a folder that may not be looked into.
+    exists = os.path.exists(folder)
+    if not exists and (target in RECIPES or re.search(r":\w+$", target)):
         return recipe(target), None
-    hub = not folder.exists() and not target.startswith(("/", ".")) and target.count("/") == 1
-    if hub or (folder / "model_index.json").is_file():
+    hub = not exists and not target.startswith(("/", ".")) and target.count("/") == 1
+    if hub or os.path.isfile(folder / "model_index.json"):
         return config_of_model(target), None
     require(
-        folder.is_dir(),
+        os.path.isdir(folder),
         f"{target!r} is neither a run directory nor a recipe ({', '.join(RECIPES)}) nor a model, "
         "but one of these is expected; name a directory that `flowgrpo train` wrote.",
     )
@@ -81,8 +85,9 @@ def check_writable(folder: Path) -> None:
         probe = folder / ".flowgrpo-probe"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
+    # ValueError: its path is no path.
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}), but a folder for the results is "
-            "expected; choose another --out."
+            f"{shown(str(folder))} cannot be written ({getattr(error, 'strerror', error)}), but a "
+            "folder for the results is expected; choose another --out."
         ) from error

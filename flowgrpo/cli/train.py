@@ -7,7 +7,7 @@ import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.recipes import recipe
+from flowgrpo.recipes import describe, recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -33,9 +33,10 @@ def train(argv: list[str]) -> int:
     except Exception as error:
         if getattr(error, "errno", None) not in FULL and "No space left" not in str(error):
             raise
+        # A cache or a temporary file may lie on another disk than the run.
         print(
-            f"error: the disk of run.out {str(config.out_dir)!r} is full ({error}); free some "
-            f"space and go on with --run.resume {config.out_dir}.",
+            f"error: no space is left on a disk that the run in {str(config.out_dir)!r} writes to "
+            f"({error}); free some and go on with --run.resume {config.out_dir}.",
             file=sys.stderr,
         )
         return 1
@@ -71,7 +72,13 @@ def parse_train(argv: list[str]) -> Config:
     else:
         base = recipe(name)
     sections = TrainOptions(base.policy, base.sample, base.reward, base.optim, base.run)
-    sections = parse(TrainOptions, options, f"flowgrpo train {base.recipe}", sections)
+    sections = parse(
+        TrainOptions,
+        options,
+        f"flowgrpo train {base.recipe}",
+        sections,
+        description=describe(base.recipe, base) or None,
+    )
     if folder is not None and sections.run.out != base.run.out:
         raise ConfigError(
             f"run.out is {sections.run.out!r} with run.resume {folder!r}, but a run goes on in its "

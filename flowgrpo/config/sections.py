@@ -260,7 +260,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a row of objectives.py: grpo."""
+    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw, dpo."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -309,11 +309,26 @@ class OptimConfig:
     """Trained steps of a chunk in one forward of the update; it must divide their number."""
     capture: Literal["on", "off"] = "off"
     """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
+    levels: int = 1
+    """Noise levels that an objective of the forward process looks at each result at."""
+    level_weight: Literal["uniform", "sigma", "normalized"] = "uniform"
+    """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
+    tau: float = 0.5
+    """Temperature of orw: an image counts exp(reward / tau)."""
+    dpo_beta: float = 100.0
+    """Strength of dpo's preferences; errors are means over the elements of a latent."""
+    nft_beta: float = 1.0
+    """How far nft's positive and negative velocities lie from the old policy's."""
+    old_decay: float = 0.5
+    """Largest share of itself that nft's old policy keeps after an iteration; 0: none."""
+    old_decay_rise: float = 0.001
+    """Growth of that share with each optimizer step, from 0."""
 
     def __post_init__(self) -> None:
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
+        check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
         nonnegative = (
             "eps",
             "weight_decay",
@@ -322,12 +337,13 @@ class OptimConfig:
             "max_grad_norm",
             "beta",
             "ratio_tolerance",
+            "old_decay_rise",
         )
         check_positive("optim", self, *nonnegative, zero=True)
         require(
-            all(0 <= b < 1 for b in (*self.betas, self.ema_decay)),
-            f"optim.betas is {self.betas} and ema_decay {self.ema_decay}, but each must be at "
-            "least 0 and below 1; change the one outside.",
+            all(0 <= b < 1 for b in (*self.betas, self.ema_decay, self.old_decay)),
+            f"optim.betas is {self.betas}, ema_decay {self.ema_decay} and old_decay "
+            f"{self.old_decay}, but each must be at least 0 and below 1; change the one outside.",
         )
         require(
             self.clip_range < 1,
@@ -343,16 +359,24 @@ class RunConfig:
     """Run directory: new, empty, or of a run that never began; default: runs/RECIPE-SEED."""
     steps: int = 100
     """Iterations (rollout, reward, update) from the start of the run."""
+    min_seconds: float = 0.0
+    """Go on past run.steps until rollouts, rewards and updates have taken so many seconds."""
     seed: int = 0
     """Seed of prompts, noise, windows and adapter weights."""
     eval_every: int = 50
-    """Iterations between two evaluations; 0: only before and after."""
+    """Iterations between two evaluations, up to run.steps; 0: only before and after."""
+    # How many iterations fit into them is the machine's matter, and so is where these evaluations
+    # come: equal runs agree in their numbers, not in these lines.
+    eval_seconds: float = 0.0
+    """Seconds of training between two more, each saved, until run.min_seconds; 0: none."""
     eval_prompts: int = 120
     """Held-out prompts of an evaluation; 0: all of the set."""
     eval_samples: int = 2
     """Images for each prompt of an evaluation (two or more show diversity within a prompt)."""
     eval_guidance: float = 1.0
     """Guidance scale of one more evaluation of the untrained model, for comparison; 1: none."""
+    eval_kl: float = 0.0
+    """Noise level of flow_sde at which evaluations measure the KL to the untrained model; 0: no."""
     checkpoint_every: int = 50
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
@@ -371,5 +395,6 @@ class RunConfig:
         check_types("run.", self)
         check_positive("run", self, "steps", "eval_samples", "eval_guidance")
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
-        check_positive("run", self, *counts, zero=True)
+        seconds = ("min_seconds", "eval_seconds")
+        check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)
         require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")

@@ -79,7 +79,15 @@ def path_text(value: Any) -> Any:
 def settle_paths(values: Any, *names: str) -> None:
     """Write the named fields of the frozen dataclass `values` as `path_text` does."""
     for name in names:
-        object.__setattr__(values, name, path_text(getattr(values, name)))
+        path = path_text(getattr(values, name))
+        # Otherwise a folder of that name would be made.
+        unknown = isinstance(path, str) and path.startswith("~") and not os.path.lexists(path)
+        require(
+            not unknown,
+            f"{name} is {path!r}, but the home directory of {str(path).partition('/')[0]} is not "
+            "known; write the whole path.",
+        )
+        object.__setattr__(values, name, path)
 
 
 def _is_long(value: Any) -> bool:
@@ -91,11 +99,29 @@ def _is_long(value: Any) -> bool:
     return isinstance(value, int) and abs(value) >= 2**63
 
 
+def _plain_number(value: Any) -> Any:
+    """Write a number of NumPy or torch, also a 0-dim array or tensor, as Python's; others as they
+    are."""
+    # Neither library is imported for it.
+    is_number = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_number else value
+
+
+def _plain(value: Any) -> Any:
+    """Write the numbers of a field as `_plain_number` does, and a list as a tuple."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain_number, value))
+    if isinstance(value, dict):
+        return {key: _plain_number(item) for key, item in value.items()}
+    return _plain_number(value)
+
+
 def check_types(section: str, values: Any) -> None:
     """Raise unless every field of the dataclass `values` has its annotated type, and integers are
-    below 2^63."""
+    below 2^63. Fields are written as `_plain` does."""
     for name, hint in typing.get_type_hints(type(values)).items():
-        value = getattr(values, name)
+        value = _plain(getattr(values, name))
+        object.__setattr__(values, name, value)
         require(
             _is_a(value, hint),
             f"{section}{name} is {shown(value)}, but {_expected(hint)} is expected; give such a "

@@ -159,7 +159,7 @@ def read_lines(folder: Path, split: str) -> Iterator[tuple[Path, dict[str, Any]]
             {
                 "prompt": _text(line, entry),
                 "scores": _scores(line, entry.get("scores")),
-                "metadata": _object(line, entry.get("metadata", {}), "metadata"),
+                "metadata": without_nulls(_object(line, entry.get("metadata", {}), "metadata")),
                 "source": str(entry.get("source", "")),
                 "size": tuple(size),
             },
@@ -342,7 +342,7 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, text in enumerate(lines, start=1):
                 line = f"line {number} of {file}"
                 try:
-                    entry = without_nulls(json.loads(text))
+                    entry = json.loads(text)
                 except (ValueError, RecursionError):
                     entry = None
                 require(

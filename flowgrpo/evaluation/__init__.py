@@ -2,6 +2,7 @@
 
 evaluation_set.py  prompts and their seeds
 evaluate.py        images, every reward, the accuracy and its interval
+kl.py              distance of the trained model from the untrained one
 quality.py         figures that no reward asks for, and how far they may move
 statistics.py      means over tasks, bootstrap, diversity
 table.py           evaluations side by side

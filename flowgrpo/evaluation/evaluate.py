@@ -64,10 +64,12 @@ class Evaluation:
     """95 % interval of every score."""
     per_reward: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Reward -> its scores, float64 [N * samples]; not saved."""
+    kl: float | None = None
+    """KL to the untrained model, see kl.py; None: not measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """List what report.json, metrics.jsonl and summary.json hold: all but images, seconds."""
-        return {
+        values = {
             "accuracy": self.accuracy,
             "interval": list(self.interval),
             "tasks": self.tasks,
@@ -79,6 +81,7 @@ class Evaluation:
             "guidance_scale": self.guidance_scale,
             "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
         }
+        return values if self.kl is None else {**values, "kl": self.kl}
 
     @property
     def label(self) -> str:

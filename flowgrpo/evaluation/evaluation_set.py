@@ -37,12 +37,17 @@ def load_evaluation_set(config: Config, split: str = "heldout") -> EvaluationSet
     The tasks take turns, so each has the same number of entries.
     """
     prompts = select(load_prompts(config.sample.prompts, split), config.run.eval_prompts)
+    return seeded(prompts, config.run.eval_samples)
+
+
+def seeded(prompts: Prompts, samples: int) -> EvaluationSet:
+    """Draw the seeds of `samples` images for each entry; entries that repeat a prompt, as
+    `prompts.indices` has it, get other ones."""
     indices, repeats = prompts.indices.numpy(), np.zeros(len(prompts), dtype=np.int64)
     counts: dict[int, int] = {}
     for entry, index in enumerate(indices.tolist()):
         repeats[entry] = counts.get(index, 0)
         counts[index] = counts.get(index, 0) + 1
-    samples = config.run.eval_samples
     number = repeats[:, None] * samples + np.arange(samples)
     drawn = seeds.sample_seeds(0, seeds.EVALUATION, indices[:, None], number)
     return EvaluationSet(prompts, torch.from_numpy(drawn.reshape(-1)), samples)

@@ -141,14 +141,22 @@ def _tile(image: torch.Tensor) -> Image.Image:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Break `text` at spaces into lines no wider than `width` pixels, at most four."""
+    """Break `text` at spaces, and words that are too long at a letter, into lines no wider than
+    `width` pixels, at most four."""
     lines = [""]
-    for word in text.split():
+    # Four lines hold no more letters than this; an "i" takes two pixels or more.
+    for word in text[: 4 * width].split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while font.getlength(lines[-1]) > width and len(lines) <= 4:
+            line, count = lines[-1], 1
+            while font.getlength(line[: count + 1]) <= width:
+                count += 1
+            lines[-1:] = [line[:count], line[count:]]
     return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
@@ -200,7 +208,7 @@ def curve(
 
     matplotlib.use("Agg", force=False)
     # Names of tasks and rewards are text, in which a $ opens no formula.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
         figure = _curve(evaluations, guided, title, label)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", facecolor=PAPER)

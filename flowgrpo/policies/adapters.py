@@ -15,9 +15,9 @@ from flowgrpo.policies.adapter_files import (
     BARE,
     DIFFUSERS,
     LORA_FILE,
-    MATRIX,
     PEFT_FILE,
     AdapterFile,
+    first_key,
     read_adapter,
 )
 from flowgrpo.policies.base import Policy
@@ -127,6 +127,7 @@ def start_from(policy: Policy, config: PolicyConfig, adapter: str) -> None:
             f"{name} could not be read, but LoRA weights in diffusers' or PEFT's format are "
             f"expected; name a Hub repository or the folder that holds {LORA_FILE} or {PEFT_FILE}."
         )
+    _check_file(policy, name, file)
     _check_same_adapter(name, file, policy.transformer, config)
     for layer_name, layer in layers.items():
         require(
@@ -137,11 +138,11 @@ def start_from(policy: Policy, config: PolicyConfig, adapter: str) -> None:
         )
         for matrix, module in (("A", layer.lora_A), ("B", layer.lora_B)):
             key, parameter = f"{layer_name}.lora_{matrix}.weight", module[ADAPTER].weight
-            tensor = file.tensors.get(key, torch.empty(0))
+            tensor = file.tensors[key]
             require(
-                tensor.shape == parameter.shape and bool(tensor.isfinite().all()),
-                f"{name} has {key} {list(tensor.shape)}, but finite numbers in the shape "
-                f"{list(parameter.shape)} are expected; name an adapter of {policy.name}.",
+                tensor.shape == parameter.shape,
+                f"{name} has {key} {list(tensor.shape)}, but the shape {list(parameter.shape)} is "
+                f"expected; name an adapter of {policy.name}.",
             )
             parameter.data.copy_(tensor)
     lora.keep_initial(list(layers.values()))
@@ -158,7 +159,7 @@ def _check_same_adapter(
 ) -> None:
     """Raise unless `file` has the layers, the rank and the scale of the adapter to be trained."""
     special = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if file.settings.get(key)]
-    other = [key for key in file.tensors if not MATRIX.fullmatch(key)]
+    other = file.others()
     require(
         not special and not other and len(set(file.ranks.values())) == 1,
         f"{name} has {', '.join(special) or ', '.join(other[:1]) or 'layers of several ranks'}, "
@@ -208,13 +209,15 @@ def load_adapter(policy: Policy, adapter: str) -> str:
     if file is not None and file.prefix == BARE and modules.keys().isdisjoint(file.ranks):
         # Of several models, or under another prefix, which diffusers may know.
         file = None
+    by_diffusers = file is None or (file.prefix == DIFFUSERS and not file.alphas)
     if file is not None:
-        _check_modules(policy, adapter, file)
+        _check_file(policy, f"the adapter {adapter!r}", file)
+        _check_others(f"the adapter {adapter!r}", file, by_diffusers)
     level = logging.get_verbosity()
     # diffusers would also print a line for each tensor that does not fit.
     logging.set_verbosity(logging.CRITICAL)
     try:
-        if file is None or file.prefix == DIFFUSERS:
+        if by_diffusers:
             # No pickle is read, whatever lies in the folder.
             source = adapter if file is None else str(file.path)
             policy.pipeline.load_lora_weights(source, use_safetensors=True)
@@ -231,30 +234,50 @@ def load_adapter(policy: Policy, adapter: str) -> str:
         ) from error
     finally:
         logging.set_verbosity(level)
-    require(
-        bool(lora.lora_layers(policy.transformer)),
-        f"the adapter {adapter!r} has no weights for the transformer of {policy.name}, but LoRA "
-        "weights of this model are expected; name another.",
-    )
+    if not lora.lora_layers(policy.transformer):
+        key = first_key(adapter)
+        raise ConfigError(
+            f"the adapter {adapter!r} has no weights for the transformer of {policy.name}"
+            f"{f' (its first key is {key})' if key else ''}, but LoRA weights of this model are "
+            "expected; name another."
+        )
+    for component in policy.pipeline.components.values():
+        if isinstance(component, nn.Module):
+            # An adapter's dropout comes in training mode, and would draw other images each time.
+            component.eval()
     return "diffusers' conversion of its keys" if file is None else file.describe()
 
 
-def _check_modules(policy: Policy, adapter: str, file: AdapterFile) -> None:
-    """Raise unless the transformer has all modules of `file`: PEFT leaves out, without a word, the
-    matrices of those that it does not find."""
+def _check_file(policy: Policy, name: str, file: AdapterFile) -> None:
+    """Raise unless the transformer has all modules of `file`, the adapter that `name` stands for in
+    a sentence, and its matrices are whole."""
+    file.check(name)
     modules = dict(policy.transformer.named_modules())
-    foreign = [name for name in file.ranks if name not in modules]
+    foreign = [module for module in file.ranks if module not in modules]
     require(
         not foreign,
-        f"the adapter {adapter!r} has matrices for {foreign[0] if foreign else ''} ({len(foreign)} "
-        f"such of {len(file.ranks)} layers), which {policy.name} does not have, but LoRA weights "
-        "of this model are expected; name another.",
+        f"{name} has matrices for {foreign[0] if foreign else ''} ({len(foreign)} such of "
+        f"{len(file.ranks)} layers), which {policy.name} does not have, but LoRA weights of this "
+        "model are expected; name another.",
     )
-    other = [name for name in file.tensors if not MATRIX.fullmatch(name)]
+
+
+def _check_others(name: str, file: AdapterFile, by_diffusers: bool) -> None:
+    """Raise if `file` holds what would not be loaded beside its matrices.
+
+    by_diffusers: magnitudes and biases are.
+    """
+    other = file.extras() if by_diffusers else file.others()
     require(
-        file.prefix == DIFFUSERS or not other,
-        f"the adapter {adapter!r} holds {other[0] if other else ''} beside its matrices, but plain "
-        "LoRA weights are expected; merge it into the model, or name another.",
+        not other,
+        f"{name} holds {other[0] if other else ''} beside its matrices, but plain LoRA weights are "
+        "expected; merge it into the model, or name another.",
+    )
+    magnitudes = [key for key in file.others() if "lora_magnitude_vector" in key]
+    require(
+        not file.settings.get("use_dora") or len(magnitudes) == len(file.ranks),
+        f"{name} says use_dora and has magnitudes for {len(magnitudes)} of its {len(file.ranks)} "
+        "layers, but one for each is expected; restore the file.",
     )
 
 

@@ -10,8 +10,9 @@ is 1.
 from __future__ import annotations
 
 import copy
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Policy(ABC):
     """True: the blocks run with the kernels of policies/blocks.py."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
+    custom_encode: bool = False
+    """True: a function of the caller's embeds the texts."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     _frozen: nn.Module | None = None
@@ -96,10 +99,11 @@ class Policy(ABC):
             source = pipelines.load(model, dtype, device, config.variant)
         else:
             source = pipelines.adopt(model, dtype, device)
-        encode = None if encode is None else _checked(encode)
+        encode = None if encode is None else _checked(encode, source)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
+        policy.custom_encode = encode is not None
         policy.height = policy.height or policy.resolution
         policy.width = policy.width or policy.resolution
         for side in ("height", "width"):
@@ -250,8 +254,9 @@ def check_list(texts: Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: a text stands alone, which would be taken letter by letter, or one is no text.
+        ValueError: there are none.
     """
-    if isinstance(texts, str | bytes):
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise TypeError(
             f"texts is a {type(texts).__name__}, but a list of texts is expected; write, for "
             "example, ['a red cat']"
@@ -260,11 +265,20 @@ def check_list(texts: Sequence[str]) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"texts has a {type(text).__name__} in it, but texts are expected")
+    if not texts:
+        raise ValueError("texts is empty, but one text or more are expected")
     return texts
 
 
-def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
+def _checked(
+    encode: Callable[[Sequence[str]], Conditioning], source: pipelines.Pipeline
+) -> Callable:
     """Wrap a caller's `encode` so that its results are checked: they come from outside."""
+    sizes = source.pipeline.transformer.config
+    widths = {
+        "embeds": getattr(sizes, "joint_attention_dim", None),
+        "pooled": getattr(sizes, "pooled_projection_dim", None),
+    }
 
     def call(texts: Sequence[str]) -> Conditioning:
         conditioning = encode(texts)
@@ -277,9 +291,59 @@ def _checked(encode: Callable[[Sequence[str]], Conditioning]) -> Callable:
                 f"encode= returned {len(conditioning)} rows for {len(texts)} texts, but one row "
                 "for each text is expected."
             )
+        for name, width in widths.items():
+            tensor = getattr(conditioning, name)
+            if tensor.dtype != source.dtype or tensor.shape[-1] != (width or tensor.shape[-1]):
+                raise ConfigError(
+                    f"encode= returned {name} {list(tensor.shape)} of {tensor.dtype}, but rows of "
+                    f"{width} numbers of {source.dtype} are expected; encode as the model's own "
+                    "text encoders do."
+                )
         return conditioning
 
     return call
+
+
+def dynamic_shift(
+    calculate: Callable[..., float], config: Mapping[str, Any], tokens: int, largest: float
+) -> float:
+    """Compute mu, the shift of sigmas that grows with the number of image tokens.
+
+    Args:
+        calculate: the pipeline's own `calculate_shift`.
+        config: of the scheduler.
+        largest: its max_shift where the configuration has none.
+
+    Raises:
+        ConfigError: the numbers of tokens between which it grows are equal.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    try:
+        shifts = config.get("base_shift", 0.5), config.get("max_shift", largest)
+        return calculate(tokens, low, high, *shifts)
+    except ZeroDivisionError as error:
+        raise ConfigError(
+            f"the model's scheduler has {low} as its base_image_seq_len and {high} as its "
+            "max_image_seq_len, but two different numbers are expected; correct its configuration "
+            "in scheduler/scheduler_config.json."
+        ) from error
+
+
+def check_steps(num_steps: int) -> int:
+    """Return the number of a sampler's steps as an int.
+
+    Raises:
+        ConfigError: it is no whole number above 0.
+    """
+    try:
+        steps = operator.index(num_steps)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise ConfigError(
+            f"num_steps is {num_steps!r}, but a whole number of at least 1 is expected; raise it."
+        )
+    return steps
 
 
 def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> Tensor:
@@ -288,6 +352,7 @@ def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> 
     Raises:
         ConfigError: they do not fall from at most 1 to 0.
     """
+    num_steps = check_steps(num_steps)
     # A copy, because set_timesteps writes into the scheduler; the values stay on the host.
     scheduler = copy.deepcopy(scheduler)
     if "sigmas" in arguments:
@@ -301,7 +366,8 @@ def scheduler_sigmas(scheduler: object, num_steps: int, **arguments: object) -> 
         raise ConfigError(
             f"the model's {type(scheduler).__name__} gives {len(sigmas)} sigmas for {num_steps} "
             f"steps, {_first(sigmas)}, but {num_steps + 1} that fall from at most 1 to 0 are "
-            "expected; correct its configuration in scheduler/scheduler_config.json."
+            "expected; choose another number of steps, or correct its configuration in "
+            "scheduler/scheduler_config.json."
         )
     return sigmas
 

@@ -18,7 +18,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"policy.device is {str(device)!r}, which cannot be used "
             f"({str(error).splitlines()[0][:160]}), but a device that torch sees is expected; use "
@@ -33,7 +33,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: it is none of `DTYPES`.
     """
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+    if dtype in (*DTYPES.values(), torch.float64):
         return dtype
     name = SHORT_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if name != "auto":

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from flowgrpo.config.validation import require
+from flowgrpo.policies import components
 from flowgrpo.policies.attention import IMAGE_LAYERS, TEXT_LAYERS
 
 log = logging.getLogger("flowgrpo")
@@ -29,12 +30,14 @@ FUSED = {"to_qkv": IMAGE_LAYERS, "to_kv": IMAGE_LAYERS[1:], "to_added_qkv": TEXT
 """A fused layer of diffusers' attention -> the layers that it stands for."""
 
 
-def restore(pipeline: Any, name: str) -> None:
-    """Make the transformer of `pipeline` the plain module of its class, called `name`, in place.
+def restore(pipeline: Any, name: str, device: torch.device) -> None:
+    """Make the transformer of `pipeline` the plain module of its class, called `name`, in place, to
+    be moved to `device`.
 
     Raises:
-        ConfigError: it is of another class, hooks of diffusers or quantized weights are in it, or a
-            fused layer has other weights than those that it stands for.
+        ConfigError: it is of another class, its weights or hooks are refused
+            (components.check_weights), or a fused layer has other weights than those that it
+            stands for.
     """
     if any(hasattr(component, "_hf_hook") for component in pipeline.components.values()):
         pipeline.remove_all_hooks()
@@ -42,7 +45,8 @@ def restore(pipeline: Any, name: str) -> None:
     if compiled:
         pipeline.transformer = pipeline.transformer._orig_mod
     transformer = pipeline.transformer
-    _check_plain(transformer, name)
+    _check_class(transformer, name)
+    components.check_weights(pipeline, device)
     for module in transformer.modules():
         compiled |= module._compiled_call_impl is not None
         module._compiled_call_impl = None
@@ -57,25 +61,12 @@ def restore(pipeline: Any, name: str) -> None:
     _unfuse(transformer)
 
 
-def _check_plain(transformer: Any, name: str) -> None:
-    """Raise ConfigError unless it is a `name` without hooks of diffusers, and not quantized."""
+def _check_class(transformer: Any, name: str) -> None:
+    """Raise ConfigError unless it is a `name`."""
     require(
         name in {cls.__name__ for cls in type(transformer).__mro__},
         f"the pipeline's transformer is a {type(transformer).__name__}, but a {name} is expected; "
         "put the module itself in its place (of PEFT's model: merge_and_unload()).",
-    )
-    registries = [getattr(module, "_diffusers_hook", None) for module in transformer.modules()]
-    hooks = sorted({hook for registry in registries if registry for hook in registry.hooks})
-    require(
-        not hooks,
-        f"the pipeline's transformer has the hooks {', '.join(hooks)} of diffusers, but one "
-        "without hooks is expected; load the pipeline anew (disable_cache() takes those of a cache "
-        "off).",
-    )
-    require(
-        getattr(transformer, "hf_quantizer", None) is None,
-        "the pipeline's transformer has quantized weights, but floating-point ones are expected; "
-        "load the pipeline without a quantization_config.",
     )
 
 

@@ -19,6 +19,7 @@ def load_policy(
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
     *,
     trainable: bool = True,
+    reference: bool = False,
 ) -> Policy:
     """Load the model of a run and make its adapters, or all of its weights, trainable.
 
@@ -26,6 +27,7 @@ def load_policy(
         pipeline: one that is loaded already, in place of policy.model. See `Policy.load`.
         encode: texts -> embeddings, in place of its text encoders. See `Policy.load`.
         trainable: False: the base model as it is, without adapters.
+        reference: keep the model before training whatever optim.beta is.
     """
     full = config.policy.adapter == "full"
     if full and config.policy.dtype not in ("auto", "float32"):
@@ -42,7 +44,7 @@ def load_policy(
     )
     if not trainable:
         return policy
-    if full and config.optim.beta > 0:
+    if full and (config.optim.beta > 0 or config.run.eval_kl > 0 or reference):
         policy.keep_reference()
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     add_adapter(policy.transformer, config.policy, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import families, in_use
+from flowgrpo.config.validation import require
+from flowgrpo.policies import components, families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
 
@@ -60,11 +62,18 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
     index = _read_index(source, model)
     family = families.family_named(index["_class_name"], model)
     # Before the weights, which may be a download of hours.
-    _check_scheduler_class(_scheduler_class(index), model)
+    _check_scheduler_class(_class_of(index, "scheduler", SCHEDULER), model)
+    transformer = _class_of(index, "transformer", family.transformer)
+    require(
+        transformer == family.transformer,
+        f"policy.model {model!r} has a {transformer} as its transformer, but a "
+        f"{family.transformer} is expected in a {family.pipeline}; put back the one that the "
+        "model was published with.",
+    )
     cls = family.load_class(family.pipeline)
     try:
         chosen = {"variant": variant} if variant else {}
-        folder = Path(source if Path(source).is_dir() else cls.download(source, **chosen))
+        folder = Path(source if os.path.isdir(source) else cls.download(source, **chosen))
         pipeline = _load_files(cls, folder, dtype, chosen)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
@@ -75,6 +84,7 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
             "restore its files."
         ) from error
     check_scheduler(pipeline.scheduler, model)
+    components.check_weights(pipeline, device)
     return Pipeline(pipeline, family, dtype, model, folder, variant)
 
 
@@ -88,12 +98,15 @@ def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipe
     family = families.family_of_pipeline(pipeline)
     name = str(pipeline.name_or_path or family.pipeline)
     check_scheduler(pipeline.scheduler, name)
-    in_use.restore(pipeline, family.transformer)
-    dtype = pipeline.transformer.dtype if dtype == "auto" else choose_dtype(dtype, device)
+    in_use.restore(pipeline, family.transformer, device)
+    dtype = choose_dtype(pipeline.transformer.dtype if dtype == "auto" else dtype, device)
     for role, component in pipeline.components.items():
         target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
-        if isinstance(component, nn.Module) and component.dtype != target:
+        if isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
             component.to(target)
+    # What a module says of itself is the dtype of one weight. T5 keeps some of its in float32.
+    if any(parameter.dtype != dtype for parameter in pipeline.transformer.parameters()):
+        pipeline.transformer.to(dtype)
     return Pipeline(pipeline, family, dtype, name)
 
 
@@ -119,12 +132,12 @@ def check_scheduler(scheduler: Any, model: str) -> None:
         )
 
 
-def _scheduler_class(index: dict[str, Any]) -> str:
-    """Class of the scheduler that model_index.json names; the expected one if it names none, since
+def _class_of(index: dict[str, Any], role: str, expected: str) -> str:
+    """Class of a component that model_index.json names; the expected one if it names none, since
     loading the pipeline decides then."""
-    value = index.get("scheduler")
+    value = index.get(role)
     named = isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
-    return value[1] if named else SCHEDULER
+    return value[1] if named else expected
 
 
 def _check_scheduler_class(name: str, model: str) -> None:
@@ -140,7 +153,9 @@ def _check_scheduler_class(name: str, model: str) -> None:
 def _read_index(source: str, model: str) -> dict[str, Any]:
     """model_index.json of a pipeline folder or Hub repository; `model` is what the user called
     it."""
-    index = Path(source) / "model_index.json" if Path(source).is_dir() else _from_hub(source, model)
+    # os.path answers False for a name that is too long, which the Hub refuses with a reason.
+    is_folder = os.path.isdir(source)
+    index = Path(source) / "model_index.json" if is_folder else _from_hub(source, model)
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
         values["_class_name"]
@@ -202,7 +217,7 @@ def check_variant(model: str, variant: str, files: Iterable[str]) -> None:
 
 def _files_of(source: str) -> list[str]:
     """Paths in a folder or Hub repository; none where it cannot be asked."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         paths = Path(source).rglob("*.safetensors")
         return [path.relative_to(source).as_posix() for path in paths]
     from huggingface_hub import list_repo_files

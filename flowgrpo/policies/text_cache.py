@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
+from flowgrpo.config.validation import path_text
 from flowgrpo.files import replacing
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
@@ -130,7 +131,7 @@ class TextCache:
         path, row = self.path(text), row.to(torch.device("cpu"))
         tensors = {"embeds": row.embeds.contiguous(), "pooled": row.pooled.contiguous()}
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={"text": text, "sha256": _digest(row)})
         except (OSError, SafetensorError) as error:
@@ -158,18 +159,27 @@ def open_cache(
     if not setting or source.folder is None:
         return None
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    identity = {
-        "files": fingerprint(source.folder, components),
-        "dtype": str(source.dtype),
-        "max_length": max_length,
-        "device": on,
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
-    }
+    try:
+        identity = {
+            "files": fingerprint(source.folder, components),
+            "dtype": str(source.dtype),
+            "max_length": max_length,
+            "device": on,
+            "versions": {name: metadata.version(name) for name in LIBRARIES},
+        }
+    # A file of the model that may not be read, or a library without its metadata.
+    except (OSError, metadata.PackageNotFoundError) as error:
+        log.warning(
+            "Text embeddings are not cached: what they depend on is not known (%s: %s).",
+            type(error).__name__,
+            error,
+        )
+        return None
     if source.variant:
         # Of the files of its folder, it has read others.
         identity["variant"] = source.variant
     if setting != "auto":
-        return TextCache(Path(setting).expanduser(), identity)
+        return TextCache(Path(os.path.abspath(path_text(setting))), identity)
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrpo" / "text"
     try:
         return TextCache(home.expanduser(), identity)

@@ -25,14 +25,16 @@ def count_cut(policy: Policy, texts: Sequence[str]) -> dict[int, int]:
     return counts
 
 
-def warn_of_cut(policy: Policy, texts: Sequence[str]) -> None:
-    """Log how many of the prompts the text encoders see only the beginning of, if there are any."""
+def warn_of_cut(policy: Policy, texts: Sequence[str], kind: str = "prompts") -> None:
+    """Log how many of the prompts the text encoders see only the beginning of, if there are any;
+    `kind` is what they are called."""
     texts = list(dict.fromkeys(texts))
     counts = {limit: count for limit, count in count_cut(policy, texts).items() if count}
     if counts:
         numbers = " and ".join(f"{count} at {limit} tokens" for limit, count in counts.items())
         log.warning(
-            "of %d prompts the text encoders cut %s; what follows there is not seen",
+            "of %d %s the text encoders cut %s; what follows there is not seen",
             len(texts),
+            kind,
             numbers,
         )

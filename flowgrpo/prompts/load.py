@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,55 @@ from flowgrpo.records import Prompts, without_nulls
 HELD_OUT = ("heldout", "test")
 """Names of the split that training does not see."""
 
+ANY = "any"
+"""Split for prompts that are only evaluated: the held-out one, or train where there is no other."""
+
 LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines")
 """Files with one JSON object a line."""
 
-TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html")
-"""Files of text whose lines would be taken for prompts."""
+TABLES = (
+    *(".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html"),
+    *(".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst", ".tar", ".pkl", ".npy", ".npz"),
+)
+"""Files whose lines would be taken for prompts, or that have none."""
 
 
-def load_prompts(name: str | Path, split: str = "train") -> Prompts:
-    """Load a split of a prompt set. A single file is the same in every split."""
+def load_prompts(
+    name: str | Path, split: str = "train", argument: str = "sample.prompts"
+) -> Prompts:
+    """Load a split of a prompt set. A single file is the same in every split.
+
+    argument: what `name` was given by, for messages.
+    """
     name = path_text(name)
+    require(bool(name), f"{argument} is empty, but a prompt set is expected; name one.")
     if name == "nano":
         from flowgrpo.nano import prompts as nano_prompts
 
-        return nano_prompts.split(split)
+        return nano_prompts.split("heldout" if split == ANY else split)
     require(
-        split in ("train", *HELD_OUT),
+        split in ("train", ANY, *HELD_OUT),
         f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
     )
     if name.startswith(hub.PREFIX):
-        texts, metadata = hub.load(name, split)
+        texts, metadata = hub.load(name, split, argument)
         check_unicode(metadata, f"the data set {name}")
         return Prompts.of(texts, metadata)
     path = sets.folder(name) if name in sets.NAMES else Path(name)
-    if _is_folder(path):
+    if _is_folder(path, argument):
         path = _file_of_split(path, split)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
-            f"sample.prompts is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
+            f"{argument} is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
             "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
             "file, a folder with both splits, or hub:OWNER/NAME."
         )
     kind = path.suffix.lower()
     require(
         kind not in TABLES,
-        f"sample.prompts is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
-        "with one prompt a line, or a JSONL file.",
+        f"{argument} is {name!r}, a {kind} file, whose lines are no prompts; write a text file "
+        "with one prompt a line, or a JSONL file, or put a table in a folder train (and test) of "
+        "its own and name the folder above as hub:FOLDER.",
     )
     prompts = _read_jsonl(path) if kind in LINES_OF_JSON else _read_text(path)
     if not prompts.texts:
@@ -71,13 +85,13 @@ def has_splits(name: str | Path) -> bool:
     return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: Path, argument: str = "sample.prompts") -> bool:
     try:
         return path.is_dir()
     # A name that is too long, or a folder that may not be looked into.
     except OSError as error:
         raise ConfigError(
-            f"sample.prompts is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
+            f"{argument} is {shown(str(path))}, which cannot be looked up ({error.strerror}); "
             "name another file or folder, or change its permissions."
         ) from error
 
@@ -97,9 +111,9 @@ def fingerprint(prompts: Prompts) -> str:
 
 
 def _file_of_split(folder: Path, split: str) -> Path:
-    stem = "train" if split == "train" else "test"
+    stems = {"train": ("train",), ANY: ("test", "train")}.get(split, ("test",))
     suffixes = (*(f"_metadata{kind}" for kind in LINES_OF_JSON), *LINES_OF_JSON, ".txt")
-    names = [stem + suffix for suffix in suffixes]
+    names = [stem + suffix for stem in stems for suffix in suffixes]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -113,7 +127,9 @@ def _lines(path: Path) -> list[str]:
     try:
         # utf-8-sig: a byte order mark is no part of the first prompt. Not splitlines: it also
         # splits at separators that may stand inside a JSON string.
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        # Files that were joined have more than one.
+        return [line.removeprefix("\ufeff") for line in lines]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the prompt file {path} cannot be read as UTF-8 text ({error}); convert it."
@@ -145,12 +161,25 @@ def check_unicode(value: Any, source: str) -> None:
 
 def _read_text(path: Path) -> Prompts:
     texts = [line.strip() for line in _lines(path) if line.strip()]
-    if texts and "prompt" in (_object(texts[0]) or {}):
+    if texts and _object(texts[0]) is not None:
         raise ConfigError(
             f"the first line of {path} is {texts[0][:60]!r}, a JSON object, but a text file with "
             "one prompt a line is expected; name the file .jsonl."
         )
+    if texts and texts[0][0] in "[{" and _is_json("\n".join(texts)):
+        raise ConfigError(
+            f"{path} is JSON as a whole, but a text file with one prompt a line is expected; write "
+            "one, or a JSONL file with an object a line."
+        )
     return Prompts.of(texts)
+
+
+def _is_json(text: str) -> bool:
+    """Tell whether `text` is a list or an object of JSON."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -20,10 +20,10 @@ evaluation are ours too: flow_grpo trains until it is stopped.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
 SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
@@ -54,31 +54,64 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def recipe(name: str, **overrides: Any) -> Config:
-    """Build the Config of the recipe `name`: a key of RECIPES, or "package.module:function".
+    """Build the Config of the recipe `name`: a key of RECIPES, "package.module:function" or
+    "file.py:function".
 
     Args:
         overrides: handed to the function.
     """
     target, arguments = RECIPES.get(name, (name, {}))
-    module, _, function = target.partition(":")
     require(
-        bool(module and function),
-        f"recipe {name!r} is unknown, but one of {', '.join(RECIPES)} or "
-        f"package.module:function is expected{similar(name, RECIPES)}; name one of these.",
+        all(split_target(target)),
+        f"recipe {name!r} is unknown, but one of {', '.join(RECIPES)} or package.module:function "
+        f"or file.py:function is expected{similar(name, RECIPES)}; name one of these.",
     )
     try:
-        build = getattr(importlib.import_module(module), function)
-    # A module of the user's own may raise anything while it is imported.
-    except Exception as error:
+        build = import_function(target)
+    # A module of the user's own may raise anything while it is imported, a script SystemExit.
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"recipe {name!r} cannot be loaded from {target} ({type(error).__name__}: {error}), "
-            "but a function that returns a flowgrpo.config.Config is expected there; check the "
-            "name and the install."
+            f"recipe {name!r} cannot be loaded from {target} ({type(error).__name__}: "
+            f"{_line(error)}), but a function that returns a flowgrpo.config.Config is expected "
+            f"there; {advice(error)}."
         ) from error
-    config = build(**arguments, **overrides)
+    require(
+        callable(build),
+        f"recipe {name!r} is {type(build).__name__}, but a function that returns a "
+        "flowgrpo.config.Config is expected; write one around it.",
+    )
+    try:
+        config = build(**arguments, **overrides)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        if name in RECIPES:
+            raise
+        raise ConfigError(
+            f"recipe {name!r} failed ({type(error).__name__}: {_line(error)}), but a "
+            "flowgrpo.config.Config is expected; correct it."
+        ) from error
     require(
         isinstance(config, Config),
         f"recipe {name!r} returned {type(config).__name__}, but a flowgrpo.config.Config is "
         "expected; return one.",
     )
     return config
+
+
+def _line(error: BaseException) -> str:
+    """Write an error's text on one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def describe(name: str, config: Config) -> str:
+    """Describe the recipe `name`, whose Config this is: rewards, what they need, sources of the
+    numbers. The empty string for the embedded model's and for those of other modules."""
+    target, arguments = RECIPES.get(name, ("", {}))
+    module, _, method = target.partition(":")
+    if module not in (SD3, FLUX):
+        return ""
+    from flowgrpo.recipes import tasks
+
+    task = arguments.get("task", "pickscore")
+    return tasks.describe(module.rpartition(".")[2], method, task, config.reported)

@@ -1,11 +1,19 @@
 """The papers' tasks: prompts, reward, what is reported beside it, the KL's weight, the length.
 
+    geneval      reward geneval: Mask2Former and CLIP ViT-L/14; the accuracy is geneval_strict
+    ocr          reward ocr: RapidOCR, whose models its wheel contains; extra `rewards`
+    pickscore    reward pickscore: PickScore v1
+
+`Task.needs` says what each has to have, `describe` a recipe in full, as `flowgrpo train RECIPE
+--help` shows it.
+
 Where numbers come from: P the paper (arXiv 2505.05470), C config/grpo.py of flow_grpo in November
-2025. Numbers without a letter are ours.
+2025 (`CONFIGS`). Numbers without a letter are ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +32,10 @@ class Task:
     """Rewards of the task that evaluation reports, the accuracy first."""
     beta: dict[Kl, float]
     """Convention of the KL (optim.kl) -> its weight."""
+    needs: str
+    """Extra to install, and models to download, of the task's rewards."""
+    published: str
+    """Figures of SD3.5-M in the paper's abstract."""
 
 
 # beta: C (std_dev), and P (gaussian): C^2 = -S^2 dt and dt is about 1 / T = 0.1, so one is about
@@ -33,22 +45,65 @@ TASKS = {
         prompts="geneval",
         reported=("geneval_strict", "geneval"),
         beta={"std_dev": 0.04, "gaussian": 0.004},
+        needs="pip install 'flowgrpo[train]'; facebook/mask2former-swin-small-coco-instance and "
+        "openai/clip-vit-large-patch14",
+        published="GenEval accuracy 0.63 before and 0.95 after",
     ),
     "ocr": Task(
         prompts="ocr",
         reported=("ocr",),
         beta={"std_dev": 0.04, "gaussian": 0.004},
+        needs="pip install 'flowgrpo[rewards]'; RapidOCR's models are in its wheel",
+        published="text accuracy 0.59 before and 0.92 after",
     ),
     "pickscore": Task(
         prompts="general",
         reported=("pickscore",),
         beta={"std_dev": 0.01, "gaussian": 0.001},
+        needs="pip install 'flowgrpo[train]'; yuvalkirstain/PickScore_v1 and the tokenizer of "
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        published="",
     ),
 }
 """Name of a task, which is that of its reward -> the task."""
 
-# P reports aesthetic, DeQA, ImageReward, PickScore and UnifiedReward on top of the task. The two
-# judges need an endpoint; add them by reward.report once there is one.
+CONFIGS = {
+    ("sd3", "paper", "geneval"): "geneval_sd3",
+    ("sd3", "paper", "ocr"): "general_ocr_sd3",
+    ("sd3", "paper", "pickscore"): "pickscore_sd3",
+    ("sd3", "window", "geneval"): "geneval_sd3_fast_nocfg",
+    ("sd3", "window", "ocr"): "geneval_sd3_fast_nocfg",
+    ("sd3", "window", "pickscore"): "pickscore_sd3_fast_nocfg",
+    ("flux", "paper", "pickscore"): "pickscore_flux",
+    ("flux", "window", "pickscore"): "pickscore_flux_fast",
+}
+"""(file here, function there, task) -> the function of flow_grpo's config/grpo.py, C."""
+
+
+def describe(family: str, method: str, task: str, reported: Sequence[str]) -> str:
+    """Describe a recipe for its help: rewards, what they need, where the numbers come from.
+
+    Args:
+        family: sd3 or flux, the recipe's file; method: its function there.
+        reported: rewards that its evaluation reports.
+    """
+    config = CONFIGS.get((family, method, task))
+    source = "flow_grpo's config/" + (f"grpo.py:{config}" if config else "grpo_guard.py")
+    published = ""
+    if (family, method) == ("sd3", "paper"):
+        source = f"the paper (arXiv 2505.05470, section 4) and {source}"
+        figures = TASKS[task].published
+        published = f" The paper's abstract has {figures}." if figures else ""
+    return (
+        f"Trains for the reward {task} ({TASKS[task].needs}); evaluations report "
+        f"{', '.join(reported)}. Numbers are those of {source}, each marked in "
+        f"flowgrpo/recipes/{family}.py.{published} Every option is a field of the configuration."
+    )
+
+
+# P reports aesthetic, DeQA, ImageReward, PickScore and UnifiedReward on DrawBench, as `flowgrpo
+# evaluate RUN --quality paper` does. During a run these three are reported on the task's prompts;
+# the two judges need an endpoint: add them by reward.report once there is one.
 GUARDS = ("pickscore", "aesthetic", "imagereward")
 # With GenEval's own CLIP, which is the same: no further model.
 SMALL_GUARDS = ("aesthetic",)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from flowgrpo.rewards import models
 from flowgrpo.rewards.images import resize
+from flowgrpo.rewards.options import check_numbers
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,6 +61,9 @@ class Clip:
     tokenizer: Any
     batch_size: int
     fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        check_numbers("clip", {"batch_size": self.batch_size})
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowgrpo.rewards import RewardError, clip, models
-from flowgrpo.rewards.options import configurable
+from flowgrpo.rewards.options import check_numbers, configurable
 
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
@@ -55,6 +55,7 @@ def score(
     batch_size: int = 32,
 ):
     """Build ImageReward, normalised: mean 0 and standard deviation 1 over the authors' data."""
+    check_numbers("imagereward", {"batch_size": batch_size})
     on = models.device(device)
     weights = renamed(models.tensors(model))
     vision, text, head = (module.to(on) for module in build(weights, model))

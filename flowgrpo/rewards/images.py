@@ -1,15 +1,18 @@
-"""Images between rewards and libraries: uint8 [B, 3, H, W] tensors, Pillow images, PNG, base64."""
+"""Images between rewards and libraries: uint8 [B, 3, H, W] tensors, Pillow images, files, PNG."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,6 +41,64 @@ def from_pil(image: Image.Image) -> Tensor:
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+
+
+def from_file(path: Path) -> Tensor:
+    """Read a picture file of any format that Pillow knows, uint8 [3, H, W], as a viewer shows it:
+    turned as its EXIF data say, transparency over white, 16 bits a colour rounded to 8.
+
+    Colour profiles are not applied.
+
+    Raises:
+        ValueError: the file is no whole picture; the message is the reason alone.
+    """
+    try:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                # An MPO of a camera holds the picture, then smaller copies of it.
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+                if frames > 1:
+                    raise ValueError(f"it has {frames} frames")
+                image.load()
+                return from_pil(_over_white(_as_8_bits(image)))
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture that Pillow knows") from error
+    # Readers of broken files raise OSError, SyntaxError, struct.error, EOFError and others.
+    except Exception as error:
+        text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise ValueError(text or type(error).__name__) from error
+
+
+def _as_8_bits(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data say, and round grey of 16 bits to 8, which Pillow would clip.
+
+    Raises:
+        ValueError: a pixel is a number of 32 bits, whose range no format states.
+    """
+    # PNG and PGM: Pillow holds their 16 bits in integers of 32.
+    grey_16 = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
+    if image.mode in ("I", "F") and not grey_16:
+        raise ValueError("its pixels are numbers of 32 bits")
+    image = ImageOps.exif_transpose(image)
+    if not grey_16:
+        return image
+    grey = np.asarray(image).astype(np.float64) / 65535
+    return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency over white; its hidden colours may be anything."""
+    if not image.has_transparency_data:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 def to_png(image: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,30 @@ Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 
 class RewardError(ConfigError):
     """A reward cannot be used: it is unknown, misbehaves, or failed for every group."""
+
+
+class RemoteError(RuntimeError):
+    """A server did not answer, or not with what it should; another time it may."""
+
+
+class ReplyError(RemoteError):
+    """A server's answer is none of the protocol; another server may be at the address."""
+
+
+def check_arguments(reward: Any, name: str) -> None:
+    """Raise RewardError unless `reward` can be called with images, prompts and metadata."""
+    try:
+        signature = inspect.signature(reward)
+    # A function of C may have none.
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise RewardError(
+            f"reward {name!r} takes the arguments {signature}, but it is called with images, "
+            f"prompts and metadata, in this order ({error}); change its arguments."
+        ) from error
 
 
 def describe_error(error: BaseException) -> str:

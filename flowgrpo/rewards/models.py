@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # A device that torch has a name for may be none that is here.
+        torch.empty(0, device=name)
         return torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise RewardError(
-            f"the device of a reward is {name!r}, but auto, cpu, cuda or cuda:N is expected; "
-            "correct it."
+            f"the device of a reward is {name!r}, which cannot be used "
+            f"({str(error).splitlines()[0][:160]}), but auto, cpu, cuda or cuda:N of a GPU that "
+            "torch sees is expected; correct it."
         ) from error
 
 
@@ -41,7 +45,8 @@ def pretrained(kind: str, model: str, on: torch.device, revision: str | None = N
         network = getattr(transformers, kind).from_pretrained(
             path_text(model), use_safetensors=True, dtype=torch.float32, revision=revision or "main"
         )
-    except (OSError, ValueError) as error:
+    # Files that are damaged or foreign raise whatever their reader raises.
+    except Exception as error:
         raise _unusable(f"the model {model}", kind + " with safetensors weights", error) from error
     return network.eval().requires_grad_(False).to(on)
 
@@ -53,7 +58,7 @@ def tokenizer(name: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(path_text(name))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _unusable(f"the tokenizer {name}", "a tokenizer", error) from error
 
 
@@ -66,9 +71,9 @@ def tensors(source: str, file: str = "model.safetensors") -> dict[str, Tensor]:
 
     path = Path(path_text(source))
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             path /= file
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             path = Path(hf_hub_download(source, file))
         return load_file(path)
     except (OSError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
@@ -79,5 +84,5 @@ def _unusable(what: str, expected: str, error: Exception) -> RewardError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return RewardError(
         f"{what} cannot be loaded ({reason}), but a folder or Hugging Face Hub id of {expected} is "
-        "expected; check the name, your access and the network."
+        "expected; check the name and its files, and for the Hub your access and the network."
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from flowgrpo.rewards.images import to_pil
 from flowgrpo.rewards.interface import RewardError
-from flowgrpo.rewards.options import configurable, library
+from flowgrpo.rewards.options import check_numbers, configurable, library
 
 Reader = Callable[[Any], list[str]]
 """A function Pillow image -> lines of text."""
@@ -47,6 +47,7 @@ def score(*, engine: str = "rapidocr", workers: int = 0):
             f"the engine of reward 'ocr' is {engine!r}, but one of {', '.join(ENGINES)} is "
             "expected; name one of these."
         )
+    check_numbers("ocr", {}, {"workers": workers})
     library(engine, "ocr")
     distance = library("rapidfuzz.distance", "ocr").Levenshtein.distance
     # An engine is not safe to share between threads.
@@ -73,14 +74,15 @@ def quoted_text(prompt: str) -> str:
     Raises:
         RewardError: there is none.
     """
-    matches = (re.search(pattern, prompt) for pattern in QUOTED)
-    match = next(filter(None, matches), None)
-    if not match or not plain(match[1]):
+    texts = (text for pattern in QUOTED for text in re.findall(pattern, prompt))
+    # Quotes around nothing ask for nothing.
+    text = next(filter(plain, texts), None)
+    if text is None:
         raise RewardError(
             f"the prompt {prompt!r} has no text in double quotes, but reward 'ocr' compares what "
             'it reads with it; write the text as in: a sign that says "OPEN".'
         )
-    return match[1]
+    return text
 
 
 def similarity(read: str, target: str, distance: Callable[[str, str], int]) -> float:
@@ -99,8 +101,10 @@ def _cores() -> int:
 def plain(text: str) -> str:
     """Bring a text to the form in which it is compared: as a reader sees it, see above."""
     text = unicodedata.normalize("NFC", text.lower().translate(ALIKE))
-    # Zero-width characters, such as soft hyphens and byte order marks, are of the class Cf.
-    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
+    # Of the class Cf are zero-width characters, such as soft hyphens and byte order marks; of Cc
+    # control characters. Neither has a shape.
+    unseen = ("Cc", "Cf")
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) not in unseen)
 
 
 def _rapidocr() -> Reader:
@@ -142,10 +146,14 @@ QUOTED = (r'(?<![\d¼½¾])"([^"]*)"', r"“([^”]*)”", r'"([^"]*)"')
 
 ALIKE = str.maketrans(
     {
-        **dict.fromkeys("\u2018\u2019\u201b\u02bc\u2032", "'"),
+        **dict.fromkeys("\u0060\u00b4\u2018\u2019\u201b\u02bc\u2032", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63", "-"),
         "\u2026": "...",
+        # Ligatures, which a font makes of the letters by itself.
+        **{0xFB00 + n: letters for n, letters in enumerate(("ff", "fi", "fl", "ffi", "ffl"))},
+        # Selectors of how the character before is drawn.
+        **dict.fromkeys(range(0xFE00, 0xFE10)),
         # Full-width forms, which engines for Chinese read punctuation as.
         **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
     }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -24,12 +25,16 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrpo.config.user_code import is_installed
 from flowgrpo.config.validation import similar
 from flowgrpo.rewards.images import check_images
-from flowgrpo.rewards.interface import Reward, RewardError
+from flowgrpo.rewards.interface import Reward, RewardError, check_arguments
 
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 """Spellings of a bool option, in lower case."""
+
+TEXTUAL = (bool, int, float, str)
+"""Types of options that text becomes; paths too."""
 
 Check = Callable[[str, Mapping[str, Any]], Any]
 """A function of a prompt and its metadata that raises RewardError for one it cannot judge."""
@@ -45,6 +50,13 @@ class ConfigurableReward:
         options: Mapping[str, Any] | None = None,
         check: Check | None = None,
     ) -> None:
+        for parameter in inspect.signature(build).parameters.values():
+            named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            if not named or parameter.default is parameter.empty:
+                raise RewardError(
+                    f"the options of reward {name!r} have the parameter {parameter}, but options "
+                    "with a name and a default are expected; give it a default."
+                )
         self.name, self.check = name, check
         self.__doc__ = build.__doc__
         self._build, self._explicit = build, dict(options or {})
@@ -95,6 +107,7 @@ class ConfigurableReward:
                         f"the options of reward {self.name!r} made a {type(reward).__name__}, but "
                         "a function of images, prompts and metadata is expected; return one."
                     )
+                check_arguments(reward, self.name)
                 self._reward = reward
             return self._reward
 
@@ -130,13 +143,18 @@ class ConfigurableReward:
             expected = (
                 f"one of {', '.join(FLAGS)}" if kind is bool else f"a value of type {kind.__name__}"
             )
+            if kind not in TEXTUAL and isinstance(value, str):
+                expected += ", which no text becomes,"
             raise RewardError(f"{what} is {value!r}, but {expected} is expected; correct it.")
         return typed
 
 
 def _convert(text: str, kind: type) -> Any:
-    """Convert the text of an option to `kind`; None for a bool in none of the `FLAGS`."""
-    return FLAGS.get(text.strip().lower()) if kind is bool else kind(text)
+    """Convert the text of an option to `kind`; None for a bool in none of the `FLAGS`, and for what
+    text becomes by itself, letter by letter, such as a list."""
+    if kind is bool:
+        return FLAGS.get(text.strip().lower())
+    return kind(text) if kind in TEXTUAL or issubclass(kind, os.PathLike) else None
 
 
 def configurable(
@@ -149,9 +167,25 @@ def configurable(
     return lambda build: ConfigurableReward(name, build, check=check)
 
 
+def check_numbers(
+    reward: str, positive: Mapping[str, float], zero: Mapping[str, float] | None = None
+) -> None:
+    """Raise RewardError unless the options of `positive` are finite and > 0, of `zero` >= 0."""
+    for options, rule in ((positive, "greater than 0"), (zero or {}, "at least 0")):
+        for option, value in options.items():
+            # Written so that NaN fails it as well.
+            if not 0 <= value < math.inf or (value == 0 and options is positive):
+                raise RewardError(
+                    f"the option {option} of reward {reward!r} is {value}, but it must be {rule}; "
+                    "change it."
+                )
+
+
 def library(module: str, reward: str, install: str | None = None) -> Any:
     """Import a module, or raise a RewardError that says what to install."""
     try:
+        if not is_installed(module.partition(".")[0]):
+            raise ModuleNotFoundError(f"No module named {module!r}")
         return importlib.import_module(module)
     except ImportError as error:
         raise RewardError(

@@ -5,7 +5,7 @@ that fails every time is dropped and counted, never scored 0 in silence. A wrong
 a mistake that no repetition mends, and raises; so does a reward that asks the process to end.
 
 The user's own rewards get copies of the images and metadata, so what one of them changes reaches no
-other, and no picture.
+other, and no picture; what they set for the whole process is put back (isolation.py).
 
 Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
 by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
@@ -26,7 +26,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,8 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.records import Prompts, Scores
-from flowgrpo.rewards.interface import RewardError, describe_error
+from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
+from flowgrpo.rewards.isolation import isolated
 from flowgrpo.rewards.table import Reward, is_users, load, options_of
 
 EPS = 1e-8
@@ -43,8 +47,14 @@ EPS = 1e-8
 ROUNDING = 1e-6
 """Std over the largest |score| up to which scores count as equal: a float32 network returns other
 last bits, about 1e-7 of a score, for the same image in another batch."""
-NOT_FINITE = "it returned scores that are not finite"
+LARGEST = 1e30
+"""Largest |score|: a sum of squares, or a float32 advantage, of more would overflow."""
+NOT_FINITE = f"it returned scores that are not finite, or beyond {LARGEST:g}"
 """Problem of a reward that raised no error."""
+BLANKS = 2
+"""Images that rewards are tried on: so that one number for all images is seen to be too few."""
+CERTAIN = (ImportError, NameError, SyntaxError, FileNotFoundError, PermissionError, ReplyError)
+"""Errors that no image is the reason of."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -94,47 +104,60 @@ class Scorer:
                 server is missing.
         """
         self.check(prompts)
-        for name, reward in self.rewards.items():
+
+        def has_weights(entry: tuple[str, Any]) -> bool:
+            return "url" not in getattr(entry[1], "defaults", {})
+
+        # Addresses first: one that is missing is seen at once, weights take minutes to load.
+        for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                reach = getattr(_build(reward, name), "reach", None)
+                built = _run_users(reward.build, name, "be built")
+                reach = getattr(built, "reach", None)
                 if reach is not None:
-                    reach()
+                    _run_users(reach, name, "reach what it needs")
 
     def check(self, prompts: Prompts) -> None:
         """Raise RewardError unless the rewards can judge images of these prompts."""
-        for reward in self.rewards.values():
+        for name, reward in self.rewards.items():
             check = getattr(reward, "check", None)
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    check(text, entry)
+                    _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
-        """Call the user's own rewards with a blank image, uint8 [3, H, W], before real ones.
+        """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
 
-        An error that a reward raises is only logged: a blank image may be the reason.
+        An error of which a blank image may be the reason, or that may pass, is only logged.
 
         Raises:
-            RewardError: what a reward returns is not one number an image.
+            RewardError: what a reward returns is not one number an image, or it failed by one of
+                the `CERTAIN` errors.
         """
-        # Two of them, so that one number for all images is seen to be too few.
-        images = torch.stack([blank, blank])
-        for name in filter(is_users, self.rewards):
+        images = torch.stack([blank] * BLANKS)
+        for name, reward in self.rewards.items():
             try:
-                answer = _ask(self.rewards[name], name, images, prompts.take([0]), 2)
+                answer = _ask(reward, name, images, prompts.take([0]), BLANKS)
             except RewardError:
                 raise
-            # The user's code: anything may come out of it.
+            except CERTAIN as error:
+                raise RewardError(
+                    f"reward {name!r} failed before the first image ({describe_error(error)}), "
+                    "which would be so for all images; correct it or install what it needs."
+                ) from error
+            # The user's code, or a service: anything may come out of it.
             except Exception as error:
                 message = "reward %r failed on a blank image, before the first real one (%s)"
                 log.warning(message, name, describe_error(error))
                 continue
             try:
-                _scores(answer, name, 2)
-            except (TypeError, ValueError) as error:
-                if isinstance(error, RewardError):
-                    raise
+                _scores(answer, name, BLANKS)
+            except RewardError:
+                raise
+            # Numbers are asked for, and what was returned may answer that by any error.
+            except Exception as error:
+                words = " ".join(str(answer).split())[:80]
                 raise RewardError(
-                    f"reward {name!r} returned {str(answer)[:80]} for 2 images, but one number an "
+                    f"reward {name!r} returned {words} for {BLANKS} images, but one number an "
                     "image is expected; correct it."
                 ) from error
 
@@ -240,18 +263,22 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _build(reward: Any, name: str) -> Reward:
-    """Load what the reward needs; an error of the user's code is one sentence."""
+def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
+    """Call code of a reward before there are images; an error names the reward, and one of the
+    user's code is one sentence too."""
     try:
-        return reward.build()
-    except RewardError:
-        raise
-    except Exception as error:
+        with isolated(name) if is_users(name) else nullcontext():
+            return call()
+    except RewardError as error:
+        if repr(name) in str(error):
+            raise
+        raise RewardError(f"reward {name!r} cannot {purpose}: {error}") from error
+    except (Exception, SystemExit) as error:
         if not is_users(name):
             raise
         raise RewardError(
-            f"reward {name!r} cannot be built ({describe_error(error)}), but a function of images, "
-            "prompts and metadata is expected; correct it or its options."
+            f"reward {name!r} cannot {purpose} ({describe_error(error)}), but a function of "
+            "images, prompts and metadata is expected; correct it or its options."
         ) from error
 
 
@@ -262,11 +289,16 @@ def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size
     if is_users(name):
         images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
     try:
-        return reward(images, texts, metadata)
-    except (Exception, KeyboardInterrupt):
+        with isolated(name) if is_users(name) else nullcontext():
+            return reward(images, texts, metadata)
+    except Exception:
         raise
     # SystemExit and its like would end the process before what was learned is saved.
     except BaseException as error:
+        in_main = threading.current_thread() is threading.main_thread()
+        # Ctrl-C reaches the main thread alone.
+        if isinstance(error, KeyboardInterrupt) and in_main:
+            raise
         raise RewardError(
             f"reward {name!r} asked the process to end ({describe_error(error)}), but one score an "
             "image is expected; raise an error, or return NaN for an image without a score."
@@ -274,7 +306,8 @@ def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size
 
 
 def _scores(answer: Any, name: str, count: int) -> Tensor:
-    """Read what a reward returned for `count` images, float64 [count] on the CPU.
+    """Read what a reward returned for `count` images, float64 [count] on the CPU; NaN for those
+    beyond `LARGEST`.
 
     Raises:
         RewardError: it is no list, array or tensor of `count` scores.
@@ -304,4 +337,4 @@ def _scores(answer: Any, name: str, count: int) -> Tensor:
             f"reward {name!r} returned scores of shape {tuple(scores.shape)} for {count} "
             f"images, but one score an image, shape ({count},), is expected; correct it."
         )
-    return scores
+    return torch.where(scores.abs() <= LARGEST, scores, torch.nan)

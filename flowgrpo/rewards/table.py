@@ -8,19 +8,15 @@ The import happens in `load`, so no reward's dependencies are needed for another
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import similar
-from flowgrpo.rewards.interface import Reward, RewardError, describe_error
+from flowgrpo.rewards.interface import Reward, RewardError, check_arguments, describe_error
+from flowgrpo.rewards.isolation import isolated
 
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",
@@ -52,29 +48,35 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
         return _configured(score, (("url", name), *sorted((options or {}).items())))
     target = REWARDS.get(name, name)
-    # From the right, since the path of a file may have a drive.
-    module, _, function = target.rpartition(":")
+    module, function = split_target(target)
     if not module or not function:
         raise RewardError(
             f"reward {name!r} is unknown, but one of {', '.join(sorted(REWARDS))} or "
             f"package.module:function or file.py:function is expected{similar(name, REWARDS)}; "
             "name one of these."
         )
+    if function.partition("/")[0].isdecimal():
+        raise RewardError(
+            f"reward {name!r} has a number in place of a function's name, but "
+            "package.module:function or file.py:function is expected; write the address of a "
+            f"server as http://{name}."
+        )
     try:
-        reward = getattr(_import(module), function)
+        with isolated(name):
+            reward = import_function(target)
     # A module of the user's own may raise anything while it is imported, a script SystemExit.
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ImportError | AttributeError | FileNotFoundError)
         raise RewardError(
             f"reward {name!r} cannot be loaded from {target} "
-            f"({error if missing else describe_error(error)}); check the name, or install what it "
-            "needs."
+            f"({error if missing else describe_error(error)}); {advice(error)}."
         ) from error
     if (kind := _unusable(reward)) is not None:
         raise RewardError(
             f"reward {name!r} is {kind}, but a function is expected, which takes images, prompts "
             "and metadata and returns one score an image; write one around it."
         )
+    check_arguments(reward, name)
     if not options:
         return reward
     if not hasattr(reward, "configured"):
@@ -87,39 +89,12 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 def is_address(name: str) -> bool:
     """Tell whether a reward's name is the address of a remote one."""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def is_users(name: str) -> bool:
     """Tell the user's own rewards from those of `REWARDS` and remote ones."""
     return name not in REWARDS and not is_address(name)
-
-
-def _import(module: str) -> ModuleType:
-    """Import a module by its name, or by the path of its file, which ends in .py."""
-    if not module.endswith(".py"):
-        return importlib.import_module(module)
-    path = Path(module).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    # The same file under its module's name is not executed twice.
-    unique = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    for name in (path.stem, unique):
-        loaded = sys.modules.get(name)
-        if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path:
-            return loaded
-    # Modules beside the file are found, as for a script; last, so that they shadow nothing.
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    name = unique if path.stem in sys.modules else path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(loaded)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return loaded
 
 
 def _unusable(reward: Any) -> str | None:

@@ -51,9 +51,11 @@ def _size(policy: Policy) -> str:
 def length(config: Config, iteration: int) -> str:
     """Describe how long a run goes that has `iteration` iterations behind it."""
     text = f"{config.run.steps} iterations = {config.updates} updates"
+    if config.run.min_seconds:
+        text += f", and on until {config.run.min_seconds:g} s of training"
     if iteration:
         text += f", resumed at {iteration}"
-    if iteration >= config.run.steps:
+    if iteration >= config.run.steps and not config.run.min_seconds:
         text += "; nothing is left to train, see --run.steps"
     return text
 

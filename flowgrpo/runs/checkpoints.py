@@ -4,6 +4,7 @@
       weights.safetensors     trained parameters, by name
       optimizer.safetensors   AdamW's state, "<parameter name>|<key>"
       ema.safetensors         averaged parameters, by name
+      old.safetensors         the policy that samples, by name, where it is another (nft)
       state.json              format, iteration, counters, SHA-256 of each file, versions
       pytorch_lora_weights.safetensors   what diffusers' `load_lora_weights` reads (LoRA runs)
 
@@ -147,9 +148,14 @@ def prune(folder: Path, keep: int = 2) -> None:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return
-    newest_and_best = {*checkpoints[-keep:], best(folder.parent)}
+    try:
+        remaining = {*checkpoints[-keep:], best(folder.parent)}
+    except ConfigError as error:
+        # One that is damaged ends no run that goes on from another.
+        log.warning("No old checkpoint is removed: %s", error)
+        return
     for path in checkpoints:
-        if path not in newest_and_best:
+        if path not in remaining:
             try:
                 remove_folder(path)
             except OSError as error:

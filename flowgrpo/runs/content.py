@@ -1,15 +1,19 @@
-"""Fingerprints of the content that a run's numbers depend on: its prompts and its model's weights.
+"""Fingerprints of the content that a run's numbers depend on: prompts, model, rewards.
 
 A run names its files by places, which may change: a model is moved, a prompt file copied to another
 machine. What lies there may not. content.json of the run directory holds
 
     prompts   of training and of evaluation: their number, SHA-256 of texts and metadata
-    model     a digest of the values of each component's weights, and the sampler's sigmas
+    model     a digest of samples of each component's weights, and the sampler's sigmas
+    rewards   of the options that name files of rewards: digests of these, or the name on the Hub
+    code      of rewards of the user's own: SHA-256 of their files. Another one is said and
+              recorded, not refused, as a run goes on once a reward that failed is mended
     changes   what was accepted by run.accept_changes, with what held before
 
 A model of tens of gigabytes is sampled, as reading all of it would take longer than an iteration:
-eight blocks of each tensor. Weights count as bfloat16, so that they are the same in a process that
-loads them in float32; names of tensors do not count, because versions of libraries rename them.
+eight blocks of each large tensor, so a change between them is not seen. Weights count as bfloat16,
+so that they are the same in a process that loads them in float32; names of tensors do not count,
+because versions of libraries rename them.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +31,22 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.user_code import source_of
+from flowgrpo.config.validation import path_text
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.policies import Policy
 from flowgrpo.prompts.load import fingerprint, load_prompts
+from flowgrpo.rewards.table import is_address, is_users
 
 log = logging.getLogger("flowgrpo")
 FILE = "content.json"
 WHOLE = 1 << 16
 """Elements up to which a tensor counts whole; a larger one by `BLOCKS` blocks of `BLOCK`."""
 BLOCKS, BLOCK = 8, 1024
+PLACE_OPTIONS = ("model", "clip_model", "tokenizer", "head")
+"""Options of rewards that name files: a folder, a file or a Hub id."""
+READ = 1 << 20
+"""Bytes at both ends of a reward's file that count, with its size."""
 SIGMA_TOLERANCE = 1e-5
 """Difference of two sigmas that versions of a scheduler may have."""
 
@@ -42,8 +54,14 @@ Content = Mapping[str, Any]
 """Values of content.json, without its changes."""
 
 
-def content_of(config: Config, policy: Policy, evaluation_set: EvaluationSet) -> dict[str, Any]:
-    """Compute the fingerprints of a run's prompts and of its model as it is loaded, untrained."""
+def content_of(
+    config: Config,
+    policy: Policy,
+    evaluation_set: EvaluationSet,
+    rewards: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compute the fingerprints of a run's prompts, of its model as it is loaded, untrained, and of
+    its rewards, by name."""
     prompts = {
         "training": load_prompts(config.sample.prompts, "train"),
         "evaluation": evaluation_set.prompts,
@@ -57,7 +75,54 @@ def content_of(config: Config, policy: Policy, evaluation_set: EvaluationSet) ->
             "weights": weights_of(policy),
             "sigmas": policy.sigmas(config.sample.steps).tolist(),
         },
+        "rewards": files_of_rewards(rewards or {}),
+        "code": code_of_rewards(rewards or {}),
     }
+
+
+def files_of_rewards(rewards: Mapping[str, Any]) -> dict[str, str]:
+    """Digest what the `PLACE_OPTIONS` of rewards name: "files:..." of a folder or file that is
+    here, "name:..." of others."""
+    digests = {}
+    for name, reward in rewards.items():
+        options = getattr(reward, "options", {})
+        for option in PLACE_OPTIONS:
+            if isinstance(place := options.get(option), str) and place:
+                path = path_text(place)
+                here = os.path.exists(path)
+                digest = f"files:{_digest_of_files(Path(path))}" if here else f"name:{place}"
+                digests[f"{_alias(name)}.{option}"] = digest
+    return digests
+
+
+def code_of_rewards(rewards: Mapping[str, Any]) -> dict[str, str]:
+    """Digest the files of the user's own rewards, by name without their folders."""
+    digests = {}
+    for name in filter(is_users, rewards):
+        if (path := source_of(name)) is not None:
+            digests[_alias(name)] = f"files:{_digest_of_files(path)}"
+    return digests
+
+
+def _alias(name: str) -> str:
+    """Name a reward without its place: a file by its name, an address by its kind."""
+    return "http" if is_address(name) else os.path.basename(name)
+
+
+def _digest_of_files(path: Path) -> str:
+    """Digest a file, or the files of a folder with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())
+            with open(file, "rb") as content:
+                digest.update(content.read(READ))
+                if size > READ:
+                    content.seek(max(READ, size - READ))
+                    digest.update(content.read(READ))
+    return digest.hexdigest()
 
 
 def weights_of(policy: Policy) -> dict[str, str]:
@@ -122,7 +187,25 @@ def differences(before: Content, now: Content) -> dict[str, str]:
             changes[name] = f"the prompts of {name} ({old['count']} then, {entry['count']} now)"
     if components := model_differences(before["model"], now["model"]):
         changes["model"] = f"the model's {' and '.join(components)}"
+    if options := _differing(before, now, "rewards"):
+        changes["rewards"] = f"what the options of rewards name, {' and '.join(options)}"
     return changes
+
+
+def code_differences(before: Content, now: Content) -> dict[str, str]:
+    """Compare the code of the user's own rewards: "code" -> which differ, in words."""
+    names = _differing(before, now, "code")
+    return {"code": f"The code of {' and '.join(names)}"} if names else {}
+
+
+def _differing(before: Content, now: Content, kind: str) -> list[str]:
+    """List the names under `kind` whose digests differ, of those that compare."""
+    old = before.get(kind, {})
+    return [
+        name
+        for name, digest in now.get(kind, {}).items()
+        if _kind(old.get(name, "")) == _kind(digest) and old[name] != digest
+    ]
 
 
 def model_differences(before: Content, now: Content) -> list[str]:
@@ -157,9 +240,11 @@ def check(folder: Path, config: Config, now: Content) -> dict[str, str]:
         ConfigError: there are some, and they are not accepted, or cannot be.
     """
     before = read(folder)
-    changes = differences(before, now) if before is not None else {}
-    if not changes:
+    if before is None:
         return {}
+    changes, code = differences(before, now), code_differences(before, now)
+    if not changes:
+        return code
     words = "; ".join(changes.values())
     if not config.run.accept_changes:
         raise ConfigError(
@@ -169,13 +254,13 @@ def check(folder: Path, config: Config, now: Content) -> dict[str, str]:
             f"which {FILE} records."
         )
     unmeasured = config.policy.adapter == "full" and config.optim.beta == 0
-    if unmeasured and changes.keys() & {"evaluation", "model"}:
+    if unmeasured and changes.keys() & {"evaluation", "model", "rewards"}:
         raise ConfigError(
             f"run.accept_changes is on, and {words} changed, but the model before training, which "
             "would be evaluated again, is gone with policy.adapter full and optim.beta 0; start a "
             "new run."
         )
-    return changes
+    return {**changes, **code}
 
 
 def write(folder: Path, now: Content, iteration: int, changes: Mapping[str, str]) -> None:
@@ -183,7 +268,8 @@ def write(folder: Path, now: Content, iteration: int, changes: Mapping[str, str]
     before = read(folder) or {}
     record = list(before.get("changes", []))
     if changes:
-        replaced = {name: before[name] for name in ("prompts", "model")}
+        names = ("prompts", "model", "rewards", "code")
+        replaced = {name: before[name] for name in names if name in before}
         record.append({"iteration": iteration, "changed": dict(changes), "before": replaced})
     files.write_json(folder / FILE, {**now, "changes": record})
 

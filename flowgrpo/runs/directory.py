@@ -31,6 +31,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.config.validation import path_text, shown
 from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
@@ -40,9 +41,11 @@ from flowgrpo.runs.state import State
 log = logging.getLogger("flowgrpo")
 MAY_CHANGE = {
     "run.steps",
+    "run.min_seconds",
     "run.out",
     "run.resume",
     "run.eval_every",
+    "run.eval_seconds",
     "run.checkpoint_every",
     "run.threads",
     "run.wandb",
@@ -54,17 +57,24 @@ MAY_CHANGE = {
     "sample.overlap",
     # Places: what lies there is compared by content.py.
     "policy.model",
+    "policy.variant",
     "sample.prompts",
     "policy.device",
     "run.accept_changes",
+    # Which of the files there, and recorded rollouts have the bits of others.
+    "sample.capture",
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
     "reward.retries",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
-SERVICE_OPTIONS = ("url", "token", "timeout", "retries", "backoff", "concurrency")
-"""Options of rewards that say where and how a service is called."""
+SERVICE_OPTIONS = (
+    *("url", "token", "timeout", "retries", "backoff", "concurrency", "device", "workers"),
+    # What lies there is compared by content.py.
+    *content.PLACE_OPTIONS,
+)
+"""Options of rewards that say where they are computed, and how a service is called."""
 
 FIRST_FILES = ("config.json", "content.json", "metrics.jsonl")
 FIRST_FOLDERS = ("samples", "checkpoints", "tensorboard", "evaluations", "wandb", INITIAL)
@@ -75,10 +85,11 @@ class RunDirectory:
     """A run directory that this process writes to. Opened by `open`, released by `close`."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.path = config, config.out_dir
+        # Absolute, as code of the user's may change the working directory.
+        self.config, self.path = config, Path(os.path.abspath(config.out_dir))
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if reason := _lock(self._metrics, self.path):
+        if reason := lock(self._metrics, self.path):
             log.warning(
                 "The run directory %s cannot be locked (%s), so nothing keeps a second process "
                 "from writing it too.",
@@ -135,15 +146,20 @@ class RunDirectory:
         """Write content.json, and put aside evaluations that `changes` have made incomparable."""
         iteration = checkpoints.read_state(self.checkpoint)["iteration"] if self.checkpoint else 0
         evaluations = self.path / "evaluations"
-        if changes.keys() & {"evaluation", "model"} and evaluations.is_dir():
+        if changes.keys() & {"evaluation", "model", "rewards"} and evaluations.is_dir():
             number, aside = 0, evaluations
             while aside.exists():
                 number += 1
                 aside = self.path / f"evaluations-before-change-{number}"
             evaluations.rename(aside)
-        if changes:
+        accepted = [words for name, words in changes.items() if name != "code"]
+        if accepted:
+            log.warning("The run goes on with other content, as accepted: %s.", "; ".join(accepted))
+        if "code" in changes:
             log.warning(
-                "The run goes on with other content, as accepted: %s.", "; ".join(changes.values())
+                "%s changed since the run began; scores of before and after compare only where it "
+                "gives the same ones.",
+                changes["code"],
             )
         if changes or not (self.path / content.FILE).exists():
             content.write(self.path, now, iteration, changes)
@@ -260,24 +276,44 @@ class RunDirectory:
         was run only because the run ended ("final").
         """
         path = self.path / "metrics.jsonl"
-        size = 0
-        for line in path.read_bytes().splitlines(keepends=True):
+        lines = path.read_bytes().splitlines(keepends=True)
+        size, end = 0, len(lines)
+        for number, line in enumerate(lines):
             # An editor may have left an empty line.
             if line.strip():
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    break
-                beyond = values["iteration"] > iteration or values.get("final", False)
-                if beyond or not line.endswith(b"\n"):
+                values = _metrics_line(line)
+                if values is None or values["iteration"] > iteration or values.get("final", False):
+                    end = number
                     break
             size += len(line)
+        # Only the last line may have been cut off; what follows another is not written again.
+        later = [values for line in lines[end + 1 :] if (values := _metrics_line(line))]
+        if (
+            end < len(lines)
+            and _metrics_line(lines[end]) is None
+            and any(values["iteration"] <= iteration for values in later)
+        ):
+            raise ConfigError(
+                f"line {end + 1} of {path} is {shown(lines[end][:60].decode(errors='replace'))}, "
+                "but a line that `flowgrpo train` wrote is expected; restore it, or remove it to "
+                "go on without."
+            )
         os.truncate(path, size)
+
+
+def _metrics_line(line: bytes) -> dict[str, Any] | None:
+    """Read a line of metrics.jsonl; None for one that is not whole, or of something else."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(values, dict) and isinstance(values.get("iteration"), int)
+    return values if is_ours and line.endswith(b"\n") else None
 
 
 def resume_config(folder: str | Path) -> Config:
     """Read the configuration of the run in `folder`, set to go on there."""
-    path = Path(folder).expanduser() / "config.json"
+    path = Path(path_text(folder)) / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     # A ValueError: it is no UTF-8, or its path no path.
@@ -294,7 +330,7 @@ def resume_config(folder: str | Path) -> Config:
 
 def _check_same(config: Config, stored: Config) -> None:
     """Raise ConfigError if a continuation differs from the run in more than `MAY_CHANGE`."""
-    before, now = (_without_services(_by_name(c)) for c in (stored, config))
+    before, now = (_without_services(fields_by_name(c)) for c in (stored, config))
     if config.policy.device != stored.policy.device:
         log.warning(
             "policy.device is %r, and the run in %s began with %r: on another kind of device the "
@@ -303,15 +339,19 @@ def _check_same(config: Config, stored: Config) -> None:
             stored.run.resume,
             stored.policy.device,
         )
+    may_change = set(MAY_CHANGE)
+    if config.policy.init_adapter and stored.policy.init_adapter:
+        # A place too: the run goes on from its own copy of what lay there.
+        may_change.add("policy.init_adapter")
     for name, value in now.items():
-        if name not in MAY_CHANGE and value != before[name]:
+        if name not in may_change and value != before[name]:
             raise ConfigError(
                 f"{name} is {value!r}, but the run in {stored.run.resume} was started with "
                 f"{before[name]!r}; leave it as it was, or start a new run with another --run.out."
             )
 
 
-def _by_name(config: Config) -> dict[str, Any]:
+def fields_by_name(config: Config) -> dict[str, Any]:
     """List the fields of a configuration by dotted name, as JSON values."""
     fields: dict[str, Any] = {}
     for section, values in to_dict(config).items():
@@ -323,10 +363,16 @@ def _by_name(config: Config) -> dict[str, Any]:
 
 
 def _without_services(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace what only says where the rewards' services are: addresses by their number among the
-    weights, options of `SERVICE_OPTIONS` by nothing."""
+    """Replace what only says where the rewards are: addresses by their number among the weights,
+    files by their names, options of `SERVICE_OPTIONS` by nothing."""
     addresses = [name for name in fields["reward.weights"] if is_address(name)]
     aliases = {name: f"address {number}" for number, name in enumerate(addresses, start=1)}
+    names = dict.fromkeys((*fields["reward.weights"], *fields["reward.report"]))
+    files_named: dict[str, list[str]] = {}
+    for name in filter(is_file, names):
+        files_named.setdefault(os.path.basename(name), []).append(name)
+    # Two files of one name are told apart by their paths.
+    aliases |= {paths[0]: name for name, paths in files_named.items() if len(paths) == 1}
     options = {}
     for key, value in fields["reward.options"].items():
         name, _, option = key.rpartition(".")
@@ -346,7 +392,12 @@ def _without_services(fields: dict[str, Any]) -> dict[str, Any]:
 
 def is_address(name: str) -> bool:
     """Tell an address of a remote reward from a reward's name."""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
+
+
+def is_file(name: str) -> bool:
+    """Tell a reward that is named by the path of its file, "file.py:function"."""
+    return name.rpartition(":")[0].endswith(".py")
 
 
 def check_directory(config: Config) -> None:
@@ -354,8 +405,14 @@ def check_directory(config: Config) -> None:
     folder = config.out_dir
     if config.run.resume:
         return
-    # A process that is killed while it writes config.json leaves a file with another name.
-    taken = folder.is_dir() and not all(map(files.is_leftover, folder.iterdir()))
+    try:
+        # A process that is killed while it writes config.json leaves a file with another name.
+        taken = os.path.isdir(folder) and not all(map(files.is_leftover, folder.iterdir()))
+    except OSError as error:
+        raise ConfigError(
+            f"run.out {str(folder)!r} cannot be looked into ({error.strerror}), but a new or empty "
+            "directory is expected; choose another --run.out."
+        ) from error
     if taken and not _never_began(folder):
         raise ConfigError(
             f"run.out {str(folder)!r} is not empty, but a new or empty directory is expected; "
@@ -371,13 +428,18 @@ def _never_began(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir() if not files.is_leftover(path)}
     if "config.json" not in names or names - {*FIRST_FILES, *FIRST_FOLDERS}:
         return False
+    try:
+        # Other programs have a config.json and folders of these names as well.
+        resume_config(folder)
+    except ConfigError:
+        return False
     # One that is damaged counts too.
     if any((folder / "checkpoints").glob(f"{checkpoints.PREFIX}*")):
         return False
     try:
         with open(folder / "metrics.jsonl", "ab+") as file:
             # Without locks no process can be told from none.
-            if _lock(file, folder):
+            if lock(file, folder):
                 return False
             file.seek(0)
             if b'"kind": "train"' in file.read():
@@ -391,21 +453,24 @@ def _create(folder: Path, config: Config) -> None:
     """Create the directory of a new run with its config.json."""
     check_directory(config)
     # Folders that are new are removed again if the directory turns out not to be writable.
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / "config.json", to_json(config))
-    except OSError as error:
+    # ValueError: its path is no path.
+    except (OSError, ValueError) as error:
         if new:
             shutil.rmtree(new[-1], ignore_errors=True)
         raise ConfigError(
-            f"run.out {str(folder)!r} cannot be written ({error.strerror}), but a directory that "
+            f"run.out {shown(str(folder))} cannot be written "
+            f"({getattr(error, 'strerror', error)}), but a directory that "
             "can be created and written is expected; choose another --run.out."
         ) from error
 
 
-def _lock(file: Any, folder: Path) -> str:
-    """Lock the open `file` of `folder` for this process.
+def lock(file: Any, folder: Path, kind: str = "run directory", option: str = "--run.out") -> str:
+    """Lock the open `file` of `folder` for this process; messages say what `kind` of folder it is,
+    and which `option` names it.
 
     Returns:
         The reason why the system has no locks for it; "" if it is locked.
@@ -422,8 +487,8 @@ def _lock(file: Any, folder: Path) -> str:
     except BlockingIOError as error:
         file.close()
         raise ConfigError(
-            f"run directory {str(folder)!r} is in use by another process, but one process at a "
-            "time writes it; stop that one or choose another --run.out."
+            f"{kind} {str(folder)!r} is in use by another process, but one process at a "
+            f"time writes it; stop that one or choose another {option}."
         ) from error
     except OSError as error:
         # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.

@@ -71,6 +71,7 @@ class Display:
         self.mode = mode_of(config.run.progress, self.console)
         self.line_interval = max(1, config.run.steps // PLAIN_LINES)
         self._times: deque[float] = deque(maxlen=50)
+        self._expected_iterations = config.run.steps
         self._evaluation = 0.0
         self._live: Live | None = None
         self._expected = False
@@ -96,10 +97,20 @@ class Display:
         if self.mode != "none":
             self.console.print(text, soft_wrap=True, markup=False)
 
-    def iteration(self, iteration: int, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Show the figures of the iteration number `iteration` (from 1), which took `seconds`."""
+    def iteration(
+        self,
+        iteration: int,
+        metrics: Mapping[str, Any],
+        seconds: float,
+        expected: int | None = None,
+    ) -> None:
+        """Show the figures of the iteration number `iteration` (from 1), which took `seconds`.
+
+        `expected`: iterations of the whole run, as far as is known; default: run.steps.
+        """
         if self.mode == "none":
             return
+        self._expected_iterations = expected or self.config.run.steps
         self._times.append(seconds)
         left = self.seconds_left(iteration)
         rate = self.config.sample.rows / seconds if seconds > 0 else 0.0
@@ -111,9 +122,11 @@ class Display:
         text = f"{figures}  {rate:.0f} images/s"
         if self.mode == "bar":
             self._bar(iteration, text, left)
-        elif iteration % self.line_interval == 0 or iteration in (1, self.config.run.steps):
+        elif iteration % self.line_interval == 0 or iteration in (1, self._expected_iterations):
+            about = "" if self._expected_iterations == self.config.run.steps else "about "
             self.console.print(
-                f"iteration {iteration}/{self.config.run.steps}  {text}  {clock(left)} left",
+                f"iteration {iteration}/{about}{self._expected_iterations}  {text}  {clock(left)} "
+                "left",
                 soft_wrap=True,
                 markup=False,
             )
@@ -148,7 +161,8 @@ class Display:
         if run.eval_every:
             evaluations = -(-run.steps // run.eval_every) - iteration // run.eval_every
         mean = sum(times) / len(times)
-        return max(run.steps - iteration, 0) * mean + max(evaluations, 0) * self._evaluation
+        iterations = max(self._expected_iterations - iteration, 0)
+        return iterations * mean + max(evaluations, 0) * self._evaluation
 
     def evaluating(self, label: str, images: int, rewards: Iterable[str]) -> EvaluationProgress:
         """Open the progress of an evaluation, in place of the bar."""
@@ -192,7 +206,8 @@ class Display:
             )
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
-        self._progress.update(self._task, completed=iteration, left=clock(left))
+        total = self._expected_iterations
+        self._progress.update(self._task, completed=iteration, total=total, left=clock(left))
         self._live.update(Group(self._progress, Text(text, style="dim", overflow="ellipsis")))
 
 

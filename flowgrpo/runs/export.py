@@ -9,7 +9,14 @@ from torch import nn
 from flowgrpo import files
 from flowgrpo.config import Config, OptimConfig, PolicyConfig
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapters import ADAPTER, LORA_FILE, add_adapter, trained_parameters
+from flowgrpo.policies.adapters import (
+    ADAPTER,
+    INITIAL,
+    LORA_FILE,
+    add_adapter,
+    start_from,
+    trained_parameters,
+)
 from flowgrpo.policies.families import family_of
 from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import EMA, shown_weights
@@ -53,7 +60,16 @@ def load_trained(transformer: nn.Module, optim: OptimConfig, checkpoint: Path) -
     checkpoints.restore(parameters, values)
 
 
-def add_trained(policy: Policy, config: Config, checkpoint: Path) -> None:
-    """Put the weights of `checkpoint`, trained as `config` says, into the policy."""
+def add_initial(policy: Policy, config: Config) -> bool:
+    """Make the policy of the run that `config` goes on with trainable, with the weights that the
+    run started from.
+
+    Returns:
+        True: these are an adapter's (policy.init_adapter); False: the policy is its base model.
+    """
     add_adapter(policy.transformer, config.policy)
-    load_trained(policy.transformer, config.optim, checkpoint)
+    initial = Path(config.run.resume or "") / INITIAL
+    if not (config.policy.init_adapter and initial.is_dir()):
+        return False
+    start_from(policy, config.policy, str(initial))
+    return True

@@ -6,7 +6,6 @@ A list becomes numbers only if its name is in `SERIES`: its mean and its last va
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo.config import Config, ConfigError, RunConfig, to_dict
+from flowgrpo.config.user_code import is_installed
 
 log = logging.getLogger("flowgrpo")
 Pictures = Mapping[str, Image.Image]
@@ -82,7 +82,7 @@ class Loggers:
 
 def check(run: RunConfig) -> None:
     """Raise ConfigError if a logger that `run` asks for is not installed."""
-    if run.wandb and importlib.util.find_spec("wandb") is None:
+    if run.wandb and not is_installed("wandb"):
         raise ConfigError(
             f"run.wandb is {run.wandb!r}, but the package wandb, which it needs, is not "
             "installed; install flowgrpo[wandb] or leave run.wandb out."
@@ -95,8 +95,17 @@ def start(config: Config, folder: Path, iteration: int) -> list[Logger]:
     # The one that may fail comes first, so that the other has written nothing then.
     if config.run.wandb:
         loggers.append(wandb(config, folder))
-    loggers.append(tensorboard(folder / "tensorboard", iteration if config.run.resume else None))
-    return loggers
+    try:
+        events = tensorboard(folder / "tensorboard", iteration if config.run.resume else None)
+    # Its library may be damaged, and its folder not writable; metrics.jsonl has the same numbers.
+    except Exception as error:
+        log.warning(
+            "There are no TensorBoard events (%s: %s); metrics.jsonl has all numbers.",
+            type(error).__name__,
+            error,
+        )
+        return loggers
+    return [*loggers, events]
 
 
 def tensorboard(folder: Path, purge: int | None) -> Logger:

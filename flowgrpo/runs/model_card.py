@@ -188,4 +188,9 @@ def _number(value: float | None) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Write a text, such as a tag or a path, so that it ends no cell."""
+    return " ".join(text.split()).replace("|", "\\|")

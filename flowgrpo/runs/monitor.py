@@ -2,8 +2,8 @@
 
 All that is written or shown around the algorithm is here, so that the loop is the algorithm::
 
-    with stoppable() as stop, Monitor.open(config, policy, state) as monitor:
-        while state.iteration < config.run.steps and not stop.requested:
+    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+        while monitor.unfinished and not stop.requested:
             ...
             state.iteration += 1
             monitor.iteration(metrics, seconds)
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 
 from flowgrpo import rewards
@@ -29,40 +30,63 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
+from flowgrpo.evaluation.kl import path_kl
 from flowgrpo.evaluation.quality import quality_of, tolerances_of, within_tolerance
 from flowgrpo.policies import Policy
+from flowgrpo.policies.tokens import warn_of_cut
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import content
 from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory, is_address
+from flowgrpo.runs.directory import RunDirectory, is_address, is_file
 from flowgrpo.runs.display import Display
-from flowgrpo.runs.process import device_name, kernel_backends, versions
+from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
 
 log = logging.getLogger("flowgrpo")
+LEFT = "The evaluation is left; it is made when the run goes on."
 
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
 
 
-def check_finite(metrics: Mapping[str, Any], iteration: int) -> None:
-    """Raise DivergedError if the loss or a gradient's norm is not finite."""
+class EvaluationStopped(Exception):
+    """An evaluation was left, because the run was asked to stop."""
+
+
+def check_finite(
+    metrics: Mapping[str, Any], iteration: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise DivergedError if the loss or a gradient's norm is not finite; `dtype`: of the frozen
+    weights and of the velocity."""
     for name in ("loss", "grad_norm"):
         values = metrics.get(name, 0.0)
-        for value in values if isinstance(values, list | tuple) else [values]:
+        for number, value in enumerate(values if isinstance(values, list | tuple) else [values]):
             if not math.isfinite(value):
+                # The norm is that of the gradients before an update.
+                untouched = name == "grad_norm" and iteration == 1 and number == 0
+                where = f"at iteration {iteration}"
+                advice = "start again with a lower optim.lr or optim.max_grad_norm"
+                if untouched:
+                    where += ", before any update"
+                    advice = "try policy.dtype float32 or another policy.attention"
+                if dtype == torch.float16:
+                    other = "" if untouched else f", or {advice}"
+                    advice = f"set policy.dtype to bfloat16 or float32{other}"
                 raise DivergedError(
-                    f"{name} is {value} at iteration {iteration}, but a finite number is expected; "
-                    "start again with a lower optim.lr or optim.max_grad_norm."
+                    f"{name} is {value} {where}, but a finite number is expected; {advice}."
                 )
 
 
 class Monitor:
     """Logs, evaluates, draws and saves one run. Opened by `Monitor.open`; a context manager."""
 
-    def __init__(self, config: Config, policy: Policy, state: State) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, state: State, stop: Stop | None = None
+    ) -> None:
         self.config, self.policy, self.state = config, policy, state
+        self.stop = stop or Stop()
         self.evaluation_set = load_evaluation_set(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported)
         self.scorer.prepare(self.evaluation_set.prompts)
@@ -70,6 +94,9 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        if has_splits(config.sample.prompts):
+            # Of one file they are among those of training, which were counted.
+            warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
         self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
@@ -82,7 +109,9 @@ class Monitor:
         self._since = time.perf_counter()
 
     @classmethod
-    def open(cls, config: Config, policy: Policy, state: State) -> Monitor:
+    def open(
+        cls, config: Config, policy: Policy, state: State, stop: Stop | None = None
+    ) -> Monitor:
         """Open or create the run directory, restore `state`, show the banner, and evaluate the
         untrained model (or read its evaluation).
 
@@ -90,14 +119,15 @@ class Monitor:
             config: of the run.
             policy: the model, with `state.parameters` in its transformer.
             state: restored in place when the run is resumed; `state.totals` is updated here.
+            stop: once it is requested, evaluations of trained weights are left for the next start.
 
         Raises:
             ConfigError: as `RunDirectory.open`, `RunDirectory.restore` and `Loggers.open`; nothing
                 is left behind then.
         """
-        monitor = cls(config, policy, state)
+        monitor = cls(config, policy, state, stop)
         # The weights are still those that were loaded; `restore` may replace them.
-        now = content.content_of(config, policy, monitor.evaluation_set)
+        now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
         monitor.directory = RunDirectory.open(config, now)
         try:
             restored = monitor.directory.restore(state)
@@ -129,7 +159,7 @@ class Monitor:
                     self._save(None)
                 self.display.note(
                     f"Saved after {iteration} iterations; go on with --run.resume "
-                    f"{self.directory.path}."
+                    f"{self.config.out_dir}."
                 )
         finally:
             self.close()
@@ -159,7 +189,17 @@ class Monitor:
                 self.latest = (line["iteration"], evaluation)
         if not restored:
             self._save(self.untrained["base"].accuracy)
+        elif self._was_left():
+            self._evaluate_and_save(self._training())
         self._draw(self._samples())
+
+    def _was_left(self) -> bool:
+        """Tell if the evaluation of the present iteration is due and was not made: the process that
+        wrote the checkpoint was asked to stop meanwhile."""
+        iteration, interval = self.state.iteration, self.config.run.eval_every
+        if not interval or not iteration or iteration % interval:
+            return False
+        return all(line["iteration"] != iteration for line in self.directory.metrics("eval"))
 
     def iteration(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Log and show a finished iteration; evaluate and save where it is due.
@@ -169,7 +209,8 @@ class Monitor:
                 Logged beside them is "lr", the learning rate of the last update.
             seconds: its phases, as {"rollout", "reward", "update"}.
         """
-        totals, iteration, run = self.state.totals, self.state.iteration, self.config.run
+        totals, iteration = self.state.totals, self.state.iteration
+        before = self._training()
         self._add(seconds)
         error = max(totals.get("max_ratio_error", 0.0), float(metrics.get("max_ratio_error", 0.0)))
         totals["max_ratio_error"] = error
@@ -177,27 +218,68 @@ class Monitor:
         totals["dropped_groups"] = dropped
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.directory.log(iteration, {**metrics, "lr": lr}, seconds)
-        check_finite(metrics, iteration)
+        check_finite(metrics, iteration, self.policy.dtype)
         # A score that is no accuracy is the reward, which is shown already.
         accuracy = None
         if self.untrained["base"].label == "accuracy":
             accuracy = metrics.get("rewards", {}).get(self.config.reported[0])
-        self.display.iteration(iteration, {**metrics, "accuracy": accuracy}, sum(seconds.values()))
+        shown = {**metrics, "accuracy": accuracy}
+        self.display.iteration(iteration, shown, sum(seconds.values()), self._expected())
         # Nothing was decoded since the rollout.
         noise = self.advice.noise(self.policy.decoded.read().std) if iteration == 1 else ""
         for sentence in filter(None, (noise, self.advice.gradients(metrics))):
             self.display.note(sentence)
-        score = None
-        if run.eval_every and iteration % run.eval_every == 0:
-            score = self._evaluate(final=False).accuracy
-        if run.checkpoint_every and iteration % run.checkpoint_every == 0:
+        self._evaluate_and_save(before)
+
+    def _evaluate_and_save(self, before: float) -> None:
+        """Evaluate and save where it is due after the present iteration, before which training had
+        taken `before` seconds. A stop that is requested meanwhile ends the evaluation, and the
+        checkpoint is written at once."""
+        iteration, run, score = self.state.iteration, self.config.run, None
+        timed = self._is_due(before)
+        due = timed or (bool(run.checkpoint_every) and iteration % run.checkpoint_every == 0)
+        regular = run.eval_every and iteration <= run.steps and iteration % run.eval_every == 0
+        if timed or regular:
+            try:
+                score = self._evaluate(final=False).accuracy
+            except EvaluationStopped:
+                self.display.note(LEFT)
+                due = True
+        if due:
             self._save(score)
+
+    @property
+    def unfinished(self) -> bool:
+        """Tell if an iteration is left of `run.steps`, or a second of `run.min_seconds`."""
+        run = self.config.run
+        return self.state.iteration < run.steps or self._training() < run.min_seconds
+
+    def _is_due(self, before: float) -> bool:
+        """Tell if the training seconds since `before` ask for an evaluation: at each multiple of
+        `run.eval_seconds` up to `run.min_seconds`, and after `run.steps` where the run goes on."""
+        run, seconds = self.config.run, self._training()
+        if self.state.iteration == run.steps and self.unfinished:
+            return True
+        if not run.eval_seconds or before >= run.min_seconds:
+            return False
+        return seconds // run.eval_seconds > before // run.eval_seconds
+
+    def _expected(self) -> int:
+        """Expect the number of iterations of the whole run, by the mean of those so far."""
+        run, iteration = self.config.run, self.state.iteration
+        left = max(run.min_seconds - self._training(), 0.0)
+        mean = self._training() / max(iteration, 1)
+        return max(run.steps, iteration + math.ceil(left / mean) if mean else 0)
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Evaluate once more unless interrupted, save, and return what summary.json holds."""
         iteration = self.state.iteration
         if not interrupted and self.latest[0] != iteration:
-            self._evaluate(final=True)
+            try:
+                self._evaluate(final=True)
+            except EvaluationStopped:
+                self.display.note(LEFT)
+                interrupted = True
         evaluated, evaluation = self.latest
         if evaluated != iteration:
             with self.state.ema.swapped():
@@ -213,7 +295,7 @@ class Monitor:
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
-            f"Written to {self.directory.path}: summary.json, curve.png, samples, "
+            f"Written to {self.config.out_dir}: summary.json, curve.png, samples, "
             f"{_described(self.state)}."
         )
         return summary
@@ -226,7 +308,8 @@ class Monitor:
             self.evaluation_set.prompts.texts[:1],
             self.evaluation_set.seeds[:1],
             1,
-            steps=1,
+            # Some schedulers have no schedule of one step.
+            steps=min(2, self.config.sample.eval_steps),
             batch_size=1,
             guidance_scale=self.config.sample.guidance_scale,
         )
@@ -293,11 +376,13 @@ class Monitor:
         return None
 
     def _with_present_addresses(self, evaluation: Evaluation) -> Evaluation:
-        """Give the remote rewards of an evaluation, named by address, their names of now."""
+        """Give the rewards of an evaluation that are named by place their names of now."""
         before, now = list(evaluation.scores), list(self.scorer.weights)
         if len(before) != len(now):
             return evaluation
-        names = {b: n if is_address(b) else b for b, n in zip(before, now, strict=True)}
+        names = {
+            b: n if is_address(b) or is_file(b) else b for b, n in zip(before, now, strict=True)
+        }
         return dataclasses.replace(
             evaluation,
             scores={names[name]: score for name, score in evaluation.scores.items()},
@@ -308,6 +393,13 @@ class Monitor:
         rewards = list(self.scorer.weights)
         count = len(self.evaluation_set.seeds)
         with self.display.evaluating(label, count, rewards) as progress:
+
+            def on_progress(stage: str, images: int) -> None:
+                progress(stage, images)
+                # Before the first iteration there is nothing to save.
+                if self.stop.requested and self.state.iteration:
+                    raise EvaluationStopped
+
             return evaluate.evaluate(
                 self.policy,
                 self.evaluation_set,
@@ -316,14 +408,28 @@ class Monitor:
                 batch_size=self.config.sample.batch_size,
                 guidance_scale=guidance_scale,
                 quality=self.quality,
-                on_progress=progress,
+                on_progress=on_progress,
             )
+
+    def _measure_kl(self, evaluation: Evaluation) -> Evaluation:
+        """Add the KL of the present weights to the untrained model, if `run.eval_kl` asks for it;
+        its seconds count as the evaluation's."""
+        sample, noise_level = self.config.sample, self.config.run.eval_kl
+        if not noise_level:
+            return evaluation
+        started = time.perf_counter()
+        kl = path_kl(
+            self.policy, self.evaluation_set, noise_level, sample.batch_size, sample.guidance_scale
+        )
+        seconds = evaluation.seconds + time.perf_counter() - started
+        return dataclasses.replace(evaluation, kl=kl, seconds=seconds)
 
     def _evaluate(self, final: bool) -> Evaluation:
         """Evaluate the weights that the average shows, log it, and renew the pictures."""
         iteration = self.state.iteration
         with self.state.ema.swapped():
             evaluation = self._measure(f"iteration {iteration}", self.config.sample.guidance_scale)
+            evaluation = self._measure_kl(evaluation)
         self.latest = (iteration, evaluation)
         evaluation.save(self.directory.path / "evaluations" / _step(iteration))
         self._add({"evaluate": evaluation.seconds})

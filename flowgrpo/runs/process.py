@@ -123,7 +123,8 @@ def stoppable() -> Iterator[Stop]:
 
     Schedulers send several signals, which ask for the same once: SLURM sends SIGTERM after the
     SIGUSR1 of --signal, Grid Engine SIGUSR2 after SIGUSR1. The loop looks at `stop.requested` after
-    each iteration, so that what it started is finished and saved. Outside the main thread, where
+    each iteration, so that what it started is finished and saved; an evaluation after one is left
+    at its next chunk, and made when the run goes on. Outside the main thread, where
     Python delivers no signals, nothing is changed.
     """
     stop = Stop()

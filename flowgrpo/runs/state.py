@@ -1,4 +1,4 @@
-"""The trained weights and everything that moves with them: optimizer and average.
+"""The trained weights and everything that moves with them: optimizer, average, old policy.
 
 `State` bundles them with the counters of a run; it is what a checkpoint holds and the whole of what
 the next iteration depends on. Weights are only ever changed in place, so that their addresses stay
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,18 +125,48 @@ class EMA:
 
         The parameters come back with their bits.
         """
-        if self.weights == "live":
+        with nullcontext() if self.weights == "live" else swapped(self.parameters, self.shadow):
             yield
-            return
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        for name, tensor in self.shadow.items():
-            self.parameters[name].copy_(tensor)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, tensor in trained.items():
-                    self.parameters[name].copy_(tensor)
+
+
+@contextmanager
+def swapped(
+    parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Put `weights` into `parameters`, by name and in place; the parameters come back with their
+    bits."""
+    trained = {name: p.detach().clone() for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                parameters[name].copy_(tensor)
+
+
+class OldPolicy:
+    """The policy that samples where it is not the trained one: DiffusionNFT's (arXiv 2509.16117).
+
+    After an iteration, with n optimizer steps so far, it follows the trained parameters:
+
+        old <- eta old + (1 - eta) trained        eta = min(rise n, largest)
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], largest: float, rise: float) -> None:
+        self.parameters, self.largest, self.rise = parameters, largest, rise
+        self.weights = {name: p.detach().float().clone() for name, p in parameters.items()}
+        """Its weights by name, float32."""
+
+    @torch.no_grad()
+    def follow(self, updates: int) -> None:
+        """Follow the trained parameters after `updates` optimizer steps."""
+        decay = min(self.rise * updates, self.largest)
+        for name, parameter in self.parameters.items():
+            # eta = 0 gives the parameter's own bits, which lerp at weight 1 does too.
+            self.weights[name].lerp_(parameter.detach().float(), 1.0 - decay)
 
 
 @dataclass
@@ -148,6 +178,8 @@ class State:
     optimizer: torch.optim.AdamW
     config: OptimConfig
     ema: EMA
+    old: OldPolicy | None = None
+    """The policy that samples; None: the trained one."""
     iteration: int = 0
     """Completed iterations."""
     updates: int = 0
@@ -156,13 +188,29 @@ class State:
     """JSON values that a run sums up (seconds, dropped groups, the largest ratio error, ...)."""
 
     @classmethod
-    def create(cls, transformer: nn.Module, config: OptimConfig) -> State:
-        """Create the state before the first iteration of a transformer with its adapter in it."""
+    def create(cls, transformer: nn.Module, config: OptimConfig, old_policy: bool = False) -> State:
+        """Create the state before the first iteration of a transformer with its adapter in it.
+
+        Args:
+            old_policy: rollouts are those of an `OldPolicy`.
+        """
         parameters = trained_parameters(transformer)
         full = not hasattr(transformer, "peft_config")
         optimizer = make_optimizer(list(parameters.values()), config, full)
         ema = EMA(parameters, config.ema_decay, config.ema_every)
-        return cls(parameters, optimizer, config, ema)
+        old = None
+        if old_policy:
+            old = OldPolicy(parameters, config.old_decay, config.old_decay_rise)
+        return cls(parameters, optimizer, config, ema, old)
+
+    def rollout_weights(self) -> AbstractContextManager[None]:
+        """Put the weights of the rollout into the model: those of `old`, if there is one."""
+        return nullcontext() if self.old is None else swapped(self.parameters, self.old.weights)
+
+    def follow(self) -> None:
+        """Let the old policy, if there is one, follow the trained one: once an iteration."""
+        if self.old is not None:
+            self.old.follow(self.updates)
 
     def step(self) -> torch.Tensor:
         """Take one optimizer step with the accumulated gradients, and drop them.
@@ -190,7 +238,8 @@ class State:
             for key, value in values.items()
         }
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        return {"weights": weights, "optimizer": moments, "ema": dict(self.ema.shadow)}
+        stored = {"weights": weights, "optimizer": moments, "ema": dict(self.ema.shadow)}
+        return stored if self.old is None else {**stored, "old": dict(self.old.weights)}
 
     def counters(self) -> dict[str, Any]:
         """Counters of a checkpoint, as JSON values."""
@@ -201,10 +250,13 @@ class State:
         state = checkpoints.read_state(checkpoint)
         files = {stem: checkpoints.load(checkpoint, stem) for stem in self.tensors()}
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        for into, stem in ((weights, "weights"), (self.ema.shadow, "ema")):
+        targets = {"weights": weights, "ema": self.ema.shadow}
+        if self.old is not None:
+            targets["old"] = self.old.weights
+        for stem, into in targets.items():
             checkpoints.check(into, files[stem], checkpoint / f"{stem}.safetensors")
         moments = self._moments(files["optimizer"], checkpoint)
-        for into, stem in ((weights, "weights"), (self.ema.shadow, "ema")):
+        for stem, into in targets.items():
             checkpoints.restore(into, files[stem])
         optimizer = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**optimizer, "state": moments})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.adapters import ADAPTER
 from flowgrpo.policies.decoded import Figures
 from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.sampling.schedule import Schedule
@@ -94,12 +95,21 @@ def explain(
 def _explain_text(policy: Policy, texts: str, embeddings: Conditioning, sampler: str) -> str:
     """Say that text embeddings are no numbers."""
     kind = _kind(torch.cat([embeddings.embeds.flatten(), embeddings.pooled.flatten()]))
-    advice = "look at the text encoders' weights, and delete the folder policy.text_cache"
-    if policy.dtype == torch.float16:
-        advice = f"set policy.dtype to bfloat16 or float32, or {advice}"
-    return (
+    fault = (
         f"the text embeddings of {texts} of {sampler} are {kind}, in {_name(policy.dtype)}, but "
-        f"{EXPECTED}; {advice}."
+        f"{EXPECTED}"
+    )
+    if policy.custom_encode:
+        return f"{fault}; look at what encode= returns."
+    for role, component in policy.pipeline.components.items():
+        if role.startswith("text_encoder") and isinstance(component, nn.Module):
+            weights = _bad_weights(component, role)
+            if weights:
+                return f"{fault}: {weights}."
+    half = policy.dtype == torch.float16
+    return (
+        f"{fault}, though the weights of its text encoders are finite; set policy.dtype to "
+        f"{'bfloat16 or float32' if half else 'float32'}, or delete the folder policy.text_cache."
     )
 
 
@@ -131,7 +141,17 @@ def _explain_step(
         with policy.reference():
             base = velocity()
         if _good(base, LARGEST):
-            return f"{fault}: the model before training gives them at the same place; {TRAIN_ANEW}."
+            half = policy.dtype == torch.float16
+            advice = "set policy.dtype to bfloat16 or float32, or " if half else ""
+            if not _is_trained(policy):
+                return (
+                    f"{fault}: the model without its adapter gives them at the same place; {advice}"
+                    "name another adapter."
+                )
+            return (
+                f"{fault}: the model before training gives them at the same place; "
+                f"{advice}{TRAIN_ANEW}."
+            )
     return f"{fault}{_cause(policy.transformer, 'transformer', trace)}."
 
 
@@ -148,15 +168,8 @@ def _explain_pixels(policy: Policy, pixels: Tensor, trace: Trace, sampler: str) 
 
 def _cause(module: nn.Module, name: str, trace: Trace) -> str:
     """Say which weights or which layer it is, as far as it is known, and what to do."""
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not _good(tensor):
-            advice = "restore the model's files"
-            if tensor.requires_grad:
-                advice = TRAIN_ANEW
-            elif tensor.dtype == torch.float16:
-                # A number of the file that is beyond float16 is infinite here.
-                advice = f"set policy.dtype to bfloat16 or float32, or {advice}"
-            return f": {name}.{key} holds {_kind(tensor)}; {advice}"
+    if weights := _bad_weights(module, name):
+        return f": {weights}"
     if trace.layer is None:
         return f"; no layer of the {name} was seen to return what is none"
     layer = f": the first layer to return {trace.kind} is {name}.{trace.layer}"
@@ -168,6 +181,21 @@ def _cause(module: nn.Module, name: str, trace: Trace) -> str:
     return f"{layer}, in {_name(trace.dtype)}, from inputs and weights that are finite; " + (
         "look at its weights" if trace.dtype == torch.float32 else "try policy.dtype float32"
     )
+
+
+def _bad_weights(module: nn.Module, name: str) -> str:
+    """Name the first weights of the module `name` that are no numbers, and what to do; "" if all
+    are."""
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not _good(tensor):
+            advice = "restore the model's files"
+            if tensor.requires_grad:
+                advice = TRAIN_ANEW
+            elif tensor.dtype == torch.float16:
+                # A number of the file that is beyond float16 is infinite here.
+                advice = f"set policy.dtype to bfloat16 or float32, or {advice}"
+            return f"{name}.{key} holds {_kind(tensor)}; {advice}"
+    return ""
 
 
 @dataclass
@@ -206,6 +234,12 @@ def _tracing(module: nn.Module | None) -> Iterator[Trace]:
 def _vae(policy: Policy) -> nn.Module | None:
     """The pipeline's VAE; None where the latents are the pixels."""
     return getattr(policy.pipeline, "vae", None)
+
+
+def _is_trained(policy: Policy) -> bool:
+    """Tell weights that a run trains, or has trained, from an adapter that was only loaded."""
+    adapters = getattr(policy.transformer, "peft_config", None)
+    return not adapters or ADAPTER in adapters
 
 
 def _has_reference(policy: Policy) -> bool:

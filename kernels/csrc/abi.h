@@ -5,7 +5,7 @@
 
 // Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
-#define FLOWGRPO_ABI 2
+#define FLOWGRPO_ABI 3
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
@@ -37,26 +37,36 @@ typedef struct {
   FgTensor ref_velocity;
   FgTensor ref_uncond_velocity;
   FgTensor old_velocity;
+  FgTensor x0;                    // what nft_loss compares with
   FgTensor grad_velocity;         // written by the ops that give gradients
   FgTensor grad_uncond_velocity;  // likewise, or absent
   const float* old_log_prob;      // [rows]
   const float* advantages;        // [rows]
   const float* row_weight;        // [rows] or NULL
   const float* kl_row_weight;     // [rows] or NULL
-  const float* grad;              // backward: [rows] for log_prob, [1] for the loss
+  const float* sigma;             // [rows], nft_loss; as optimality NaN outside [0, 1]
+  const float* optimality;        // [rows], nft_loss
+  const float* grad;              // backward: [rows] for log_prob, [1] for the losses
   float* log_prob;                // [rows], written
   float* ratio;                   // [rows], written
-  float* coefs;                   // [rows, 3], written by the loss, read by its backward
-  float* loss;                    // [1], written, as are the next three
+  float* positive_error;          // [rows], written by nft_loss, as are the next two
+  float* negative_error;
+  float* old_deviation;
+  float* coefs;                   // [rows, 3], written by a loss, read by its backward
+  float* loss;                    // [1], written, as are the next five where the loss has them
   float* policy_loss;
   float* kl;
   float* clip_fraction;
+  float* positive_loss;
+  float* negative_loss;
   float guidance_scale;
   float uncond_scale;  // float32(1 - guidance_scale)
   float kl_weight;
   float ratio_low;   // float32(1 - clip_low)
   float ratio_high;  // float32(1 + clip_high)
   float adv_clip;
+  float beta;   // nft_loss
+  float floor;  // nft_loss: the least normaliser, > 0
 } FgArgs;
 
 #ifdef __cplusplus
@@ -83,6 +93,10 @@ int32_t flowgrpo_native_grpo_loss_forward(const FgArgs*);
 int32_t flowgrpo_native_grpo_loss_backward(const FgArgs*);
 // Forward and backward in one pass over the memory, grad being known beforehand.
 int32_t flowgrpo_native_grpo_loss_gradient(const FgArgs*);
+// The same three of DiffusionNFT's loss.
+int32_t flowgrpo_native_nft_loss_forward(const FgArgs*);
+int32_t flowgrpo_native_nft_loss_backward(const FgArgs*);
+int32_t flowgrpo_native_nft_loss_gradient(const FgArgs*);
 // Normals of counter word noise_step into prev_sample.
 int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
 
@@ -97,6 +111,9 @@ struct Kernels {
   int32_t (*grpo_loss_forward)(const FgArgs*);
   int32_t (*grpo_loss_backward)(const FgArgs*);
   int32_t (*grpo_loss_gradient)(const FgArgs*);
+  int32_t (*nft_loss_forward)(const FgArgs*);
+  int32_t (*nft_loss_backward)(const FgArgs*);
+  int32_t (*nft_loss_gradient)(const FgArgs*);
   int32_t (*normals)(const FgArgs*, uint32_t noise_step);
 };
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdlib.h>
 
 #include "rows.h"
 
@@ -159,6 +160,64 @@ struct Span {
 static inline Span span_of(const FgArgs& a, int64_t block) {
   const int64_t start = block * kBlock, left = a.elements - start;
   return {start, (int)(left < kBlock ? left : kBlock)};
+}
+
+// The sums of every block, kept until those of a row are complete. Sums: a struct of floats.
+template <class Sums>
+class RowSums {
+ public:
+  explicit RowSums(const FgArgs& a)
+      : blocks_(blocks_of(a)),
+        stride_(a.rows * blocks_),
+        sums_((float*)malloc(sizeof(float) * (size_t)(kCount * stride_ + 1))) {}
+  ~RowSums() { free(sums_); }
+  RowSums(const RowSums&) = delete;
+  RowSums& operator=(const RowSums&) = delete;
+
+  bool failed() const { return sums_ == nullptr; }
+  void set(int64_t row, int64_t block, const Sums& s) {
+    float values[kCount];
+    std::memcpy(values, &s, sizeof s);
+    for (int i = 0; i < kCount; ++i) sums_[i * stride_ + row * blocks_ + block] = values[i];
+  }
+  Sums of(int64_t row) const {
+    float values[kCount];
+    for (int i = 0; i < kCount; ++i)
+      values[i] = ordered_sum(sums_ + i * stride_ + row * blocks_, blocks_);
+    Sums s;
+    std::memcpy(&s, values, sizeof s);
+    return s;
+  }
+
+ private:
+  static constexpr int kCount = sizeof(Sums) / sizeof(float);
+  const int64_t blocks_, stride_;
+  float* const sums_;
+};
+
+// c x, 0 where c is 0: there x may be infinite or NaN.
+FG_INLINE Group term(const Group& x, float c) {
+  Group r{};
+  if (c != 0.0f)
+    for (int i = 0; i < kVectors; ++i) r.v[i] = x.v[i] * c;
+  return r;
+}
+
+FG_INLINE void add(Group& sum, const Group& x) {
+  for (int i = 0; i < kVectors; ++i) sum.v[i] = sum.v[i] + x.v[i];
+}
+
+// dv, rounded once, straight to the velocities: w dv and (1 - w) dv under guidance.
+FG_INLINE void store_gradient(const FgArgs& a, const Row& grad, const Row& grad_uncond, int64_t at,
+                              int n, Group dv) {
+  if (grad_uncond.data != nullptr) {
+    Group u;
+    for (int i = 0; i < kVectors; ++i) u.v[i] = dv.v[i] * a.uncond_scale;
+    store_group(grad_uncond, at, n, u);
+  }
+  if (a.uncond_velocity.data != nullptr)
+    for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * a.guidance_scale;
+  store_group(grad, at, n, dv);
 }
 
 }  // namespace FLOWGRPO_ISA

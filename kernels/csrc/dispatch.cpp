@@ -94,6 +94,15 @@ FG_EXPORT int32_t flowgrpo_native_grpo_loss_backward(const FgArgs* a) {
 FG_EXPORT int32_t flowgrpo_native_grpo_loss_gradient(const FgArgs* a) {
   return kernels().grpo_loss_gradient(a);
 }
+FG_EXPORT int32_t flowgrpo_native_nft_loss_forward(const FgArgs* a) {
+  return kernels().nft_loss_forward(a);
+}
+FG_EXPORT int32_t flowgrpo_native_nft_loss_backward(const FgArgs* a) {
+  return kernels().nft_loss_backward(a);
+}
+FG_EXPORT int32_t flowgrpo_native_nft_loss_gradient(const FgArgs* a) {
+  return kernels().nft_loss_gradient(a);
+}
 FG_EXPORT int32_t flowgrpo_native_normals(const FgArgs* a, uint32_t noise_step) {
   return kernels().normals(a, noise_step);
 }

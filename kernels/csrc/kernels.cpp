@@ -1,11 +1,12 @@
 // The ops, compiled once per instruction set. What is computed, and in which order, is the
 // numerical contract in flowgrpo_kernels/reference.py: the same bits for every instruction set and
-// thread count. blocks.h says how the work is divided, loss.h holds the loss.
+// thread count. blocks.h says how the work is divided, loss.h and nft.h hold the losses.
 
 #include <stdlib.h>
 
 #include "blocks.h"
 #include "loss.h"
+#include "nft.h"
 #include "noise.h"
 
 namespace FLOWGRPO_ISA {
@@ -104,7 +105,7 @@ int32_t fill_normals(const FgArgs* args, uint32_t noise_step) {
 
 int32_t log_prob(const FgArgs* args) {
   const FgArgs& a = *args;
-  RowSums sums(a);
+  RowSums<Sums> sums(a);
   if (sums.failed()) return 1;
   for_rows(
       a,
@@ -131,8 +132,10 @@ int32_t log_prob_backward(const FgArgs* args) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    sde_step,           log_prob,           log_prob_backward, grpo_loss_forward,
-    grpo_loss_backward, grpo_loss_gradient, fill_normals,
+    sde_step,           log_prob,           log_prob_backward,
+    grpo_loss_forward,  grpo_loss_backward, grpo_loss_gradient,
+    nft_loss_forward,   nft_loss_backward,  nft_loss_gradient,
+    fill_normals,
 };
 
 }  // namespace FLOWGRPO_ISA

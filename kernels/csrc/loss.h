@@ -38,45 +38,6 @@ Sums residual_block(const FgArgs& a, int64_t row, int64_t block) {
           old.data != nullptr ? sum_h.finish(span.count) : 0.0f};
 }
 
-// The sums of every block, kept until those of a row are complete.
-class RowSums {
- public:
-  explicit RowSums(const FgArgs& a)
-      : blocks_(blocks_of(a)),
-        stride_(a.rows * blocks_),
-        sums_((float*)malloc(sizeof(float) * (size_t)(3 * stride_ + 1))) {}
-  ~RowSums() { free(sums_); }
-  RowSums(const RowSums&) = delete;
-  RowSums& operator=(const RowSums&) = delete;
-
-  bool failed() const { return sums_ == nullptr; }
-  void set(int64_t row, int64_t block, const Sums& s) {
-    float* at = sums_ + row * blocks_ + block;
-    at[0] = s.d, at[stride_] = s.e, at[2 * stride_] = s.h;
-  }
-  Sums of(int64_t row) const {
-    const float* at = sums_ + row * blocks_;
-    return {ordered_sum(at, blocks_), ordered_sum(at + stride_, blocks_),
-            ordered_sum(at + 2 * stride_, blocks_)};
-  }
-
- private:
-  const int64_t blocks_, stride_;
-  float* const sums_;
-};
-
-// c x, 0 where c is 0: there x may be infinite or NaN.
-FG_INLINE Group term(const Group& x, float c) {
-  Group r{};
-  if (c != 0.0f)
-    for (int i = 0; i < kVectors; ++i) r.v[i] = x.v[i] * c;
-  return r;
-}
-
-FG_INLINE void add(Group& sum, const Group& x) {
-  for (int i = 0; i < kVectors; ++i) sum.v[i] = sum.v[i] + x.v[i];
-}
-
 // dv = c_d d + c_e e + c_h h, straight to the velocities. kKept: d is where dv goes.
 template <bool kKept>
 void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, float c_e, float c_h) {
@@ -97,14 +58,7 @@ void gradient_block(const FgArgs& a, int64_t row, int64_t block, float c_d, floa
     if (ref.data != nullptr)
       add(dv, term(difference(v, guided(ref, ref_uncond, in.w, e, n)), c_e));
     if (old.data != nullptr) add(dv, term(difference(v, load_group(old, e, n)), c_h));
-    if (grad_uncond.data != nullptr) {
-      Group u;
-      for (int i = 0; i < kVectors; ++i) u.v[i] = dv.v[i] * a.uncond_scale;
-      store_group(grad_uncond, e, n, u);
-    }
-    if (in.uncond.data != nullptr)
-      for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] * in.w;
-    store_group(grad, e, n, dv);
+    store_gradient(a, grad, grad_uncond, e, n, dv);
   }
 }
 
@@ -153,7 +107,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
 
   float kl = has_ref && c.C != 0.0f ? (c.K * b2) * (s.e / n) : 0.0f;
   if (a.row_weight != nullptr) policy = weight == 0.0f ? 0.0f : weight * policy;
-  if (a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
+  if (has_ref && a.kl_row_weight != nullptr) kl = kl_weight == 0.0f ? 0.0f : kl_weight * kl;
   a.log_prob[row] = lp;
   a.ratio[row] = ratio;
   return {policy, kl, outside ? 1.0f : 0.0f};
@@ -162,7 +116,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
 // The forward op, between what is done before and after a row's ratio is known.
 template <class Before, class After>
 int32_t grpo_loss(const FgArgs& a, Before before, After after) {
-  RowSums sums(a);
+  RowSums<Sums> sums(a);
   float* per_row = (float*)malloc(sizeof(float) * (size_t)(3 * a.rows + 1));
   if (sums.failed() || per_row == nullptr) {
     free(per_row);

@@ -120,26 +120,37 @@ FG_INLINE int lanes_for(int64_t n) {
   return lanes;
 }
 
-// Squares of one block of a row, added up as they come: chunk by chunk onto the lanes, then by
-// pairs.
+// Values of one block of a row, added up as they come: chunk by chunk onto the lanes, then by pairs.
 struct BlockSum {
   alignas(64) float lanes[kSumLanes];
 
   // Adds the squares of elements [at, at + n) of the block; n <= 64 and at is a multiple of 64.
   inline __attribute__((always_inline)) void add(int at, int n, const Group& g) {
-    float* lane = lanes + at % kSumLanes;
     Group sq;
     for (int i = 0; i < kVectors; ++i) sq.v[i] = g.v[i] * g.v[i];
+    add_values(at, n, sq);
+  }
+  // The same of the magnitudes.
+  inline __attribute__((always_inline)) void add_magnitudes(int at, int n, const Group& g) {
+    Group magnitude;
+    for (int i = 0; i < kVectors; ++i)
+      magnitude.v[i] = as_float(as_bits(g.v[i]) & splat_u(0x7fffffffu));
+    add_values(at, n, magnitude);
+  }
+
+  // The same of the values themselves.
+  inline __attribute__((always_inline)) void add_values(int at, int n, Group x) {
+    float* lane = lanes + at % kSumLanes;
     if (__builtin_expect(n != kGroup, 0)) {
       // Behind the last element stands what was computed from zeros, not yet a missing +0.
-      alignas(64) float squares[kGroup];
-      for (int i = 0; i < kVectors; ++i) store(squares + i * kLanes, sq.v[i]);
-      for (int i = n; i < kGroup; ++i) squares[i] = 0.0f;
-      for (int i = 0; i < kVectors; ++i) sq.v[i] = load(squares + i * kLanes);
+      alignas(64) float values[kGroup];
+      for (int i = 0; i < kVectors; ++i) store(values + i * kLanes, x.v[i]);
+      for (int i = n; i < kGroup; ++i) values[i] = 0.0f;
+      for (int i = 0; i < kVectors; ++i) x.v[i] = load(values + i * kLanes);
     }
     if (at >= kSumLanes)
-      for (int i = 0; i < kVectors; ++i) sq.v[i] = load(lane + i * kLanes) + sq.v[i];
-    for (int i = 0; i < kVectors; ++i) store(lane + i * kLanes, sq.v[i]);
+      for (int i = 0; i < kVectors; ++i) x.v[i] = load(lane + i * kLanes) + x.v[i];
+    for (int i = 0; i < kVectors; ++i) store(lane + i * kLanes, x.v[i]);
   }
 
   // The sum of the block's `count` elements.

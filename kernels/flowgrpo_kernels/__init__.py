@@ -1,4 +1,4 @@
-"""Fused SDE step, log-probability and GRPO loss for flow-matching models.
+"""Fused SDE step, log-probability and losses (GRPO, NFT) for flow-matching models.
 
     transitions = flow_sde(sigmas, noise_level=0.7).to(device)
     x = initial_noise(seeds, (16, 64, 64))
@@ -12,12 +12,14 @@ The mathematics is in transitions.py, the numerical contract of all backends in 
 from .backends.info import backend_info
 from .grpo_loss import GrpoLoss, grpo_loss
 from .log_prob import log_prob
+from .nft_loss import NftLoss, nft_loss
 from .noise import initial_noise
 from .sde_step import sde_step
-from .transitions import Transitions, cps, dance_sde, flow_sde, ode, window
+from .transitions import Transitions, cps, dance_sde, flow_sde, matching, ode, window
 
 __all__ = [
     "GrpoLoss",
+    "NftLoss",
     "Transitions",
     "backend_info",
     "cps",
@@ -26,6 +28,8 @@ __all__ = [
     "grpo_loss",
     "initial_noise",
     "log_prob",
+    "matching",
+    "nft_loss",
     "ode",
     "sde_step",
     "window",

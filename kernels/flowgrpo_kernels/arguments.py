@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Kernels take every number as a float32.
 LARGEST = torch.finfo(torch.float32).max
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def check_tensor(name: str, value) -> None:
@@ -54,6 +55,14 @@ def finite(name: str, value) -> float:
     result = number(name, value)
     if not -LARGEST <= result <= LARGEST:
         raise ValueError(f"{name} must be finite in float32, got {value}")
+    return result
+
+
+def positive(name: str, value) -> float:
+    """Checks a number that is positive, finite and no subnormal in float32; returns it as float."""
+    result = finite(name, value)
+    if not result >= SMALLEST_NORMAL:
+        raise ValueError(f"{name} must be > 0 (a normal number in float32), got {value}")
     return result
 
 

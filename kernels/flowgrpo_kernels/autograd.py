@@ -69,6 +69,14 @@ def check_transforms(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+def readable(x: Tensor) -> bool:
+    """Tells whether x has one value: not under vmap or tracing, maybe of the backward alone."""
+    # autograd.grad(is_grads_batched=True) has a vmap of its own.
+    kinds = torch._C._functorch
+    batched = kinds.is_functorch_wrapped_tensor(x) or kinds.is_legacy_batchedtensor(x)
+    return type(x) is Tensor and not batched
+
+
 def _leaf(value: Tensor | None) -> Tensor | None:
     """Detaches a gradient and makes it a leaf, so that the error node gets an edge from it."""
     return None if value is None else value.detach().requires_grad_()

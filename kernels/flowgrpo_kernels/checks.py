@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_tensor, finite, flag, integer
+from .autograd import readable
 from .transitions import Transitions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +63,17 @@ def check_rows(name: str, value, sample: Tensor) -> None:
     if value.shape != sample.shape[:1]:
         raise ValueError(f"{name} must be [{sample.shape[0]}], got {list(value.shape)}")
     check_device(name, value, sample.device)
+
+
+def check_unit(name: str, value: Tensor, hint: str) -> None:
+    """Checks values [B] within [0, 1], or NaN, where the host can read them."""
+    if torch.compiler.is_compiling() or not readable(value):
+        return
+    if value.device.type != "cpu" and not (DEBUG and value.device.type == "cuda"):
+        return
+    for row, x in enumerate(value.tolist()):
+        if x < 0 or x > 1:
+            raise ValueError(f"{name} must be in [0, 1], got {x:g} in row {row} ({hint})")
 
 
 def check_seeds(seeds: Tensor, sample: Tensor | None = None) -> None:

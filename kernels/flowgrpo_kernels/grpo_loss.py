@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .arguments import bound, finite
-from .autograd import check_transforms, once_differentiable
+from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
@@ -48,12 +48,13 @@ from .backends.triton import (
     guided,
     jit,
     load,
-    ordered_sum,
     pair_tree,
     position,
     residual,
+    row_sum,
     score,
     store_gradient,
+    store_three,
     sum_over_rows,
     term,
     tl,
@@ -195,13 +196,6 @@ def clipped_policy(ratio, adv, low, high, adv_clip):
 
 
 @jit
-def row_sum(sums_ptr, index, num_blocks, WIDTH: tl.constexpr):
-    """Adds up this program's row of one of the sums [3, B * blocks]."""
-    at = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
-    return ordered_sum(sums_ptr + at * num_blocks, num_blocks, WIDTH)
-
-
-@jit
 def policy_term(
     advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip,
     OLD: tl.constexpr, WEIGHT: tl.constexpr,
@@ -233,14 +227,6 @@ def kl_term(weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, WEIGHT: tl.co
         kl = tl.where(weight == 0.0, 0.0, weight * kl)
     kl_grad = tl.div_rn(weight, rows.to(tl.float32)) * kl_weight
     return kl, tl.div_rn(kl_grad * (2.0 * big_k), n)
-
-
-@jit
-def store_three(ptr, stride, x, y, z):
-    """Stores three scalars, `stride` elements apart."""
-    tl.store(ptr, x)
-    tl.store(ptr + stride, y)
-    tl.store(ptr + 2 * stride, z)
 
 
 @jit
@@ -517,7 +503,7 @@ class LossInOnePass(torch.autograd.Function):
         # Handed out once: whoever gets the gradient may change it in place.
         ready, ctx.ready = ctx.ready, None
         asked = None
-        if ready is not None and _readable(grad_loss):
+        if ready is not None and readable(grad_loss):
             # Not compared through the class, where another thread may write, too.
             asked = LossInOnePass.expected = grad_loss.item()
         if ready is not None and ready[0] == asked:
@@ -526,14 +512,6 @@ class LossInOnePass(torch.autograd.Function):
         else:
             dv, du = _gradients(ctx, saved, grad_loss)
         return dv, du, None, None
-
-
-def _readable(x: Tensor) -> bool:
-    """Tells whether x has one value: not under vmap or tracing, maybe of the backward alone."""
-    # autograd.grad(is_grads_batched=True) has a vmap of its own.
-    kinds = torch._C._functorch
-    batched = kinds.is_functorch_wrapped_tensor(x) or kinds.is_legacy_batchedtensor(x)
-    return type(x) is Tensor and not batched
 
 
 def _save(
@@ -559,20 +537,6 @@ def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | N
         ref, ref_u, old, ctx.uncond_grad,
     )  # fmt: skip
     return dv, (du if ctx.uncond_grad else None)
-
-
-def in_one_pass(velocity: Tensor, sample: Tensor) -> bool:
-    """Tells whether forward also computes the gradient that backward is expected to be asked for.
-
-    On the native backend: there a row is still in the cache when its ratio is known. Not under
-    tracing, where backward could not ask for the value of grad_loss.
-    """
-    return (
-        sample.device.type == "cpu"
-        and type(velocity) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and dispatch.backend_of("grpo_loss_gradient", "cpu", sample.dtype) == "native"
-    )
 
 
 def grpo_loss(
@@ -647,7 +611,7 @@ def grpo_loss(
     check_transforms("grpo_loss", velocity, uncond)
     if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
         *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
-    elif in_one_pass(velocity, sample):
+    elif dispatch.in_one_pass("grpo_loss_gradient", velocity, sample):
         results = LossInOnePass.apply(velocity, uncond, uncond_grad, constants)
     else:
         results = LossInTwoPasses.apply(uncond_grad, velocity, uncond, *constants)
@@ -696,5 +660,8 @@ def _check(
         latents["ref_velocity"] is None or latents["uncond_velocity"] is None
     ):
         raise ValueError("ref_uncond_velocity needs ref_velocity and uncond_velocity")
-    if latents["old_velocity"] is not None and "cps" in transitions.kinds:
-        raise ValueError("old_velocity (Guard) needs k = 1 / 2C^2, but transitions has cps rows")
+    for kind in ("cps", "matching"):
+        if latents["old_velocity"] is not None and kind in transitions.kinds:
+            raise ValueError(
+                f"old_velocity (Guard) needs k = 1 / 2C^2, but transitions has {kind} rows"
+            )

@@ -67,6 +67,36 @@ rounded once to the dtype of the velocity. log_prob's own gradient has c_d = (go
 n. exp and the per-row scalars after it agree to a few ulp between backends; everything above is
 exact.
 
+nft_loss
+--------
+Elements, with sigma and optimality r of the row (NaN unless within [0, 1]), x = x_t, sb = sigma *
+beta, v_old = old_velocity, v and v_ref as above:
+
+    h    = v - v_old
+    d    = (x - (sigma * v_old)) - x0
+    t    = sb * h
+    p, q = d - t, d + t                                           x0+ - x0 and x0- - x0
+
+Sums over elements, in the order above, of |p|, p * p, |q|, q * q, h * h, and e * e with
+ref_velocity; means m = S / n. Per row, and then over rows as above:
+
+    a+            = max(m_|p|, floor)                             NaN propagates; a- likewise
+    error+        = m_pp / a+                                     error- = m_qq / a-
+    positive      = r * error+
+    negative      = (1 - r) * error-
+    positive_loss = sum_rows(row_weight * positive) / B           negative_loss likewise
+    kl            = sum_rows(kl_row_weight * m_ee) / B
+    loss          = (positive_loss + negative_loss) + kl_weight * kl
+
+The normalisers a+ and a- are constants for the gradient. coefs float32 [B, 3]:
+
+    c_p = -((((row_weight / B) * r) * (2 * sb)) / a+) / n         0 where row_weight is 0
+    c_q =  ((((row_weight / B) * (1 - r)) * (2 * sb)) / a-) / n   0 where row_weight is 0
+    c_e = (((kl_row_weight / B) * kl_weight) * 2) / n
+    dv  = go c_p p + go c_q q + go c_e e                          as for grpo_loss
+
+There is no exp: all of it is exact between backends.
+
 In float64 (all floating inputs float64) the same code is the oracle and gradcheck's subject.
 """
 
@@ -437,6 +467,134 @@ def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
     grad = torch.full_like(loss, grad_loss)
     shared = LossArguments(*args).of_backward()
     return *outputs, *grpo_loss_backward(grad, coefs, *shared, uncond_grad)
+
+
+class NftArguments(NamedTuple):
+    """Arguments of the op nft_loss_forward, in its order."""
+
+    velocity: Tensor
+    uncond_velocity: Tensor | None
+    guidance_scale: float
+    sample: Tensor
+    x0: Tensor
+    old_velocity: Tensor
+    sigma: Tensor
+    optimality: Tensor
+    ref_velocity: Tensor | None
+    ref_uncond_velocity: Tensor | None
+    row_weight: Tensor | None
+    kl_row_weight: Tensor | None
+    beta: float
+    floor: float
+    kl_weight: float
+
+    def of_backward(self) -> tuple:
+        """Lists the arguments of nft_loss_backward between its coefs and its uncond_grad."""
+        return (
+            self.velocity, self.uncond_velocity, self.guidance_scale, self.sample, self.x0,
+            self.old_velocity, self.sigma, self.ref_velocity, self.ref_uncond_velocity, self.beta,
+        )  # fmt: skip
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [B] in the compute dtype, NaN outside [0, 1]."""
+    x = x.to(dtype)
+    return torch.where((x >= 0) & (x <= 1), x, float("nan"))
+
+
+def _nft_errors(
+    velocity, uncond, guidance_scale, sample, x0, old_velocity, sigma, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(v, h, p, q), each [B, D]: v, v - v_old, x0+ - x0 and x0- - x0."""
+    dtype = compute_dtype(sample)
+    v = _guided(velocity, uncond, guidance_scale, dtype)
+    old = _flat(old_velocity, dtype)
+    sigma = _unit(sigma, dtype)[:, None]
+    h = v - old
+    d = (_flat(sample, dtype) - sigma * old) - _flat(x0, dtype)
+    t = (sigma * beta) * h
+    return v, h, d - t, d + t
+
+
+def _nft_side(x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(normaliser a, error), each [B], of one side's x0+- - x0 [B, D]."""
+    normaliser = _mean(x.abs()).clamp(min=floor)
+    return normaliser, _mean(x * x) / normaliser
+
+
+def nft_loss_forward(*args) -> tuple[Tensor, ...]:
+    """Computes the loss of DiffusionNFT. args: NftArguments.
+
+    Returns (loss, positive_loss, negative_loss, kl, positive_error [B], negative_error [B],
+    old_deviation [B], coefs [B, 3]).
+    """
+    a = NftArguments(*args)
+    dtype = compute_dtype(a.sample)
+    v, h, p, q = _nft_errors(
+        a.velocity, a.uncond_velocity, a.guidance_scale, a.sample, a.x0, a.old_velocity, a.sigma,
+        a.beta,
+    )  # fmt: skip
+    rows, n = p.shape
+    r = _unit(a.optimality, dtype)
+    (scale_p, error_p), (scale_q, error_q) = _nft_side(p, a.floor), _nft_side(q, a.floor)
+    positive_loss = _weighted_mean(a.row_weight, r * error_p)
+    negative_loss = _weighted_mean(a.row_weight, (1 - r) * error_q)
+    loss = positive_loss + negative_loss
+
+    weight = _row_gradient_weight(a.row_weight, r)
+    share, slope = over(weight, rows), 2 * (_unit(a.sigma, dtype) * a.beta)
+    c_p = -over(((share * r) * slope) / scale_p, n)
+    c_q = over(((share * (1 - r)) * slope) / scale_q, n)
+    c_p, c_q = (torch.where(weight == 0, 0.0, c) for c in (c_p, c_q))
+    if a.ref_velocity is not None:
+        e = v - _guided(a.ref_velocity, a.ref_uncond_velocity, a.guidance_scale, dtype)
+        kl = _weighted_mean(a.kl_row_weight, _mean(e * e))
+        loss = loss + a.kl_weight * kl
+        c_e = over(over(_row_gradient_weight(a.kl_row_weight, r), rows) * a.kl_weight * 2, n)
+    else:
+        kl, c_e = torch.zeros_like(loss), torch.zeros_like(c_p)
+    coefs = torch.stack((c_p, c_q, c_e), dim=1)
+    return loss, positive_loss, negative_loss, kl, error_p, error_q, _mean(h * h), coefs
+
+
+def nft_loss_backward(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    x0: Tensor,
+    old_velocity: Tensor,
+    sigma: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    beta: float,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
+    v, _, p, q = _nft_errors(
+        velocity, uncond_velocity, guidance_scale, sample, x0, old_velocity, sigma, beta
+    )
+    c_p, c_q, c_e = (grad_loss.to(p.dtype) * coefs).unbind(1)
+    dv = _term(c_p, p) + _term(c_q, q)
+    if ref_velocity is not None:
+        v_ref = _guided(ref_velocity, ref_uncond_velocity, guidance_scale, p.dtype)
+        dv = dv + _term(c_e, v - v_ref)
+    return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
+
+
+def nft_loss_gradient(*args) -> tuple[Tensor, ...]:
+    """Computes what nft_loss_forward and nft_loss_backward do, for a grad_loss known beforehand.
+
+    args: NftArguments, then grad_loss (a number) and uncond_grad.
+    """
+    *args, grad_loss, uncond_grad = args
+    outputs = nft_loss_forward(*args)
+    loss, *_, coefs = outputs
+    grad = torch.full_like(loss, grad_loss)
+    shared = NftArguments(*args).of_backward()
+    return *outputs, *nft_loss_backward(grad, coefs, *shared, uncond_grad)
 
 
 def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,12 @@ the Flow-GRPO family is affine and Gaussian (sigma falls from 1 at noise to 0 at
                A = (1 - s') + q       B = -s (1 - s') + (1 - s) q      C = S     k = 1     c0 = 0
     ode        A = 1                  B = dt                           C = k = c0 = K = 0
 
+Objectives of the forward process score no step of a sampler but the matching error of a sample that
+was noised anew, x_s = (1 - s) x_0 + s eps. With v* = eps - x_0 as prev_sample that is a row, too:
+
+    matching   A = 0                  B = C = K = 1                    k = weight  c0 = 0
+               log_prob = -weight mean[(v - v*)^2]
+
 Sources: flow_sde and its treatment of s = 1 follow flow_grpo's `sde_step_with_logprob` (Flow-GRPO,
 arXiv 2505.05470, eq. 9), dance_sde follows DanceGRPO's `flux_step`, cps follows Flow-CPS.
 
@@ -52,7 +58,7 @@ from .arguments import check_tensor, integer, number
 # (an integer, exact in float32), `std_dev` is S, `sigma` is s.
 COLUMNS = ("A", "B", "C", "k", "c0", "K", "abs_dt", "noise_step", "std_dev", "sigma")
 NUM_COLUMNS = len(COLUMNS)
-KINDS = ("flow_sde", "dance_sde", "cps", "ode")
+KINDS = ("flow_sde", "dance_sde", "cps", "ode", "matching")
 # The noise counter holds the step in 32 bits and a float32 column carries it exactly up to 2^24.
 MAX_STEPS = 1 << 24
 # Latents have a standard deviation of about 1. What C = 5 comes with at s = 1 is A = 1 - 12.5.
@@ -210,6 +216,37 @@ def ode(sigmas) -> Transitions:
     return _build(rows, s, "ode")
 
 
+def matching(sigmas, weight=1.0) -> Transitions:
+    """Rows that score a velocity v by its distance to a target v*, for `log_prob` and `grpo_loss`.
+
+        log_prob = -weight mean[(v - v*)^2]        KL = mean[(v - v_ref)^2]
+
+    prev_sample is v*: eps - x_0 for the flow-matching error of x_s = (1 - s) x_0 + s eps, or
+    another velocity. Row i belongs to sigmas[i]; a sampler has no use for it.
+
+    Args:
+        sigmas: R noise levels in [0, 1] in any order, sequence or tensor.
+        weight: finite and at least 0, one number or R of them.
+
+    Returns:
+        R rows, on the CPU. C is 1, for a row without noise has log_prob 0.
+    """
+    s = _numbers("sigmas", sigmas)
+    if not all(0.0 <= x <= 1.0 for x in s):
+        raise ValueError("sigmas must be inside [0, 1]; divide timesteps by 1000 first")
+    weights = _numbers("weight", weight, len(s))
+    if not all(w >= 0.0 for w in weights):
+        raise ValueError(f"weight must be at least 0, got {min(weights)}")
+    rows = [
+        [0.0, 1.0, 1.0, w, 0.0, 1.0, 0.0, float(i), 0.0, x]
+        for i, (x, w) in enumerate(zip(s, weights, strict=True))
+    ]
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu").to(torch.float32)
+    if not bool(torch.isfinite(table).all()):
+        raise ValueError(f"weight must be within the range of float32, got {max(weights)}")
+    return Transitions.from_table(table, None, ["matching"] * len(rows))
+
+
 def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> Transitions:
     """Takes rows of `inside` at `steps`, rows of `outside` elsewhere (Flow-GRPO-Fast, MixGRPO)."""
     if not isinstance(inside, Transitions) or not isinstance(outside, Transitions):
@@ -223,8 +260,11 @@ def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> T
         raise ValueError("inside and outside must be single schedules, not concatenated tables")
     if not torch.equal(inside.sigmas, outside.sigmas):
         raise ValueError("inside and outside must be built from the same sigmas")
-    if not isinstance(steps, Iterable):
-        raise TypeError(f"steps must be integers, got {type(steps).__name__}")
+    try:
+        steps = list(steps)
+    # A 0-dim tensor or array counts as an Iterable.
+    except TypeError:
+        raise TypeError(f"steps must be integers, got {type(steps).__name__}") from None
     chosen = set()
     for step in steps:
         step = integer("steps", step)
@@ -332,6 +372,32 @@ def _sigmas(sigmas) -> list[float]:
     if not all(x > y for x, y in pairwise(result)):
         raise ValueError("sigmas must be strictly descending, from noise (1) to data (0)")
     return result
+
+
+def _numbers(name: str, values, count: int | None = None) -> list[float]:
+    """Lists finite numbers: of a sequence or tensor [R] or, with `count`, of one number as well."""
+    if isinstance(values, Tensor):
+        check_tensor(name, values)
+        values = values.detach()
+        if values.is_complex():
+            raise TypeError(f"{name} must be real numbers, got {values.dtype}")
+        if values.device.type == "meta":
+            raise ValueError(f"{name} must hold values, got a tensor on meta")
+    try:
+        numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers, got {type(values).__name__}") from error
+    if count is not None and numbers.ndim == 0:
+        numbers = numbers.expand(count)
+    if numbers.ndim != 1 or not 0 < numbers.numel() <= MAX_STEPS:
+        raise ValueError(
+            f"{name} must be [R] with 1 <= R <= {MAX_STEPS}, got {list(numbers.shape)}"
+        )
+    if count not in (None, numbers.numel()):
+        raise ValueError(f"{name} must be one number or {count}, got {numbers.numel()}")
+    if not bool(torch.isfinite(numbers).all()):
+        raise ValueError(f"{name} must be finite")
+    return numbers.tolist()
 
 
 def _noise_level(noise_level: float) -> float:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import bench_kernels
-from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
-from providers import flow_grpo_ops
+from flowgrpo_kernels import flow_sde, grpo_loss, nft_loss, sde_step
+from providers import diffusion_nft_ops, flow_grpo_ops
 from reporting import plots, records
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -48,6 +48,34 @@ def test_the_baseline_computes_what_we_compute():
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_the_baseline_of_nft_computes_what_we_compute():
+    """DiffusionNFT's loss with its factor adv_clip / beta as row_weight, and its gradient."""
+    torch.manual_seed(1)
+    v, x, x0, old, ref = torch.randn(5, 4, 4, 8, 8)
+    sigma, advantages = torch.linspace(0.1, 0.9, 4), torch.tensor([-9.0, -1.0, 0.5, 7.0])
+    # Its normaliser is float64, and what is divided by it.
+    close = {"rtol": 1e-5, "atol": 0, "check_dtype": False}
+    for beta in (1.0, 0.1):
+        a, b = v.clone().requires_grad_(), v.clone().requires_grad_()
+        theirs, metrics = diffusion_nft_ops.micro_step(
+            a, x, x0, old, sigma, advantages, ref, kl_weight=0.3, beta=beta
+        )
+        weight, r = torch.full((4,), 5.0 / beta), (advantages / 5 / 2 + 0.5).clamp(0, 1)
+        out = nft_loss(
+            b, x, x0, old, sigma, r, beta=beta, ref_velocity=ref, kl_weight=0.3,
+            row_weight=weight, kl_row_weight=torch.ones(4),
+        )  # fmt: skip
+        theirs.backward()
+        out.loss.backward()
+        torch.testing.assert_close(out.loss.detach(), theirs.detach(), **close)
+        torch.testing.assert_close(out.kl, metrics["kl_div"], **close)
+        moved = out.old_deviation.mean()
+        torch.testing.assert_close(moved, metrics["old_deviate"], **close)
+        policy = out.positive_loss + out.negative_loss
+        torch.testing.assert_close(policy, metrics["policy_loss"], **close)
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
     out = tmp_path / "kernels.json"
@@ -62,7 +90,7 @@ def test_smoke_run_writes_a_record_and_a_picture(tmp_path):
     assert all(set(row) == ROW and row["value"] > 0 for row in record["rows"])
     assert {"ours", "eager", "reference", "ceiling"} == {r["provider"] for r in record["rows"]}
     assert {r["case"].split()[0] for r in record["rows"]} == {
-        "step", "step-cfg", "loss", "loss-kl"
+        "step", "step-cfg", "loss", "loss-kl", "nft", "nft-kl"
     }  # fmt: skip
     picture = tmp_path / "bars.png"
     plots.main([str(out), "--out", str(picture), "--cases", "odd"])
@@ -79,7 +107,7 @@ def test_bytes_of_one_call(tmp_path):
     elements = 16 * 64 * 64
     found = {(r["case"].split()[0], r["provider"]): r["value"] / elements for r in rows}
     assert {r["suite"] for r in rows} == {"memory"} and {r["unit"] for r in rows} == {"bytes"}
-    for op in ("loss", "loss-kl"):
+    for op in ("loss", "loss-kl", "nft", "nft-kl"):
         assert 4 <= found[op, "ours"] < 4.1 and found[op, "eager"] >= 16
     for op in ("step", "step-cfg"):
         assert found[op, "ours"] < 0.1 and found[op, "eager"] >= 16

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowgrpo import files
+from flowgrpo.config import ConfigError
 
 
 def names(folder):
@@ -232,3 +233,45 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     files.remove_leftovers(tmp_path)
     assert sorted(tmp_path.rglob("*")) == kept
     assert (tmp_path / "adapter" / "weights").read_text() == "new"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """Root could replace /dev/null by a picture, and everybody would write into it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "link").symlink_to("pipe")
+    before = {path.name: path.lstat() for path in tmp_path.iterdir()}
+    for name in ("pipe", "folder", "circle", "link"):
+        with pytest.raises(ConfigError, match="but a file is to be written there"):
+            files.write_text(tmp_path / name, "x")
+    assert {path.name: path.lstat() for path in tmp_path.iterdir()} == before
+
+
+def test_a_link_stays_and_leads_to_the_new_content(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").write_text("old")
+    for name, target in (("one", "there/old"), ("other", "there/new")):
+        (tmp_path / name).symlink_to(target)
+        files.write_text(tmp_path / name, name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / target).read_text() == name
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {"old", "new"}
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("a" * 255, "\u732b" * 85):
+        files.write_text(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
+
+
+def test_a_path_whose_bytes_are_no_utf8(tmp_path):
+    folder = tmp_path / "a\udcffb"
+    folder.mkdir()
+    tensors = {"x": torch.arange(3.0)}
+    files.write_tensors(folder / "t.safetensors", tensors)
+    assert torch.equal(files.read_tensors(folder / "t.safetensors")["x"], tensors["x"])
+    files.write_text(folder / "t.txt", f"in {folder.name}")
+    assert (folder / "t.txt").read_text() == "in a\\udcffb"
+    (folder / "t.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="a safetensors file is expected"):
+        files.read_tensors(folder / "t.safetensors")

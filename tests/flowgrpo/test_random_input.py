@@ -29,6 +29,7 @@ from flowgrpo.cli import options as cli_options
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions
 from flowgrpo.cli.train import parse_train
 from flowgrpo.config import Config, ConfigError, from_dict, from_json, replace, to_dict, to_json
+from flowgrpo.evaluation import picture_sets, systems
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.recipes import RECIPES
 from flowgrpo.rewards import RewardError
@@ -283,6 +284,59 @@ def load(path: Path | str, split: str) -> None:
     assert len(prompts) >= 1 and len(prompts.metadata) == len(prompts)
     assert all(isinstance(text, str) and text.strip() for text in prompts.texts)
     json.dumps(prompts.metadata)
+
+
+@fuzz(40)
+@given(contents)
+@example(DEEP.encode())
+@example(b'{"prompt": "a", "image": ' + LONG.encode() + b"}")
+@example(b'{"prompt": "a", "image": "~nobody/\\u0000.png"}')
+@example(b'{"prompt": "a", "image": "' + b"a" * 5_000 + b'"}')
+@example(b'{"prompt": "a", "image": "b.png", "metadata": ["c"]}')
+def test_files_that_name_pictures(folder, content):
+    """Each that is taken has pictures with prompts; there is none here that can be read."""
+    (folder / "pictures.jsonl").write_bytes(content)
+    try:
+        pictures = picture_sets.find_pictures(folder / "pictures.jsonl")
+    except ConfigError as error:
+        return refused(error)
+    event("accepted")
+    assert len(pictures) == len(pictures.prompts)
+    json.dumps(pictures.prompts.metadata)
+    with pytest.raises(ConfigError, match=r"cannot be read \(|can be read \("):
+        picture_sets.read(pictures, False)
+
+
+def measured() -> dict:
+    """One system as evaluation.json has it."""
+    score = {"mean": 0.5, "interval": [0.4, 0.6], "groups": {"a": 0.5}, "failed": 0}
+    task = {"prompt_set": "p", "fingerprint": "f", "prompts": 1, "images": 2}
+    task |= {"scores": {"ocr": score}, "settings": {}, "details": {}}
+    return {"format": 1, "systems": [{"label": "a", "task": task, "quality": None}]}
+
+
+@fuzz(40)
+@given(st.data())
+def test_evaluations_of_something_else(folder, data):
+    """One value of the file is another."""
+    values = measured()
+    parent, depth = values, data.draw(st.integers(0, 5))
+    for _ in range(depth):
+        inside = [key for key, value in parent.items() if isinstance(value, dict) and value]
+        inside += ["systems"] if isinstance(parent.get("systems"), list) else []
+        if not inside:
+            break
+        key = data.draw(st.sampled_from(inside))
+        parent = parent[key][0] if key == "systems" else parent[key]
+    key = data.draw(st.sampled_from(sorted(parent) or ["a"]))
+    parent[key] = data.draw(st.one_of(json_values, st.just(10**400)))
+    (folder / "evaluation.json").write_text(json.dumps(values))
+    try:
+        rows = systems.load(folder)
+    except ConfigError as error:
+        return refused(error)
+    event("accepted")
+    assert systems.markdown(systems.merge(rows)).startswith("| Model |")
 
 
 @fuzz(40)

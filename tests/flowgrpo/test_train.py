@@ -51,7 +51,7 @@ def test_the_backward_alone_is_strict(pixel_model, tmp_path):
     seen, level = [], torch.get_deterministic_debug_mode
 
     def objective(policy, batch, config):
-        out = objectives.grpo(policy, batch, config)
+        out = objectives.grpo.loss(policy, batch, config)
         out.loss.register_hook(lambda gradient: seen.append(level()))
         seen.append(level())
         return out

@@ -39,7 +39,7 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
         batch = objectives.gather_trained_steps(
             parts.schedule, experience, rows, range(turn, turn + 1)
         )
-        out = objectives.grpo(parts.policy, batch, config)
+        out = objectives.grpo.loss(parts.policy, batch, config)
         assert torch.equal(out.ratio, torch.ones_like(out.ratio))
         out.loss.backward()
     assert sum(p.grad.abs().sum() for p in parts.state.parameters.values()) > 0

@@ -14,6 +14,7 @@ from flowgrpo_kernels import (
     flow_sde,
     grpo_loss,
     log_prob,
+    nft_loss,
     ode,
     sde_step,
 )
@@ -26,6 +27,10 @@ B = oracle.batch(3, (4, 5))
 STEP = {"velocity": B.velocity, "sample": B.sample, "transitions": TRANSITIONS, "step": B.step}
 SCORE = {**STEP, "prev_sample": B.old}
 LOSS = {**SCORE, "old_log_prob": torch.zeros(3), "advantages": B.advantages}
+N = oracle.nft_batch(3, (4, 5))
+NFT = dict(
+    zip(("velocity", "sample", "x0", "old_velocity", "sigma", "optimality"), N.args, strict=True)
+)
 CALLS = {
     "sde_step": (sde_step, {**STEP, "seeds": B.seeds}),
     "log_prob": (log_prob, SCORE),
@@ -95,7 +100,41 @@ OWN = [
     ("grpo_loss", "ref_velocity", B.ref[:1], ValueError),
     ("grpo_loss", "ref_uncond_velocity", B.ref, ValueError),
 ]
+OF_NFT = [
+    *[case for case in EVERY if case[0] not in ("transitions", "step")],
+    ("x0", None, TypeError),
+    ("x0", N.x0[:, :1], ValueError),
+    ("x0", N.x0.clone().requires_grad_(), ValueError),
+    ("old_velocity", None, TypeError),
+    ("old_velocity", N.old.clone().requires_grad_(), ValueError),
+    ("sigma", None, TypeError),
+    ("sigma", 0.5, TypeError),
+    ("sigma", 1000 * N.sigma, ValueError),
+    ("sigma", torch.tensor([0.5, -1e-6, 0.5]), ValueError),
+    ("sigma", torch.tensor([0, 1, 0]), TypeError),
+    ("sigma", N.sigma[:2], ValueError),
+    ("optimality", torch.tensor([0.5, 1.5, 0.0]), ValueError),
+    ("optimality", torch.tensor([0.5, 0.5, -0.5]), ValueError),
+    ("optimality", torch.zeros(3, 1), ValueError),
+    ("optimality", torch.zeros(3, device="meta"), ValueError),
+    ("row_weight", torch.zeros(2), ValueError),
+    ("kl_row_weight", torch.zeros(3, dtype=torch.int64), TypeError),
+    ("beta", 0.0, ValueError),
+    ("beta", -1.0, ValueError),
+    ("beta", float("nan"), ValueError),
+    ("beta", torch.tensor(1.0), TypeError),
+    ("floor", 0, ValueError),
+    ("floor", 1e-40, ValueError),
+    ("floor", float("inf"), ValueError),
+    ("kl_weight", 0.1, ValueError),
+    ("kl_weight", -0.1, ValueError),
+    ("ref_velocity", N.ref[:1], ValueError),
+    ("ref_uncond_velocity", N.ref, ValueError),
+    ("uncond_grad", True, ValueError),
+]
 CASES = [(op, *case) for op in CALLS for case in EVERY] + OWN
+CASES += [("nft_loss", *case) for case in OF_NFT]
+CALLS["nft_loss"] = (nft_loss, NFT)
 
 
 @pytest.mark.parametrize(("op", "name", "value", "error"), CASES)

@@ -13,7 +13,7 @@ from support.kernels import fuzz
 
 EXAMPLES = 16
 # What takes no arguments, or is a class whose functions are named one by one.
-OTHERS = {"GrpoLoss", "Transitions", "backend_info"}
+OTHERS = {"GrpoLoss", "NftLoss", "Transitions", "backend_info"}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

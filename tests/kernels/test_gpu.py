@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_kernels import checks, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import (
+    checks,
+    flow_sde,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    nft_loss,
+    sde_step,
+)
 from flowgrpo_kernels.backends import dispatch
 from support.kernels import oracle
 
@@ -71,6 +79,33 @@ def test_bits_of_the_reference(shape, dtype, sample_dtype):
     noise = initial_noise(b.seeds.cuda(), shape)
     with dispatch.use_backend("reference"):
         assert torch.equal(noise.cpu(), initial_noise(b.seeds, shape))
+
+
+def forward_process(b: oracle.NftBatch) -> list[torch.Tensor]:
+    """nft_loss with guidance and KL, its results and gradients."""
+    v, u = b.velocity.clone().requires_grad_(), b.uncond.clone().requires_grad_()
+    out = nft_loss(
+        v, *b.args[1:], beta=0.7, ref_velocity=b.ref, kl_weight=0.2, row_weight=b.weight,
+        uncond_velocity=u, guidance_scale=3.0, uncond_grad=True,
+    )  # fmt: skip
+    out.loss.backward()
+    return [*(x.detach() for x in out), v.grad, u.grad]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_nft_loss_gives_the_bits_of_the_reference(shape, dtype):
+    b = oracle.nft_batch(5, shape, dtype, torch.float32)
+    with dispatch.use_backend("reference"):
+        expected = forward_process(b)
+    on_gpu = oracle.NftBatch(*(value.cuda() for value in vars(b).values()))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = forward_process(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one.cpu(), two)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (16, 12, 20)], ids=str)
@@ -181,6 +216,9 @@ def test_debug_switch(monkeypatch):
     monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(ValueError, match=r"step must be in \[0, 8\]"):
         sde_step(b.velocity, b.sample, transitions, step, seeds=b.seeds)
+    half = torch.full((3,), 0.5, device="cuda")
+    with pytest.raises(ValueError, match=r"sigma must be in \[0, 1\], got 500 in row 0"):
+        nft_loss(b.velocity, b.sample, b.old, b.ref, 1000 * half, half)
     sde_step(b.velocity, b.sample, transitions, step[:1].expand(3), seeds=b.seeds)
 
 

@@ -176,6 +176,15 @@ def test_outputs(backend):
     torch.testing.assert_close(tripled, 3 * v.grad, rtol=1e-6, atol=0)
 
 
+def test_a_weight_of_a_term_that_is_not_there(backend):
+    """Without ref_velocity there is no KL, whatever its weight is."""
+    b, transitions, x_prev, old = replay(shape=(2, 3), rows=2)
+    weight = torch.tensor([float("nan"), 1.0])
+    args = (b.velocity, b.sample, x_prev, old, b.advantages, transitions, b.step)
+    out = grpo_loss(*args, kl_row_weight=weight)
+    assert out.kl == 0 and torch.isfinite(out.loss)
+
+
 def test_empty_and_nan(backend):
     b, transitions, x_prev, old = replay(shape=(2, 3), rows=2)
     empty = [x[:0] for x in (b.velocity, b.sample, x_prev, old, b.advantages)]

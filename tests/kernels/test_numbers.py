@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, nft_loss, sde_step
 from flowgrpo_kernels.blocks import joint_heads, norm_modulate
 from flowgrpo_kernels.compat.dance_grpo import flux_step
 from support.kernels import oracle
@@ -24,6 +24,12 @@ STEP = {name: x for name, x in SCORE.items() if name != "prev_sample"} | {"seeds
 LOSS = SCORE | {
     "old_log_prob": torch.zeros(3), "advantages": B.advantages, "ref_velocity": B.ref,
     "kl_weight": 0.25, "clip_range": 0.5, "adv_clip": 1.0,
+}  # fmt: skip
+HALF = torch.full((3,), 0.5)
+NFT = {name: x for name, x in SCORE.items() if name not in ("prev_sample", "transitions", "step")}
+NFT |= {
+    "x0": B.old, "old_velocity": B.ref, "sigma": HALF, "optimality": HALF, "ref_velocity": B.ref,
+    "kl_weight": 0.25, "beta": 0.5, "floor": 0.25,
 }  # fmt: skip
 ROW = torch.ones(3, 6)
 NORM = {"x": B.sample, "scale": ROW, "shift": ROW, "eps": 0.5}
@@ -40,6 +46,10 @@ FLOATS = [
     (grpo_loss, LOSS, "kl_weight"),
     (grpo_loss, LOSS, "clip_range"),
     (grpo_loss, LOSS, "adv_clip"),
+    (nft_loss, NFT, "guidance_scale"),
+    (nft_loss, NFT, "kl_weight"),
+    (nft_loss, NFT, "beta"),
+    (nft_loss, NFT, "floor"),
     (norm_modulate, NORM, "eps"),
     (joint_heads, HEADS, "eps"),
     (flux_step, FLUX, "eta"),
@@ -135,7 +145,7 @@ def test_shape_of_noise():
 
 
 def test_uncond_grad_is_a_bool():
-    for function, call in ((log_prob, SCORE), (grpo_loss, LOSS)):
+    for function, call in ((log_prob, SCORE), (grpo_loss, LOSS), (nft_loss, NFT)):
         for value in (2, "yes", None, 1.0, torch.tensor(True), np.array(True)):
             with pytest.raises(TypeError, match="uncond_grad must be a bool"):
                 function(**call, uncond_grad=value)

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, nft_loss, sde_step
 from flowgrpo_kernels.backends import dispatch
 from support.kernels import oracle
 
@@ -23,6 +23,11 @@ def arguments(dtype=torch.float32):
     table, step, old = TRANSITIONS.table, b.step, torch.zeros(3)
     loss = (old, b.advantages, table, step, b.ref, None, b.old, b.weight, None, 0.1, 0.1, 0.2, 5.0)
     buffers = (torch.zeros_like(b.sample), torch.zeros(3))
+    n = oracle.nft_batch(3, (2, 3, 5), dtype)
+    nft = (n.sample, n.x0, n.old, n.sigma, n.optimality, n.ref)
+    rest = (None, n.weight, None, 0.7, 1e-5, 0.2)
+    plain_nft = (n.velocity, None, 1.0, *nft, *rest)
+    guided_nft = (n.velocity, n.uncond, 2.0, *nft, n.uncond, *rest[1:])
     return {
         "sde_step": (*plain, table, step, b.seeds, None, *buffers),
         "sde_step guided": (*guided, table, step, None, torch.randn_like(b.sample), *buffers),
@@ -37,6 +42,14 @@ def arguments(dtype=torch.float32):
         "grpo_loss_backward": (
             torch.tensor(1.0), torch.randn(3, 3), *guided, x_prev, table, step,
             b.ref, b.uncond, b.old, True,
+        ),
+        "nft_loss_forward": plain_nft,
+        "nft_loss_forward guided": guided_nft,
+        "nft_loss_gradient": (*plain_nft, 0.3, False),
+        "nft_loss_gradient guided": (*guided_nft, 1.0, True),
+        "nft_loss_backward": (
+            torch.tensor(1.0), torch.randn(3, 3), n.velocity, n.uncond, 2.0, n.sample, n.x0, n.old,
+            n.sigma, n.ref, n.uncond, 0.7, True,
         ),
         "initial_noise": (b.seeds, [2, 3], torch.bfloat16),
     }  # fmt: skip
@@ -59,6 +72,12 @@ def update(velocity, sample, x_prev, old, advantages, step, ref):
         velocity * 1.5, sample, x_prev, old, advantages, TRANSITIONS, step,
         ref_velocity=ref, kl_weight=0.1,
     )  # fmt: skip
+
+
+def forward_process(velocity, sample, x0, old, sigma, optimality, ref):
+    return nft_loss(
+        velocity * 1.5, sample, x0, old, sigma, optimality, ref_velocity=ref, kl_weight=0.1
+    )
 
 
 def score(velocity, sample, x_prev, step):
@@ -96,6 +115,26 @@ def test_compile_without_recompiling(dynamic):
             grads.append(v.grad)
         assert torch.equal(*grads)
     assert [c.frame_count for c in counters] == [1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_compile_of_nft_loss(dynamic):
+    """One graph serves every velocity, sigma and optimality; results are the eager ones."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(forward_process, backend=counter, fullgraph=True, dynamic=dynamic)
+    for i in range(4):
+        b = oracle.nft_batch(3, (2, 3, 5))
+        rest = (b.sample, b.x0, b.old, b.sigma / (i + 1), b.optimality * i / 4, b.ref)
+        results = []
+        for f in (compiled, forward_process):
+            v = b.velocity.clone().requires_grad_()
+            out = f(v, *rest)
+            (2 * out.loss).backward()
+            results.append((*(x.detach() for x in out), v.grad))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, nft_loss, sde_step
 from flowgrpo_kernels.backends import dispatch
 from support.kernels import block_cases as cases
 from support.kernels import oracle
@@ -39,6 +39,10 @@ def test_the_reference_divides_by_tensors():
             v, b.sample, out, lp, b.advantages, transitions, b.step, ref_velocity=b.ref,
             kl_weight=0.1, old_velocity=b.old, row_weight=b.weight,
         ).loss.backward()  # fmt: skip
+        n = oracle.nft_batch(3, (2, 5))
+        nft_loss(
+            n.velocity.requires_grad_(), *n.args[1:], ref_velocity=n.ref, row_weight=n.weight
+        ).loss.backward()
         for op in ("norm second", "heads rotary"):
             cases.gradients(cases.ours, op, cases.leaves(cases.inputs(op, torch.float32)))
     assert len(mode.found) > 15 and all(isinstance(d, torch.Tensor) for d in mode.found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, sde_step
+from flowgrpo_kernels import flow_sde, grpo_loss, log_prob, nft_loss, sde_step
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 from support.kernels import oracle
 
@@ -23,6 +23,9 @@ OPS = {
     "log_prob": score,
     "grpo_loss": lambda v: (
         grpo_loss(v, B.sample, B.old, torch.zeros(3), B.advantages, TRANSITIONS, 3).loss
+    ),
+    "nft_loss": lambda v: (
+        nft_loss(v, B.sample, B.old, B.ref, torch.full((3,), 0.5), torch.ones(3)).loss
     ),
     "norm_modulate": lambda v: norm_modulate(v, ROW, ROW).sum(),
     "gated_residual": lambda v: gated_residual(B.sample, ROW, v).sum(),

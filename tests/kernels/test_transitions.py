@@ -10,7 +10,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, ode, window
+from flowgrpo_kernels import (
+    Transitions,
+    cps,
+    dance_sde,
+    flow_sde,
+    grpo_loss,
+    log_prob,
+    matching,
+    ode,
+    window,
+)
 from support.kernels import oracle
 
 
@@ -135,6 +145,10 @@ def test_bad_windows_and_tables():
     a, b = flow_sde(oracle.SIGMAS), ode(oracle.SIGMAS)
     for steps, error in (([9], ValueError), ([-1], ValueError), ([1.5], TypeError)):
         with pytest.raises(error, match="steps"):
+            window(a, b, steps)
+    # Both count as an Iterable.
+    for steps in (torch.tensor(1), np.array(1), 3):
+        with pytest.raises(TypeError, match="steps must be integers, got"):
             window(a, b, steps)
     with pytest.raises(ValueError, match="inside and outside"):
         window(a, ode(oracle.SIGMAS[1:]), [0])
@@ -362,3 +376,54 @@ def test_a_capture_is_named(on_gpu, monkeypatch, action):
 def test_without_cuda_the_error_is_that_of_torch():
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         flow_sde(oracle.SIGMAS).to("cuda")
+
+
+def test_matching_scores_the_distance_of_a_velocity_to_a_target():
+    """-weight mean (v - v*)^2 in any order of levels, whatever the sample, and its gradient; the
+    KL has no weight."""
+    generator = torch.Generator().manual_seed(0)
+    v, target, reference, sample = (torch.randn(3, 5, generator=generator) for _ in range(4))
+    v.requires_grad_()
+    transitions, step = matching([0.2, 0.9, 0.5], weight=[1.0, 0.0, 2.5]), torch.arange(3)
+    weight = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
+    score = log_prob(v, sample, target, transitions, step)
+    distance = (v.double() - target.double()).square().mean(1)
+    torch.testing.assert_close(score.double(), -weight * distance, rtol=1e-6, atol=1e-7)
+    (gradient,) = torch.autograd.grad(score.sum(), v)
+    expected = -2 * weight[:, None] * (v.detach().double() - target.double()) / 5
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-7)
+    out = grpo_loss(
+        v, sample, target, score.detach(), torch.zeros(3), transitions, step,
+        ref_velocity=reference, kl_weight=1.0,
+    )  # fmt: skip
+    assert torch.equal(out.ratio, torch.ones(3)) and out.policy_loss == 0
+    distance = (v.double() - reference.double()).square().mean()
+    assert out.kl.item() == pytest.approx(distance.item(), rel=1e-6)
+    assert transitions.column("sigma").tolist() == pytest.approx([0.2, 0.9, 0.5])
+    assert set(transitions.kinds) == {"matching"} and not transitions.deterministic
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.5, 1.5],), ValueError, "sigmas must be inside"),
+        (([],), ValueError, "sigmas must be .R. with 1 <= R"),
+        ((0.5,), ValueError, "sigmas must be .R."),
+        (([0.5, math.nan],), ValueError, "sigmas must be finite"),
+        (("half",), TypeError, "sigmas must be numbers, got str"),
+        ((torch.ones(2) * 1j,), TypeError, "sigmas must be real numbers, got torch.complex64"),
+        (([0.5], -1.0), ValueError, "weight must be at least 0, got -1"),
+        (([0.5, 0.4], [1.0, 1.0, 1.0]), ValueError, "weight must be one number or 2, got 3"),
+        (([0.5], math.inf), ValueError, "weight must be finite"),
+        (([0.5], 1e300), ValueError, "weight must be within the range of float32"),
+    ],
+)
+def test_bad_matching_rows(arguments, error, message):
+    with pytest.raises(error, match=message):
+        matching(*arguments)
+
+
+def test_guard_has_no_use_for_matching_rows():
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"old_velocity .Guard. needs .* matching rows"):
+        grpo_loss(x, x, x, x[:, 0], x[:, 0], matching([0.5]), 0, old_velocity=x)

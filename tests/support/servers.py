@@ -34,7 +34,7 @@ class Answers:
     what it is sent: (headers, body) of each request."""
 
     def __init__(self, *answers: tuple[int, bytes] | tuple[int, bytes, dict[str, str]]) -> None:
-        self.answers, self.requests = list(answers), []
+        self.answers, self.requests, self.paths = list(answers), [], []
         self.active = self.most = 0
         self.delay = 0.0
         self._lock = threading.Lock()
@@ -51,6 +51,7 @@ class Answers:
         with self._lock:
             self.active += 1
             self.most = max(self.most, self.active)
+            self.paths.append(scope["path"])
             self.requests.append(({k.decode(): v.decode() for k, v in scope["headers"]}, body))
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         await asyncio.sleep(self.delay)

@@ -9,7 +9,6 @@ import torch
 
 from flowgrpo import train
 from flowgrpo import update as updates
-from flowgrpo.advantages import advantages
 from flowgrpo.config import Config, replace
 from flowgrpo.policies import lora
 from flowgrpo.prompts.batches import prompt_batch
@@ -80,8 +79,9 @@ def experience(made: train.Components, config: Config) -> Experience:
     generator = torch.Generator().manual_seed(2)
     shape = (len(batch), config.sample.group_size)
     rewards = torch.randn(shape, generator=generator, dtype=torch.float64)
-    gains, weights = advantages(rewards, config.optim)
-    return Experience(trajectory, conditioning, made.uncond, gains, weights)
+    gains, weights = made.objective.weigh(rewards, config.optim)
+    iteration = made.state.iteration
+    return Experience(trajectory, conditioning, made.uncond, gains, weights, iteration)
 
 
 def double_copies(parts):

@@ -30,8 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
+from flowgrpo.policies import components, pipelines, text_cache, vae
+from flowgrpo.policies.base import (
+    Policy,
+    check_list,
+    check_steps,
+    dynamic_shift,
+    scheduler_sigmas,
+)
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
@@ -108,6 +114,17 @@ class FluxPolicy(Policy):
                 f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
                 "FluxPipeline's parts are expected; restore them."
             )
+        pipeline, config = self.pipeline, self.pipeline.transformer.config
+        channels, factor = config.in_channels // PATCH**2, pipeline.vae_scale_factor
+        components.check_vae(pipeline.vae, channels, factor, self.name)
+        widths = (
+            ("hidden_size", config.pooled_projection_dim),
+            ("d_model", config.joint_attention_dim),
+        )
+        for number, width in enumerate(widths):
+            if set(TEXT_COMPONENTS) <= set(needed):
+                names = TEXT_COMPONENTS[number], TEXT_COMPONENTS[number + 2]
+                components.check_text_encoder(pipeline, *names, [width], self.name)
 
     def _set_positions(self, factor: int) -> None:
         rows, columns = (side // (PATCH * factor) for side in (self.height, self.width))
@@ -123,7 +140,15 @@ class FluxPolicy(Policy):
         self._rotary = Rotary(self.transformer.pos_embed(ids))
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        return self._texts(check_list(texts))
+        conditioning = self._texts(check_list(texts))
+        # The positions of the text are made once, for all prompts.
+        tokens = conditioning.embeds.shape[1]
+        if tokens != self._length:
+            raise ConfigError(
+                f"encode= returned embeds of {tokens} tokens, but {self._length} are expected "
+                "(policy.max_sequence_length); encode with that length."
+            )
+        return conditioning
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Both tokenizers know every text."""
@@ -179,14 +204,9 @@ class FluxPolicy(Policy):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         config = self.scheduler.config
-        arguments = {
-            "mu": calculate_shift(
-                self.latent_shape[0],
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15),
-            )
+        num_steps = check_steps(num_steps)
+        arguments: dict[str, Any] = {
+            "mu": dynamic_shift(calculate_shift, config, self.latent_shape[0], 1.15)
         }
         if not config.get("use_flow_sigmas", False):
             arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)

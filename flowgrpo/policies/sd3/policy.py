@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import pipelines, text_cache, vae
-from flowgrpo.policies.base import Policy, check_list, scheduler_sigmas
+from flowgrpo.policies import components, pipelines, text_cache, vae
+from flowgrpo.policies.base import Policy, check_list, dynamic_shift, scheduler_sigmas
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.sd3.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.records import Conditioning
@@ -45,6 +45,7 @@ class SD3Policy(Policy):
         self.pipeline, self.name, self.dtype = source.pipeline, source.name, source.dtype
         self.device = device
         encoders = self._find_encoders(needed=encode is None)
+        self._check_components(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
         pipelines.place(self.pipeline, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
@@ -91,6 +92,23 @@ class SD3Policy(Policy):
                 "(or text_encoder alone); restore the missing one."
             )
         return list(encoders.values())
+
+    def _check_components(self, needed: bool) -> None:
+        """Raise ConfigError unless the VAE, and if they are `needed` the text encoders, fit the
+        transformer."""
+        pipeline, config = self.pipeline, self.pipeline.transformer.config
+        if pipeline.vae is not None:
+            factor = pipeline.vae_scale_factor
+            components.check_vae(pipeline.vae, config.in_channels, factor, self.name)
+        # The pooled vectors of two CLIP encoders stand side by side.
+        second = getattr(getattr(pipeline.text_encoder_2, "config", None), "projection_dim", 0)
+        first = [("projection_dim", config.pooled_projection_dim - second)]
+        if self._one_encoder:
+            first.append(("hidden_size", config.joint_attention_dim))
+        numbers = (first, [], [("d_model", config.joint_attention_dim)])
+        for encoder, tokenizer, sizes in zip(TEXT_ENCODERS, TOKENIZERS, numbers, strict=True):
+            if needed and getattr(pipeline, encoder) is not None:
+                components.check_text_encoder(pipeline, encoder, tokenizer, sizes, self.name)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         texts = check_list(texts)
@@ -182,13 +200,6 @@ class SD3Policy(Policy):
             calculate_shift,
         )
 
-        config = self.scheduler.config
         patch = self.transformer.config.patch_size
         tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
-        return calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
+        return dynamic_shift(calculate_shift, self.scheduler.config, tokens, 1.16)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip
 from flowgrpo.rewards.geneval.rules import THRESHOLD, Detection
+from flowgrpo.rewards.options import check_numbers
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -46,6 +47,7 @@ class Detector:
     """Pixels of the shorter edge that the model sees."""
 
     def __post_init__(self) -> None:
+        check_numbers("geneval", {"batch_size": self.batch_size, "edge": self.edge})
         labels = self.model.config.num_labels
         if labels != len(CLASSES):
             raise RewardError(

@@ -12,14 +12,15 @@ package. An address without a path gets /score.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
 from flowgrpo.rewards.images import to_png
-from flowgrpo.rewards.interface import RewardError
-from flowgrpo.rewards.options import configurable
+from flowgrpo.rewards.interface import ReplyError, RewardError
+from flowgrpo.rewards.options import check_numbers, configurable
 from flowgrpo.rewards.remote.server import RemoteError, Server
 
 
@@ -35,8 +36,11 @@ def score(
     backoff: float = 0.5,
 ):
     """Build a remote reward: `batch_size` images a request, `concurrency` requests at once."""
-    if url and not urlsplit(url).path:
-        url += "/score"
+    check_numbers("http", positive={"batch_size": batch_size})
+    # One that cannot be read is refused by Server.
+    with suppress(ValueError):
+        if url and not urlsplit(url).path.strip("/"):
+            url = urlsplit(url)._replace(path="/score").geturl()
     server = Server(
         "http",
         url,
@@ -74,7 +78,7 @@ def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
     scores = reply.get("scores")
     where = f"the server {server.url} of reward {server.reward!r}"
     if not isinstance(scores, list):
-        raise RemoteError(
+        raise ReplyError(
             f"{where} answered {str(reply)[:80]!r}, but a list under the key 'scores' is expected; "
             "correct the server."
         )

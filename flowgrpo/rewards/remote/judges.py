@@ -34,9 +34,9 @@ from typing import Any
 from torch import Tensor
 
 from flowgrpo.rewards.images import to_png
-from flowgrpo.rewards.interface import RewardError
+from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import configurable
-from flowgrpo.rewards.remote.server import RemoteError, Server
+from flowgrpo.rewards.remote.server import Server
 
 log = logging.getLogger("flowgrpo")
 
@@ -239,7 +239,7 @@ def _first_choice(server: Server, reply: dict[str, Any], *path: str, kind: Any =
         if not isinstance(value, kind):
             raise TypeError(type(value).__name__)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise RemoteError(
+        raise ReplyError(
             f"the endpoint {server.url} of reward {server.reward!r} answered {str(reply)[:80]!r}, "
             f"but a chat completion with choices[0].{'.'.join(path)} is expected; check the url."
         ) from error

@@ -87,8 +87,8 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    # A port that is no port is an OverflowError.
-    except (OSError, OverflowError) as error:
+    # A port that is no port is an OverflowError, and a host that is no name a TypeError.
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         raise RewardError(
             f"the reward server cannot listen on {host} port {port} ({error}); choose another port "
             "or address."

@@ -14,18 +14,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from flowgrpo.rewards.interface import RewardError
-from flowgrpo.rewards.options import library
+from flowgrpo.rewards.interface import RemoteError as RemoteError
+from flowgrpo.rewards.interface import ReplyError, RewardError
+from flowgrpo.rewards.options import check_numbers, library
 
 MAX_WAIT = 30.0
 PASSING = (408, 429, 500, 502, 503, 504)
 """Statuses that are tried again."""
 
 T = TypeVar("T")
-
-
-class RemoteError(RuntimeError):
-    """A server did not answer, or not with what it should; another time it may."""
 
 
 class Server:
@@ -43,20 +40,32 @@ class Server:
         concurrency: int = 8,
     ) -> None:
         httpx = library("httpx", reward)
-        if not url.startswith(("http://", "https://")):
+        _check_address(httpx, reward, url)
+        if token is not None and not (token.isascii() and token.isprintable()):
             raise RewardError(
-                f"the address of reward {reward!r} is {url!r}, but one that begins with http:// or "
-                f"https:// is expected; set FLOWGRPO_REWARD_{reward.upper()}_URL or the option url."
+                f"the token of reward {reward!r} has characters beside those of ASCII that are "
+                f"printed, but a header takes no others; set FLOWGRPO_REWARD_{reward.upper()}_TOKEN"
+                " to the token alone, without a line break."
             )
+        positive = {"timeout": timeout, "concurrency": concurrency}
+        check_numbers(reward, positive, {"retries": retries, "backoff": backoff})
         self.reward, self.url = reward, url
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
         self.concurrency = concurrency
         self._failures = httpx.TransportError
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            limits=httpx.Limits(max_connections=concurrency),
-        )
+        try:
+            self._client = httpx.Client(
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+                limits=httpx.Limits(max_connections=concurrency),
+            )
+        # Proxies and certificates of the environment are read here.
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise RewardError(
+                f"the connection of reward {reward!r} cannot be set up ({error}), but proxies and "
+                "certificates that httpx can use are expected; correct HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR in the environment."
+            ) from error
 
     def post(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Send JSON and return the JSON object that the server answers.
@@ -129,11 +138,34 @@ class Server:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise RemoteError(
+            raise ReplyError(
                 f"the server {self.url} of reward {self.reward!r} answered {response.text[:80]!r}, "
                 "but a JSON object is expected; check that the address is that of a reward server."
             )
         return reply
+
+
+def _check_address(httpx: Any, reward: str, url: str) -> None:
+    """Raise RewardError unless `url` is the address of a web server."""
+    reason = ""
+    try:
+        address = httpx.URL(url)
+        # As the socket does it, which raises where a name is empty or too long.
+        address.host.encode("idna")
+        if address.scheme not in ("http", "https"):
+            reason = "one that begins with http:// or https://"
+        elif not address.host:
+            reason = "one with a host, such as http://127.0.0.1:8400,"
+        elif (address.port or 0) >= 2**16:
+            reason = "a port below 65536"
+    # UnicodeError: a host that is no name.
+    except (httpx.InvalidURL, ValueError) as error:
+        reason = f"one that can be read ({error})"
+    if reason:
+        raise RewardError(
+            f"the address of reward {reward!r} is {url!r}, but {reason} is expected; set "
+            f"FLOWGRPO_REWARD_{reward.upper()}_URL or the option url."
+        )
 
 
 def _detail(response: Any) -> str:

@@ -130,6 +130,8 @@ def _without_products(ptx: str) -> str:
 def _narrow_accesses(name: str, ptx: str) -> list[str]:
     """Lists the kinds of global access of latents that are never 128 bits wide."""
     reads = name != "initial_noise"
-    writes = not name.startswith(("log_prob plain", "log_prob guided", "grpo_loss sums"))
+    writes = not name.startswith(
+        ("log_prob plain", "log_prob guided", "grpo_loss sums", "nft_loss sums")
+    )
     kinds = [kind for kind, has in (("ld.global", reads), ("st.global", writes)) if has]
     return [f"no 128-bit {k}" for k in kinds if not re.search(rf"{k}[\w.:]*\.v4\.b32", ptx)]

@@ -28,15 +28,21 @@ from ..grpo_loss import (
     grpo_loss_totals_kernel,
 )
 from ..log_prob import log_prob_backward_kernel, log_prob_kernel
+from ..nft_loss import (
+    nft_loss_backward_kernel,
+    nft_loss_rows_kernel,
+    nft_loss_sums_kernel,
+    nft_loss_totals_kernel,
+)
 from ..noise import initial_noise_kernel
 from ..sde_step import sde_step_kernel
 
 DTYPES = ("fp32", "bf16", "fp16")
 # Pointers of the velocity's dtype and of the sample's; every other pointer is float32 but two.
 _VELOCITY = ("v_ptr", "u_ptr", "ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr")
-_SAMPLE = ("x_ptr", "prev_ptr", "out_ptr")
+_SAMPLE = ("x_ptr", "x0_ptr", "prev_ptr", "out_ptr")
 _INT64 = ("step_ptr", "seeds_ptr")
-_FLOATS = ("scale", "uncond_scale", "kl_weight", "low", "high", "adv_clip")
+_FLOATS = ("scale", "uncond_scale", "kl_weight", "low", "high", "adv_clip", "beta", "floor")
 # Pointers of the blocks' kernels that are float32 whatever the dtype of x.
 _BLOCK_FLOAT32 = ("mean_ptr", "rstd_ptr", "cos_ptr", "sin_ptr")
 # (width, heads of it, whether there is a second output or branch, rotary)
@@ -92,11 +98,14 @@ def op_variants(dtypes: tuple[str, ...] = DTYPES, align: int = 16) -> Iterator[V
     for s in dtypes:
         yield op_variant("initial_noise", initial_noise_kernel, s, s, {"ALIGN": align})
     # Rows of up to 32 blocks: every latent of SD3.5 and FLUX at 512 pixels.
-    flags = {"REF": True, "OLD": True, "WEIGHT": True, "KL_WEIGHT": True}
+    weights = {"WEIGHT": True, "KL_WEIGHT": True}
+    flags = {"REF": True, "OLD": True, **weights}
     for name, kernel, constants in (
         ("finish", finish_kernel, {"WIDTH": 32}),
         ("grpo_loss rows", grpo_loss_rows_kernel, {"WIDTH": 32, **flags}),
         ("grpo_loss totals", grpo_loss_totals_kernel, {"REF": True}),
+        ("nft_loss rows", nft_loss_rows_kernel, {"WIDTH": 32, "REF": True, **weights}),
+        ("nft_loss totals", nft_loss_totals_kernel, {"REF": True}),
     ):
         yield op_variant(
             name, kernel, "fp32", "fp32", constants, options=ONE_WARP, vectorised=False
@@ -112,6 +121,9 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     loss = {"REF": True, "REF_GUIDED": guided, "OLD": not guided}
     no_uncond = () if guided else ("u_ptr",)
     no_uncond_grad = () if guided else ("u_ptr", "du_ptr")
+    nft = {"REF": True, "REF_GUIDED": guided}
+    no_nft = () if guided else ("u_ptr", "ref_u_ptr")
+    no_nft_grad = () if guided else ("u_ptr", "ref_u_ptr", "du_ptr")
     no_loss = ("old_ptr",) if guided else ("u_ptr", "ref_u_ptr")
     no_loss_grad = ("old_ptr",) if guided else ("u_ptr", "ref_u_ptr", "du_ptr")
     for name, kernel, constants, absent in (
@@ -123,6 +135,8 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
         ("log_prob_backward", log_prob_backward_kernel, grad, no_uncond_grad),
         ("grpo_loss sums", grpo_loss_sums_kernel, {**flags, **loss}, no_loss),
         ("grpo_loss backward", grpo_loss_backward_kernel, {**grad, **loss}, no_loss_grad),
+        ("nft_loss sums", nft_loss_sums_kernel, {**flags, **nft}, no_nft),
+        ("nft_loss backward", nft_loss_backward_kernel, {**grad, **nft}, no_nft_grad),
     ):  # fmt: skip
         yield op_variant(f"{name} {tag}", kernel, v, s, constants, absent)
 

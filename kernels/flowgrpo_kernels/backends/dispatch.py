@@ -235,3 +235,17 @@ def backend_of(name: str, device_type: str, dtype: torch.dtype = torch.float32) 
     if dtype == torch.float64:
         return "reference"
     return _resolve(name, device_type)[0]
+
+
+def in_one_pass(name: str, velocity: Tensor, sample: Tensor) -> bool:
+    """Tells whether a loss also computes, in its forward pass, the gradient asked for by backward.
+
+    name: the op that does. On the native backend: there a row is still in the cache when its
+    scalars are known. Not under tracing, where backward could not ask for the value of grad_loss.
+    """
+    return (
+        sample.device.type == "cpu"
+        and type(velocity) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and backend_of(name, "cpu", sample.dtype) == "native"
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..philox import INITIAL_STEP
+from ..reference import NftArguments
 from .native_library import NativeArgs, NativeTensor, library, select, state
 
 OPS = (
@@ -27,6 +28,9 @@ OPS = (
     "grpo_loss_forward",
     "grpo_loss_gradient",
     "grpo_loss_backward",
+    "nft_loss_forward",
+    "nft_loss_gradient",
+    "nft_loss_backward",
     "initial_noise",
 )
 """The ops that this file has a function for, by their names."""
@@ -130,6 +134,11 @@ class _Call:
                 self.alive.append(x)
                 setattr(self.args, name, x.data_ptr())
 
+    def guidance(self, guidance_scale: float) -> None:
+        """Sets the scale of guidance."""
+        self.args.guidance_scale = guidance_scale
+        self.args.uncond_scale = 1.0 - guidance_scale
+
     def transitions(self, table: Tensor, step: Tensor, guidance_scale: float) -> None:
         """Sets the transition table, the row of each sample, and the scale of guidance."""
         table = table.contiguous()
@@ -137,8 +146,7 @@ class _Call:
         self.args.table = table.data_ptr()
         self.args.table_rows, self.args.table_columns = table.shape
         self.integers(step=step)
-        self.args.guidance_scale = guidance_scale
-        self.args.uncond_scale = 1.0 - guidance_scale
+        self.guidance(guidance_scale)
 
     def run(self, name: str, *more: int) -> None:
         """Calls the library's function of this name; `more`: arguments beside the struct."""
@@ -318,6 +326,78 @@ def grpo_loss_backward(
     call.vectors(grad=grad_loss, coefs=coefs)
     gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
     call.run("grpo_loss_backward")
+    return gradients
+
+
+def _nft_call(a: NftArguments) -> _Call:
+    """Sets the arguments that nft_loss_forward and nft_loss_gradient share."""
+    call = _Call(a.sample)
+    call.latents(velocity=a.velocity, uncond_velocity=a.uncond_velocity, sample=a.sample)
+    call.latents(x0=a.x0, old_velocity=a.old_velocity, ref_velocity=a.ref_velocity)
+    call.latents(ref_uncond_velocity=a.ref_uncond_velocity)
+    call.vectors(sigma=a.sigma, optimality=a.optimality)
+    call.vectors(row_weight=a.row_weight, kl_row_weight=a.kl_row_weight)
+    call.guidance(a.guidance_scale)
+    call.args.beta, call.args.floor, call.args.kl_weight = a.beta, a.floor, a.kl_weight
+    return call
+
+
+def _nft_outputs(call: _Call) -> tuple[Tensor, ...]:
+    """Allocates the results of nft_loss_forward."""
+    names = ("loss", "positive_loss", "negative_loss", "kl")
+    totals = {name: torch.empty((), dtype=torch.float32) for name in names}
+    names = ("positive_error", "negative_error", "old_deviation")
+    per_row = {name: torch.empty(call.rows, dtype=torch.float32) for name in names}
+    coefs = torch.empty((call.rows, 3), dtype=torch.float32)
+    call.outputs(**totals, **per_row, coefs=coefs)
+    return *totals.values(), *per_row.values(), coefs
+
+
+def nft_loss_forward(*args) -> tuple[Tensor, ...]:
+    """Computes DiffusionNFT's loss, with the results of reference.nft_loss_forward."""
+    call = _nft_call(NftArguments(*args))
+    outputs = _nft_outputs(call)
+    call.run("nft_loss_forward")
+    return outputs
+
+
+def nft_loss_gradient(*args) -> tuple[Tensor, ...]:
+    """Computes loss and gradients in one pass over memory, as reference.nft_loss_gradient."""
+    *args, grad_loss, uncond_grad = args
+    call = _nft_call(NftArguments(*args))
+    grad = ctypes.c_float(grad_loss)
+    call.args.grad = ctypes.addressof(grad)
+    outputs = _nft_outputs(call)
+    gradients = _gradients(call, args[0], args[1], uncond_grad)
+    call.run("nft_loss_gradient")
+    return *outputs, *gradients
+
+
+def nft_loss_backward(
+    grad_loss: Tensor,
+    coefs: Tensor,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    x0: Tensor,
+    old_velocity: Tensor,
+    sigma: Tensor,
+    ref_velocity: Tensor | None,
+    ref_uncond_velocity: Tensor | None,
+    beta: float,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of grad_loss * loss in the velocities; coefs from the forward pass."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
+    call.latents(x0=x0, old_velocity=old_velocity, ref_velocity=ref_velocity)
+    call.latents(ref_uncond_velocity=ref_uncond_velocity)
+    call.vectors(sigma=sigma, grad=grad_loss, coefs=coefs)
+    call.guidance(guidance_scale)
+    call.args.beta = beta
+    gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
+    call.run("nft_loss_backward")
     return gradients
 
 

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-ABI = 2
+ABI = 3
 ISAS = ("baseline", "avx2", "avx512")
 BUILD_INFO = "_native_build.json"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,13 +43,17 @@ class NativeTensor(ctypes.Structure):
 
 _LATENTS = (
     "velocity", "uncond_velocity", "sample", "prev_sample", "noise", "ref_velocity",
-    "ref_uncond_velocity", "old_velocity", "grad_velocity", "grad_uncond_velocity",
+    "ref_uncond_velocity", "old_velocity", "x0", "grad_velocity", "grad_uncond_velocity",
 )  # fmt: skip
 _VECTORS = (
-    "old_log_prob", "advantages", "row_weight", "kl_row_weight", "grad", "log_prob", "ratio",
-    "coefs", "loss", "policy_loss", "kl", "clip_fraction",
+    "old_log_prob", "advantages", "row_weight", "kl_row_weight", "sigma", "optimality", "grad",
+    "log_prob", "ratio", "positive_error", "negative_error", "old_deviation", "coefs", "loss",
+    "policy_loss", "kl", "clip_fraction", "positive_loss", "negative_loss",
 )  # fmt: skip
-_SCALARS = ("guidance_scale", "uncond_scale", "kl_weight", "ratio_low", "ratio_high", "adv_clip")
+_SCALARS = (
+    "guidance_scale", "uncond_scale", "kl_weight", "ratio_low", "ratio_high", "adv_clip", "beta",
+    "floor",
+)  # fmt: skip
 
 
 class NativeArgs(ctypes.Structure):

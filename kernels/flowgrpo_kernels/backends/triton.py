@@ -59,7 +59,7 @@ PLAIN = ("num_steps", "step_stride", "num_blocks", "rows")
 # Pointers whose alignment decides the width of the accesses. The others are read element by
 # element, and a view of one step or row may start anywhere: no new compilation for that either.
 LATENTS = (
-    "v_ptr", "u_ptr", "x_ptr", "prev_ptr", "out_ptr", "noise_ptr",
+    "v_ptr", "u_ptr", "x_ptr", "x0_ptr", "prev_ptr", "out_ptr", "noise_ptr",
     "ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr",
 )  # fmt: skip
 
@@ -258,6 +258,13 @@ def ordered_sum(ptr, count, WIDTH: tl.constexpr):
 
 
 @jit
+def row_sum(sums_ptr, index, num_blocks, WIDTH: tl.constexpr):
+    """Adds up this program's row of one of the sums [sums, B * blocks]."""
+    at = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
+    return ordered_sum(sums_ptr + at * num_blocks, num_blocks, WIDTH)
+
+
+@jit
 def sum_over_rows(ptr, rows):
     """Sums over a batch as ordered_sum does, in one warp and without compiling for its size.
 
@@ -382,6 +389,14 @@ def store_gradient(
     if GUIDED:
         b_dv = b_dv * scale
     store(dv_ptr + base, o_lane, remaining, narrow(b_dv, dv_ptr.dtype.element_ty))
+
+
+@jit
+def store_three(ptr, stride, x, y, z):
+    """Stores three scalars, `stride` elements apart."""
+    tl.store(ptr, x)
+    tl.store(ptr + stride, y)
+    tl.store(ptr + 2 * stride, z)
 
 
 @jit

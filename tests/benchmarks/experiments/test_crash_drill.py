@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections import Counter
 
@@ -13,8 +14,10 @@ from experiments import crash_drill
 
 @pytest.mark.slow
 def test_five_kills(tmp_path):
-    tally = crash_drill.drill(5, 1, tmp_path)
-    assert tally.kills.total() == 5 and tally.losses == []
+    tally = crash_drill.drill(5, 1, tmp_path, each=1)
+    assert tally.kills.total() >= 5 and tally.losses == []
+    stages = {stage for stage, _ in tally.kills}
+    assert {*crash_drill.STRATA} <= stages
     # What would be lost: the drill sees each of these.
     whole = tmp_path / "whole" / "run"
     expected = crash_drill.contents(whole)
@@ -56,3 +59,24 @@ def test_rows_count_each_kill_once_by_stage_and_once_by_aim():
         ("aim moment", "kills"): 3,
         ("aim moment", "lost"): 1,
     }
+
+
+def test_aims_go_where_kills_are_missing():
+    """Without processes: each hit counts as one of the stage that it was aimed at."""
+    drill = crash_drill.Drill.__new__(crash_drill.Drill)
+    drill.random, drill.each, drill.hits = random.Random(0), 3, Counter()
+    drill.seconds, drill.whole = 2.0, crash_drill.Marks()
+    for stage in crash_drill.AIMED:
+        with drill.whole.inside(stage):
+            drill.whole.count_operation()
+    aims = drill.aims()
+    kinds = Counter()
+    for _ in range(3 * len(crash_drill.STRATA)):
+        aim = next(aims)
+        drill.hits[aim.stage] += 1
+        kinds[aim.kind] += 1
+    assert drill.hits == dict.fromkeys(crash_drill.STRATA, 3) and drill.missing() == 0
+    assert set(kinds) == {"moment in a stage", "file operation"} and min(kinds.values()) >= 7
+    later = [next(aims) for _ in range(3 * len(crash_drill.AIMED))]
+    assert {aim.stage for aim in later} == {"", *crash_drill.AIMED}
+    assert {aim.kind for aim in later} == {"moment", *kinds}

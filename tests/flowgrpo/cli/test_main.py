@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from flowgrpo import __version__, nano, train
-from flowgrpo.cli import main, sample
+from flowgrpo.cli import evaluate, main, sample
 from flowgrpo.cli.train import parse_train
 from flowgrpo.config import ConfigError, to_json
+from flowgrpo.evaluation import systems
 from support import processes
 
 
@@ -106,6 +107,51 @@ def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     low, high = report["change"]["interval"]
     assert low <= report["change"]["accuracy"] <= high
     assert Image.open(tmp_path / "e" / "grid.png").size[1] > 350
+
+
+def test_evaluate_on_quality_prompts(trained, tmp_path, capsys):
+    """The task's metric on its prompts, quality rewards on theirs, in one table; a prompt that is
+    there twice is one prompt with several images."""
+    lines = [("a red circle", "Colors"), ("two square", "Counting"), ("a red circle", "Colors")]
+    prompts = tmp_path / "drawbench.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": p, "category": c}) for p, c in lines))
+    line = ["evaluate", str(trained), "--out", str(tmp_path / "e"), "--prompts", "3"]
+    line += ["--quality", "jpeg_compressibility", "support.processes:red", "--device", "cpu"]
+    line += ["--quality-prompts", str(prompts), "--quality-samples", "2"]
+    assert main.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "Evaluating base on the quality prompts: 6 images in 3 steps." in shown
+    base, after = systems.load(tmp_path / "e")
+    assert (base.label, after.label) == ("model", "run, iteration 2")
+    report = json.loads((tmp_path / "e" / "report.json").read_text())["reports"]
+    for row, label in ((base, "base"), (after, "iteration 2")):
+        [(name, score)] = row.task.scores.items()
+        assert name == "support.processes:red" and report[label]["images"] == row.task.images == 6
+        assert score.mean == pytest.approx(report[label]["accuracy"], rel=1e-12)
+        assert score.groups == pytest.approx(report[label]["tasks"], rel=1e-12)
+        assert score.interval == pytest.approx(tuple(report[label]["interval"]), rel=1e-9)
+        assert (row.quality.prompts, row.quality.images) == (2, 6)
+        quality = row.quality.scores["support.processes:red"]
+        assert quality.mean == pytest.approx(
+            (2 * quality.groups["Colors"] + quality.groups["Counting"]) / 3, rel=1e-12
+        )
+    head = (tmp_path / "e" / "table.md").read_text().splitlines()[0]
+    assert head == (
+        "| Model | support.processes:red (task) | jpeg_compressibility | support.processes:red |"
+    )
+    assert main.main(["evaluate", "--table", str(tmp_path / "e")]) == 0
+    assert "run, iteration 2" in capsys.readouterr().out
+
+
+def test_evaluate_loads_quality_rewards_before_the_model(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_base", None)
+    line = ["evaluate", str(trained), "--quality", "deqa", "--out", str(tmp_path / "e")]
+    assert main.main(line) == 2
+    assert "reward 'deqa'" in capsys.readouterr().err
+    line += ["--quality-prompts", "absent.txt"]
+    assert main.main(line) == 2
+    assert "--quality-prompts is 'absent.txt', which is neither" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
 
 
 def test_evaluate_other_rewards_than_a_run_had_options_for(trained, tmp_path):

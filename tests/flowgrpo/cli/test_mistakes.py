@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", lambda config: (_ for _ in ()).throw(error))
     assert main.main(["train", "--run.out", "there"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: the disk of run.out 'there' is full (")
+    assert shown.startswith("error: no space is left on a disk that the run in 'there' writes")
     assert shown.endswith("go on with --run.resume there.\n") and shown.count("\n") == 1
     monkeypatch.setattr(train, "run", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -120,7 +120,6 @@ def test_a_full_disk_is_one_sentence(error, capsys, tmp_path, monkeypatch):
         ("train --sample.stpes 8", "--sample.steps"),
         ("train --optim.lr fast", "could not convert string to float"),
         ("train --policy.dtype int8", "bfloat16"),
-        ("evaluate", "required"),
         ("sample x --colour", "--colour"),
     ],
 )
@@ -130,6 +129,12 @@ def test_what_tyro_refuses_exits_with_2(line, words, capsys):
     assert stop.value.code == 2
     shown = capsys.readouterr()
     assert words in shown.err + shown.out
+
+
+def test_evaluate_needs_a_target(capsys):
+    assert main.main(["evaluate"]) == 2
+    shown = capsys.readouterr().err
+    assert "required without --images and --table" in shown and shown.count("\n") == 1
 
 
 def test_a_reader_that_has_gone_gets_no_traceback():

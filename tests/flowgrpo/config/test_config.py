@@ -9,7 +9,9 @@ import math
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from flowgrpo import config as module
 from flowgrpo.config import Config, ConfigError, from_dict, from_json, replace, to_json
@@ -104,6 +106,31 @@ def test_a_broken_rule_says_so_in_one_sentence(changes, words):
 def test_a_number_that_python_does_not_write():
     with pytest.raises(ConfigError, match=r"reward.weights is a dict too long to be shown, but"):
         replace(Config(), **{"reward.weights": {"a": -(10**5000)}})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """Python's in the result, so that it is JSON; a number of another kind stays refused."""
+    changes = {
+        "optim.lr": np.float32(0.5),
+        "optim.guard": np.bool_(True),
+        "optim.betas": [np.float64(0.5), torch.tensor(0.25)],
+        "sample.steps": np.array(6),
+        "run.seed": torch.tensor(3),
+        "reward.weights": {"a": np.float32(2)},
+        "policy.lora_targets": ["to_q"],
+    }
+    config = replace(Config(), **changes)
+    optim, weights = config.optim, config.reward.weights
+    assert (optim.lr, optim.guard, optim.betas, weights) == (0.5, True, (0.5, 0.25), {"a": 2.0})
+    assert (config.sample.steps, config.run.seed, config.policy.lora_targets) == (6, 3, ("to_q",))
+    values = (optim.lr, *optim.betas, optim.guard, config.sample.steps, config.run.seed)
+    assert [type(value) for value in values] == [float] * 3 + [bool, int, int]
+    assert from_json(to_json(config)) == config
+    for name, value in (("run.seed", np.bool_(True)), ("sample.steps", np.float32(6))):
+        with pytest.raises(ConfigError, match="type int is expected"):
+            replace(Config(), **{name: value})
+    with pytest.raises(ConfigError, match="type float is expected"):
+        replace(Config(), **{"optim.lr": torch.ones(1)})
 
 
 def test_derived_numbers():

@@ -159,8 +159,8 @@ def test_a_file_of_several_models_goes_to_diffusers(adapters, tmp_path):
 
 def test_what_does_not_fit_is_one_sentence(adapters, tmp_path):
     model, _, bare, _ = adapters
-    first = next(iter(bare))
-    larger = {**bare, first.replace("blocks.0", "blocks.7"): bare[first]}
+    pair = {name: tensor for name, tensor in bare.items() if name.startswith(FIRST)}
+    larger = {**bare, **{name.replace("blocks.0", "blocks.7"): t for name, t in pair.items()}}
     with pytest.raises(ConfigError, match=r"transformer_blocks\.7\.attn\.to_q \(1 such of 5"):
         load_adapter(load(model), save(tmp_path / "larger", larger))
     dora = {**bare, "transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.ones(16)}
@@ -192,3 +192,133 @@ def test_sample_and_evaluate_take_it_and_name_the_format(adapters, tmp_path, cap
     assert "in PEFT's format: 4 layers, rank 4, alpha 12" in capsys.readouterr().out
     reports = json.loads((tmp_path / "report.json").read_text())["reports"]
     assert reports["base"]["scores"] != reports["adapter"]["scores"]
+
+
+FIRST = "transformer_blocks.0.attn.to_q"
+LOW, HIGH = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
+NOT_WHOLE = [
+    ({HIGH: None}, rf"has no {HIGH}, but both matrices"),
+    ({LOW: None}, rf"has no {LOW}, but both matrices"),
+    ({LOW: lambda t: t * torch.nan}, f"has NaN or infinity in {LOW}"),
+    ({HIGH: lambda t: t / 0}, f"has NaN or infinity in {HIGH}"),
+    ({LOW: lambda t: t.int()}, rf"has torch\.int32 in {LOW}"),
+    ({LOW: lambda t: t[0, 0]}, rf"has {LOW} \[\] and lora_B\.weight \[16, 4\]"),
+    ({HIGH: lambda t: t[:, :3]}, rf"has {LOW} \[4, 16\] and lora_B\.weight \[16, 3\]"),
+    ({LOW: lambda t: t[:0], HIGH: lambda t: t[:, :0]}, rf"has {LOW} \[0, 16\]"),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
+@pytest.mark.parametrize(("changes", "message"), NOT_WHOLE)
+def test_matrices_that_are_not_whole(adapters, tmp_path, prefix, changes, message):
+    """PEFT and diffusers would leave out half a pair, and round or multiply by the rest."""
+    model, _, bare, _ = adapters
+    changed = {name: changes.get(name, lambda t: t) for name in bare}
+    tensors = {f"{prefix}{name}": f(bare[name]) for name, f in changed.items() if f is not None}
+    with pytest.raises(ConfigError, match=rf"the adapter '.*' {message}"):
+        check_adapter(load(model), save(tmp_path / "x", tensors))
+
+
+@pytest.mark.parametrize("key", ["nobody.lora.weight", f"{FIRST}.lora_C.weight", "norm.bias"])
+def test_a_key_that_diffusers_would_leave_out(adapters, tmp_path, key):
+    model, _, bare, _ = adapters
+    tensors = {f"transformer.{name}": tensor for name, tensor in {**bare, key: bare[LOW]}.items()}
+    folder = save(tmp_path / "x", tensors, "pytorch_lora_weights.safetensors")
+    with pytest.raises(ConfigError, match=f"holds {key} beside its matrices"):
+        check_adapter(load(model), folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_module_without_alpha_beside_others(adapters, tmp_path, prefix):
+    """Its scale is 1: reference, the matrices multiplied by the scales."""
+    model, _, bare, _ = adapters
+    tensors = {**bare, f"{FIRST}.alpha": torch.tensor(12.0)}
+    scaled = {name: t * (3 if name == HIGH else 1) for name, t in bare.items()}
+    policies = [load(model), load(model)]
+    for policy, values in zip(policies, (tensors, scaled), strict=True):
+        values = {f"{prefix}{name}": tensor for name, tensor in values.items()}
+        load_adapter(policy, save(tmp_path / f"{len(values)}", values))
+    first, second = map(velocity, policies)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "alpha", "message"),
+    [
+        (FIRST, torch.ones(2), r"alpha \[1\.0, 1\.0\] in the shape \[2\], but one finite"),
+        (FIRST, torch.tensor(torch.nan), r"alpha \[nan\] in the shape \[\], but one finite"),
+        ("nobody", torch.tensor(1.0), r"has nobody\.alpha without matrices"),
+    ],
+)
+def test_alphas_that_are_none(adapters, tmp_path, key, alpha, message):
+    model, _, bare, _ = adapters
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(load(model), save(tmp_path / "x", {**bare, f"{key}.alpha": alpha}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": "12"}, "says lora_alpha '12'"),
+        ({"lora_alpha": True}, "says lora_alpha True"),
+        ({"lora_alpha": float("nan")}, "says lora_alpha nan"),
+        ({"alpha_pattern": [1]}, r"says alpha_pattern \[1\]"),
+        ({"alpha_pattern": {"(": 1}}, "says alpha_pattern"),
+        ({"use_rslora": "no"}, "says use_rslora 'no'"),
+        ({"use_dora": True}, "has magnitudes for 0 of its 4 layers"),
+        ({"init_lora_weights": "pissa_niter_4"}, "from whose weights the first ones were taken"),
+        ({"init_lora_weights": "olora"}, "from whose weights the first ones were taken"),
+    ],
+)
+def test_settings_that_are_none(adapters, tmp_path, changes, message):
+    model, folder, _, _ = adapters
+    copy = shutil.copytree(folder, tmp_path / "x")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(load(model), str(copy))
+
+
+def test_an_alpha_of_0_is_one(adapters, tmp_path):
+    model, folder, _, _ = adapters
+    copy = shutil.copytree(folder, tmp_path / "x")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0}))
+    policy = load(model)
+    base = velocity(policy)
+    assert load_adapter(policy, str(copy)).endswith("rank 4, alpha 0")
+    assert torch.equal(velocity(policy), base)
+
+
+def test_dropout_of_an_adapter_is_off(adapters, tmp_path):
+    """Images of an evaluation are the same each time, whatever the adapter was trained with."""
+    from diffusers import StableDiffusion3Pipeline
+
+    model, _, bare, expected = adapters
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, lora_dropout=0.5).to_dict()
+    config["target_modules"] = TARGETS
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers={name: tensor.clone() for name, tensor in bare.items()},
+        transformer_lora_adapter_metadata=config,
+    )
+    policy = load(model)
+    load_adapter(policy, str(tmp_path))
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_with_several_files_names_none(adapters, tmp_path):
+    model, _, bare, _ = adapters
+    folder = save(tmp_path / "x", bare, "a.safetensors")
+    shutil.copy(tmp_path / "x" / "a.safetensors", tmp_path / "x" / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"a\.safetensors, b\.safetensors, but one file"):
+        check_adapter(load(model), folder)
+    assert check_adapter(load(model), f"{folder}/b.safetensors").startswith("b.safetensors in bare")
+
+
+def test_keys_of_another_kind_are_shown(adapters, tmp_path):
+    model, _, bare, _ = adapters
+    tensors = {f"diffusion_model.{name}": tensor for name, tensor in bare.items()}
+    key = min(tensors)
+    with pytest.raises(ConfigError, match=rf"no weights for .* \(its first key is {key}\)"):
+        check_adapter(load(model), save(tmp_path / "x", tensors))

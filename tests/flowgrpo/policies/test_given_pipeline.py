@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from flowgrpo import train
-from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.config import ConfigError, PolicyConfig, replace
 from flowgrpo.policies import Conditioning, Policy
 from support import setups
 
@@ -106,6 +106,18 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     [
         (lambda found: None, "encode= returned a NoneType, but a Conditioning"),
         (lambda found: found.rows(torch.tensor([0])), "encode= returned 1 rows for 2 texts"),
+        (
+            lambda found: Conditioning(found.embeds[..., :5], found.pooled),
+            r"embeds \[2, 8, 5\] of torch.float32, but rows of 16 numbers of torch.float32",
+        ),
+        (
+            lambda found: Conditioning(found.embeds, found.pooled[:, :5]),
+            r"pooled \[2, 5\] of torch.float32, but rows of 16 numbers",
+        ),
+        (
+            lambda found: Conditioning(found.embeds.half(), found.pooled),
+            r"embeds \[2, 8, 16\] of torch.float16, but rows of 16 numbers of torch.float32",
+        ),
     ],
 )
 def test_embeddings_that_are_none(pixel_model, made, message):
@@ -114,6 +126,27 @@ def test_embeddings_that_are_none(pixel_model, made, message):
     policy = Policy.load(given, device="cpu", encode=lambda texts: made(donor.encode(texts)))
     with pytest.raises(ConfigError, match=message):
         policy.encode(TEXTS)
+
+
+def test_embeddings_of_another_length(flux_model):
+    """FLUX's positions are made once, for one number of tokens."""
+    config = PolicyConfig(resolution=16, max_sequence_length=4, text_cache="")
+    encode = Policy.load(loaded(flux_model), device="cpu", config=config).encode
+    longer = replace(config, max_sequence_length=8)
+    policy = Policy.load(loaded(flux_model), device="cpu", config=longer, encode=encode)
+    with pytest.raises(ConfigError, match="embeds of 4 tokens, but 8 are expected"):
+        policy.encode(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["pixel_model", "latent_model", "flux_model"])
+def test_texts_that_are_none(request, kind):
+    config = PolicyConfig(resolution=0 if kind == "pixel_model" else 16, text_cache="")
+    policy = Policy.load(loaded(request.getfixturevalue(kind)), device="cpu", config=config)
+    with pytest.raises(ValueError, match="texts is empty, but one text or more are expected"):
+        policy.encode([])
+    for texts in (3, None):
+        with pytest.raises(TypeError, match="but a list of texts is expected"):
+            policy.encode(texts)
 
 
 def test_a_class_of_ones_own(pixel_model):

@@ -8,11 +8,14 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flowgrpo import cuda_graphs, train, update
+from flowgrpo import cuda_graphs, seeds, train, update
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError, PolicyConfig, replace
+from flowgrpo.evaluation import pictures
+from flowgrpo.evaluation.evaluate import generate_images
 from flowgrpo.policies import Policy, lora
 from flowgrpo.policies.adapters import add_adapter, load_adapter, start_from, trained_parameters
 from support import setups
@@ -152,9 +155,10 @@ def lines(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run(request, adapters, kind, tmp_path):
+def test_a_run(request, adapters, kind, tmp_path, monkeypatch):
     """KL 0 and ratio 1 at the start; what is evaluated before training is the start; a resumed run
-    needs the adapter's files no more, and has the same numbers; evaluate shows all three."""
+    needs the adapter's files no more, and has the same numbers; evaluate and sample show all three.
+    """
     folder = request.getfixturevalue(kind)
     adapter = shutil.copytree(adapters[kind], tmp_path / "adapter")
     changes = {"policy.init_adapter": str(adapter)}
@@ -194,6 +198,17 @@ def test_a_run(request, adapters, kind, tmp_path):
     assert reports["base"]["scores"] == plain["before"]["scores"]
     assert reports["start"]["scores"] == summary["before"]["scores"]
     assert reports["iteration 2"]["scores"] == summary["after"]["scores"]
+
+    drawn, blank = [], Image.new("RGB", (4, 4))
+    monkeypatch.setattr(pictures, "grid", lambda rows, *_, **__: drawn.append(rows) or blank)
+    line = ["sample", "a red circle", "--run", str(tmp_path / "whole" / "run"), "--count", "1"]
+    line += ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    assert main.main(line) == 0
+    assert list(drawn[0]) == ["base", "start", "trained"]
+    texts, policy = ["a red circle"], started(folder, kind, tmp_path / "whole" / "run" / "initial")
+    noise = torch.from_numpy(seeds.sample_seeds(0, seeds.EVALUATION, [0], [0]))
+    expected = generate_images(policy, texts, noise, 1, steps=2, batch_size=3)
+    assert torch.equal(drawn[0]["start"], expected)
 
 
 @pytest.mark.parametrize(
@@ -268,14 +283,19 @@ def test_weights_that_are_none(pixel_model, adapters, tmp_path):
         return folder
 
     broken = {**tensors, first: tensors[first] * torch.nan}
-    with pytest.raises(ConfigError, match=r"to_q\.lora_B\.weight \[16, 4\], but finite numbers"):
+    with pytest.raises(ConfigError, match=r"NaN or infinity in .*to_q\.lora_B\.weight, but finite"):
         start(write("nan", broken))
     half = {name: tensor for name, tensor in tensors.items() if name != first}
-    with pytest.raises(ConfigError, match=r"to_q\.lora_B\.weight \[0\], but finite"):
+    with pytest.raises(ConfigError, match=r"has no .*to_q\.lora_B\.weight, but both matrices"):
         start(write("half", half))
     wide = {**tensors, first: torch.zeros(17, 4)}
     with pytest.raises(ConfigError, match=r"\[17, 4\], but .* shape \[16, 4\]"):
         start(write("wide", wide))
+    foreign = {name.replace("blocks.0", "blocks.9"): tensor for name, tensor in tensors.items()}
+    with pytest.raises(
+        ConfigError, match=r"blocks\.9\..* \(3 such of 6 layers\), which .* not have"
+    ):
+        start(write("foreign", {**foreign}))
     scaled = write("rslora", tensors)
     settings = json.loads((scaled / "adapter_config.json").read_text())
     (scaled / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))

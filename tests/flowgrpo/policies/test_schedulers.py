@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import diffusers
 import numpy as np
@@ -126,6 +127,50 @@ def test_a_subclass_is_taken(pixel_model):
 def test_sigmas_that_do_not_fall_from_one_to_zero(scheduler, arguments, sigmas):
     with pytest.raises(ConfigError, match=rf"{sigmas}.* but 5 that fall from at most 1 to 0 are"):
         scheduler_sigmas(scheduler, 4, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
+def test_a_shift_that_grows_between_equal_numbers_of_tokens(request, kind):
+    pipeline = open_pipeline(request.getfixturevalue(kind))
+    changes = {"use_dynamic_shifting": True, "max_image_seq_len": 256}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    config = PolicyConfig(resolution=16, text_cache="")
+    policy = Policy.load(pipeline, device="cpu", config=config)
+    with pytest.raises(ConfigError, match="has 256 as its base_image_seq_len and 256 as its max"):
+        policy.sigmas(4)
+
+
+@pytest.mark.parametrize("kind", ["pixel_model", "flux_model"])
+def test_numbers_of_steps(request, kind):
+    config = PolicyConfig(resolution=0 if kind == "pixel_model" else 16, text_cache="")
+    pipeline = open_pipeline(request.getfixturevalue(kind))
+    policy = Policy.load(pipeline, device="cpu", config=config)
+    for steps in (0, -1, 4.0, "4", None):
+        with pytest.raises(ConfigError, match=f"num_steps is {steps!r}, but a whole number of at"):
+            policy.sigmas(steps)
+    for steps in (np.int64(4), torch.tensor(4)):
+        assert torch.equal(policy.sigmas(steps), policy.sigmas(4))
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_a_schedule_of_one_step(pixel_model, tmp_path, monkeypatch):
+    """A run that is stopped looks at its weights by a short one, before it exports them."""
+    pipeline = open_pipeline(pixel_model)
+    changes = {"shift_terminal": 0.02}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    policy = load(pipeline)
+    with pytest.raises(ConfigError, match=r"nan, 0, but .*; choose another number of steps, or"):
+        policy.sigmas(1)
+    changes = {"run.steps": 2, "run.eval_every": 0, "run.eval_prompts": 1, "sample.eval_steps": 2}
+    config, update = setups.config(pixel_model, tmp_path, **changes), train.update
+
+    def stopping(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", stopping)
+    summary = train.run(config, pipeline=pipeline)
+    assert summary["interrupted"] and (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_noise_that_leaves_the_range_of_latents_is_refused_before_the_first_image(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 
 import pytest
 
 from flowgrpo.config import ConfigError
-from flowgrpo.prompts.load import load_prompts
+from flowgrpo.prompts.load import ANY, load_prompts
 
 ROWS = [
     {"prompt": "a red dog", "tag": "colors", "include": [{"class": "dog", "count": 1}]},
@@ -85,6 +86,12 @@ def test_parquet_with_pictures(folder):
     assert found.metadata[0] == {"caption": "one", "prompt": "one"}
 
 
+def test_prompts_that_are_only_evaluated_may_be_the_training_ones(folder):
+    assert load_prompts(f"hub:{folder}", ANY).texts == ("a red dog",)
+    (folder / "test.jsonl").unlink()
+    assert load_prompts(f"hub:{folder}", ANY).texts == ("a red dog", "two cats")
+
+
 def test_errors_are_one_sentence(folder):
     (folder / "test.jsonl").unlink()
     for name, split, message in (
@@ -108,3 +115,49 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'flowgrpo\[data\]'"):
         load_prompts("hub:someone/prompts")
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is 'hub:someone/prompts', which"):
+        load_prompts("hub:someone/prompts", ANY, "--quality-prompts")
+
+
+def test_rows_without_a_text_are_left_out_and_counted(folder, caplog):
+    rows = [*ROWS, {"prompt": None, "tag": "x"}, {"prompt": "  ", "tag": "x"}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_prompts(f"hub:{folder}").texts == ("a red dog", "two cats")
+    assert "2 of the 4 rows" in caplog.text and "no text in the column prompt" in caplog.text
+    rows = [{"prompt": ["a red dog", "a dog"]}, {"prompt": ["two cats"]}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"the column prompt of .* has no texts in the split"):
+        load_prompts(f"hub:{folder}")
+
+
+def test_a_folder_whose_path_has_a_colon(folder):
+    other = folder.rename(folder.with_name("set:1"))
+    assert load_prompts(f"hub:{other}").texts == ("a red dog", "two cats")
+
+
+def test_a_table_in_a_folder(folder):
+    """As the sentence on a .csv file says: folders train and test, the column prompt."""
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").unlink()
+        (folder / split).mkdir()
+        (folder / split / "any.csv").write_text(f"prompt,tag\na {split} dog,x\n")
+    assert load_prompts(f"hub:{folder}").texts == ("a train dog",)
+    assert load_prompts(f"hub:{folder}", "heldout").texts == ("a test dog",)
+
+
+def test_a_folder_called_datasets_is_not_the_library(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"cannot be imported.*pip install"):
+        load_prompts("hub:acme/prompts")
+
+
+def test_the_reason_of_a_set_that_cannot_be_read_is_the_readers(folder):
+    """datasets says that an error occurred; what it was stands behind that."""
+    rows = [{"prompt": "a", "tag": 1}, {"prompt": "b", "tag": {"x": 1}}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match="cannot be loaded") as error:
+        load_prompts(f"hub:{folder}")
+    assert "tag" in str(error.value) and "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.prompts import batches as prompts_batches
 from flowgrpo.prompts.batches import check_count, row_seeds
-from flowgrpo.prompts.load import has_splits, load_prompts
+from flowgrpo.prompts.load import ANY, has_splits, load_prompts
 from flowgrpo.records import Prompts
 
 
@@ -88,6 +89,11 @@ def test_jsonl_file_and_folder(tmp_path):
         ("p.CSV", "prompt\na", "a .csv file, whose lines are no prompts"),
         ("p.yaml", "- a dog", "a .yaml file, whose lines are no prompts"),
         ("p.yml", "- a dog", "a .yml file, whose lines are no prompts"),
+        ("p.parquet", b"PAR1\x00", "a .parquet file.*hub:FOLDER"),
+        ("p.jsonl.gz", b"\x1f\x8b", "a .gz file, whose lines are no prompts"),
+        ("p.txt", '{"text": "a"}\n{"text": "b"}', "a JSON object, but a text file"),
+        ("p.txt", '[\n  "a dog",\n  "a cat"\n]', "is JSON as a whole"),
+        ("p.txt", '{\n  "prompts": ["a"]\n}', "is JSON as a whole"),
         ("p.txt", '{"prompt": "a"}', "a JSON object, but a text file .*; name the file .jsonl"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b \\ud83d"}', r"line 2 of .* has '\\ud83d' in"),
         ("p.jsonl", '{"prompt": "a", "x": [{"\\udfff": 1}]}', r"line 1 of .* has '\\udfff' in"),
@@ -100,6 +106,21 @@ def test_bad_files(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         load_prompts(str(path))
+
+
+def test_prompts_that_are_only_evaluated(tmp_path):
+    """The held-out ones, or those of training where a folder has no others."""
+    (tmp_path / "train.txt").write_text("one\ntwo")
+    assert load_prompts(tmp_path, ANY).texts == ("one", "two")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "three"}')
+    assert load_prompts(tmp_path, ANY).texts == ("three",)
+    for name in ("nano", "general"):
+        assert load_prompts(name, ANY).texts == load_prompts(name, "heldout").texts
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is 'absent', which is neither"):
+        load_prompts("absent", ANY, "--quality-prompts")
+    (tmp_path / "a.csv").write_text("Prompts,Category")
+    with pytest.raises(ConfigError, match=r"^--quality-prompts is .*, a \.csv file"):
+        load_prompts(tmp_path / "a.csv", ANY, "--quality-prompts")
 
 
 def test_a_path_and_the_home_directory(tmp_path, monkeypatch):
@@ -170,3 +191,34 @@ def test_row_seeds():
     # The first rows do not depend on how many prompts follow.
     assert torch.equal(row_seeds(2, config(), 5)[0], own[:8])
     assert not torch.equal(row_seeds(3, config(), 6)[0], own)
+
+
+def test_brackets_and_braces_are_text_too(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("[a dog] in the rain\n{curly}\n")
+    assert load_prompts(path).texts == ("[a dog] in the rain", "{curly}")
+
+
+def test_byte_order_marks_of_files_that_were_joined(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfa dog\n\xef\xbb\xbfa cat\n")
+    assert load_prompts(path).texts == ("a dog", "a cat")
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
+    assert load_prompts(path).texts == ("a", "b")
+
+
+def test_nan_is_absent_as_null_is(tmp_path):
+    """What pandas writes for a value that a row lacks."""
+    path = tmp_path / "p.jsonl"
+    entry = {"class": "dog", "count": 1, "color": float("nan"), "position": None}
+    path.write_text(json.dumps({"prompt": "a dog", "tag": "x", "include": [entry], "n": math.nan}))
+    (metadata,) = load_prompts(path).metadata
+    include = [{"class": "dog", "count": 1}]
+    assert metadata == {"prompt": "a dog", "tag": "x", "include": include}
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "/" + "y/" * 3000])
+def test_names_that_are_no_paths(name):
+    with pytest.raises(ConfigError, match=r"sample\.prompts is"):
+        load_prompts(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from flowgrpo.cli import train
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_json
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import NAMES
-from flowgrpo.recipes import RECIPES, recipe
+from flowgrpo.recipes import RECIPES, describe, recipe
 from flowgrpo.recipes.sd3 import paper
-from flowgrpo.rewards import Scorer
+from flowgrpo.rewards import Scorer, load
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIGS = json.loads((GOLDEN / "flow_grpo_configs.json").read_text())
@@ -64,6 +65,34 @@ def test_numbers_are_those_of_flow_grpo(theirs, name):
     expected = translated(CONFIGS[theirs])
     assert len(expected) > 12
     assert {field: get(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(("theirs", "name"), PEERS.items())
+def test_a_recipe_says_what_it_needs(theirs, name):
+    config = recipe(name, memory=80.0)
+    text = describe(name, config)
+    [task] = config.reward.weights
+    source = "grpo_guard.py" if "guard" in theirs else f"grpo.py:{theirs}"
+    assert f"flow_grpo's config/{source}, each marked in flowgrpo/recipes/" in text
+    assert f"the reward {task} (pip install 'flowgrpo[" in text
+    assert f"evaluations report {', '.join(config.reported)}." in text
+    options = getattr(load(task), "defaults", {})
+    models = [options[key] for key in ("model", "clip_model", "tokenizer") if key in options]
+    assert all(model in text for model in models)
+    # Figures of the paper are those of its own recipe.
+    published = name in ("sd35m_geneval", "sd35m_ocr")
+    assert ("abstract" in text) == published and ("2505.05470" in text) == (
+        theirs in ("geneval_sd3", "general_ocr_sd3", "pickscore_sd3")
+    )
+
+
+def test_the_help_of_a_recipe(capsys):
+    for name, words in (("sd35m_ocr", "RapidOCR's models are in its wheel"), ("nano", "option is")):
+        with pytest.raises(SystemExit) as stop:
+            train.parse_train([name, "--help"])
+        assert stop.value.code == 0
+        assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert describe("nano", recipe("nano")) == describe("my:recipe", recipe("nano")) == ""
 
 
 def get(config: Config, field: str) -> object:
@@ -177,3 +206,48 @@ def test_overrides_and_the_command_line(monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             train.parse_train(["sd35m_geneval_1gpu", *words.split()])
+
+
+FILE = """
+from flowgrpo.recipes import recipe
+def mine(**changes):
+    return recipe("nano", **changes)
+def fails():
+    raise ValueError("no")
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The path of a file with recipes of the user's own."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "users_recipes.py").write_text(FILE)
+    yield tmp_path / "users_recipes.py"
+    sys.modules.pop("users_recipes", None)
+
+
+def test_a_file_is_named_as_a_module_is(file, monkeypatch):
+    config = recipe(f"{file}:mine", **{"run.steps": 7})
+    assert config.recipe == "nano" and config.run.steps == 7
+    monkeypatch.chdir(file.parent)
+    assert train.parse_train(["users_recipes.py:mine", "--run.steps", "3"]).run.steps == 3
+    from flowgrpo.cli.targets import resolve_target
+
+    assert resolve_target("users_recipes.py:mine", best=False) == (recipe("nano"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", r"failed \(ValueError: no\)"),
+        ("number", "is int, but a function"),
+        ("none", "has no attribute 'none'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(file, name, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        recipe(f"{file}:{name}")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="there is no file"):
+        recipe(f"{file.parent}/other.py:mine")

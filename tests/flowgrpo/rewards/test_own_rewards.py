@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -107,7 +110,7 @@ def test_a_reward_is_tried_with_a_prompt_of_the_run(scorer):
     calls = []
     scorer(r=lambda i, p, m: calls.append((i.shape, p, m)) or [0, 0]).try_out(PROMPTS, BLANK)
     assert calls == [((2, 3, 2, 2), ["a", "a"], [{"n": [1]}, {"n": [1]}])]
-    # The package's own need no trial, which would cost a forward of a large model.
+    # The package's own too: their libraries and models may fail.
     Scorer({"jpeg_compressibility": 1.0}).try_out(PROMPTS, BLANK)
 
 
@@ -336,3 +339,125 @@ def test_a_file_and_its_module_take_the_same_options(tmp_path, monkeypatch):
         totals.append(scorer((IMAGES > 1).byte(), PROMPTS, 2).total.tolist())
     assert totals[0] == totals[1] == [0, 0, -1, -1]
     del sys.modules["users_pair"]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda images, prompts: [0.0] * len(images),
+        lambda *, images, prompts, metadata: [0.0] * len(images),
+        lambda images, prompts, metadata, model: [0.0] * len(images),
+        lambda **arguments: [0.0],
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_where_it_is_named(scorer, reward):
+    with pytest.raises(RewardError, match="it is called with images, prompts and metadata") as e:
+        scorer(r=reward)
+    assert "\n" not in str(e.value)
+
+    @configurable("built")
+    def built(*, name: str = ""):
+        return reward
+
+    with pytest.raises(RewardError, match="it is called with images, prompts and metadata"):
+        scorer(r=built).prepare(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda *arguments: [0.0] * len(arguments[0]),
+        lambda images, prompts, metadata, scale=2.0, **more: [scale] * len(images),
+        functools.partial(lambda scale, images, *rest: [scale] * len(images), 0.5),
+        Class().__call__,
+    ],
+)
+def test_arguments_that_fit(scorer, reward):
+    scorer(r=reward).try_out(PROMPTS, BLANK)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named 'clip'"), "No module named 'clip'"),
+        (NameError("name 'tensor' is not defined"), "name 'tensor' is not defined"),
+        (FileNotFoundError(2, "No such file", "w.pt"), "w.pt"),
+        (PermissionError(13, "Permission denied", "w.pt"), "w.pt"),
+    ],
+)
+def test_what_no_image_is_the_reason_of_ends_before_the_first(scorer, error, words):
+    def judge(images, prompts, metadata):
+        raise error
+
+    with pytest.raises(RewardError, match="which would be so for all images") as caught:
+        scorer(r=judge).try_out(PROMPTS, BLANK)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda i: [10**400] * len(i),
+        lambda i: torch.zeros(len(i), device="meta"),
+        lambda i: torch.zeros(len(i)).to_sparse(),
+        lambda i: numpy.array([object()] * len(i)),
+        lambda i: iter([0.0] * len(i)),
+        lambda i: "0.5",
+        lambda i: {0.5, 0.25},
+    ],
+)
+def test_odd_answers_are_one_sentence(scorer, answer):
+    with pytest.raises(RewardError, match=r"returned .* for 2 images") as error:
+        scorer(r=lambda images, prompts, metadata: answer(images)).try_out(PROMPTS, BLANK)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_too_large_to_compare_are_none(scorer):
+    """Their squares overflow: the advantages would be 0, or infinite."""
+    scores = scorer(r=lambda i, p, m: [1e200, 2e200, 1.0, 2.0])(IMAGES, PROMPTS, 2)
+    assert scores.dropped.tolist() == [True, False] and scores.total[2:].tolist() == [1.0, 2.0]
+    with pytest.raises(RewardError, match=r"not finite, or beyond 1e\+30"):
+        scorer(r=lambda i, p, m: [1e200] * 4)(IMAGES, PROMPTS, 2)
+
+
+def test_options_and_checks_that_raise_are_one_sentence(scorer):
+    @configurable("exits")
+    def exits(*, path: str = "there"):
+        sys.exit("usage: ...")
+
+    @configurable("checks", check=lambda prompt, entry: entry["missing"])
+    def checks(*, path: str = "there"):
+        return awaited
+
+    with pytest.raises(RewardError, match=r"cannot be built \(SystemExit: usage"):
+        scorer(r=exits).prepare(PROMPTS)
+    with pytest.raises(RewardError, match=r"cannot check the prompt 'a' \(KeyError: 'missing'"):
+        scorer(r=checks).prepare(PROMPTS)
+
+
+def test_options_need_names_and_defaults():
+    for function in (
+        lambda path: None,
+        lambda *paths: None,
+        lambda **more: None,
+        lambda path, /: None,
+    ):
+        with pytest.raises(RewardError, match="options with a name and a default are expected"):
+            configurable("needy")(function)
+
+
+def test_text_becomes_no_list():
+    @configurable("listed")
+    def listed(*, words: tuple = (), folder: Path = Path("here")):
+        pass
+
+    with pytest.raises(RewardError, match="a value of type tuple, which no text becomes"):
+        listed.configured(words="abc")
+    options = listed.configured(words=("a",), folder="there").options
+    assert options == {"words": ("a",), "folder": Path("there")}
+
+
+def test_an_address_without_http_says_so():
+    for name in ("localhost:8400", "gpu-3:8400/score"):
+        with pytest.raises(RewardError, match=f"write the address of a server as http://{name}"):
+            load(name)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flowgrpo import rewards
-from flowgrpo.advantages import advantages
 from flowgrpo.config import OptimConfig
+from flowgrpo.objectives.advantages import advantages
 from flowgrpo.records import Prompts
 
 PROMPTS = Prompts.of(["a", "b", "c"], [{"n": 1}, {"n": 2}, {"n": 3}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flowgrpo.config import ConfigError, PolicyConfig, replace
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.prompts.load import fingerprint
 from flowgrpo.records import Prompts
+from flowgrpo.rewards import load
 from flowgrpo.rewards.remote.serve import app
 from flowgrpo.runs import content, directory
 from support import processes
@@ -145,7 +147,7 @@ def test_a_change_that_is_accepted_is_recorded_and_the_base_measured_again(
     (change,) = record["changes"]
     names = {"prompts": {"training", "evaluation"}, "weights": {"model"}}[changed]
     assert set(change["changed"]) == names and change["iteration"] == 2
-    assert change["before"] == {name: first[name] for name in ("prompts", "model")}
+    assert change["before"] == {n: first[n] for n in ("prompts", "model", "rewards", "code")}
     assert record["prompts"]["training"]["count"] == (4 if changed == "prompts" else 6)
     # Before and after are of the same prompts and weights, and what was measured is kept.
     assert after["before"]["accuracy"] != summary["before"]["accuracy"]
@@ -309,3 +311,97 @@ def test_damaged_fingerprints_are_one_sentence(tmp_path, text):
     (tmp_path / content.FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"content.json cannot be read .* remove it"):
         content.read(tmp_path)
+
+
+REWARD = """
+from flowgrpo.rewards.options import configurable
+@configurable("mine")
+def score(*, model: str = "acme/model", scale: float = 1.0):
+    return lambda images, prompts, metadata: [scale] * len(images)
+"""
+
+
+@pytest.fixture
+def reward(tmp_path, monkeypatch):
+    """f(text, model=...) -> fingerprints of a reward in a file."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def fingerprints(text: str, folder: str = "one", **options):
+        sys.modules.pop("users_content", None)
+        file = tmp_path / folder / "users_content.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        name = f"{file}:score"
+        rewards = {name: load(name, options)}
+        return {
+            "prompts": {},
+            "model": {"weights": {}, "sigmas": [1.0, 0.0]},
+            "rewards": content.files_of_rewards(rewards),
+            "code": content.code_of_rewards(rewards),
+        }
+
+    yield fingerprints
+    sys.modules.pop("users_content", None)
+
+
+def test_code_of_a_reward_counts_wherever_it_lies(reward):
+    first = reward(REWARD)
+    assert list(first["code"]) == ["users_content.py:score"]
+    assert content.code_differences(first, reward(REWARD, "two")) == {}
+    other = reward(REWARD.replace("[scale]", "[2 * scale]"), "two")
+    assert content.code_differences(first, other) == {"code": "The code of users_content.py:score"}
+    assert content.differences(first, other) == {}
+    # A run of before has no fingerprint of it, and rewards of the package have none.
+    assert content.code_differences({}, other) == {}
+    assert content.code_of_rewards({"jpeg_compressibility": load("jpeg_compressibility")}) == {}
+
+
+def test_models_of_rewards_count_by_their_files(reward, tmp_path):
+    folder = tmp_path / "weights"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "x.bin").write_bytes(bytes(3 << 20))
+    (folder / ".cache").write_text("x")
+    first = reward(REWARD, model=str(folder))
+    [key] = first["rewards"]
+    assert key == "users_content.py:score.model" and first["rewards"][key].startswith("files:")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    (moved / ".cache").write_text("y")
+    assert content.differences(first, reward(REWARD, model=str(moved))) == {}
+    data = bytearray(3 << 20)
+    data[-1] = 1
+    (moved / "sub" / "x.bin").write_bytes(data)
+    changes = content.differences(first, reward(REWARD, model=str(moved)))
+    assert changes == {"rewards": f"what the options of rewards name, {key}"}
+    # Names on the Hub are compared as names; with a folder they are not.
+    one, two = reward(REWARD), reward(REWARD, model="acme/other")
+    assert one["rewards"] == {key: "name:acme/model"} and "rewards" in content.differences(one, two)
+    assert content.differences(one, first) == content.differences(first, one) == {}
+
+
+@pytest.mark.slow
+def test_a_reward_whose_code_changed_is_said_and_recorded(tmp_path, monkeypatch, caplog):
+    """It goes on: a reward that failed is mended so."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = "def score(i, p, m): return [float(x.float().mean()) for x in i]\n"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "users_mended.py").write_text(text)
+    name = f"{tmp_path}/one/users_mended.py:score"
+    config = processes.make(tmp_path, **SHORT, **{"reward.weights": {name: 1.0}})
+    first = train.run(config)
+    sys.modules.pop("users_mended", None)
+    caplog.clear()
+    other = f"{tmp_path}/two/users_mended.py:score"
+    places = {"reward.weights": {other: 1.0}, "run.steps": 3}
+    # The same file in another place is the same, and the scores of before have its name.
+    summary = train.run(replace(directory.resume_config(tmp_path / "run"), **places))
+    assert "changed since the run began" not in caplog.text
+    assert summary["before"]["scores"] == {other: first["before"]["scores"][name]}
+    sys.modules.pop("users_mended", None)
+    (tmp_path / "two" / "users_mended.py").write_text(text + "# mended\n")
+    train.run(replace(directory.resume_config(tmp_path / "run"), **{**places, "run.steps": 4}))
+    assert "The code of users_mended.py:score changed since the run began" in caplog.text
+    record = json.loads((tmp_path / "run" / content.FILE).read_text())
+    assert [change["changed"].keys() for change in record["changes"]] == [{"code"}]
+    assert (tmp_path / "run" / "evaluations" / "step-000000").is_dir()
+    sys.modules.pop("users_mended", None)

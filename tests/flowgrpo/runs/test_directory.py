@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -80,7 +81,9 @@ def test_the_directory_of_a_run_that_never_began_is_used_again(tmp_path):
     assert not {name for name in tree(tmp_path) if "left" in name or ".step" in name}
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "damaged", "note", "lines", "no config"])
+@pytest.mark.parametrize(
+    "change", ["checkpoint", "damaged", "note", "lines", "no config", "another's config"]
+)
 def test_a_directory_with_anything_to_lose_is_refused(tmp_path, change):
     config = config_for(tmp_path)
     with directory.RunDirectory.open(config) as run:
@@ -94,6 +97,10 @@ def test_a_directory_with_anything_to_lose_is_refused(tmp_path, change):
         (tmp_path / "notes.txt").write_text("mine")
     elif change == "no config":
         (tmp_path / "config.json").unlink()
+    elif change == "another's config":
+        # Of another program, whose samples/ would be removed.
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+        (tmp_path / "samples" / "mine.png").write_bytes(b"x")
     before = tree(tmp_path)
     for call in (directory.check_directory, directory.RunDirectory.open):
         with pytest.raises(ConfigError, match=r"is not empty.*--run.resume"):
@@ -182,11 +189,31 @@ def test_what_does_not_change_the_numbers_may_change(tmp_path):
     directory.RunDirectory.open(config_for(tmp_path / "run")).close()
     changes = {"run.steps": 7, "run.eval_every": 1, "run.threads": 1, "run.progress": "none"}
     changes |= {"policy.offload_text_encoders": True, "sample.overlap": 0}
+    # Which of the model's files, as content.py compares them; and a GPU that is not there now.
+    changes |= {"policy.variant": "fp16", "sample.capture": "off"}
     again = directory.RunDirectory.open(
         replace(directory.resume_config(tmp_path / "run"), **changes)
     )
     again.close()
     assert again.config.run.steps == 7 and again.config.sample.overlap == 0
+
+
+def test_the_places_of_files_may_change(tmp_path):
+    """Another variant of the weights, whose content is compared, and an adapter that is copied."""
+    first = {"policy.init_adapter": "a", "policy.variant": "fp16"}
+    directory.RunDirectory.open(config_for(tmp_path / "run", **first)).close()
+    before = directory.resume_config(tmp_path / "run")
+    changes = {"policy.init_adapter": "b", "policy.variant": ""}
+    directory.RunDirectory.open(replace(before, **changes)).close()
+    with pytest.raises(ConfigError, match=r"init_adapter is '', but the run in .* with 'a'"):
+        directory.RunDirectory.open(replace(before, **{"policy.init_adapter": ""}))
+
+
+def test_a_run_without_an_adapter_does_not_get_one(tmp_path):
+    directory.RunDirectory.open(config_for(tmp_path / "run")).close()
+    changed = replace(directory.resume_config(tmp_path / "run"), **{"policy.init_adapter": "a"})
+    with pytest.raises(ConfigError, match=r"init_adapter is 'a', but the run in .* with ''"):
+        directory.RunDirectory.open(changed)
 
 
 def services(first: str, second: str, **options) -> dict:
@@ -446,3 +473,96 @@ def test_a_configuration_of_something_else_is_refused(tmp_path, content):
 def test_a_name_that_is_no_path_is_refused():
     with pytest.raises(ConfigError, match=r"cannot be read .embedded null byte"):
         directory.resume_config("a\0b")
+
+
+def own(folder: str, **options) -> dict:
+    weights = {f"{folder}/mine.py:score": 1.0, "clipscore": 2.0}
+    report = (f"{folder}/mine.py:score", f"{folder}/other.py:score")
+    options = {f"{folder}/mine.py:score.scale": "2", **options}
+    return {"reward.weights": weights, "reward.report": report, "reward.options": options}
+
+
+def test_files_and_models_of_rewards_may_move(tmp_path):
+    """What lies there is compared by content.py."""
+    before = own("/old", **{"clipscore.model": "/old/clip", "clipscore.device": "cuda:0"})
+    directory.RunDirectory.open(config_for(tmp_path / "run", **before)).close()
+    changes = own("/new/place", **{"clipscore.model": "/new/clip"})
+    directory.RunDirectory.open(
+        replace(directory.resume_config(tmp_path / "run"), **changes)
+    ).close()
+    stored = directory.resume_config(tmp_path / "run")
+    for other in (
+        {"reward.weights": {"/new/mine.py:other": 1.0, "clipscore": 2.0}},
+        {"reward.weights": {"/new/mine.py:score": 1.5, "clipscore": 2.0}},
+        {"reward.options": {"/old/mine.py:score.scale": "3"}},
+    ):
+        with pytest.raises(ConfigError, match="leave it as it was"):
+            directory.RunDirectory.open(replace(stored, **{**own("/new"), **other}))
+
+
+def test_two_files_of_one_name_are_told_apart(tmp_path):
+    weights = {"a/mine.py:score": 1.0, "b/mine.py:score": 1.0}
+    directory.RunDirectory.open(config_for(tmp_path / "run", **{"reward.weights": weights})).close()
+    stored = directory.resume_config(tmp_path / "run")
+    directory.RunDirectory.open(stored).close()
+    swapped = dict.fromkeys(("a/mine.py:score", "c/mine.py:score"), 1.0)
+    with pytest.raises(ConfigError, match=r"reward\.weights is"):
+        directory.RunDirectory.open(replace(stored, **{"reward.weights": swapped}))
+
+
+@pytest.mark.parametrize(
+    "line", [b"no json\n", b"3\n", b"{}\n", b'{"iteration": "x"}\n', b"\xff\n"]
+)
+def test_a_damaged_line_among_the_metrics_costs_no_other(tmp_path, line):
+    """What follows it is not written again, so it must not be cut off."""
+    config = config_for(tmp_path / "run")
+    with directory.RunDirectory.open(config) as run:
+        state, _ = small_state(config)
+        for state.iteration in (1, 2, 3):
+            run.log(state.iteration, {"x": state.iteration})
+            if state.iteration == 2:
+                save(run, state)
+    path = tmp_path / "run" / "metrics.jsonl"
+    one, two, three = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(one + line + two + three)
+    with (
+        directory.RunDirectory.open(directory.resume_config(tmp_path / "run")) as run,
+        pytest.raises(ConfigError, match=r"line 2 of .*metrics.jsonl is .*; restore it, or remove"),
+    ):
+        run.restore(small_state(config)[0])
+    assert path.read_bytes() == one + line + two + three
+    # Behind the checkpoint's it goes with what comes again.
+    path.write_bytes(one + two + line + three)
+    with directory.RunDirectory.open(directory.resume_config(tmp_path / "run")) as run:
+        assert run.restore(small_state(config)[0])
+    assert path.read_bytes() == one + two
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "/" + "y/" * 3000, "a\0b"])
+def test_names_that_are_no_directories(out):
+    for call in (directory.check_directory, directory.RunDirectory.open):
+        with contextlib.suppress(ConfigError):
+            call(config_for(Path(out)))
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*choose another --run.out"):
+        directory.RunDirectory.open(config_for(Path(out)))
+
+
+def test_the_home_of_nobody():
+    with pytest.raises(ConfigError, match="home directory of ~no-such-user is not known"):
+        config_for(Path("~no-such-user/run"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        directory.resume_config("~no-such-user/run")
+
+
+def test_the_working_directory_of_a_run_may_change(tmp_path, monkeypatch):
+    """By code of the user's, in mid-run."""
+    monkeypatch.chdir(tmp_path)
+    config = config_for(Path("run"))
+    (tmp_path / "elsewhere").mkdir()
+    with directory.RunDirectory.open(config) as run:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run.log(1, {"x": 1})
+        save(run, small_state(config)[0])
+        assert len(run.metrics()) == 1
+    assert tree(tmp_path / "elsewhere") == set()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()

@@ -50,7 +50,7 @@ def test_a_gradient_norm_for_each_update_is_its_mean_and_the_last():
 
 
 def test_a_board_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "is_installed", lambda name: False)
     config = replace(Config(), **{"run.wandb": "p", "run.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"install flowgrpo\[wandb\]"):
         directory.RunDirectory.open(config)
@@ -81,7 +81,6 @@ class Wandb(types.ModuleType):
 def test_a_resumed_run_goes_on_in_the_same_record(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.wandb": "project", "run.out": str(tmp_path / "run")})
     with directory.RunDirectory.open(config) as run:
         run.log(1, {"reward": torch.tensor(0.5)}, {"update": 2.0})
@@ -165,7 +164,6 @@ def test_what_is_logged_can_be_read_at_once(tmp_path):
 def test_weights_and_biases_gets_the_samples(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = processes.make(tmp_path, **{"run.wandb": "p", "run.steps": 1, "run.eval_every": 1})
     train.run(config)
     logged = [call for call in fake.calls if isinstance(call, tuple)]
@@ -193,7 +191,6 @@ def test_weights_and_biases_that_cannot_start_is_said_before_the_evaluation(
 
     monkeypatch.setattr(fake, "init", init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(evaluate, "evaluate", None)
     with pytest.raises(ConfigError) as error:
         train.run(replace(config, **{"run.wandb": "p"}))
@@ -217,10 +214,31 @@ def test_a_run_that_diverges_says_so(metrics):
     monitor.check_finite({"loss": -1.0, "grad_norm": [0.0, 3.0], "kl": None}, 7)
 
 
+def test_gradients_that_are_none_before_any_update():
+    """No learning rate has had a part in them; with float16 its range may."""
+
+    def sentence(norms, iteration, dtype=torch.float32):
+        with pytest.raises(monitor.DivergedError) as error:
+            monitor.check_finite({"loss": 0.0, "grad_norm": norms}, iteration, dtype)
+        return str(error.value)
+
+    nan, lower = float("nan"), "start again with a lower optim.lr or optim.max_grad_norm."
+    assert sentence([nan, nan], 1) == (
+        "grad_norm is nan at iteration 1, before any update, but a finite number is expected; try "
+        "policy.dtype float32 or another policy.attention."
+    )
+    assert sentence([1.0, nan], 1).endswith(
+        f"at iteration 1, but a finite number is expected; {lower}"
+    )
+    assert sentence([nan], 2).endswith(lower)
+    half = "expected; set policy.dtype to bfloat16 or float32"
+    assert sentence([nan], 1, torch.float16).endswith(f"{half}.")
+    assert sentence([nan], 2, torch.float16).endswith(f"{half}, or {lower}")
+
+
 def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplog):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: name)
     config = replace(Config(), **{"run.out": str(tmp_path / "run"), "run.wandb": "p"})
     with directory.RunDirectory.open(config) as run:
         run.log(1, {"x": 1.0})

@@ -179,3 +179,56 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplo
     messages = [r.getMessage() for r in caplog.records if r.name == "flowgrpo"]
     assert messages == ["curve.png cannot be drawn (ValueError: no font)."] * 2
     assert (config.out_dir / "samples" / "before-after.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [2, 3])
+def test_a_stop_in_an_evaluation_saves_at_once(tmp_path, monkeypatch, shown, iteration):
+    """The one of an iteration, and the one of the end: left at the next chunk, with a checkpoint
+    that would not have been due, and made by the run that goes on, to the same numbers."""
+    changes = {"run.steps": 3, "run.checkpoint_every": 0}
+    config, calls = processes.make(tmp_path, **changes), []
+    progress, label = display.EvaluationProgress.__call__, f"iteration {iteration}"
+
+    def ask(self, stage, images):
+        progress(self, stage, images)
+        if self.label == label:
+            calls.append((stage, images))
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(display.EvaluationProgress, "__call__", ask)
+    summary = train.run(config)
+    assert signal.getsignal(signal.SIGTERM) == before and calls == [("sampling", 4)]
+    assert summary["interrupted"] and summary["iterations"] == iteration
+    assert summary["after"]["iteration"] == (0 if iteration == 2 else 2)
+    assert (config.out_dir / "checkpoints" / f"step-{iteration:06d}").is_dir()
+    assert shown.export_text().count(monitor.LEFT) == 1
+    monkeypatch.setattr(display.EvaluationProgress, "__call__", progress)
+    summary = train.run(replace(config, **{"run.resume": str(config.out_dir)}))
+    assert not summary["interrupted"] and summary["after"]["iteration"] == 3
+    whole = replace(config, **{"run.out": str(tmp_path / "whole")})
+    train.run(whole)
+    lines = [processes.untimed(c.out_dir / "metrics.jsonl") for c in (config, whole)]
+    assert lines[0] == lines[1]
+    for folder in ("adapter", "checkpoints/step-000003", "evaluations/step-000002"):
+        bits = [processes.bits_of(c.out_dir / folder) for c in (config, whole)]
+        assert bits[0] == bits[1] != {}
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_iteration_leaves_the_base_measured(tmp_path, monkeypatch):
+    """There is nothing to save until then, and the same command would have to begin again."""
+    config, progress = processes.make(tmp_path), display.EvaluationProgress.__call__
+
+    def ask(self, stage, images):
+        progress(self, stage, images)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(display.EvaluationProgress, "__call__", ask)
+    summary = train.run(config)
+    assert summary["interrupted"] and summary["iterations"] == 0
+    assert [line["kind"] for line in processes.untimed(config.out_dir / "metrics.jsonl")] == [
+        "eval"
+    ]
+    assert (config.out_dir / "checkpoints" / "step-000000").is_dir()

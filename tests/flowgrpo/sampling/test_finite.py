@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from flowgrpo import train, update
@@ -153,8 +154,54 @@ def test_a_decoder_that_is_nan(latent_model):
 def test_text_encoders_that_are_nan(latent_model):
     policy = load(latent_model)
     change(policy.pipeline.text_encoder_3, "encoder.final_layer_norm.weight", NAN)
-    with pytest.raises(NotFiniteError, match="the text embeddings of a prompt of the determinis"):
+    message = (
+        r"the text embeddings of a prompt of the deterministic sampler are NaN, in float32, but "
+        r".*: text_encoder_3\.encoder\.final_layer_norm\.weight holds NaN; restore the model's "
+        r"files\.$"
+    )
+    with pytest.raises(NotFiniteError, match=message):
         images(policy)
+
+
+def test_embeddings_that_are_infinite_of_finite_weights(latent_model, monkeypatch):
+    policy = load(latent_model)
+    layer = policy.pipeline.text_encoder_3.encoder.final_layer_norm
+    monkeypatch.setattr(layer, "forward", lambda x: x / 0)
+    with pytest.raises(NotFiniteError, match=r"though the weights of its text encoders are finite"):
+        images(policy)
+
+
+def test_embeddings_of_the_callers_are_not_the_text_encoders_fault(latent_model):
+    """One number of one prompt."""
+    donor = load(latent_model)
+
+    def encode(texts):
+        conditioning = donor.encode(texts)
+        conditioning.pooled[-1, 0] = NAN
+        return conditioning
+
+    config = PolicyConfig(resolution=16, max_sequence_length=4, text_cache="")
+    policy = Policy.load(
+        str(latent_model), device="cpu", dtype="float32", config=config, encode=encode
+    )
+    with pytest.raises(NotFiniteError, match=r"are NaN, .*; look at what encode= returns\.$"):
+        images(policy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_adapter_that_was_loaded_is_not_trained_anew(latent_model, dtype):
+    """Its matrices are finite, and what they give is not."""
+    policy = load(latent_model, dtype)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["ff.net.2"], init_lora_weights=False)
+    policy.transformer.add_adapter(config, adapter_name="default_0")
+    for name, parameter in policy.transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.full_like(parameter.data, 1e30 if dtype == "float32" else 6e4)
+    message = "the model without its adapter gives them at the same place; {}name another adapter."
+    half = "set policy.dtype to bfloat16 or float32, or "
+    with pytest.raises(NotFiniteError) as caught:
+        images(policy)
+    assert str(caught.value).endswith(message.format(half if dtype == "float16" else ""))
 
 
 def test_nan_of_a_layer_that_no_longer_is_there(latent_model, monkeypatch):

@@ -55,7 +55,7 @@ def subnormal(dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def results(module, dtype, threads: int, flush: bool) -> list[torch.Tensor]:
-    """Each op on subnormal latents: x' and its score, scores, the loss and its gradient."""
+    """Each op on subnormal latents: x' and its score, scores, the losses and their gradients."""
     v, x, noise, ref = (subnormal(dtype, seed) for seed in range(4))
     step = torch.tensor([2, 8, 4])
     grad, advantages = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, -1.0, 2.0])
@@ -70,7 +70,10 @@ def results(module, dtype, threads: int, flush: bool) -> list[torch.Tensor]:
         *loss, dloss, _ = module.grpo_loss_gradient(
             *loss, None, None, None, None, 0.1, 0.1, 0.1, 5.0, 1.0, False
         )
-        return [out, lp, module.log_prob(*score), dv, dloss, *loss]
+        half = torch.full((ROWS,), 0.5)
+        nft = (v, None, 1.0, x, noise, ref, half, half, v, None, None, None, 1.0, 1e-5, 0.1)
+        *nft, dnft, _ = module.nft_loss_gradient(*nft, 1.0, False)
+        return [out, lp, module.log_prob(*score), dv, dloss, *loss, dnft, *nft]
     finally:
         torch.set_flush_denormal(False)
 

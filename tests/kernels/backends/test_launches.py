@@ -22,6 +22,8 @@ TESTS = Path(__file__).resolve().parents[2]
 STREAM, FINISH = "sde_step_kernel", "finish_kernel"
 FORWARD = ("grpo_loss_sums_kernel", "grpo_loss_rows_kernel", "grpo_loss_totals_kernel")
 BACKWARD = "grpo_loss_backward_kernel"
+NFT = ("nft_loss_sums_kernel", "nft_loss_rows_kernel", "nft_loss_totals_kernel")
+NFT_BACKWARD = "nft_loss_backward_kernel"
 NORM, GATE = "norm_modulate_kernel", "gated_residual_kernel"
 # Of every kind of call: what it launches, and what its first call compiles. Further calls of a kind
 # differ in the step, the batch, coefficients, strides or addresses, and compile nothing.
@@ -46,11 +48,14 @@ KINDS = {
     "loss KL": ([*FORWARD, BACKWARD], {*FORWARD, BACKWARD}),
     "loss guided KL": ([*FORWARD, BACKWARD], {FORWARD[0], BACKWARD}),
     "loss Guard KL": ([*FORWARD, BACKWARD], {*FORWARD[:2], BACKWARD}),
+    "nft": ([*NFT, NFT_BACKWARD], {*NFT, NFT_BACKWARD}),
+    "nft KL": ([*NFT, NFT_BACKWARD], {*NFT, NFT_BACKWARD}),
+    "nft guided KL": ([*NFT, NFT_BACKWARD], {NFT[0], NFT_BACKWARD}),
     "norm second": ([NORM, "norm_modulate_backward_kernel"], None),
     "gate second": ([GATE, "gated_residual_backward_kernel"], None),
     "heads rotary": (["joint_heads_kernel", "joint_heads_backward_kernel"], None),
 }
-ONE_WARP = (FINISH, *FORWARD[1:])
+ONE_WARP = (FINISH, *FORWARD[1:], *NFT[1:])
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +86,7 @@ def test_launches(calls, name):
     chosen = [call for case, call in calls.items() if kind(case) == name]
     for call in chosen:
         assert [launch["kernel"] for launch in call["kernels"]] == KINDS[name][0], call["case"]
-    assert not name.startswith("loss") or len(KINDS[name][0]) == 4
+    assert not name.startswith(("loss", "nft")) or len(KINDS[name][0]) == 4
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -99,6 +104,9 @@ def test_pytorch_launches_nothing(calls):
     for case, call in calls.items():
         if case.endswith("advantages strided"):
             assert call["torch"].count("aten::copy_") == 1
+        # The range of a sigma and an optimality that are CPU tensors is checked, which reads them.
+        elif case.startswith("nft"):
+            assert set(call["torch"]) <= {"aten::resolve_conj", "aten::resolve_neg"}, case
         # The range of a step that is a CPU tensor is checked, which takes reductions.
         elif not case.endswith(("step 0-dim", "step [B]", "step strided", "step odd")):
             assert call["torch"] == [], case
@@ -110,7 +118,7 @@ def test_options(calls):
         for launch in call["kernels"]:
             assert launch["fusion"] is False
             one = launch["kernel"] in ONE_WARP and "70000" not in case and "2^31" not in case
-            if kind(case).split()[0] in ("sde_step", "log_prob", "loss"):
+            if kind(case).split()[0] in ("sde_step", "log_prob", "loss", "nft"):
                 assert launch["warps"] == (1 if one else 4), (case, launch)
             # A chunk of x' changes its layout on its way to the store, when the dtypes differ.
             assert launch["shared"] <= (4096 if launch["kernel"] == STREAM else 128), (case, launch)
@@ -151,5 +159,5 @@ def test_numbers_travel_as_they_are(calls):
 
 def test_compiled_ahead_is_what_is_launched(lines):
     """Signatures that aot/variants.py writes by hand give the same PTX, so its checks hold here."""
-    assert len(lines["ahead"]["same"]) == 10
+    assert len(lines["ahead"]["same"]) == 14
     assert all(lines["ahead"]["same"].values()), lines["ahead"]

@@ -132,6 +132,42 @@ def test_loss_and_gradient_equal_reference(variant, isa):
             same(a, b)
 
 
+def nft_args(x, guided: bool, ref: bool, weights: bool, beta=0.7, floor=1e-5):
+    """NftArguments of the same latents: x0 in the velocity's dtype, sigma and r over [0, 1]."""
+    rows = len(x["step"])
+    unit = torch.linspace(0, 1, rows)
+    weight = torch.arange(rows).remainder(3).float() if weights else None
+    return (
+        x["v"], x["u"] if guided else None, 4.5 if guided else 1.0, x["sample"], x["ref_u"],
+        x["old"], unit.flip(0), unit, x["ref"] if ref else None,
+        x["ref_u"] if ref and guided else None, weight, None if weight is None else 2 * weight,
+        beta, floor, 0.04 if ref else 0.0,
+    )  # fmt: skip
+
+
+NFT_VARIANTS = [
+    dict(guided=False, ref=False, weights=False),
+    dict(guided=False, ref=True, weights=True),
+    dict(guided=True, ref=True, weights=False, beta=1.0, floor=0.9),
+]
+
+
+@pytest.mark.parametrize("variant", NFT_VARIANTS)
+def test_nft_loss_and_gradient_equal_reference(variant, isa):
+    """All of it, bit for bit: there is no exp in it."""
+    pairs = itertools.cycle(itertools.product(DTYPES, DTYPES))
+    for size, (velocity_dtype, sample_dtype) in zip(SIZES, pairs, strict=False):
+        args = nft_args(latents(20, size, velocity_dtype, sample_dtype), **variant)
+        got = native.nft_loss_gradient(*args, 1.7, variant["guided"])
+        want = reference.nft_loss_gradient(*args, 1.7, variant["guided"])
+        for a, b in zip(got, want, strict=True):
+            same(a, b)
+        shared = reference.NftArguments(*args).of_backward()
+        back = (torch.tensor(1.7), want[7], *shared, variant["guided"])
+        for a, b in zip(native.nft_loss_backward(*back), want[8:], strict=True):
+            same(a, b)
+
+
 def test_log_prob_and_gradient_equal_reference(isa):
     for size in SIZES:
         x = latents(20, size, torch.bfloat16, torch.float32)
@@ -164,7 +200,8 @@ def test_threads_do_not_change_a_bit():
             torch.set_num_threads(threads)
             forward = native.grpo_loss_forward(*args)
             back = (torch.tensor(1.0), forward[6], *args[:5], *args[7:12], True)
-            results.append([*step(native, x), *forward, *native.grpo_loss_backward(*back)])
+            nft = native.nft_loss_gradient(*nft_args(x, True, True, True), 1.0, True)
+            results.append([*step(native, x), *forward, *native.grpo_loss_backward(*back), *nft])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, reference, sde_step
+from flowgrpo_kernels import (
+    flow_sde,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    nft_loss,
+    reference,
+    sde_step,
+)
 from flowgrpo_kernels.backends import native
 from flowgrpo_kernels.backends.dispatch import backend_of, use_backend
 
@@ -34,7 +42,13 @@ def results(v, x, prev):
     adv = torch.linspace(2, -1, len(rows))
     loss = grpo_loss(leaf, x, prev, score.detach() + 0.01, adv, TRANSITIONS, rows, clip_range=0.1)
     loss.loss.backward()
-    return [out, lp, score.detach(), gradient, loss.loss.detach(), loss.ratio, leaf.grad]
+    other = v.detach().requires_grad_()
+    unit = torch.linspace(0, 1, len(rows))
+    nft = nft_loss(other, x, prev, x, unit, unit, ref_velocity=prev, kl_weight=0.1)
+    nft.loss.backward()
+    nft_results = [*(t.detach() for t in nft), other.grad]
+    values = [out, lp, score.detach(), gradient, loss.loss.detach(), loss.ratio, leaf.grad]
+    return values + nft_results
 
 
 def equal(a, b):

@@ -199,6 +199,15 @@ def schedule(draw: Draw, names=("noise_level", "kl")) -> dict:
     return call
 
 
+def matching_call(draw: Draw) -> dict:
+    call = schedule(draw, ())
+    if draw.chance(2):
+        call["weight"] = draw.number(0, 2)
+    elif draw.chance(2):
+        call["weight"] = torch.rand(len(call["sigmas"]))
+    return call
+
+
 def window_call(draw: Draw) -> dict:
     inside = fk.flow_sde([1, 0.7, 0.4, 0]).to(draw.device)
     steps = draw.data.draw(st.lists(st.integers(0, 2)))
@@ -278,7 +287,7 @@ def loss_call(draw: Draw) -> dict:
     for name in ("row_weight", "kl_row_weight"):
         if draw.chance(3):
             call[name] = draw.per_row()
-    if draw.chance(3) and "cps" not in call["transitions"].kinds:
+    if draw.chance(3) and not {"cps", "matching"} & set(call["transitions"].kinds):
         call["old_velocity"] = draw.latent()
     if draw.chance(2):
         call["clip_range"] = draw.one_of(
@@ -287,6 +296,25 @@ def loss_call(draw: Draw) -> dict:
     if draw.chance(2):
         call["adv_clip"] = draw.one_of((0.5, 5, math.inf, np.float64(2)))
     return call
+
+
+def nft_call(draw: Draw) -> dict:
+    call = {name: draw.latent() for name in ("velocity", "sample", "x0", "old_velocity")}
+    for name in ("sigma", "optimality"):
+        value = draw.tensor((draw.batch,), values="normal").detach()
+        call[name] = value.sigmoid() if draw.chance(2) else (value > 0).to(value.dtype)
+    call |= draw.guidance()
+    if draw.chance(2):
+        call |= {"ref_velocity": draw.latent(), "kl_weight": draw.number(0, 3)}
+        if "uncond_velocity" in call and draw.chance(2):
+            call["ref_uncond_velocity"] = draw.latent()
+    for name in ("row_weight", "kl_row_weight"):
+        if draw.chance(3):
+            call[name] = draw.per_row()
+    for name, values in (("beta", (0.1, 1, np.float32(2))), ("floor", (1e-5, 1, np.float64(0.1)))):
+        if draw.chance(2):
+            call[name] = draw.one_of(values)
+    return differentiated(draw, call)
 
 
 def tokens(draw: Draw) -> tuple[int, int, int]:
@@ -403,6 +431,17 @@ def check_table(call: dict, result: Transitions) -> None:
     assert result.sigmas.dtype == torch.float64 and result.num_steps == len(result.kinds)
 
 
+def check_matching(call: dict, result: Transitions) -> None:
+    """Rows that say v for every velocity v, with the weights that were asked for."""
+    table, sigmas = result.table, torch.as_tensor(call["sigmas"], dtype=torch.float32)
+    assert table.dtype == torch.float32 and table.shape == (len(sigmas), len(COLUMNS))
+    assert torch.equal(table[:, COLUMNS.index("sigma")], sigmas)
+    weight = torch.as_tensor(call.get("weight", 1.0), dtype=torch.float32)
+    assert torch.equal(table[:, COLUMNS.index("k")], weight.expand(len(sigmas)))
+    assert (table[:, 0] == 0).all() and (table[:, [1, 2, 5]] == 1).all()
+    assert result.sigmas is None and set(result.kinds) == {"matching"}
+
+
 def check_step(call: dict, result) -> None:
     out, lp = result
     assert_like(out, call["sample"].shape, call["sample"].dtype, call["sample"].device)
@@ -420,6 +459,14 @@ def check_loss(call: dict, result) -> None:
     sample = call["sample"]
     for name, value in result._asdict().items():
         shape = sample.shape[:1] if name in ("log_prob", "ratio") else ()
+        assert_like(value, shape, score_dtype(sample), sample.device)
+
+
+def check_nft(call: dict, result) -> None:
+    sample = call["sample"]
+    for name, value in result._asdict().items():
+        per_row = name in ("positive_error", "negative_error", "old_deviation")
+        shape = sample.shape[:1] if per_row else ()
         assert_like(value, shape, score_dtype(sample), sample.device)
 
 
@@ -509,6 +556,7 @@ TARGETS = {
     "dance_sde": Target(fk.dance_sde, schedule, check_table),
     "cps": Target(fk.cps, schedule, check_table),
     "ode": Target(fk.ode, lambda draw: schedule(draw, ()), check_table, share=0.5),
+    "matching": Target(fk.matching, matching_call, check_matching, share=0.5),
     "window": Target(fk.window, window_call, share=0.5),
     "Transitions.from_table": Target(Transitions.from_table, table_call, share=0.5),
     "Transitions.cat": Target(concatenated, cat_call, share=0.5),
@@ -528,6 +576,7 @@ TARGETS = {
     "sde_step": Target(fk.sde_step, step_call, check_step, share=3),
     "log_prob": Target(fk.log_prob, score_call, check_score, differentiable=True, share=2),
     "grpo_loss": Target(fk.grpo_loss, loss_call, check_loss, close, True, share=3),
+    "nft_loss": Target(fk.nft_loss, nft_call, check_nft, differentiable=True, share=3),
     "norm_modulate": Target(blocks.norm_modulate, norm_call, check_first("x"), differentiable=True),
     "gated_residual": Target(
         blocks.gated_residual, residual_call, check_first("x"), differentiable=True

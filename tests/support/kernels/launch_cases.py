@@ -11,7 +11,15 @@ import math
 
 import torch
 
-from flowgrpo_kernels import aot, flow_sde, grpo_loss, initial_noise, log_prob, sde_step
+from flowgrpo_kernels import (
+    aot,
+    flow_sde,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    nft_loss,
+    sde_step,
+)
 from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.blocks.joint_heads import joint_heads_backward_kernel, launch_options
 from flowgrpo_kernels.blocks.norm_modulate import norm_modulate_kernel
@@ -81,6 +89,26 @@ def micro(b=None, step=3, scale=None, kl=None, guard=False, old=None, backward=1
             b.velocity, b.sample, b.sample, old, transitions=TRANSITIONS, step=step, **given
         ).loss
         torch.autograd.grad(loss, halves, grad)
+
+    return call
+
+
+def forward_process(rows=2, scale=None, kl=None, weights=True, optimality=None, **given):
+    """nft_loss forward and backward, in the dtypes of a trainer; guidance with both halves."""
+    b = oracle.nft_batch(rows, SHAPE, torch.bfloat16, torch.float32)
+    halves = (b.velocity.requires_grad_(),)
+    if scale is not None:
+        halves = (b.velocity, b.uncond.requires_grad_())
+        given |= dict(uncond_velocity=b.uncond, guidance_scale=scale, uncond_grad=True)
+    if kl is not None:
+        given |= dict(ref_velocity=b.ref, kl_weight=kl)
+        given |= {} if scale is None else dict(ref_uncond_velocity=b.old)
+    given |= dict(row_weight=odd(b.weight)) if weights else {}
+    grad, r = torch.ones(()), b.optimality if optimality is None else optimality
+
+    def call():
+        out = nft_loss(b.velocity, b.sample, b.x0, b.old, b.sigma, r, **given)
+        torch.autograd.grad(out.loss, halves, grad)
 
     return call
 
@@ -168,6 +196,20 @@ def loss_cases():
     yield "loss Guard KL, 17 rows", micro(b17, 0, kl=1, guard=True, row_weight=b17.weight)
 
 
+def nft_cases():
+    """(name, call) of DiffusionNFT's loss, each its forward and backward."""
+    yield "nft", forward_process(weights=False)
+    yield "nft KL", forward_process(kl=0.04)
+    for rows in ROWS:
+        yield f"nft KL, {rows} rows", forward_process(rows, kl=0.04)
+    yield "nft KL, beta 0.1", forward_process(kl=0.04, beta=0.1)
+    yield "nft KL, floor 1", forward_process(kl=0, floor=1)
+    yield "nft KL, optimality odd", forward_process(kl=0.04, optimality=odd(torch.ones(2)))
+    yield "nft guided KL", forward_process(scale=4.5, kl=0.04)
+    for scale in (1, 7.5):
+        yield f"nft guided KL, {scale!r}", forward_process(3, scale=scale, kl=1)
+
+
 def block_ops():
     """(name, call) of the blocks' ops, each its forward and backward."""
     for op in ("norm second", "gate second", "heads rotary"):
@@ -184,6 +226,8 @@ def compiled_ahead():
         "log_prob plain",
         "grpo_loss sums plain",
         "grpo_loss backward guided",
+        "nft_loss sums plain",
+        "nft_loss backward guided",
     )
     chosen = [
         v for v in aot.op_variants(("bf16", "fp32"))
@@ -204,7 +248,7 @@ def compiled_ahead():
 def main():
     recorder.install()
     torch.set_num_threads(1)
-    for cases in (rollout_cases, loss_cases, block_ops):
+    for cases in (rollout_cases, loss_cases, nft_cases, block_ops):
         for name, call in cases():
             with recorder.recorded() as log:
                 call()

@@ -122,6 +122,74 @@ def loss(
     return total.mean()
 
 
+@dataclass
+class NftBatch:
+    velocity: Tensor
+    uncond: Tensor
+    sample: Tensor
+    x0: Tensor
+    old: Tensor
+    ref: Tensor
+    sigma: Tensor
+    optimality: Tensor
+    weight: Tensor
+
+    def to(self, dtype: torch.dtype) -> NftBatch:
+        """Every tensor in dtype."""
+        return NftBatch(*(v.to(dtype) for v in vars(self).values()))
+
+    def take(self, rows) -> NftBatch:
+        """Some of the rows."""
+        return NftBatch(*(v[rows] for v in vars(self).values()))
+
+    @property
+    def args(self) -> tuple:
+        """Positional arguments of nft_loss."""
+        return self.velocity, self.sample, self.x0, self.old, self.sigma, self.optimality
+
+
+def nft_batch(rows: int = 4, shape=(3, 24, 24), dtype=torch.float32, sample_dtype=None):
+    """Noised results, and velocities near eps - x0 as a trained model has them."""
+    g = torch.Generator().manual_seed(rows * 1000 + math.prod(shape))
+
+    def normal(scale=1.0):
+        return scale * torch.randn(rows, *shape, generator=g)
+
+    x0, eps = normal(), normal()
+    sigma, optimality = torch.rand(2, rows, generator=g)
+    weight = torch.rand(rows, generator=g) + 0.5
+    s = sigma.view(-1, *[1] * len(shape))
+    old = eps - x0 + normal(0.5)
+    velocities = [old + normal(0.1), old + normal(0.1), old, old + normal(0.2)]
+    v, u, old, ref = (x.to(dtype) for x in velocities)
+    sample, x0 = (x.to(sample_dtype or dtype) for x in ((1 - s) * x0 + s * eps, x0))
+    return NftBatch(v, u, sample, x0, old, ref, sigma, optimality, weight)
+
+
+def nft_loss(
+    velocity, sample, x0, old, sigma, r, *, beta=1.0, ref=None, kl_weight=0.0, weight=None,
+    own_kl=None, floor=1e-5,
+) -> Tensor:  # fmt: skip
+    """DiffusionNFT's loss in float64 from v+ and v- themselves, differentiable in velocity."""
+    v, x, x0, old, sigma, r = (t.double() for t in (velocity, sample, x0, old, sigma, r))
+    flat = lambda t: t.flatten(1).mean(1)  # noqa: E731
+    s = sigma.view(-1, *[1] * (x.ndim - 1))
+
+    def error(implicit):
+        residual = x - s * implicit - x0
+        return flat(residual**2) / flat(residual.detach().abs()).clamp_min(floor)
+
+    positive = error(beta * v + (1 - beta) * old)
+    negative = error((1 + beta) * old - beta * v)
+    one = torch.ones_like(r)
+    total = (r * positive + (1 - r) * negative) * (one if weight is None else weight.double())
+    if ref is not None:
+        chosen = weight if own_kl is None else own_kl
+        kl = flat((v - ref.double()) ** 2)
+        total = total + kl_weight * kl * (one if chosen is None else chosen.double())
+    return total.mean()
+
+
 def error(value: Tensor, exact: Tensor) -> float:
     """Largest error relative to max(1, |exact|)."""
     exact = exact.detach().double()

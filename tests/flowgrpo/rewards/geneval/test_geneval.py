@@ -1,8 +1,12 @@
 """GenEval's detector and colours on real Mask2Former and CLIP folders."""
 
+import json
+
 import pytest
 import torch
 
+from flowgrpo.cli import main
+from flowgrpo.evaluation import systems
 from flowgrpo.prompts.sets.geneval_prompts import CLASSES, COLORS
 from flowgrpo.rewards import RewardError, clip, load
 from flowgrpo.rewards.geneval import detector as geneval_detector
@@ -232,3 +236,41 @@ def test_the_same_images_are_detected_once(clip_folder, pictures):
 def test_a_detector_for_other_classes_is_refused():
     with pytest.raises(RewardError, match="has 7 classes"):
         Detector(tiny_detector(7), batch_size=1)
+
+
+@pytest.mark.slow
+def test_a_folder_in_the_benchmarks_layout(detector_folder, clip_folder, tmp_path, capsys):
+    """`flowgrpo evaluate --images DIR`, which takes geneval_strict by itself."""
+    draw, entries = torch.Generator().manual_seed(5), []
+    for number in range(6):
+        name = ("dog", "car")[number % 2]
+        tag, count = ("single_object", 1) if number < 3 else ("counting", 1 + number % 3)
+        include = [{"class": name, "count": count}]
+        exclude = [{"class": name, "count": count + 1}] if tag == "counting" else []
+        entry = {"tag": tag, "include": include, "exclude": exclude, "prompt": f"{count} {name}"}
+        folder = tmp_path / "emu3" / f"{number:05d}"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "metadata.jsonl").write_text(json.dumps(entry))
+        for sample in range(2):
+            size = (3, 48, 48) if sample else (3, 32, 64)
+            image = torch.randint(0, 256, size, dtype=torch.uint8, generator=draw)
+            to_pil(image).save(folder / "samples" / f"{sample:04d}.png")
+            entries.append((image, entry))
+    options = {"model": str(detector_folder), "clip_model": str(clip_folder), "edge": "64"}
+    line = ["evaluate", "--images", str(tmp_path / "emu3"), "--out", str(tmp_path / "out")]
+    line += ["--device", "cpu", "--reward-options"]
+    line += [word for key, value in options.items() for word in (f"geneval_strict.{key}", value)]
+    assert main.main(line) == 0
+    reward = load("geneval_strict").configured(**options, device="cpu")
+    verdicts: dict[str, list[float]] = {}
+    for image, entry in entries:
+        [verdict] = reward(image[None], [entry["prompt"]], [entry])
+        verdicts.setdefault(entry["tag"], []).append(verdict)
+    means = {tag: sum(values) / len(values) for tag, values in verdicts.items()}
+    [row] = systems.load(tmp_path / "out")
+    score = row.task.scores["geneval_strict"]
+    assert score.groups == means and score.mean == sum(means.values()) / 2
+    assert 0 < score.mean < 1 and row.quality is None
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["Model", "GenEval"] and f" {score.mean:.3f} (" in shown[1]
+    assert "differ in size (6 of 64x32, 6 of 48x48)" in shown[2]

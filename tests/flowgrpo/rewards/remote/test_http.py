@@ -135,6 +135,63 @@ def test_an_address_that_is_none(url):
         ask(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://", "with a host"),
+        ("http:///score", "with a host"),
+        ("http://[::1", "that can be read"),
+        ("http://there:port/score", "that can be read"),
+        ("http://a\x00b", "that can be read"),
+    ],
+)
+def test_an_address_that_cannot_be_read(url, words):
+    with pytest.raises(RewardError, match=f"address of reward 'http' is .* one {words}") as error:
+        ask(url)
+    with pytest.raises(RewardError, match="but a port below 65536 is expected"):
+        ask("http://there:99999")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/score"])
+def test_an_address_without_a_path_gets_score(end):
+    app = Answers((200, b'{"scores": [1, 1, 1, 1, 1]}'))
+    with running(app) as url:
+        assert ask(url.replace("http", "HTTP") + end) == [1.0] * 5
+        assert app.paths == ["/score"]
+
+
+@pytest.mark.parametrize("token", ["t\n", "g\u00e9heim", "a\x00b", "a\tb"])
+def test_a_token_that_no_header_takes(token):
+    with pytest.raises(RewardError, match="the token of reward 'http' has characters") as error:
+        ask("http://127.0.0.1:9", token=token)
+    assert token not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"retries": -1}, "retries of reward 'http' is -1, but it must be at least 0"),
+        ({"concurrency": 0}, "concurrency of reward 'http' is 0, but it must be greater than 0"),
+        ({"batch_size": 0}, "batch_size of reward 'http' is 0"),
+        ({"timeout": 0.0}, "timeout of reward 'http' is 0.0"),
+        ({"timeout": float("nan")}, "timeout of reward 'http' is nan"),
+        ({"backoff": -1.0}, "backoff of reward 'http' is -1.0"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(RewardError, match=words):
+        ask("http://127.0.0.1:9", **options)
+
+
+def test_a_proxy_that_is_none(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "ftp://proxy:3128")
+    with pytest.raises(RewardError, match=r"cannot be set up .*; correct HTTP_PROXY") as error:
+        ask("http://127.0.0.1:9")
+    assert "\n" not in str(error.value)
+
+
 def test_the_scorer_drops_the_group_that_keeps_failing(monkeypatch):
     """Through the trainer's scorer: one image of one group never gets a number."""
     from flowgrpo.rewards.remote.serve import app

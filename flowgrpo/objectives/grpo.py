@@ -1,15 +1,6 @@
-"""Objectives: what an update learns from, and what it minimises. One row of `OBJECTIVES` each.
+"""Flow-GRPO: the clipped policy gradient on the stochastic steps of a rollout.
 
-`optim.objective` names the row. The loop (train.py, update.py) reads from it, in the order of an
-iteration:
-
-    weigh        rewards -> advantages and weights of the rows
-    micro_steps  which rows share a forward, and how often each is looked at
-    prepare      what all micro-steps share: conditioning, noise levels, old values
-    gather       a micro-step -> its samples: trained steps of the trajectory, or re-noised results
-    loss         samples -> the loss
-
-`grpo` is Flow-GRPO's loss (arXiv 2505.05470, equation 5), with r the ratio of the step's
+The loss is that of the paper (arXiv 2505.05470, equation 5), with r the ratio of the step's
 probability now to that in the rollout, A the advantage and v, v_ref the velocities with and without
 adapters:
 
@@ -28,54 +19,20 @@ Deliberate departures from the paper and from flow_grpo:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowgrpo.advantages import advantages
-from flowgrpo.config import Config, ConfigError, OptimConfig
-from flowgrpo.config.validation import similar
+from flowgrpo.config import Config
+from flowgrpo.objectives.advantages import advantages
+from flowgrpo.objectives.interface import Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import guide, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.rollout import chunks, prepare_both
 from flowgrpo.sampling.schedule import Schedule
 from flowgrpo_kernels import grpo_loss, log_prob
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Loss of one micro-step and its metrics; all on the device."""
-
-    loss: Tensor
-    """0-dim, to be differentiated."""
-    metrics: dict[str, Tensor]
-    """0-dim each, averaged over the micro-steps of an iteration."""
-    ratio: Tensor | None
-    """float32 [M]: checked to be 1 in the first update; None for a loss without a ratio."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One way to learn from the images of an iteration and their rewards."""
-
-    weigh: Callable[[Tensor, OptimConfig], tuple[Tensor, Tensor]]
-    """Rewards float64 [K, G], NaN where they failed -> advantages and weights, float32 [B] each."""
-    micro_steps: Callable[[Config], list[tuple[slice, range]]]
-    """All micro-steps of an iteration in their order, each with the rows and numbers for `gather`.
-
-    The optimizer steps take equal shares of them, so `optim.updates_per_iteration` divides their
-    number. Rows may also number pairs or groups: only `gather` reads them.
-    """
-    prepare: Callable[[Policy, Schedule, Experience, Config], tuple[Schedule, Experience]]
-    """Called once, before the first micro-step, with the weights and the schedule of the rollout.
-    Returns the schedule and the experience that `gather` gets."""
-    gather: Callable[[Schedule, Experience, slice, range], Batch]
-    """Rows and numbers of one micro-step -> its samples, M of them in every micro-step."""
-    loss: Callable[[Policy, Batch, Config], Loss]
-    """The loss of a micro-step. Captured in a CUDA graph, so it must not wait for the device."""
 
 
 def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
@@ -89,7 +46,7 @@ def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
     ]
 
 
-def prepare_grpo(
+def prepare(
     policy: Policy, schedule: Schedule, experience: Experience, config: Config
 ) -> tuple[Schedule, Experience]:
     """Give the experience the conditioning of its rollout and, with `optim.anchor` "replay", the
@@ -178,7 +135,7 @@ def gather_trained_steps(
     )
 
 
-def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
+def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute Flow-GRPO's loss of one micro-step."""
     optim = config.optim
     inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
@@ -216,28 +173,11 @@ def grpo(policy: Policy, batch: Batch, config: Config) -> Loss:
     return Loss(out.loss, metrics, out.ratio.detach())
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "grpo": Objective(
-        weigh=advantages,
-        micro_steps=chunks_by_trained_steps,
-        prepare=prepare_grpo,
-        gather=gather_trained_steps,
-        loss=grpo,
-    ),
-}
-"""`optim.objective` -> its row."""
-
-
-def objective_of(config: Config) -> Objective:
-    """Look up the row that `optim.objective` names.
-
-    Raises:
-        ConfigError: there is no row of that name.
-    """
-    name = config.optim.objective
-    if name not in OBJECTIVES:
-        raise ConfigError(
-            f"optim.objective is {name!r}{similar(name, OBJECTIVES)}, but one of "
-            f"{', '.join(OBJECTIVES)} is expected; choose one."
-        )
-    return OBJECTIVES[name]
+OBJECTIVE = Objective(
+    weigh=advantages,
+    micro_steps=chunks_by_trained_steps,
+    prepare=prepare,
+    gather=gather_trained_steps,
+    loss=loss,
+    options=("optim.anchor", "optim.guard", "optim.steps_per_forward"),
+)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrpo.advantages import advantages
 from flowgrpo.config import OptimConfig
+from flowgrpo.objectives.advantages import advantages
 
 
 def rewards(k: int = 5, g: int = 7) -> torch.Tensor:

@@ -1,0 +1,57 @@
+"""The interface of an objective, and what its loss returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from flowgrpo.config import Config, OptimConfig
+from flowgrpo.policies import Policy
+from flowgrpo.records import Batch, Experience
+from flowgrpo.sampling.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of one micro-step and its metrics; all on the device."""
+
+    loss: Tensor
+    """0-dim, to be differentiated."""
+    metrics: dict[str, Tensor]
+    """0-dim each, averaged over the micro-steps of an iteration."""
+    ratio: Tensor | None
+    """float32 [M]: checked to be 1 in the first update; None for a loss without a ratio."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to learn from the images of an iteration and their rewards."""
+
+    weigh: Callable[[Tensor, OptimConfig], tuple[Tensor, Tensor]]
+    """Rewards float64 [K, G], NaN where they failed -> advantages and weights, float32 [B] each."""
+    micro_steps: Callable[[Config], list[tuple[slice, range]]]
+    """All micro-steps of an iteration in their order, each with the rows and numbers for `gather`.
+
+    The optimizer steps take equal shares of them, so `optim.updates_per_iteration` divides their
+    number. Rows may also number pairs or groups: only `gather` reads them.
+    """
+    prepare: Callable[[Policy, Schedule, Experience, Config], tuple[Schedule, Experience]]
+    """Called once, before the first micro-step, with the weights and the schedule of the rollout.
+    Returns the schedule and the experience that `gather` gets."""
+    gather: Callable[[Schedule, Experience, slice, range], Batch]
+    """Rows and numbers of one micro-step -> its samples, M of them in every micro-step."""
+    loss: Callable[[Policy, Batch, Config], Loss]
+    """The loss of a micro-step. Captured in a CUDA graph, so it must not wait for the device."""
+    rollout: Literal["stochastic", "deterministic"] = "stochastic"
+    """Sampler of the rollout: that of `sample.transition`, or the deterministic one, whose steps
+    are not trained; then only the results are looked at, the last of a trajectory's states."""
+    reference: bool = False
+    """The model before training is needed whatever `optim.beta` is."""
+    old_policy: bool = False
+    """Rollouts are those of an old policy, which follows the trained one (runs/state.py)."""
+    options: tuple[str, ...] = ()
+    """Fields of the configuration that this objective reads and not every other does. One that
+    another objective lists, and this one does not, must have its default."""

@@ -1,0 +1,75 @@
+"""The objectives by name; a new one is a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.validation import require, similar
+from flowgrpo.objectives import awm, dpo, grpo, nft, orw, sft
+from flowgrpo.objectives.interface import Objective
+
+OBJECTIVES: dict[str, Objective] = {
+    "grpo": grpo.OBJECTIVE,
+    "awm": awm.OBJECTIVE,
+    "nft": nft.OBJECTIVE,
+    "sft": sft.OBJECTIVE,
+    "orw": orw.OBJECTIVE,
+    "dpo": dpo.OBJECTIVE,
+}
+"""`optim.objective` -> its row."""
+
+
+def objective_of(config: Config) -> Objective:
+    """Look up the row that `optim.objective` names.
+
+    Raises:
+        ConfigError: there is no row of that name, or the configuration does not fit the objective.
+    """
+    name = config.optim.objective
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"optim.objective is {name!r}{similar(name, OBJECTIVES)}, but one of "
+            f"{', '.join(OBJECTIVES)} is expected; choose one."
+        )
+    objective = OBJECTIVES[name]
+    check_options(name, objective, config)
+    check_rollout(name, objective, config)
+    check_shares(name, objective, config)
+    return objective
+
+
+def check_options(name: str, objective: Objective, config: Config) -> None:
+    """Raise for a field with another value than its default that `objective` does not read."""
+    special = {field for row in OBJECTIVES.values() for field in row.options}
+    for path in sorted(special - set(objective.options)):
+        section, field = path.split(".")
+        values = getattr(config, section)
+        [default] = [f.default for f in dataclasses.fields(values) if f.name == field]
+        value = getattr(values, field)
+        readers = ", ".join(key for key, row in OBJECTIVES.items() if path in row.options)
+        require(
+            value == default,
+            f"{path} is {value!r} with optim.objective {name}, which does not read it; leave it at "
+            f"{default!r}, or choose one of {readers}.",
+        )
+
+
+def check_rollout(name: str, objective: Objective, config: Config) -> None:
+    """Raise for groups whose images would all be equal."""
+    require(
+        objective.rollout == "stochastic" or not config.sample.shared_noise,
+        f"sample.shared_noise is on with optim.objective {name}, whose rollout is deterministic: "
+        "the images of a group would all be the same; turn it off.",
+    )
+
+
+def check_shares(name: str, objective: Objective, config: Config) -> None:
+    """Raise unless every optimizer step gets the same number of micro-steps."""
+    count, updates = len(objective.micro_steps(config)), config.optim.updates_per_iteration
+    require(
+        count % updates == 0,
+        f"optim.updates_per_iteration is {updates} with optim.objective {name}, but it must divide "
+        f"the {count} micro-steps of an iteration (sample.prompts_per_iteration "
+        f"{config.sample.prompts_per_iteration}); change one.",
+    )
