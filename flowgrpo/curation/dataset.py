@@ -325,8 +325,11 @@ class _Files:
         )
         path = self.folder / name
         if path.parent not in self._names:
-            exists = path.parent.is_dir()
-            names = {file.name for file in path.parent.iterdir()} if exists else set()
+            try:
+                names = {file.name for file in path.parent.iterdir()}
+            # A name may be one that no file can have.
+            except (OSError, ValueError):
+                names = set()
             self._names[path.parent] = names
         require(
             path.name in self._names[path.parent],

@@ -10,7 +10,8 @@
     FOLDER                a curated set: its pictures keep their source and size, and scores by the
                           same rewards are taken over
 
-The caption is under `prompt`, `caption` or `text`, the first there is. Other values that JSON can
+The caption is under `prompt`, `caption` or `text`, the first there is; of a list of captions the
+first one counts. Other values that JSON can
 hold become metadata, so a set in GenEval's form works with the reward geneval. A picture is read
 when it is its turn, so a source of any length takes the same memory.
 """
@@ -200,6 +201,9 @@ def _split_caption(
     metadata = dict(entry)
     for name in (column,) if column else COLUMNS:
         value = metadata.get(name)
+        if isinstance(value, list) and value:
+            # Several captions of one picture.
+            value = value[0]
         if isinstance(value, str):
             del metadata[name]
             return value.strip() or None, metadata

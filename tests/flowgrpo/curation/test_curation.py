@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from flowgrpo.curation.curate import curate
 from flowgrpo.curation.dataset import SPLITS, CuratedSet, load_pairs
 from flowgrpo.curation.options import CurateOptions
 from flowgrpo.curation.splits import prompt_key, split_of
+from flowgrpo.nano import draw, prompts
 from flowgrpo.rewards import RewardError
 from support.grey_pictures import captioned, grey, tree
 
@@ -234,6 +236,26 @@ def test_metadata_reaches_rewards_and_lines(tmp_path, rewards):
     records = CuratedSet.load(tmp_path / "out")
     assert records.texts == ("two", "one") and records.metadata == ({"rating": 7}, {"rating": 3.5})
     assert records.scores == ({name: 7.0}, {name: 3.5})
+
+
+def test_the_verifier_of_nano_accepts_what_its_prompts_show(tmp_path):
+    """Drawn scenes, with the metadata of their prompts; two of twelve have another's caption."""
+    records = prompts.balanced("tune", 12)
+    scenes = draw.draw(records, np.random.default_rng(0))
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for number, scene in enumerate(scenes):
+        Image.fromarray(scene.transpose(1, 2, 0)).save(folder / f"{number:02d}.png")
+    shown = [records[3], records[1], records[2], records[0], *records[4:]]
+    lines = [{"file_name": f"{n:02d}.png", **record} for n, record in enumerate(shown)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    name = {"nano_strict": 1.0}
+    about = curate(options(folder, tmp_path / "out", resolution=24, rewards=name, min=name))
+    assert about["counts"]["dropped"] == {"min nano_strict": 2}
+    chosen = CuratedSet.load(tmp_path / "out")
+    assert chosen.texts == tuple(r["prompt"] for r in (*records[1:3], *records[4:]))
+    assert torch.equal(chosen.images([0])[0], torch.from_numpy(scenes[1]))
+    assert chosen.prompts.metadata[0]["include"] == records[1]["include"]
 
 
 def test_several_sources_and_a_limit(photos, tmp_path):

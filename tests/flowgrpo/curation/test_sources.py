@@ -63,10 +63,10 @@ def test_lists_of_captions(tmp_path, name):
     lines = [
         {"file_name": "b.png", "text": " two ", "tag": "colors", "none": None},
         {"file_name": "sub/c.png", "caption": "three", "text": "another"},
-        {"file_name": "a.png", "text": ""},
+        {"file_name": "a.png", "text": [""]},
     ]
     (tmp_path / name).write_text("\n\n".join(map(json.dumps, lines)))
-    (tmp_path / "sub" / name).write_text(json.dumps({"file_name": "d.png", "prompt": "four"}))
+    (tmp_path / "sub" / name).write_text(json.dumps({"file_name": "d.png", "prompt": ["four", 4]}))
     assert content(tmp_path) == [
         ("b.png", "two", 1, {"tag": "colors"}),
         ("sub/c.png", "three", 2, {"text": "another"}),
@@ -76,7 +76,7 @@ def test_lists_of_captions(tmp_path, name):
         ("sub/d.png", "four", 3, {}),
     ]
     [*_, last] = content(tmp_path, caption_column="text")
-    assert last == ("sub/d.png", None, 3, {"prompt": "four"})
+    assert last == ("sub/d.png", None, 3, {"prompt": ["four", 4]})
 
 
 def refused(message, name, **changes):
