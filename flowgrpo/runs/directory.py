@@ -61,7 +61,7 @@ MAY_CHANGE = {
     "sample.prompts",
     "policy.device",
     "run.accept_changes",
-    # Which of the files there, and recorded rollouts have the bits of others.
+    # Replayed rollouts have the bits of others.
     "sample.capture",
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
