@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable
@@ -17,19 +18,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import tyro
 
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.cli.doctor import LIBRARIES
 from flowgrpo.comparison.studies import STUDIES, parse_study
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
+from flowgrpo.curation.curate import curate
+from flowgrpo.curation.options import CurateOptions
 from flowgrpo.evaluation import systems
 from flowgrpo.policies import Policy
 from flowgrpo.policies.family import Family
 from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
+from support import grey_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -300,6 +303,27 @@ def objective(text, monkeypatch, capsys):
     assert factor.grad.isfinite() and factor.grad != 0
 
 
+@runs("CuratedSet.load(")
+def curated_set(text, monkeypatch, capsys):
+    """On the set that the page's first command makes, here of eight grey pictures."""
+    out = "curated/photos"
+    assert f"flowgrpo curate photos --out {out} " in PAGES["docs/curate.md"]
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        pictures = {f"{i}.png": (20 * i, f"prompt {i // 2}") for i in range(8)}
+        grey_pictures.captioned(Path("photos"), pictures)
+        rewards = grey_pictures.write_rewards(Path(folder))
+        score = {"rewards": {rewards["brightness"]: 1.0}, "pairs": True, "resolution": 8}
+        curate(CurateOptions(("photos",), out, shares=(1.0, 0.0, 0.0), **score))
+        scope = {}
+        exec(text, scope)
+    assert scope["images"].shape == (4, 3, 8, 8) and scope["images"].dtype == torch.uint8
+    assert scope["images"][:, 0, 0, 0].tolist() == [0, 20, 40, 60]
+    assert scope["chosen"][:, 0, 0, 0].tolist() == [20, 60]
+    assert scope["rejected"][:, 0, 0, 0].tolist() == [0, 40]
+    assert capsys.readouterr().out.startswith("prompt 0 {")
+
+
 # Command lines
 
 LINES = [
@@ -365,6 +389,7 @@ def test_other_commands_parse():
         "compare": options.CompareOptions,
         "evaluate": options.EvaluateOptions,
         "sample": options.SampleOptions,
+        "curate": CurateOptions,
         "serve-reward": options.ServeOptions,
     }
     for line in COMMANDS:
@@ -372,7 +397,7 @@ def test_other_commands_parse():
         if words[0] == "flowgrpo" and words[1] != "train":
             assert words[1] in (*classes, "doctor"), line
             if words[1] in classes:
-                assert tyro.cli(classes[words[1]], args=words[2:], prog=line)
+                assert options.parse(classes[words[1]], words[2:], line)
 
 
 def extras() -> set[str]:

@@ -48,6 +48,7 @@ TOOLS = ("records", "seeds", "files", "config")
 # Rooms beside the stages -> the stages that may use them. Evaluation is sampling and rewards once
 # more; runs/ saves, shows and evaluates for update and train.
 BESIDE = {
+    "curation": {"objectives", "cli"},
     "evaluation": {"cli"},
     "runs": {"update", "train", "cli"},
     "comparison": {"cli"},

@@ -47,9 +47,10 @@ EPS = 1e-8
 ROUNDING = 1e-6
 """Std over the largest |score| up to which scores count as equal: a float32 network returns other
 last bits, about 1e-7 of a score, for the same image in another batch."""
-
 LARGEST = 1e30
 """Largest |score|: a sum of squares, or a float32 advantage, of more would overflow."""
+NOT_FINITE = f"it returned scores that are not finite, or beyond {LARGEST:g}"
+"""Problem of a reward that raised no error."""
 BLANKS = 2
 """Images that rewards are tried on: so that one number for all images is seen to be too few."""
 CERTAIN = (ImportError, NameError, SyntaxError, FileNotFoundError, PermissionError, ReplyError)
@@ -102,11 +103,7 @@ class Scorer:
             RewardError: a reward cannot judge images of a prompt; or a model, a library or a
                 server is missing.
         """
-        for name, reward in self.rewards.items():
-            check = getattr(reward, "check", None)
-            if check is not None:
-                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
+        self.check(prompts)
 
         def has_weights(entry: tuple[str, Any]) -> bool:
             return "url" not in getattr(entry[1], "defaults", {})
@@ -114,12 +111,20 @@ class Scorer:
         # Addresses first: one that is missing is seen at once, weights take minutes to load.
         for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                built = _run_users(
+                built = call_users(
                     reward.build, name, "be loaded" if not is_users(name) else "be built"
                 )
                 reach = getattr(built, "reach", None)
                 if reach is not None:
-                    _run_users(reach, name, "reach what it needs")
+                    call_users(reach, name, "reach what it needs")
+
+    def check(self, prompts: Prompts) -> None:
+        """Raise RewardError unless the rewards can judge images of these prompts."""
+        for name, reward in self.rewards.items():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
+                    call_users(partial(check, text, entry), name, f"check the prompt {text!r}")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
@@ -201,7 +206,7 @@ class Scorer:
     def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
         """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        problems = [f"it returned scores that are not finite, or beyond {LARGEST:g}"]
+        problems = [NOT_FINITE]
 
         def attempt(rows: slice, groups: Prompts) -> None:
             try:
@@ -260,9 +265,9 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
-    """Call code of a reward before there are images; an error names the reward, and one of the
-    user's code is one sentence too."""
+def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
+    """Call code of the reward `name` before there are images; an error names the reward, and one of
+    the user's code is one sentence too, "... cannot `purpose`"."""
     try:
         with isolated(name) if is_users(name) else nullcontext():
             return call()
