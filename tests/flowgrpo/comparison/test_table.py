@@ -14,6 +14,7 @@ from flowgrpo.comparison.compare import show, write
 from flowgrpo.comparison.folder import Attempt, Folder
 from flowgrpo.comparison.report import make_report
 from flowgrpo.evaluation import quality
+from reporting import records
 from support import comparisons
 
 BASE = [1, 0, 0, 0, 1, 1]
@@ -159,6 +160,23 @@ def test_what_stands_below_the_tables(whole, tmp_path):
         "Seconds are of unequal conditions and do not compare: cpu (2 threads) of a CPU, up to 2 "
         "runs at once; cpu (1 threads) of a CPU, up to 2 runs at once."
     )
+
+
+def test_runs_of_several_commits_are_noted(whole, tmp_path):
+    fail(whole[:3], tmp_path)
+    study = comparisons.study()
+    configs = comparisons.configs(study, comparisons.recipe(tmp_path))
+    with Folder.open(tmp_path / "out", study, configs) as folder:
+        folder.note(dataclasses.replace(ATTEMPT, run=whole[3].name, commit="fedcba+"))
+    [note] = report_of(whole, tmp_path).notes()
+    assert note == "The runs ended under several commits: abcdef, fedcba+."
+
+
+def test_the_benchmarks_tools_read_the_record(whole, tmp_path):
+    path = record.write(report_of(whole, tmp_path), "flowgrpo compare", tmp_path / "c.json")
+    rows = records.read(path)["rows"]
+    assert records.find(rows, case="images", provider="A", metric="accuracy") == 0.75
+    assert records.find(rows, case="images", provider="B", metric="seconds") == 18.0
 
 
 def test_runs_that_begin_from_another_base_are_noted(runs, tmp_path):
