@@ -124,7 +124,7 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,
     }
-    if optim.guard:
+    if optim.keeps_velocities:
         always["trajectory"] += sample.rows * latent * size * sample.steps
     copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
     stored, count = 0.0, 0

@@ -192,7 +192,7 @@ class Trajectory:
     seeds: Tensor
     """int64 [B]: seeds of the steps' noise."""
     velocities: Tensor | None = None
-    """[T, B, C, H, W]: velocities of the steps, after guidance; for GRPO-Guard only."""
+    """[T, B, C, H, W]: velocities of the steps, after guidance; for a loss that compares them."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 # Purposes of draws. The values are part of all recorded runs, so they never change.
 PROMPTS, WINDOW, ROW, GROUP, EVALUATION, ADAPTER, LEVEL, LEVEL_NOISE = range(1, 9)
+CURATED, CURATED_LEVEL, CURATED_NOISE = range(9, 12)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

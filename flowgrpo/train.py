@@ -45,6 +45,8 @@ from torch import Tensor
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.objectives import Objective, objective_of
+from flowgrpo.objectives.curated import Curated
+from flowgrpo.objectives.curated import load as load_curated
 from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.policies.load import load_policy
 from flowgrpo.policies.tokens import warn_of_cut
@@ -81,6 +83,8 @@ class Components:
     reward_thread: RewardThread | None
     """Computes rewards beside the rollout; None: they are computed after it."""
     micro_step: MicroStep
+    curated: Curated | None = None
+    """The curated set, in place of rollouts or beside them."""
 
 
 def run(
@@ -90,8 +94,7 @@ def run(
 
     Args:
         config: the whole run, for example from a recipe.
-        pipeline: a diffusers pipeline that is loaded already, in place of `policy.model`. It is
-            taken over and trained in place.
+        pipeline: a loaded diffusers pipeline for `policy.model`; it is trained in place.
         encode: texts -> `Conditioning`, in place of the pipeline's text encoders.
 
     Returns:
@@ -99,6 +102,8 @@ def run(
     """
     components = setup(config, pipeline=pipeline, encode=encode)
     policy, state, group_size = components.policy, components.state, config.sample.group_size
+    if components.objective.rollout == "none":
+        return run_on_set(components, config)
     with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
         while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
@@ -117,10 +122,30 @@ def run(
             with clock("update"):
                 learned = (trajectory, conditioning, components.uncond, advantages, weights)
                 experience = Experience(*learned, state.iteration).to(policy.device)
+                inputs = (components.schedule, state, components.micro_step, experience, config)
+                metrics = update(*inputs, components.curated)
+            state.iteration += 1
+            monitor.iteration({**describe(scores), **metrics}, clock.seconds)
+        return monitor.finish(interrupted=stop.requested)
+
+
+def run_on_set(components: Components, config: Config) -> dict[str, Any]:
+    """Train on the images or pairs of a curated set, without rollouts and rewards.
+
+    Returns:
+        The content of summary.json in the run directory.
+    """
+    policy, state = components.policy, components.state
+    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+        while monitor.unfinished and not stop.requested:
+            clock = Clock(policy.device)
+            with clock("rollout"):
+                experience = components.curated.experience(config, state.iteration)
+            with clock("update"):
                 schedule, micro_step = components.schedule, components.micro_step
                 metrics = update(schedule, state, micro_step, experience, config)
             state.iteration += 1
-            monitor.iteration({**describe(scores), **metrics}, clock.seconds)
+            monitor.iteration(metrics, clock.seconds)
         return monitor.finish(interrupted=stop.requested)
 
 
@@ -147,6 +172,8 @@ def setup(
     if config.optim.capture == "on":
         recorder = cuda_graphs.CudaRecorder(policy.device)
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
+    uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
+    records = load_curated(config, objective.pairs) if config.sample.curated else None
     return Components(
         objective=objective,
         policy=policy,
@@ -154,9 +181,10 @@ def setup(
         schedule=training_schedule(policy, config.sample, config.optim.kl),
         prompts=prompts,
         scorer=scorer,
-        uncond=policy.encode([""]) if config.sample.guidance_scale != 1 else None,
+        uncond=uncond,
         reward_thread=RewardThread(policy.device, overlap) if overlap else None,
         micro_step=MicroStep(policy, objective, graphs),
+        curated=None if records is None else Curated(policy, records, uncond),
     )
 
 
@@ -198,7 +226,7 @@ def collect(
             uncond=components.uncond,
             guidance_scale=options.guidance_scale,
             trained_steps=trained_steps,
-            keep_velocities=config.optim.guard,
+            keep_velocities=config.optim.keeps_velocities,
             on_chunk=score,
         )
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.objectives import Loss, Objective
+from flowgrpo.objectives.curated import Curated
+from flowgrpo.objectives.sft import supervise
 from flowgrpo.policies import Policy, deterministic
 from flowgrpo.records import Batch, Experience
 from flowgrpo.runs.monitor import DivergedError
@@ -36,8 +38,10 @@ def update(
     micro_step: MicroStep,
     experience: Experience,
     config: Config,
+    curated: Curated | None = None,
 ) -> dict[str, Any]:
-    """Take the optimizer steps of one iteration, each over an equal share of the micro-steps.
+    """Take the optimizer steps of one iteration, each over an equal share of the micro-steps and,
+    with `optim.sft_weight`, one more on images of the set `curated`.
 
     Returns:
         The means of the objective's metrics over all micro-steps, the gradient norm of each
@@ -48,6 +52,8 @@ def update(
     share = len(micro_steps) // optim.updates_per_iteration
     with state.rollout_weights():
         schedule, experience = objective.prepare(policy, schedule, experience, config)
+    # None without a weight: the set may be all that there is to learn from.
+    supervision = curated.supervision(config, state.iteration) if optim.sft_weight else None
     sums: dict[str, Tensor] = {}
     error, norms = torch.zeros((), device=policy.device), []
     for number in range(optim.updates_per_iteration):
@@ -60,6 +66,12 @@ def update(
                     sums[name] = sums.get(name, 0) + value
                 if number == 0:
                     error = torch.maximum(error, deviation)
+            if supervision is not None:
+                batch, weight = supervision.batch(number), optim.sft_weight * share
+                metrics, _ = micro_step(batch, config, share, supervise, weight)
+                for name, value in metrics.items():
+                    # Of fewer micro-steps than the others, and so of as many more each.
+                    sums[name] = sums.get(name, 0) + value * share
         norms.append(state.step())
     state.follow()
     parameters = [p.detach() for p in state.parameters.values()]
@@ -79,14 +91,15 @@ def run_micro_step(
     batch: Batch,
     config: Config,
     share: int,
+    weight: float = 1.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run forward and backward of one of the `share` micro-steps of an optimizer step.
 
-    The gradients are those of the loss times `loss_scale`. Returns the objective's metrics and the
-    largest |ratio - 1| (0 for a loss without ratio), all on the device.
+    The gradients are those of `weight` times the loss, times `loss_scale`. Returns the objective's
+    metrics and the largest |ratio - 1| (0 for a loss without ratio), all on the device.
     """
     out = loss(policy, batch, config)
-    scale = loss_scale(policy, len(batch.sample), share)
+    scale = loss_scale(policy, len(batch.sample), share) * weight
     # Not the forward too: torch.compile would compile it again for another setting.
     with deterministic.deterministic_backward():
         (out.loss / (share / scale)).backward()
@@ -134,12 +147,22 @@ class MicroStep:
             torch._foreach_mul_(gradients, 1 / self._scale)
 
     def __call__(
-        self, batch: Batch, config: Config, share: int
+        self,
+        batch: Batch,
+        config: Config,
+        share: int,
+        loss: Callable[[Policy, Batch, Config], Loss] | None = None,
+        weight: float = 1.0,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Run `run_micro_step` on `batch`, one of the `share` micro-steps of an optimizer step."""
+        """Run `run_micro_step` on `batch`, one of the `share` micro-steps of an optimizer step.
+
+        Args:
+            loss: in place of the objective's.
+            weight: factor of the loss.
+        """
         # The same in all micro-steps of an optimizer step, which have as many samples each.
         self._scale = loss_scale(self.policy, len(batch.sample), share)
-        arguments = (self.policy, self.objective.loss, batch, config, share)
+        arguments = (self.policy, loss or self.objective.loss, batch, config, share, weight)
         if self.graphs is None:
             return run_micro_step(*arguments)
         changes, option = self.gradients, "optim.capture"

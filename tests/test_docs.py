@@ -22,6 +22,7 @@ import torch
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.cli.doctor import LIBRARIES
+from flowgrpo.comparison.studies import STUDIES, parse_study
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
 from flowgrpo.curation.curate import curate
 from flowgrpo.curation.options import CurateOptions
@@ -240,6 +241,28 @@ def run_from_python(text, monkeypatch, capsys):
     assert capsys.readouterr().out == "0.25 0.5\n"
     assert (configs[0].run.steps, configs[0].sample.noise_level) == (200, 0.8)
     assert nano.recipe().run.steps != 200
+
+
+@runs("from flowgrpo.comparison.studies import Study")
+def study_from_python(text, monkeypatch, capsys):
+    exec(text, {})
+    assert capsys.readouterr().out == "3e-3 0.003 8\n1e-3 0.001 8\n"
+
+
+def test_studies_of_the_pages_can_be_compared():
+    texts = [text for page in PAGES for text in fences(page, "yaml") if "arms:" in text]
+    assert texts
+    for text in texts:
+        study = parse_study(text, Path("my_study.yaml")).with_budget(None, None)
+        assert len(study.configs()) == len(study.arms) > 1
+
+
+def test_the_page_lists_the_shipped_studies_and_their_arms():
+    rows = {names(name)[0]: arms for name, arms, _ in table("docs/compare.md", "| study | arms")}
+    assert list(rows) == list(STUDIES)
+    assert rows["methods"].split(", ") == list(STUDIES["methods"].arms)
+    steps = [str(arm["sample.steps"]) for arm in STUDIES["steps"].arms.values()]
+    assert rows["steps"].startswith(f"T = {', '.join(steps)} in training")
 
 
 @runs("class MyPolicy(Policy)")

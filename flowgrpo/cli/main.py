@@ -35,7 +35,7 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
 
-RECIPE is nano, or one of
+RECIPE is nano, module:function or file.py:function of your own, or one of
 {textwrap.fill(", ".join(sorted(set(RECIPES) - {"nano"})), 96, break_on_hyphens=False)}
 
 flowgrpo COMMAND --help lists the options of a command.

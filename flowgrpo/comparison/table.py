@@ -101,7 +101,10 @@ def _absence(report: Report, arm: str) -> str:
     failed = states.count("failed")
     if failed == len(states):
         return "failed"
-    waiting = len(states) - failed
+    waiting = states.count("unfinished")
+    if not waiting:
+        # Finished runs that end before a budget that was raised in the files.
+        return "not reached"
     text = f"{waiting} of {len(states)} runs not finished"
     return f"{text}, {failed} failed" if failed else text
 

@@ -104,6 +104,8 @@ class SampleConfig:
 
     prompts: str = "nano"
     """Prompt set: nano, geneval, ocr, general, a text or JSONL file, folder, or hub:OWNER/NAME."""
+    curated: str = ""
+    """Folder of a curated set: sft learns its images, dpo its pairs, and see optim.sft_weight."""
     prompts_per_iteration: int = 8
     """K: prompts drawn for one iteration."""
     group_size: int = 12
@@ -135,7 +137,7 @@ class SampleConfig:
     """Chunks that may be with the rewards while the next is sampled; 0: rewards come after all."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "prompts")
+        settle_paths(self, "prompts", "curated")
         check_types("sample.", self)
         names = ("prompts_per_iteration", "group_size", "batch_size", "eval_steps", "noise_level")
         check_positive("sample", self, *names, "guidance_scale")
@@ -295,6 +297,10 @@ class OptimConfig:
     """Optimizer steps on the images of one iteration."""
     guard: bool = False
     """GRPO-Guard: recentre the ratio and balance the steps; not for transition cps."""
+    dppo: bool = False
+    """Flow-DPPO: in place of the clip, leave out samples past dppo_threshold that move away."""
+    dppo_threshold: float = 1e-5
+    """KL per element from the rollout's step above which a sample may only move back."""
     ema_decay: float = 0.9
     """Decay of the averaged weights that evaluation and the saved adapter use; 0: no average."""
     ema_every: int = 8
@@ -313,6 +319,8 @@ class OptimConfig:
     """Noise levels that an objective of the forward process looks at each result at."""
     level_weight: Literal["uniform", "sigma", "normalized"] = "uniform"
     """Weight of a matching error: 1, the noise level, or that over the mean absolute error."""
+    sft_weight: float = 0.0
+    """Weight of flow matching on images of sample.curated beside grpo, awm or nft."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
     dpo_beta: float = 100.0
@@ -329,6 +337,12 @@ class OptimConfig:
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
+        check_positive("optim", self, "dppo_threshold")
+        require(
+            not (self.guard and self.dppo),
+            "optim.guard and optim.dppo are both on, but each has its own way to bound an update; "
+            "choose one.",
+        )
         nonnegative = (
             "eps",
             "weight_decay",
@@ -338,6 +352,7 @@ class OptimConfig:
             "beta",
             "ratio_tolerance",
             "old_decay_rise",
+            "sft_weight",
         )
         check_positive("optim", self, *nonnegative, zero=True)
         require(
@@ -349,6 +364,11 @@ class OptimConfig:
             self.clip_range < 1,
             f"optim.clip_range is {self.clip_range}, but it must be below 1; lower it.",
         )
+
+    @property
+    def keeps_velocities(self) -> bool:
+        """True: an update compares its velocities with the rollout's, which are stored."""
+        return self.guard or self.dppo
 
 
 @dataclass(frozen=True)

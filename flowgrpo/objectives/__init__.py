@@ -18,6 +18,7 @@ awm.py         advantage weighted matching
 nft.py         DiffusionNFT
 dpo.py         Flow-DPO
 sft.py  orw.py supervised: the best of a group; each image by the exponential of its reward
+curated.py     images and pairs of a curated set, in place of a rollout's results or beside them
 """
 
 from flowgrpo.objectives.advantages import advantages as advantages

@@ -1,7 +1,8 @@
 """Flow-DPO: the better of two results is preferred to the worse, by more than the model before
 training prefers it.
 
-A pair is the best and the worst image of a group (online DPO). Both are noised anew (matching.py)
+A pair is the best and the worst image of a group (online DPO) or, with `sample.curated`, one of the
+curated set's, without rollout and reward. Both are noised anew (matching.py)
 to the same level s by the same eps; with e_w and e_l their matching errors, b `optim.dpo_beta` and
 sigmoid(x) = 1 / (1 + exp(-x)):
 
@@ -47,7 +48,19 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
 
 def micro_steps(config: Config) -> list[tuple[slice, range]]:
     """Pair chunks of groups, two rows of each, with each of their draws."""
-    return matching.groups_by_levels(config, rows_of_group=2)
+    return matching.groups_by_levels(config, config.sample.prompts_per_iteration, 2)
+
+
+def micro_steps_of_pairs(config: Config) -> list[tuple[slice, range]]:
+    """Pair chunks of a curated set's pairs, B / 2 an iteration, with each of their draws."""
+    return matching.groups_by_levels(config, config.sample.rows // 2, 2)
+
+
+def gather_pairs(schedule: Schedule, experience: Experience, rows: slice, numbers: range) -> Batch:
+    """Re-noise the better, then the worse images of the pairs `rows`, with the better's noise."""
+    better = torch.arange(rows.start, rows.stop, device=experience.advantages.device)
+    index = torch.cat([better, better + len(experience.advantages) // 2])
+    return matching.renoise(schedule, experience, index, numbers, better.repeat(2))
 
 
 def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: range) -> Batch:
@@ -85,6 +98,21 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     return Loss(total, {name: value.detach() for name, value in metrics.items()}, None)
 
 
+OPTIONS = ("optim.levels", "optim.level_weight", "optim.dpo_beta")
+
+OFFLINE = Objective(
+    weigh=advantages,
+    micro_steps=micro_steps_of_pairs,
+    prepare=matching.prepare,
+    gather=gather_pairs,
+    loss=loss,
+    rollout="none",
+    reference=True,
+    options=(*OPTIONS, "sample.curated"),
+    pairs=True,
+)
+"""With `sample.curated`: the pairs of a curated set."""
+
 OBJECTIVE = Objective(
     weigh=weigh,
     micro_steps=micro_steps,
@@ -93,5 +121,6 @@ OBJECTIVE = Objective(
     loss=loss,
     rollout="deterministic",
     reference=True,
-    options=("optim.levels", "optim.level_weight", "optim.dpo_beta"),
+    options=OPTIONS,
+    offline=OFFLINE,
 )

@@ -13,6 +13,9 @@ from flowgrpo.policies import Policy
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.schedule import Schedule
 
+MIXTURE = ("optim.sft_weight", "sample.curated")
+"""Fields of a mixture with supervised learning, for `Objective.options`."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -45,9 +48,10 @@ class Objective:
     """Rows and numbers of one micro-step -> its samples, M of them in every micro-step."""
     loss: Callable[[Policy, Batch, Config], Loss]
     """The loss of a micro-step. Captured in a CUDA graph, so it must not wait for the device."""
-    rollout: Literal["stochastic", "deterministic"] = "stochastic"
+    rollout: Literal["stochastic", "deterministic", "none"] = "stochastic"
     """Sampler of the rollout: that of `sample.transition`, or the deterministic one, whose steps
-    are not trained; then only the results are looked at, the last of a trajectory's states."""
+    are not trained; then only the results are looked at, the last of a trajectory's states. none:
+    the results are images or pairs of `sample.curated`, with advantages and weights 1."""
     reference: bool = False
     """The model before training is needed whatever `optim.beta` is."""
     old_policy: bool = False
@@ -55,3 +59,7 @@ class Objective:
     options: tuple[str, ...] = ()
     """Fields of the configuration that this objective reads and not every other does. One that
     another objective lists, and this one does not, must have its default."""
+    offline: Objective | None = None
+    """The row in its place where `sample.curated` is set: one without a rollout."""
+    pairs: bool = False
+    """Without a rollout: results are pairs, row p the better and row B/2 + p the worse of one."""

@@ -48,6 +48,8 @@ from flowgrpo_kernels.transitions import COLUMNS
 STEPS = 1000
 """Steps of the model's schedule that noise levels are read from, linearly between them."""
 WEIGHT = COLUMNS.index("k")
+PURPOSES = (seeds.LEVEL, seeds.LEVEL_NOISE)
+"""Purposes of the draws of levels and of noise."""
 
 
 def chunks_by_levels(config: Config) -> list[tuple[slice, range]]:
@@ -59,13 +61,13 @@ def chunks_by_levels(config: Config) -> list[tuple[slice, range]]:
     ]
 
 
-def groups_by_levels(config: Config, rows_of_group: int) -> list[tuple[slice, range]]:
-    """Pair chunks of the K groups with each of the draws 0 to L - 1.
+def groups_by_levels(config: Config, groups: int, rows_of_group: int) -> list[tuple[slice, range]]:
+    """Pair chunks of `groups` groups, of each of which a number of rows is looked at, with each of
+    the draws 0 to L - 1.
 
     All chunks of an iteration have the same number of groups, the largest that divides those of an
     optimizer step and gives no more than `sample.batch_size` rows.
     """
-    groups = config.sample.prompts_per_iteration
     share = max(groups // config.optim.updates_per_iteration, 1)
     limit = max(config.sample.batch_size // rows_of_group, 1)
     size = max(n for n in range(1, share + 1) if share % n == 0 and n <= limit)
@@ -76,11 +78,11 @@ def groups_by_levels(config: Config, rows_of_group: int) -> list[tuple[slice, ra
     ]
 
 
-def draw_shares(config: Config, iteration: int) -> np.ndarray:
+def draw_shares(config: Config, iteration: int, purpose: int = seeds.LEVEL) -> np.ndarray:
     """Draw the share u of the schedule's way for each draw of each row, float64 [L, B]."""
     group_size, levels = config.sample.group_size, config.optim.levels
     rows, draws = np.arange(config.sample.rows)[None], np.arange(levels)[:, None]
-    place = (config.run.seed, seeds.LEVEL, iteration, rows, draws)
+    place = (config.run.seed, purpose, iteration, rows, draws)
     order = seeds.draw(*place, 0).reshape(levels, -1, group_size).argsort(axis=-1, kind="stable")
     ranks = order.argsort(axis=-1, kind="stable").reshape(levels, -1)
     return (draws * group_size + ranks + seeds.uniform(*place, 1)) / (levels * group_size)
@@ -93,23 +95,30 @@ def levels_at(policy: Policy, shares: np.ndarray) -> Tensor:
     return torch.from_numpy(np.interp(shares * STEPS, np.arange(STEPS + 1), sigmas))
 
 
-def draw_levels(policy: Policy, config: Config, iteration: int) -> Draws:
+def draw_levels(
+    policy: Policy, config: Config, iteration: int, purposes: tuple[int, int] = PURPOSES
+) -> Draws:
     """Draw levels and noise of all rows of an iteration, on the CPU."""
     rows, draws = np.arange(config.sample.rows)[None], np.arange(config.optim.levels)[:, None]
-    noise = seeds.sample_seeds(config.run.seed, seeds.LEVEL_NOISE, iteration, rows, draws)
-    sigmas = levels_at(policy, draw_shares(config, iteration)).clamp(max=1.0)
+    noise = seeds.sample_seeds(config.run.seed, purposes[1], iteration, rows, draws)
+    sigmas = levels_at(policy, draw_shares(config, iteration, purposes[0])).clamp(max=1.0)
     return Draws(sigmas.to(torch.float32), torch.from_numpy(noise))
 
 
 def prepare(
-    policy: Policy, schedule: Schedule, experience: Experience, config: Config
+    policy: Policy,
+    schedule: Schedule | None,
+    experience: Experience,
+    config: Config,
+    purposes: tuple[int, int] = PURPOSES,
 ) -> tuple[Schedule, Experience]:
-    """Give the experience its draws, and make the table that scores them.
+    """Give the experience its draws, and make the table that scores them, in place of `schedule`.
 
     Row l B + b of the table scores draw l of row b with its weight, and row L B + l B + b scores
     any other target of it, with weight 1. Weights of kind "normalized" are not known yet, and 1.
     """
-    draws, device = draw_levels(policy, config, experience.iteration), policy.device
+    draws = draw_levels(policy, config, experience.iteration, purposes)
+    device = policy.device
     sigmas = draws.sigmas.flatten()
     weight = sigmas if config.optim.level_weight == "sigma" else 1.0
     table = Transitions.cat(matching(sigmas, weight), matching(sigmas)).to(device)

@@ -6,6 +6,12 @@ and b(k) the image of group k with the highest reward, the first if there are se
 
     loss = mean over groups and levels [ w e of b(k) + beta mean (v - v_ref)^2 ]
 
+With `sample.curated` there is no rollout and no reward: b are images of a curated set, as many of
+them an iteration as a rollout would have (curated.py). With `optim.sft_weight` another objective
+gets the same, in one more micro-step of each optimizer step and without the KL term:
+
+    loss of the mixture = its own + sft_weight mean over curated images w e
+
 Deliberate departures:
 
 1. v is the velocity after guidance: the one that images are sampled with.
@@ -18,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowgrpo.config import Config, OptimConfig
+from flowgrpo.config import Config, OptimConfig, replace
 from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
 from flowgrpo.objectives.interface import Loss, Objective
@@ -38,7 +44,7 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
 
 def micro_steps(config: Config) -> list[tuple[slice, range]]:
     """Pair chunks of groups with each of their draws."""
-    return matching.groups_by_levels(config, rows_of_group=1)
+    return matching.groups_by_levels(config, config.sample.prompts_per_iteration, 1)
 
 
 def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: range) -> Batch:
@@ -60,6 +66,25 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     return Loss(total, {name: value.detach() for name, value in metrics.items()}, None)
 
 
+def supervise(policy: Policy, batch: Batch, config: Config) -> Loss:
+    """Compute the mean of the matching errors alone: the supervised part of a mixture."""
+    value = matching.match(policy, batch, replace(config, **{"optim.beta": 0.0})).error.mean()
+    return Loss(value, {"sft_loss": value.detach()}, None)
+
+
+OPTIONS = ("optim.levels", "optim.level_weight")
+
+OFFLINE = Objective(
+    weigh=advantages,
+    micro_steps=matching.chunks_by_levels,
+    prepare=matching.prepare,
+    gather=matching.gather,
+    loss=loss,
+    rollout="none",
+    options=(*OPTIONS, "sample.curated"),
+)
+"""With `sample.curated`: flow matching on the images of a curated set."""
+
 OBJECTIVE = Objective(
     weigh=weigh,
     micro_steps=micro_steps,
@@ -67,5 +92,6 @@ OBJECTIVE = Objective(
     gather=gather,
     loss=loss,
     rollout="deterministic",
-    options=("optim.levels", "optim.level_weight"),
+    options=OPTIONS,
+    offline=OFFLINE,
 )

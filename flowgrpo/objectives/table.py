@@ -33,21 +33,24 @@ def objective_of(config: Config) -> Objective:
             f"{', '.join(OBJECTIVES)} is expected; choose one."
         )
     objective = OBJECTIVES[name]
+    if config.sample.curated and objective.offline is not None:
+        objective = objective.offline
     check_options(name, objective, config)
     check_rollout(name, objective, config)
     check_shares(name, objective, config)
+    check_mixture(name, objective, config)
     return objective
 
 
 def check_options(name: str, objective: Objective, config: Config) -> None:
     """Raise for a field with another value than its default that `objective` does not read."""
-    special = {field for row in OBJECTIVES.values() for field in row.options}
+    special = {field for row in OBJECTIVES.values() for field in fields_of(row)}
     for path in sorted(special - set(objective.options)):
         section, field = path.split(".")
         values = getattr(config, section)
         [default] = [f.default for f in dataclasses.fields(values) if f.name == field]
         value = getattr(values, field)
-        readers = ", ".join(key for key, row in OBJECTIVES.items() if path in row.options)
+        readers = ", ".join(key for key, row in OBJECTIVES.items() if path in fields_of(row))
         require(
             value == default,
             f"{path} is {value!r} with optim.objective {name}, which does not read it; leave it at "
@@ -55,10 +58,31 @@ def check_options(name: str, objective: Objective, config: Config) -> None:
         )
 
 
+def fields_of(objective: Objective) -> tuple[str, ...]:
+    """List the fields that an objective reads, also in its form for a curated set."""
+    offline = objective.offline
+    return objective.options if offline is None else (*objective.options, *offline.options)
+
+
+def check_mixture(name: str, objective: Objective, config: Config) -> None:
+    """Raise for a curated set without a use, or a weight without a set."""
+    curated, weight = config.sample.curated, config.optim.sft_weight
+    require(
+        bool(curated) or not weight,
+        f"optim.sft_weight is {weight:g}, but sample.curated names no set to learn from; name the "
+        "folder of one that `flowgrpo curate` wrote, or set the weight to 0.",
+    )
+    require(
+        not curated or objective.rollout == "none" or weight > 0,
+        f"sample.curated is {curated!r} with optim.objective {name} and optim.sft_weight 0, so "
+        "nothing would be learnt from it; set a weight, or leave sample.curated empty.",
+    )
+
+
 def check_rollout(name: str, objective: Objective, config: Config) -> None:
     """Raise for groups whose images would all be equal."""
     require(
-        objective.rollout == "stochastic" or not config.sample.shared_noise,
+        objective.rollout != "deterministic" or not config.sample.shared_noise,
         f"sample.shared_noise is on with optim.objective {name}, whose rollout is deterministic: "
         "the images of a group would all be the same; turn it off.",
     )

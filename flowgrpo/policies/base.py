@@ -200,6 +200,16 @@ class Policy(ABC):
         """float32 pixels [B, 3, height, width], about [-1, 1], of latents
         [B, *latent_shape]."""
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """float32 latents [B, *latent_shape] of uint8 images [B, 3, height, width], on the policy's
+        device: what `decode` makes images of."""
+        return self.latents(vae.to_pixels(images.to(self.device)))
+
+    @abstractmethod
+    def latents(self, pixels: Tensor) -> Tensor:
+        """float32 latents [B, *latent_shape] of float32 pixels [B, 3, height, width] in [-1, 1]."""
+
     def blank_image(self) -> Tensor:
         """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
         shape = (3, self.height, self.width)

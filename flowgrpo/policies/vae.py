@@ -1,4 +1,4 @@
-"""Decoding of latents to pictures by the VAE, or without one."""
+"""Decoding of latents to pictures by the VAE, and encoding of pictures, or without one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,24 @@ def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
     return vae.decode(latents, return_dict=False)[0].float()
 
 
+def encode(vae: nn.Module | None, pixels: Tensor) -> Tensor:
+    """float32 latents [B, C, h, w] of float32 pixels [B, 3, H, W] in [-1, 1], as `decode` takes
+    them: the mean of the VAE's distribution. Without a VAE the pixels are the latents."""
+    if vae is None:
+        return pixels
+    pixels = pixels.to(vae.dtype)
+    if pixels.device.type == "cuda":
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    latents = vae.encode(pixels, return_dict=False)[0].mode().float()
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).contiguous()
+
+
 def to_images(pixels: Tensor) -> Tensor:
     """uint8 images [B, 3, H, W] of pixels in [-1, 1]."""
     # A rollout's images go to the rewards and into files as ordinary [B, 3, H, W] tensors.
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """float32 pixels [B, 3, H, W] in [-1, 1] of uint8 images."""
+    return images.float() / 127.5 - 1

@@ -111,10 +111,12 @@ class Scorer:
         # Addresses first: one that is missing is seen at once, weights take minutes to load.
         for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                built = _run_users(reward.build, name, "be built")
+                built = call_users(
+                    reward.build, name, "be loaded" if not is_users(name) else "be built"
+                )
                 reach = getattr(built, "reach", None)
                 if reach is not None:
-                    _run_users(reach, name, "reach what it needs")
+                    call_users(reach, name, "reach what it needs")
 
     def check(self, prompts: Prompts) -> None:
         """Raise RewardError unless the rewards can judge images of these prompts."""
@@ -122,7 +124,7 @@ class Scorer:
             check = getattr(reward, "check", None)
             if check is not None:
                 for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
+                    call_users(partial(check, text, entry), name, f"check the prompt {text!r}")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
@@ -263,9 +265,9 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
-    """Call code of a reward before there are images; an error names the reward, and one of the
-    user's code is one sentence too."""
+def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
+    """Call code of the reward `name` before there are images; an error names the reward, and one of
+    the user's code is one sentence too, "... cannot `purpose`"."""
     try:
         with isolated(name) if is_users(name) else nullcontext():
             return call()

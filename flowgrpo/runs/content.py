@@ -33,7 +33,9 @@ from flowgrpo import files
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import source_of
 from flowgrpo.config.validation import path_text
+from flowgrpo.curation import dataset
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
+from flowgrpo.objectives import curated, objective_of
 from flowgrpo.policies import Policy
 from flowgrpo.prompts.load import fingerprint, load_prompts
 from flowgrpo.rewards.table import is_address, is_users
@@ -66,11 +68,15 @@ def content_of(
         "training": load_prompts(config.sample.prompts, "train"),
         "evaluation": evaluation_set.prompts,
     }
+    counts = {
+        name: {"count": len(entries), "sha256": fingerprint(entries)}
+        for name, entries in prompts.items()
+    }
+    if config.sample.curated:
+        records = curated.load(config, objective_of(config).pairs)
+        counts["the curated set"] = dataset.content_of(records)
     return {
-        "prompts": {
-            name: {"count": len(entries), "sha256": fingerprint(entries)}
-            for name, entries in prompts.items()
-        },
+        "prompts": counts,
         "model": {
             "weights": weights_of(policy),
             "sigmas": policy.sigmas(config.sample.steps).tolist(),

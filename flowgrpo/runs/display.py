@@ -143,8 +143,8 @@ class Display:
         if self._equal == EQUAL_ITERATIONS and not self._warned:
             self._warned = True
             self.note(
-                f"Nothing to learn from: for {EQUAL_ITERATIONS} iterations the rewards were equal "
-                f"inside each of the {groups} groups; try other prompts (sample.prompts), more "
+                f"Nothing to learn from: for {EQUAL_ITERATIONS} iterations no rewards differed "
+                f"inside any of the {groups} groups; try other prompts (sample.prompts), more "
                 "noise (sample.noise_level), larger groups (sample.group_size) or a finer reward "
                 "(reward.weights)."
             )

@@ -200,6 +200,10 @@ class FluxPolicy(Policy):
         unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, factor)
         return vae.decode(self.pipeline.vae, unpacked)
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        unpacked = vae.encode(self.pipeline.vae, pixels)
+        return self.pipeline._pack_latents(unpacked, *unpacked.shape)
+
     def sigmas(self, num_steps: int) -> Tensor:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 

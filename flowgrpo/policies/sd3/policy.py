@@ -189,6 +189,9 @@ class SD3Policy(Policy):
     def pixels(self, latents: Tensor) -> Tensor:
         return vae.decode(self.pipeline.vae, latents)
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        return vae.encode(self.pipeline.vae, pixels)
+
     def sigmas(self, num_steps: int) -> Tensor:
         if self.scheduler.config.use_dynamic_shifting:
             return scheduler_sigmas(self.scheduler, num_steps, mu=self._mu())

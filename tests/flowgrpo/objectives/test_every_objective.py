@@ -40,6 +40,7 @@ CASES = {
         "optim.updates_per_iteration": 1,
         "optim.level_weight": "normalized",
     },
+    "grpo, dppo": {"optim.objective": "grpo", "optim.dppo": True},
     "nft guidance": {
         "optim.objective": "nft",
         "sample.guidance_scale": 2.0,
