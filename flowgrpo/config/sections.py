@@ -262,7 +262,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw, dpo."""
+    """Objective of the update: grpo, awm, nft, sft, orw, dpo, opd; see docs/objectives.md."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -323,6 +323,8 @@ class OptimConfig:
     """Weight of flow matching on images of sample.curated beside grpo, awm or nft."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
+    teacher: str = ""
+    """LoRA weights that opd learns from, over the same model: folder, file or Hub id."""
     dpo_beta: float = 100.0
     """Strength of dpo's preferences; errors are means over the elements of a latent."""
     nft_beta: float = 1.0
@@ -333,6 +335,7 @@ class OptimConfig:
     """Growth of that share with each optimizer step, from 0."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "teacher")
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
