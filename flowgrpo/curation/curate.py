@@ -573,7 +573,7 @@ def _about(options: CurateOptions, database: Store) -> dict[str, Any]:
         "dropped": database.counts("dropped"),
     }
     if options.pairs:
-        counts["pairs"] = sum(1 for _ in database.pairs())
+        counts["pairs"] = database.pair_count()
     return {
         "format": dataset.FORMAT,
         "resolution": list(options.size),
@@ -597,13 +597,11 @@ def _about(options: CurateOptions, database: Store) -> dict[str, Any]:
 
 def _tidy(folder: Path, database: Store) -> None:
     """Remove the pictures that no line names, and the database."""
-    for path in sorted((folder / "images").glob("*/*")):
-        named = (
-            "sha256 = ? AND stored AND (dropped IS NULL OR number IN (SELECT rejected FROM pairs))"
-        )
-        if not database.count(named, path.stem):
-            path.unlink()
-    for path in (folder / "images").glob("*"):
-        if next(path.iterdir(), None) is None:
-            path.rmdir()
+    # One of the 256 subfolders at a time.
+    for subfolder in (folder / "images").glob("*"):
+        for path in list(subfolder.iterdir()):
+            if not database.is_named(path.stem):
+                path.unlink()
+        if next(subfolder.iterdir(), None) is None:
+            subfolder.rmdir()
     database.remove()

@@ -33,6 +33,7 @@ CREATE INDEX contents ON images (sha256);
 CREATE INDEX outcomes ON images (dropped, split);
 CREATE TABLE thumbnails (number INTEGER PRIMARY KEY, picture BLOB NOT NULL);
 CREATE TABLE pairs (chosen INTEGER PRIMARY KEY, rejected INTEGER NOT NULL);
+CREATE INDEX rejections ON pairs (rejected);
 """
 
 
@@ -212,6 +213,18 @@ class Store:
     def thumbnail(self, number: int) -> bytes | None:
         """Read a small picture; None if there is none."""
         return self._one("SELECT picture FROM thumbnails WHERE number = ?", number)
+
+    def is_named(self, sha256: str) -> bool:
+        """Tell whether a line of the finished set names the picture of this content."""
+        query = (
+            "SELECT 1 FROM images WHERE sha256 = ? AND stored AND (dropped IS NULL OR EXISTS "
+            "(SELECT 1 FROM pairs WHERE rejected = number)) LIMIT 1"
+        )
+        return self._one(query, sha256) is not None
+
+    def pair_count(self) -> int:
+        """Count the pairs."""
+        return self._one("SELECT count(*) FROM pairs")
 
     def pairs(self) -> Iterator[tuple[Row, Row]]:
         """Iterate over the pairs (chosen, rejected), in the order of the chosen images."""

@@ -5,7 +5,7 @@ that fails every time is dropped and counted, never scored 0 in silence. A wrong
 a mistake that no repetition mends, and raises; so does a reward that asks the process to end.
 
 The user's own rewards get copies of the images and metadata, so what one of them changes reaches no
-other, and no picture; what they set for the whole process is put back (isolation.py).
+other, and no picture; what they set for the whole process is put back (config/isolation.py).
 
 Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
 by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from flowgrpo.config import RewardConfig
+from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.isolation import isolated
 from flowgrpo.rewards.table import Reward, is_users, load, options_of
 
 EPS = 1e-8
@@ -269,7 +269,7 @@ def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
     """Call code of the reward `name` before there are images; an error names the reward, and one of
     the user's code is one sentence too, "... cannot `purpose`"."""
     try:
-        with isolated(name) if is_users(name) else nullcontext():
+        with isolated(f"reward {name!r}") if is_users(name) else nullcontext():
             return call()
     except RewardError as error:
         if repr(name) in str(error):
@@ -291,7 +291,7 @@ def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size
     if is_users(name):
         images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
     try:
-        with isolated(name) if is_users(name) else nullcontext():
+        with isolated(f"reward {name!r}") if is_users(name) else nullcontext():
             return reward(images, texts, metadata)
     except Exception:
         raise

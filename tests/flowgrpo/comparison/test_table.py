@@ -14,6 +14,7 @@ from flowgrpo.comparison.compare import show, write
 from flowgrpo.comparison.folder import Attempt, Folder
 from flowgrpo.comparison.report import make_report
 from flowgrpo.evaluation import quality
+from reporting import records
 from support import comparisons
 
 BASE = [1, 0, 0, 0, 1, 1]
@@ -146,10 +147,9 @@ def test_what_stands_below_the_tables(whole, tmp_path):
     fail(whole, tmp_path)
     report = report_of(whole, tmp_path)
     assert table.lines_below(report) == [
-        "Order at equal images: A > B; of 2 seeds that all of them have, 2 have this order by "
-        "itself.",
-        "Order at equal seconds: A > B; of 2 seeds that all of them have, 1 has this order by "
-        "itself.",
+        # With seed 1 both are right in one task and wrong in the other.
+        "Order at equal images: A > B; 1 of 2 seeds put them in it alone.",
+        "Order at equal seconds: A > B; 1 of 2 seeds put them in it alone.",
     ]
     summary = json.loads((whole[0].folder / "summary.json").read_text())
     summary["device"] = "cpu (2 threads)"
@@ -158,6 +158,33 @@ def test_what_stands_below_the_tables(whole, tmp_path):
     assert note == (
         "Seconds are of unequal conditions and do not compare: cpu (2 threads) of a CPU, up to 2 "
         "runs at once; cpu (1 threads) of a CPU, up to 2 runs at once."
+    )
+
+
+def test_runs_of_several_commits_are_noted(whole, tmp_path):
+    fail(whole[:3], tmp_path)
+    study = comparisons.study()
+    configs = comparisons.configs(study, comparisons.recipe(tmp_path))
+    with Folder.open(tmp_path / "out", study, configs) as folder:
+        folder.note(dataclasses.replace(ATTEMPT, run=whole[3].name, commit="fedcba+"))
+    [note] = report_of(whole, tmp_path).notes()
+    assert note == "The runs ended under several commits: abcdef, fedcba+."
+
+
+def test_the_benchmarks_tools_read_the_record(whole, tmp_path):
+    path = record.write(report_of(whole, tmp_path), "flowgrpo compare", tmp_path / "c.json")
+    rows = records.read(path)["rows"]
+    assert records.find(rows, case="images", provider="A", metric="accuracy") == 0.75
+    assert records.find(rows, case="images", provider="B", metric="seconds") == 18.0
+
+
+def test_equal_arms_are_in_no_order(runs, tmp_path):
+    for run in runs[::2]:
+        comparisons.write_run(run, lines([1] * 6, 10.0))
+    comparisons.write_run(runs[1], lines([1] * 6, 10.0))
+    report = report_of(runs, tmp_path)
+    assert table.order_line(report, "images") == (
+        "Order at equal images: A = B; 1 of 1 seed puts them in it alone."
     )
 
 

@@ -238,6 +238,7 @@ def test_metadata_reaches_rewards_and_lines(tmp_path, rewards):
     assert records.scores == ({name: 7.0}, {name: 3.5})
 
 
+@pytest.mark.slow
 def test_the_verifier_of_nano_accepts_what_its_prompts_show(tmp_path):
     """Drawn scenes, with the metadata of their prompts; two of twelve have another's caption."""
     records = prompts.balanced("tune", 12)
