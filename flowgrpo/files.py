@@ -171,11 +171,13 @@ def write_text(path: Path, text: str) -> None:
 
     What UTF-8 cannot write, as of a path whose bytes are none, is written as its number.
     """
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text)
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` by `content` and wait until it is on the disk."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         sync(file.fileno())
 

@@ -68,10 +68,13 @@ def sizes_of(model: str, variant: str = "") -> Architecture | None:
     folder = Path(model)
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        vae = folder / "vae" / "config.json"
+        vae_config = json.loads(vae.read_text(encoding="utf-8")) if vae.is_file() else {}
         for family in families:
             if config["_class_name"] == family.transformer:
                 return family.sizes.read(
                     config,
+                    vae_config,
                     _parameters(folder / "transformer", variant),
                     sum(_parameters(path, variant) for path in folder.glob("text_encoder*")),
                     _parameters(folder / "vae", variant),
@@ -124,7 +127,7 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,
     }
-    if optim.guard:
+    if optim.keeps_velocities:
         always["trajectory"] += sample.rows * latent * size * sample.steps
     copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
     stored, count = 0.0, 0
@@ -139,10 +142,10 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     passing = arch.passing * arch.width * (image + text)
     decoding = 0
     if arch.vae:
-        # At full resolution the decoder works on 256 channels. Three such maps are alive at a time;
-        # a fourth is the copy that a GPU's group norm makes of a channels-last one.
+        # Three of the decoder's maps at full resolution are alive at a time; a fourth is the copy
+        # that a GPU's group norm makes of a channels-last one.
         images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = 4 * 256 * height * width * size * images
+        decoding = 4 * arch.decoder_width * height * width * size * images
     moving = {
         "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
         "rollout": max(copies + passing * rows * (size / 2), decoding),

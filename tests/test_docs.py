@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable
@@ -17,18 +18,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import tyro
 
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.cli.doctor import LIBRARIES
+from flowgrpo.comparison.studies import STUDIES, parse_study
 from flowgrpo.config import Config, PolicyConfig, SampleConfig, reference, to_json
+from flowgrpo.curation.curate import curate
+from flowgrpo.curation.options import CurateOptions
 from flowgrpo.evaluation import systems
 from flowgrpo.policies import Policy
 from flowgrpo.policies.family import Family
 from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
+from support import grey_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -239,6 +243,28 @@ def run_from_python(text, monkeypatch, capsys):
     assert nano.recipe().run.steps != 200
 
 
+@runs("from flowgrpo.comparison.studies import Study")
+def study_from_python(text, monkeypatch, capsys):
+    exec(text, {})
+    assert capsys.readouterr().out == "3e-3 0.003 8\n1e-3 0.001 8\n"
+
+
+def test_studies_of_the_pages_can_be_compared():
+    texts = [text for page in PAGES for text in fences(page, "yaml") if "arms:" in text]
+    assert texts
+    for text in texts:
+        study = parse_study(text, Path("my_study.yaml")).with_budget(None, None)
+        assert len(study.configs()) == len(study.arms) > 1
+
+
+def test_the_page_lists_the_shipped_studies_and_their_arms():
+    rows = {names(name)[0]: arms for name, arms, _ in table("docs/compare.md", "| study | arms")}
+    assert list(rows) == list(STUDIES)
+    assert rows["methods"].split(", ") == list(STUDIES["methods"].arms)
+    steps = [str(arm["sample.steps"]) for arm in STUDIES["steps"].arms.values()]
+    assert rows["steps"].startswith(f"T = {', '.join(steps)} in training")
+
+
 @runs("class MyPolicy(Policy)")
 def policy_skeleton(text, monkeypatch, capsys):
     """The methods of the page are exactly those that a family has to write."""
@@ -275,6 +301,27 @@ def objective(text, monkeypatch, capsys):
     torch.testing.assert_close(out.loss.detach(), -(advantages * log_prob).mean())
     out.loss.backward()
     assert factor.grad.isfinite() and factor.grad != 0
+
+
+@runs("CuratedSet.load(")
+def curated_set(text, monkeypatch, capsys):
+    """On the set that the page's first command makes, here of eight grey pictures."""
+    out = "curated/photos"
+    assert f"flowgrpo curate photos --out {out} " in PAGES["docs/curate.md"]
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        pictures = {f"{i}.png": (20 * i, f"prompt {i // 2}") for i in range(8)}
+        grey_pictures.captioned(Path("photos"), pictures)
+        rewards = grey_pictures.write_rewards(Path(folder))
+        score = {"rewards": {rewards["brightness"]: 1.0}, "pairs": True, "resolution": 8}
+        curate(CurateOptions(("photos",), out, shares=(1.0, 0.0, 0.0), **score))
+        scope = {}
+        exec(text, scope)
+    assert scope["images"].shape == (4, 3, 8, 8) and scope["images"].dtype == torch.uint8
+    assert scope["images"][:, 0, 0, 0].tolist() == [0, 20, 40, 60]
+    assert scope["chosen"][:, 0, 0, 0].tolist() == [20, 60]
+    assert scope["rejected"][:, 0, 0, 0].tolist() == [0, 40]
+    assert capsys.readouterr().out.startswith("prompt 0 {")
 
 
 # Command lines
@@ -342,6 +389,7 @@ def test_other_commands_parse():
         "compare": options.CompareOptions,
         "evaluate": options.EvaluateOptions,
         "sample": options.SampleOptions,
+        "curate": CurateOptions,
         "serve-reward": options.ServeOptions,
     }
     for line in COMMANDS:
@@ -349,7 +397,7 @@ def test_other_commands_parse():
         if words[0] == "flowgrpo" and words[1] != "train":
             assert words[1] in (*classes, "doctor"), line
             if words[1] in classes:
-                assert tyro.cli(classes[words[1]], args=words[2:], prog=line)
+                assert options.parse(classes[words[1]], words[2:], line)
 
 
 def extras() -> set[str]:

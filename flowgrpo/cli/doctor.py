@@ -21,7 +21,8 @@ from flowgrpo.runs.process import versions
 OPTIONAL = {
     "triton": "GPU kernels; on a CPU none is needed",
     "httpx": "remote rewards; pip install flowgrpo[rewards]",
-    "datasets": "prompts of Hub data sets; pip install flowgrpo[data]",
+    "datasets": "data sets of the Hub, prompts and pictures; pip install flowgrpo[data]",
+    "webdataset": "shards of pictures for flowgrpo curate; pip install flowgrpo[data]",
     "wandb": "logging to Weights & Biases; pip install flowgrpo[wandb]",
 }
 # Reward -> libraries beyond those that every install has.

@@ -133,6 +133,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     if report["change"] is not None:
         _print_changes(report["change"], evaluations["base"].label == "accuracy", console)
     if quality:
+        console.print()
         systems.show(rows, console)
     names = f"report.json, grid.png, table.md, {systems.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
@@ -251,6 +252,7 @@ def _rows(
 def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
     """Describe one evaluation as a system's figures."""
     evaluation_set = benchmark.evaluation_set
+    height, width = evaluation.shown.shape[-2:]
     entries = range(len(evaluation_set.prompts))
     pictures_of = [entry for entry in entries for _ in range(evaluation_set.samples)]
     return systems.measurement(
@@ -259,7 +261,8 @@ def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
         evaluation_set.prompts.take(pictures_of),
         benchmark.scorer,
         balanced=benchmark.kind == systems.TASK,
-        details={"steps": evaluation.steps, "guidance_scale": evaluation.guidance_scale},
+        source=f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}",
+        sizes={f"{width}x{height}": evaluation.images},
     )
 
 

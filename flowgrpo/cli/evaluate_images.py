@@ -263,5 +263,7 @@ def _measure(
         pictures.prompts,
         scorer,
         balanced=balanced,
-        details=picture_sets.details(pictures),
+        source=pictures.layout,
+        sizes=picture_sets.sizes_of(pictures),
+        skipped=[f"{entry.path}: {entry.reason}" for entry in pictures.without],
     )

@@ -1,4 +1,4 @@
-"""The command line: ``flowgrpo train | compare | evaluate | sample | serve-reward | doctor``.
+"""The command line: flowgrpo train, compare, evaluate, sample, curate, serve-reward, doctor.
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -19,6 +19,7 @@ from flowgrpo import __version__
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions, ServeOptions, gather, parse
 from flowgrpo.cli.train import train
 from flowgrpo.config import ConfigError
+from flowgrpo.curation.options import CurateOptions
 from flowgrpo.recipes import RECIPES
 
 USAGE = f"""flowgrpo {__version__}: Flow-GRPO, online RL for flow-matching text-to-image models
@@ -30,10 +31,11 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo evaluate --images DIR ... [options]          score pictures of other systems
        flowgrpo evaluate --table DIR DIR ...                 evaluations in one table
        flowgrpo sample PROMPT ... [options]                  write pictures
+       flowgrpo curate SOURCE ... --out DIR [options]        choose image-text pairs by rewards
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
        flowgrpo doctor                                       show what this machine offers
 
-RECIPE is nano, or one of
+RECIPE is nano, module:function or file.py:function of your own, or one of
 {textwrap.fill(", ".join(sorted(set(RECIPES) - {"nano"})), 96, break_on_hyphens=False)}
 
 flowgrpo COMMAND --help lists the options of a command.
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "compare": compare,
         "evaluate": evaluate,
         "sample": sample,
+        "curate": curate,
         "serve-reward": serve_reward,
         "doctor": doctor,
     }
@@ -113,6 +116,15 @@ def sample(argv: list[str]) -> int:
     from flowgrpo.cli.sample import sample_pictures
 
     return _run(sample_pictures, options)
+
+
+def curate(argv: list[str]) -> int:
+    """Run ``flowgrpo curate SOURCE ... --out DIR``."""
+    options = parse(CurateOptions, argv, "flowgrpo curate")
+    from flowgrpo.cli.curate import curate_sources
+
+    curate_sources(options)
+    return 0
 
 
 def serve_reward(argv: list[str]) -> int:

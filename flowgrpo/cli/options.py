@@ -19,6 +19,7 @@ from flowgrpo.config import (
     SampleConfig,
 )
 from flowgrpo.config.validation import path_text, settle_paths
+from flowgrpo.curation.options import Thresholds
 
 T = TypeVar("T")
 
@@ -214,8 +215,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Read dict[str, float] as NAME WEIGHT NAME WEIGHT ..., and dict[str, str] in the same way; by
-    itself tyro fixes a default's keys."""
+    """Read dict[str, float] as NAME WEIGHT NAME WEIGHT ..., dict[str, str] and `Thresholds` in the
+    same way; by itself tyro fixes a default's keys."""
     registry = tyro.constructors.ConstructorRegistry()
 
     def check_unique(names: list[str]) -> None:
@@ -234,6 +235,17 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
                 "write, for example, nano_strict 0.5 nano_partial 0.5."
             ) from error
 
+    def thresholds(words: list[str]) -> Thresholds:
+        check_unique(words[::2])
+        try:
+            pairs = zip(words[::2], map(float, words[1::2]), strict=True)
+            return Thresholds(pairs)
+        except ValueError as error:
+            raise ConfigError(
+                f"the thresholds are {' '.join(words)!r}, but NAME NUMBER, repeated, is expected; "
+                "write, for example, --min aesthetic 5.5."
+            ) from error
+
     def options(words: list[str]) -> dict[str, str]:
         if len(words) % 2:
             raise ConfigError(
@@ -246,6 +258,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
     readers = {
         dict[str, float]: ("NAME WEIGHT ...", weights),
         dict[str, str]: ("NAME.OPTION VALUE ...", options),
+        Thresholds: ("NAME NUMBER ...", thresholds),
     }
 
     @registry.primitive_rule

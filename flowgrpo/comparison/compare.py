@@ -83,7 +83,7 @@ def _check_objectives(study: Study, configs: Mapping[str, Config]) -> None:
             ) from error
 
 
-def _estimate(config: Config) -> int:
+def expected_bytes(config: Config) -> int:
     """Expect the bytes that a run takes, by the sizes of its model; 0 where they are not known."""
     sizes = plan.sizes_of(config.policy.model, config.policy.variant)
     if sizes is None or config.policy.adapter == "full":
@@ -104,7 +104,7 @@ def _train(
     measured = max((attempt.peak_bytes for attempt in before), default=0)
     stopped, failed = False, False
     with Display(console, runs, folder) as display, stoppable() as stop:
-        need = measured or _estimate(runs[0].config)
+        need = measured or expected_bytes(runs[0].config)
         runner = Runner(folder, runs, slots, need, display.change, launch)
         display.runner = runner
         if runner.waiting:

@@ -115,10 +115,13 @@ def _against(name: str) -> Callable[[Any, Report], None]:
             axes.plot(x[-1:], y[-1:], color=color, marker="o", ms=7, zorder=5)
             ends[arm] = (x[-1], y[-1])
         axes.margins(x=0.2)
-        for arm, end in ends.items():
+        low, high = axes.get_ylim()
+        heights = spread({arm: y for arm, (_, y) in ends.items()}, GAP * (high - low))
+        for arm, y in heights.items():
             axes.annotate(
-                arm, end, (7, 4), textcoords="offset points", fontsize=8, color=_color(report, arm)
-            )
+                arm, (ends[arm][0], y), (7, 0), textcoords="offset points", va="center",
+                fontsize=8, color=_color(report, arm),
+            )  # fmt: skip
         if name == "quality" and ends:
             axes.axvline(1, color="#cf222e", lw=0.8, ls=":")
         axes.set_xlabel(X_LABELS[name], fontsize=9, color=INK)

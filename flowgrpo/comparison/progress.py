@@ -26,7 +26,7 @@ class Display:
     def __init__(self, console: Console, runs: Sequence[Run], folder: Folder) -> None:
         self.console, self.folder = console, folder
         self.mode = mode_of("auto", console)
-        self.total = len(runs)
+        self.runs, self.total = list(runs), len(runs)
         self.finished = sum(run.finished for run in runs)
         self.failed = 0
         self.runner: Runner

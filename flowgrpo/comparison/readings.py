@@ -336,14 +336,20 @@ def order(readings: Mapping[str, Reading | None]) -> list[str]:
 
 
 def agreeing_seeds(readings: Mapping[str, Reading | None]) -> tuple[int, int]:
-    """Count the seeds that all arms with a reading have, and which put them in the order of
-    `order`: (in that order, all)."""
+    """Count the seeds that all arms with a reading have, and those of them in which each arm is
+    before the next, or equal to it, as it is in the pooled `order`: (those, all)."""
     labels = order(readings)
     if not labels:
         return 0, 0
     shared = set.intersection(*(set(readings[label].seeds) for label in labels))
-    agreeing = 0
-    for seed in shared:
-        values = [readings[label].seeds[seed] for label in labels]
-        agreeing += all(first >= second for first, second in pairwise(values))
+    pooled = [readings[label].accuracy.value for label in labels]
+    agreeing = sum(
+        _signs([readings[label].seeds[seed] for label in labels]) == _signs(pooled)
+        for seed in shared
+    )
     return agreeing, len(shared)
+
+
+def _signs(values: Sequence[float]) -> list[int]:
+    """Compare neighbours: 1 for a fall, 0 for equal values, -1 for a rise."""
+    return [(first > second) - (first < second) for first, second in pairwise(values)]

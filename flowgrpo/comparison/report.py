@@ -71,6 +71,9 @@ class Report:
             notes.append(
                 "Seconds are of unequal conditions and do not compare: " + "; ".join(devices) + "."
             )
+        commits = dict.fromkeys(r.attempt.commit for r in finished if r.attempt is not None)
+        if len(commits) > 1:
+            notes.append(f"The runs ended under several commits: {', '.join(commits)}.")
         bases = {result.points[0].per_prompt.tobytes() for result in finished}
         if len(bases) > 1:
             notes.append(

@@ -208,6 +208,12 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
+# Their rollouts are deterministic: images of a group that begin from equal noise would be equal.
+FORWARD = {"sample.shared_noise": False}
+
+# A rate that falls by the number of updates would be read at another height in each arm.
+STEADY = {"optim.decay": 0}
+
 STUDIES = {
     study.name: study
     for study in (
@@ -216,14 +222,21 @@ STUDIES = {
             question="Which way to learn from a reward gets furthest on equal images, and on "
             "equal seconds?",
             recipe="nano",
+            common=STEADY,
             arms={
                 "GRPO": {"optim.objective": "grpo"},
-                "SFT": {"optim.objective": "sft"},
-                "DPO": {"optim.objective": "dpo"},
+                "SFT": {"optim.objective": "sft", **FORWARD},
+                "DPO": {"optim.objective": "dpo", **FORWARD},
                 "ReFL": {"optim.objective": "refl"},
-                "ORW": {"optim.objective": "orw"},
-                "AWM": {"optim.objective": "awm"},
-                "NFT": {"optim.objective": "nft"},
+                "ORW": {"optim.objective": "orw", **FORWARD},
+                # One update an iteration, so that no step is clipped; large errors count less.
+                "AWM": {
+                    "optim.objective": "awm",
+                    "optim.level_weight": "normalized",
+                    "optim.updates_per_iteration": 1,
+                    **FORWARD,
+                },
+                "NFT": {"optim.objective": "nft", **FORWARD},
             },
             images=19_200,
             seconds=480.0,
@@ -236,6 +249,7 @@ STUDIES = {
             # The second reward is the size of a JPEG, which falls furthest with what was asked for
             # left out: flat pictures. Equal shares of both, whatever their scales.
             common={
+                **STEADY,
                 "optim.objective": "grpo",
                 "reward.weights": {"nano_partial": 0.5, "jpeg_compressibility": 0.5},
                 "reward.report": ("nano_strict", "nano_partial", "jpeg_compressibility"),
@@ -254,8 +268,8 @@ STUDIES = {
             name="steps",
             question="Do few sampling steps in training give the accuracy of many, in less time?",
             recipe="nano",
-            common={"sample.eval_steps": 40},
-            arms={f"T = {steps}": {"sample.steps": steps} for steps in (5, 10, 20, 40)},
+            common={**STEADY, "sample.eval_steps": 40},
+            arms={f"T={steps}": {"sample.steps": steps} for steps in (5, 10, 20, 40)},
             images=9_600,
             panels=("seconds", "images"),
         ),

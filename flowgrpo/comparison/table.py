@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rich.table import Table
 
@@ -101,7 +102,10 @@ def _absence(report: Report, arm: str) -> str:
     failed = states.count("failed")
     if failed == len(states):
         return "failed"
-    waiting = len(states) - failed
+    waiting = states.count("unfinished")
+    if not waiting:
+        # Finished runs that end before a budget that was raised in the files.
+        return "not reached"
     text = f"{waiting} of {len(states)} runs not finished"
     return f"{text}, {failed} failed" if failed else text
 
@@ -121,16 +125,18 @@ def _figure(value: float | None) -> str:
 
 
 def order_line(report: Report, axis: Axis) -> str:
-    """Name the arms by their accuracy, and the seeds that agree; "" with fewer than two."""
+    """Name the arms by their accuracy, and count the seeds that agree; "" with fewer than two."""
     readings = report.readings[axis]
     labels = order(readings)
     if len(labels) < 2:
         return ""
+    text = labels[0]
+    for before, label in pairwise(labels):
+        equal = readings[before].accuracy.value == readings[label].accuracy.value
+        text += f" {'=' if equal else '>'} {label}"
     agreeing, count = agreeing_seeds(readings)
-    return (
-        f"Order at equal {axis}: {' > '.join(labels)}; of {count} seeds that all of them have, "
-        f"{agreeing} {'has' if agreeing == 1 else 'have'} this order by itself."
-    )
+    seeds = "1 seed puts" if count == 1 else f"{count} seeds put"
+    return f"Order at equal {axis}: {text}; {agreeing} of {seeds} them in it alone."
 
 
 def failures(report: Report) -> list[str]:

@@ -262,7 +262,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update, a name in flowgrpo.objectives: grpo, awm, nft, sft, orw, dpo."""
+    """Objective of the update: grpo, awm, nft, sft, orw, dpo, opd, refl; see docs/objectives.md."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -297,6 +297,10 @@ class OptimConfig:
     """Optimizer steps on the images of one iteration."""
     guard: bool = False
     """GRPO-Guard: recentre the ratio and balance the steps; not for transition cps."""
+    dppo: bool = False
+    """Flow-DPPO: in place of the clip, leave out samples past dppo_threshold that move away."""
+    dppo_threshold: float = 1e-5
+    """KL per element from the rollout's step above which a sample may only move back."""
     ema_decay: float = 0.9
     """Decay of the averaged weights that evaluation and the saved adapter use; 0: no average."""
     ema_every: int = 8
@@ -319,6 +323,10 @@ class OptimConfig:
     """Weight of flow matching on images of sample.curated beside grpo, awm or nft."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
+    refl_steps: int = 3
+    """Last steps of a rollout of which refl draws one for each image, to learn by."""
+    teacher: str = ""
+    """LoRA weights that opd learns from, over the same model: folder, file or Hub id."""
     dpo_beta: float = 100.0
     """Strength of dpo's preferences; errors are means over the elements of a latent."""
     nft_beta: float = 1.0
@@ -329,10 +337,17 @@ class OptimConfig:
     """Growth of that share with each optimizer step, from 0."""
 
     def __post_init__(self) -> None:
+        settle_paths(self, "teacher")
         check_types("optim.", self)
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
+        check_positive("optim", self, "dppo_threshold", "refl_steps")
+        require(
+            not (self.guard and self.dppo),
+            "optim.guard and optim.dppo are both on, but each has its own way to bound an update; "
+            "choose one.",
+        )
         nonnegative = (
             "eps",
             "weight_decay",
@@ -354,6 +369,11 @@ class OptimConfig:
             self.clip_range < 1,
             f"optim.clip_range is {self.clip_range}, but it must be below 1; lower it.",
         )
+
+    @property
+    def keeps_velocities(self) -> bool:
+        """True: an update compares its velocities with the rollout's, which are stored."""
+        return self.guard or self.dppo
 
 
 @dataclass(frozen=True)

@@ -79,27 +79,24 @@ class CuratedSet:
             f"the split of the curated set {folder} is {split!r}, but one of {', '.join(SPLITS)} "
             "is expected; name one.",
         )
-        file, files = folder / f"{split}.jsonl", _Files(folder)
-        columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
-        texts, paths, scores, metadata, sources, sizes = columns
-        for line, entry in _entries(file):
-            texts.append(_text(line, entry))
-            paths.append(files.path(line, entry, "image"))
-            scores.append(_scores(line, entry.get("scores")))
-            metadata.append(_object(line, entry.get("metadata", {}), "metadata"))
-            sources.append(str(entry.get("source", "")))
-            sizes.append(tuple(entry.get("size", ())))
+        rows = list(read_lines(folder, split))
         require(
-            bool(texts),
-            f"the curated set {folder} has no images in {file.name}, but at least one is expected; "
-            "choose another split, or curate with other shares or thresholds.",
+            bool(rows),
+            f"the curated set {folder} has no images in {split}.jsonl, but at least one is "
+            "expected; choose another split, or curate with other shares or thresholds.",
         )
+        entries = [entry for _, entry in rows]
         return cls(
             folder,
             split,
             tuple(about["resolution"]),
             tuple(about.get("rewards", ())),
-            *map(tuple, columns),
+            texts=tuple(entry["prompt"] for entry in entries),
+            paths=tuple(path for path, _ in rows),
+            scores=tuple(entry["scores"] for entry in entries),
+            metadata=tuple(entry["metadata"] for entry in entries),
+            sources=tuple(entry["source"] for entry in entries),
+            sizes=tuple(entry["size"] for entry in entries),
         )
 
     def __len__(self) -> int:
@@ -142,6 +139,31 @@ class Pairs:
             for paths in (self.chosen, self.rejected)
         )
         return chosen, rejected
+
+
+def read_lines(folder: Path, split: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Iterate over the images of a split: the picture's file and its line, all keys filled in.
+
+    Raises:
+        ConfigError: a line is wrong, or names a file that is not there.
+    """
+    files = _Files(folder)
+    for line, entry in _entries(folder / f"{split}.jsonl"):
+        size = entry.get("size", [])
+        require(
+            isinstance(size, list) and all(isinstance(n, int) for n in size),
+            f"{line} has the size {size!r}, but [width, height] is expected; restore the line.",
+        )
+        yield (
+            files.path(line, entry, "image"),
+            {
+                "prompt": _text(line, entry),
+                "scores": _scores(line, entry.get("scores")),
+                "metadata": without_nulls(_object(line, entry.get("metadata", {}), "metadata")),
+                "source": str(entry.get("source", "")),
+                "size": tuple(size),
+            },
+        )
 
 
 def load_pairs(folder: str | Path) -> Pairs:
@@ -303,8 +325,11 @@ class _Files:
         )
         path = self.folder / name
         if path.parent not in self._names:
-            exists = path.parent.is_dir()
-            names = {file.name for file in path.parent.iterdir()} if exists else set()
+            try:
+                names = {file.name for file in path.parent.iterdir()}
+            # A name may be one that no file can have.
+            except (OSError, ValueError):
+                names = set()
             self._names[path.parent] = names
         require(
             path.name in self._names[path.parent],
@@ -320,7 +345,7 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, text in enumerate(lines, start=1):
                 line = f"line {number} of {file}"
                 try:
-                    entry = without_nulls(json.loads(text))
+                    entry = json.loads(text)
                 except (ValueError, RecursionError):
                     entry = None
                 require(

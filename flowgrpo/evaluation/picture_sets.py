@@ -16,7 +16,8 @@ so that memory holds one batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -325,14 +326,6 @@ def _again(pictures: PictureSet, row: int) -> Tensor:
     return image
 
 
-def details(pictures: PictureSet) -> Mapping[str, Any]:
-    """Describe the source for evaluation.json: layout, sizes, what was left out."""
-    sizes: dict[str, int] = {}
-    for height, width in pictures.sizes:
-        sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + 1
-    return {
-        "source": str(pictures.source),
-        "layout": pictures.layout,
-        "sizes": sizes,
-        "skipped": [f"{entry.path}: {entry.reason}" for entry in pictures.without],
-    }
+def sizes_of(pictures: PictureSet) -> dict[str, int]:
+    """Count the pictures of each size, as width x height."""
+    return dict(Counter(f"{width}x{height}" for height, width in pictures.sizes))

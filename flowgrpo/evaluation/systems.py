@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flowgrpo import files, rewards
 from flowgrpo.config import ConfigError
-from flowgrpo.config.validation import require, similar
+from flowgrpo.config.validation import check_types, require, shown, similar
 from flowgrpo.evaluation.statistics import bootstrap, task_means
 from flowgrpo.evaluation.table import print_whole
 from flowgrpo.records import Prompts
@@ -94,10 +94,14 @@ class Measurement:
     images: int
     scores: dict[str, Score]
     """Reward -> figures; of a task the first is its metric."""
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
     """Reward -> the options that decide its score."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """Sampling, or source of the pictures, and what was left out of them."""
+    source: str = ""
+    """How the pictures were sampled, or the layout of their files."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Width x height -> pictures."""
+    skipped: tuple[str, ...] = ()
+    """Pictures that were left out, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,10 @@ def fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def settings_of(scorer: rewards.Scorer) -> dict[str, dict[str, Any]]:
-    """List the options that decide the scores, by reward."""
+def settings_of(scorer: rewards.Scorer) -> dict[str, dict[str, str]]:
+    """List the options that decide the scores, by reward, as text."""
     return {
-        name: {k: v for k, v in getattr(reward, "options", {}).items() if k in SETTINGS}
+        name: {k: str(v) for k, v in getattr(reward, "options", {}).items() if k in SETTINGS}
         for name, reward in scorer.rewards.items()
     }
 
@@ -181,7 +185,9 @@ def measurement(
     scorer: rewards.Scorer,
     *,
     balanced: bool,
-    details: Mapping[str, Any],
+    source: str,
+    sizes: Mapping[str, int],
+    skipped: Sequence[str] = (),
 ) -> Measurement:
     """Describe the scores of M pictures; arguments as `Measurement` and `measure` have them."""
     return Measurement(
@@ -191,7 +197,9 @@ def measurement(
         images=len(prompts),
         scores=measure(rewards_of, prompts, balanced=balanced),
         settings=settings_of(scorer),
-        details=dict(details),
+        source=source,
+        sizes=dict(sizes),
+        skipped=tuple(skipped),
     )
 
 
@@ -227,13 +235,13 @@ def load(path: Path) -> list[System]:
         ) from error
     try:
         if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']!r}")
+            raise ValueError(f"format {shown(values['format'])}")
         return [_system_from_dict(entry) for entry in values["systems"]]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--table names {str(path)!r}, but {file} holds something else "
-            f"({type(error).__name__}: {error}), and an {NAME} of format {FORMAT} is expected; "
-            "name what `flowgrpo evaluate` wrote."
+            f"({type(error).__name__}: {str(error)[:300].rstrip('.')}), and an {NAME} of format "
+            f"{FORMAT} is expected; name what `flowgrpo evaluate` wrote."
         ) from error
 
 
@@ -248,48 +256,38 @@ def _system_to_dict(system: System) -> dict[str, Any]:
 def _measurement_to_dict(measurement: Measurement | None) -> dict[str, Any] | None:
     if measurement is None:
         return None
-    scores = {
-        name: {**vars(score), "interval": list(score.interval)}
-        for name, score in measurement.scores.items()
-    }
+    scores = {name: dict(vars(score)) for name, score in measurement.scores.items()}
     return {**vars(measurement), "scores": scores}
 
 
 def _system_from_dict(values: Mapping[str, Any]) -> System:
-    if not isinstance(values["label"], str):
-        raise TypeError(f"label {values['label']!r}")
-    return System(
-        values["label"],
-        _measurement_from_dict(values[TASK]),
-        _measurement_from_dict(values[QUALITY]),
-    )
+    measured = (_measurement_from_dict(values[kind]) for kind in (TASK, QUALITY))
+    system = System(values["label"], *measured)
+    check_types("", system)
+    return system
 
 
 def _measurement_from_dict(values: Mapping[str, Any] | None) -> Measurement | None:
     if values is None:
         return None
-    scores = {
-        name: Score(
-            mean=_number(score["mean"]),
-            interval=tuple(map(_number, score["interval"])),
-            groups={group: _number(mean) for group, mean in score["groups"].items()},
-            failed=int(score["failed"]),
-        )
-        for name, score in values["scores"].items()
-    }
-    if not scores or any(len(score.interval) != 2 for score in scores.values()):
-        raise ValueError("scores without figures")
-    kinds = {"prompt_set": str, "fingerprint": str, "prompts": int, "images": int}
-    kinds |= {"settings": dict, "details": dict}
-    for key, kind in kinds.items():
-        if not isinstance(values[key], kind):
-            raise TypeError(f"{key} {values[key]!r}")
-    return Measurement(**{**values, "scores": scores})
+    scores = {}
+    for name, score in values["scores"].items():
+        numbers = {key: _number(score[key]) for key in ("mean", "failed")}
+        groups = {group: _number(mean) for group, mean in score["groups"].items()}
+        interval = tuple(map(_number, score["interval"]))
+        scores[name] = Score(**{**score, **numbers, "interval": interval, "groups": groups})
+        check_types(f"{name}.", scores[name])
+    skipped = tuple(values["skipped"])
+    measurement = Measurement(**{**values, "scores": scores, "skipped": skipped})
+    check_types("", measurement)
+    if not scores:
+        raise ValueError("no scores")
+    return measurement
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> Any:
     # JSON has no NaN, so one was written as null.
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value
 
 
 def merge(systems: Iterable[System]) -> list[System]:
@@ -410,11 +408,11 @@ def table(systems: Sequence[System]) -> Table:
     """Draw the paper's table for a terminal."""
     drawn = Table(box=None, padding=(0, 1), header_style="bold")
     drawn.add_column("Model", no_wrap=True)
-    shown = columns(systems)
-    for column in shown:
+    listed = columns(systems)
+    for column in listed:
         drawn.add_column(Text(column.header), justify="right", no_wrap=True)
     for system in systems:
-        drawn.add_row(Text(system.label), *(column.cell(system) for column in shown))
+        drawn.add_row(Text(system.label), *(column.cell(system) for column in listed))
     return drawn
 
 
@@ -427,17 +425,17 @@ def show(systems: Sequence[System], console: Console) -> None:
 
 def markdown(systems: Sequence[System]) -> str:
     """Write table.md: the paper's table, sub-tasks, categories, and what to know about them."""
-    shown = columns(systems)
-    rows = [[system.label, *(column.cell(system) for column in shown)] for system in systems]
+    listed = columns(systems)
+    rows = [[system.label, *(column.cell(system) for column in listed)] for system in systems]
     blocks = [
-        _markdown_table(["Model", *(column.header for column in shown)], rows),
+        _markdown_table(["Model", *(column.header for column in listed)], rows),
         "Means with 95 % intervals, by prompt.",
     ]
     blocks += [f"- {note}" for note in notes(systems)]
-    for metric in dict.fromkeys(c.reward for c in shown if c.kind == TASK):
-        column = next(c for c in shown if c.kind == TASK and c.reward == metric)
+    for metric in dict.fromkeys(c.reward for c in listed if c.kind == TASK):
+        column = next(c for c in listed if c.kind == TASK and c.reward == metric)
         blocks += _by_group(systems, column)
-    blocks += _by_category(systems, [column for column in shown if column.kind == QUALITY])
+    blocks += _by_category(systems, [column for column in listed if column.kind == QUALITY])
     return "\n\n".join(blocks) + "\n"
 
 
@@ -493,12 +491,13 @@ def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def notes(systems: Sequence[System]) -> list[str]:
     """List what makes rows less comparable than they look: other prompts, other models of a
-    reward, pictures that were left out or have no score, several sizes."""
+    reward, other sizes, pictures that were left out or have no score."""
     lines = []
     for kind, name in ((TASK, "task's"), (QUALITY, "quality")):
         measured = [(s.label, getattr(s, kind)) for s in systems if getattr(s, kind) is not None]
         lines += _differing_prompts(measured, name)
         lines += _differing_models(measured)
+        lines += _differing_sizes(measured, name)
         for label, measurement in measured:
             lines += _of_one(label, measurement, name)
     return list(dict.fromkeys(lines))
@@ -533,10 +532,19 @@ def _differing_models(measured: Sequence[tuple[str, Measurement]]) -> list[str]:
     return lines
 
 
+def _differing_sizes(measured: Sequence[tuple[str, Measurement]], name: str) -> list[str]:
+    # A row with several sizes has a line of its own.
+    sizes = [(label, next(iter(m.sizes))) for label, m in measured if len(m.sizes) == 1]
+    if len({size for _, size in sizes}) < 2:
+        return []
+    listed = ", ".join(f"{label} has {size}" for label, size in sizes)
+    return [f"The rows differ in the size of the pictures of the {name} prompts: {listed}."]
+
+
 def _of_one(label: str, measurement: Measurement, name: str) -> list[str]:
     """List what to know about one row."""
     lines = []
-    skipped, sizes = (measurement.details.get(key) or {} for key in ("skipped", "sizes"))
+    skipped, sizes = measurement.skipped, measurement.sizes
     if skipped:
         count = measurement.images + len(skipped)
         lines.append(

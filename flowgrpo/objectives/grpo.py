@@ -7,6 +7,13 @@ adapters:
     policy = max(-A r, -A clip(r, 1 - c, 1 + c))        A clamped to +- adv_clip
     loss   = mean over rows [ policy + beta K B^2 mean (v - v_ref)^2 ]
 
+With optim.guard the ratio is GRPO-Guard's (arXiv 2510.22319; flowgrpo_kernels.grpo_loss). With
+optim.dppo there is no clip but Flow-DPPO's mask, with v_old the velocity of the rollout and d the
+threshold: what has moved away further than d gives no gradient until it is back.
+
+    KL     = B^2 / (2 C^2) mean (v - v_old)^2           of the step's Gaussians, per element
+    policy = -A r, or 0 where KL >= d and A log r > 0
+
 Deliberate departures from the paper and from flow_grpo:
 
 1. With step_weighting "std" the policy term of a step is weighted by C / |B| (mean 1 over the steps
@@ -15,10 +22,12 @@ Deliberate departures from the paper and from flow_grpo:
    The KL term is not weighted.
 2. Rows of a dropped group (a reward that failed) have weight 0; the others are scaled up in turn.
 3. The reference velocity is computed only if beta > 0.
+4. Flow-DPPO's KL is that of the whole step, as its authors' with `add_kl_coefficient`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -33,6 +42,7 @@ from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.rollout import chunks, prepare_both
 from flowgrpo.sampling.schedule import Schedule
 from flowgrpo_kernels import grpo_loss, log_prob
+from flowgrpo_kernels.transitions import COLUMNS
 
 
 def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
@@ -135,6 +145,26 @@ def gather_trained_steps(
     )
 
 
+@torch.no_grad()
+def strayed(batch: Batch, velocity: Tensor, uncond: Tensor | None, config: Config) -> Tensor:
+    """Tell which samples are past `optim.dppo_threshold` and move further away, bool [M]."""
+    scale, table = config.sample.guidance_scale, batch.transitions.table[batch.table_row]
+    b, c = table[:, COLUMNS.index("B")], table[:, COLUMNS.index("C")]
+    new_log_prob = log_prob(
+        velocity,
+        batch.sample,
+        batch.prev_sample,
+        batch.transitions,
+        batch.table_row,
+        uncond_velocity=uncond,
+        guidance_scale=scale,
+    )
+    step = guide(velocity, uncond, scale).float() - batch.old_velocity.float()
+    kl = b.square() / (2 * c.square()) * step.flatten(1).square().mean(dim=1)
+    away = batch.advantages * (new_log_prob - batch.old_log_prob) > 0
+    return (kl >= config.optim.dppo_threshold) & away
+
+
 def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute Flow-GRPO's loss of one micro-step."""
     optim = config.optim
@@ -144,7 +174,11 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         with torch.no_grad(), policy.reference():
             reference = velocities(policy, *inputs)
     velocity, uncond = velocities(policy, *inputs)
-    weights = batch.weights
+    weights, clip_range = batch.weights, optim.clip_range
+    row_weight = weights * batch.step_weights if optim.step_weighting == "std" else weights
+    if optim.dppo:
+        inside = ~strayed(batch, velocity, uncond, config)
+        row_weight, clip_range = row_weight * inside, (1.0, math.inf)
     out = grpo_loss(
         velocity,
         batch.sample,
@@ -158,9 +192,9 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         ref_velocity=reference[0],
         ref_uncond_velocity=reference[1],
         kl_weight=optim.beta,
-        clip_range=optim.clip_range,
+        clip_range=clip_range,
         adv_clip=optim.adv_clip,
-        row_weight=weights * batch.step_weights if optim.step_weighting == "std" else weights,
+        row_weight=row_weight,
         kl_row_weight=weights,
         old_velocity=batch.old_velocity if optim.guard else None,
     )
@@ -170,6 +204,8 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         "kl": out.kl.detach(),
         "clip_fraction": out.clip_fraction.detach(),
     }
+    if optim.dppo:
+        metrics["mask_fraction"] = 1 - inside.float().mean()
     return Loss(out.loss, metrics, out.ratio.detach())
 
 
@@ -179,5 +215,12 @@ OBJECTIVE = Objective(
     prepare=prepare,
     gather=gather_trained_steps,
     loss=loss,
-    options=("optim.anchor", "optim.guard", "optim.steps_per_forward", *MIXTURE),
+    options=(
+        "optim.anchor",
+        "optim.guard",
+        "optim.dppo",
+        "optim.dppo_threshold",
+        "optim.steps_per_forward",
+        *MIXTURE,
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -146,6 +147,34 @@ def start_from(policy: Policy, config: PolicyConfig, adapter: str) -> None:
             )
             parameter.data.copy_(tensor)
     lora.keep_initial(list(layers.values()))
+
+
+def add_teacher(policy: Policy, adapter: str, shared: bool) -> None:
+    """Give `policy`, which has no adapter yet, a teacher: its model with the LoRA weights of
+    `adapter`, in any format and of any rank, as `load_adapter` takes them.
+
+    To be called before `add_adapter`.
+
+    Args:
+        shared: the teacher reads the weights of the policy's transformer, which then must stay as
+            they are, and costs the memory of its adapter; else it has a copy of them.
+
+    Raises:
+        ConfigError: there are none, or they are those of another model.
+    """
+    student = policy.transformer
+    tensors = (*student.parameters(), *student.buffers()) if shared else ()
+    teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in tensors})
+    policy.transformer = policy.pipeline.transformer = teacher
+    try:
+        load_adapter(policy, adapter)
+    except ConfigError as error:
+        raise ConfigError(f"optim.teacher: {error}") from error
+    finally:
+        policy.transformer = policy.pipeline.transformer = student
+    lora.install(teacher)
+    lora.keep_merged(lora.lora_layers(teacher))
+    policy.keep_teacher(teacher)
 
 
 def _layers_by_name(transformer: nn.Module) -> dict[str, nn.Module]:

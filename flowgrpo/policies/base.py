@@ -71,6 +71,7 @@ class Policy(ABC):
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     _frozen: nn.Module | None = None
+    _teacher: nn.Module | None = None
 
     @staticmethod
     def load(
@@ -243,6 +244,21 @@ class Policy(ABC):
         initial = lora.has_initial(layers)
         with lora.initial_adapters(layers) if initial else lora.disable_adapters(layers):
             yield
+
+    def keep_teacher(self, transformer: nn.Module) -> None:
+        """Keep a transformer of this model's shapes, for `teacher`."""
+        self._teacher = transformer.requires_grad_(False)
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Let `velocity`, inside, be that of the transformer of `keep_teacher`."""
+        if self._teacher is None:
+            raise RuntimeError("the policy has no teacher; call keep_teacher() first.")
+        trained, self.transformer = self.transformer, self._teacher
+        try:
+            yield
+        finally:
+            self.transformer = trained
 
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
         """Merge the adapters' matrices once for all velocities inside: no parameter may change.

@@ -61,15 +61,17 @@ class Architecture:
     """Text tokens where policy.max_sequence_length is 0."""
     resolution: int = 1024
     """Pixels on a side of an image where policy.resolution is 0."""
+    decoder_width: int = 256
+    """Channels that the VAE's decoder works on at full resolution."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a family's models, for the memory plan."""
 
-    read: Callable[[Json, int, int, int], Architecture | None]
-    """(transformer's config.json, parameters of transformer, text encoders and VAE) -> the sizes,
-    or None for a model that the plan has no figures for."""
+    read: Callable[[Json, Json, int, int, int], Architecture | None]
+    """(config.json of transformer and VAE, parameters of transformer, text encoders and VAE) -> the
+    sizes, or None for a model that the plan has no figures for."""
     known: Mapping[str, Architecture]
     """Hub id -> sizes, for models that are not on this machine yet."""
 

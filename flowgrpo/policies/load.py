@@ -8,7 +8,7 @@ from pathlib import Path
 from flowgrpo import seeds
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.policies import surgery
-from flowgrpo.policies.adapters import INITIAL, add_adapter, start_from
+from flowgrpo.policies.adapters import INITIAL, add_adapter, add_teacher, start_from
 from flowgrpo.policies.base import Policy
 from flowgrpo.records import Conditioning
 
@@ -46,6 +46,8 @@ def load_policy(
         return policy
     if full and (config.optim.beta > 0 or config.run.eval_kl > 0 or reference):
         policy.keep_reference()
+    if config.optim.teacher:
+        add_teacher(policy, config.optim.teacher, shared=not full)
     seed = int(seeds.sample_seeds(config.run.seed, seeds.ADAPTER)[0])
     add_adapter(policy.transformer, config.policy, seed)
     if config.policy.init_adapter:

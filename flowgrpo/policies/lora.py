@@ -136,6 +136,14 @@ def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[No
             product.matrices = None
 
 
+def keep_merged(layers: list[nn.Module]) -> None:
+    """Merge A and [W, s B] once for good: no parameter of the layers will change."""
+    for product in map(product_of, layers):
+        if product is not None and product.layers:
+            product.fixed = merge(product.layers)
+            product.matrices = product.fixed
+
+
 def share_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
     """Say that `module` calls each of these groups of its layers by `joint_projection`.
 

@@ -119,6 +119,10 @@ def why_not(transformer: nn.Module, family: Family) -> str | None:
             return f"{name} has an adapter"
         if any(p.requires_grad for p in root.parameters()):
             return f"{name} is trained"
+    for norm in norms(transformer, modulation):
+        if not isinstance(vars(norm.linear).get("_flowgrpo"), Columns):
+            # It took the pipeline over, and what `install` had added to its layers off.
+            return "a later policy of the same pipeline computes them in each block"
     return None
 
 

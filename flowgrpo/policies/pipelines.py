@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -77,15 +78,27 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
         pipeline = _load_files(cls, folder, dtype, chosen)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            # A download that finds no space is no fault of the model's files.
+            raise
         check_variant(model, variant, _files_of(source))
         raise ConfigError(
             f"policy.model {model!r} could not be loaded as a {cls.__name__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "restore its files."
+            f"{_remedy(error)}."
         ) from error
     check_scheduler(pipeline.scheduler, model)
     components.check_weights(pipeline, device)
     return Pipeline(pipeline, family, dtype, model, folder, variant)
+
+
+def _remedy(error: Exception) -> str:
+    """Say what to do about an error of loading."""
+    if isinstance(error, ImportError):
+        return "install what it needs"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "free memory, or choose another policy.device or policy.dtype"
+    return "restore its files"
 
 
 def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
@@ -183,7 +196,7 @@ def _from_hub(source: str, model: str) -> Path:
     # LocalEntryNotFoundError, of a Hub that cannot be reached, is an OSError.
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(
-            f"policy.model is {model!r}, which is no folder and could not be found on the "
+            f"policy.model is {model!r}, which is no folder and could not be got from the "
             f"Hugging Face Hub ({type(error).__name__}); name 'nano', a folder in diffusers' "
             "layout, or a repository that you have access to."
         ) from error

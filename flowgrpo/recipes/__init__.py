@@ -70,8 +70,14 @@ def recipe(name: str, **overrides: Any) -> Config:
         f"recipe {name!r} is unknown, but one of {', '.join(RECIPES)} or package.module:function "
         f"or file.py:function is expected{similar(name, RECIPES)}; name one of these.",
     )
+    if name in RECIPES:
+        return import_function(target)(**arguments, **overrides)
+    # Here, since it imports torch, which no recipe of the package needs.
+    from flowgrpo.config.isolation import isolated
+
     try:
-        build = import_function(target)
+        with isolated(f"recipe {name!r}"):
+            build = import_function(target)
     # A module of the user's own may raise anything while it is imported, a script SystemExit.
     except (Exception, SystemExit) as error:
         raise ConfigError(
@@ -85,12 +91,11 @@ def recipe(name: str, **overrides: Any) -> Config:
         "flowgrpo.config.Config is expected; write one around it.",
     )
     try:
-        config = build(**arguments, **overrides)
+        with isolated(f"recipe {name!r}"):
+            config = build(**overrides)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        if name in RECIPES:
-            raise
         raise ConfigError(
             f"recipe {name!r} failed ({type(error).__name__}: {_line(error)}), but a "
             "flowgrpo.config.Config is expected; correct it."

@@ -6,7 +6,7 @@ options.py     options of a reward: arguments, environment, defaults
 scorer.py      the weighted sum of several, and what happens when one fails
 background.py  rewards beside the rollout
 models.py      weights of reward models
-images.py      images as tensors, Pillow images, PNG
+images.py      images as tensors, Pillow images, files, PNG
 clip.py        CLIP embeddings, which several rewards share
 remote/        rewards behind HTTP: clients, judges, the server
 """

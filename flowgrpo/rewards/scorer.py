@@ -5,7 +5,7 @@ that fails every time is dropped and counted, never scored 0 in silence. A wrong
 a mistake that no repetition mends, and raises; so does a reward that asks the process to end.
 
 The user's own rewards get copies of the images and metadata, so what one of them changes reaches no
-other, and no picture; what they set for the whole process is put back (isolation.py).
+other, and no picture; what they set for the whole process is put back (config/isolation.py).
 
 Rewards live on different scales (PickScore differs by hundredths within a group, an aesthetic score
 by halves), so a plain sum is ruled by the one that varies most. `normalize` brings them together
@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from flowgrpo.config import RewardConfig
+from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.isolation import isolated
 from flowgrpo.rewards.table import Reward, is_users, load, options_of
 
 EPS = 1e-8
@@ -47,9 +47,10 @@ EPS = 1e-8
 ROUNDING = 1e-6
 """Std over the largest |score| up to which scores count as equal: a float32 network returns other
 last bits, about 1e-7 of a score, for the same image in another batch."""
-
 LARGEST = 1e30
 """Largest |score|: a sum of squares, or a float32 advantage, of more would overflow."""
+NOT_FINITE = f"it returned scores that are not finite, or beyond {LARGEST:g}"
+"""Problem of a reward that raised no error."""
 BLANKS = 2
 """Images that rewards are tried on: so that one number for all images is seen to be too few."""
 CERTAIN = (ImportError, NameError, SyntaxError, FileNotFoundError, PermissionError, ReplyError)
@@ -102,11 +103,7 @@ class Scorer:
             RewardError: a reward cannot judge images of a prompt; or a model, a library or a
                 server is missing.
         """
-        for name, reward in self.rewards.items():
-            check = getattr(reward, "check", None)
-            if check is not None:
-                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
-                    _run_users(partial(check, text, entry), name, f"check the prompt {text!r}")
+        self.check(prompts)
 
         def has_weights(entry: tuple[str, Any]) -> bool:
             return "url" not in getattr(entry[1], "defaults", {})
@@ -114,10 +111,20 @@ class Scorer:
         # Addresses first: one that is missing is seen at once, weights take minutes to load.
         for name, reward in sorted(self.rewards.items(), key=has_weights):
             if hasattr(reward, "build"):
-                built = _run_users(reward.build, name, "be built")
+                built = call_users(
+                    reward.build, name, "be loaded" if not is_users(name) else "be built"
+                )
                 reach = getattr(built, "reach", None)
                 if reach is not None:
-                    _run_users(reach, name, "reach what it needs")
+                    call_users(reach, name, "reach what it needs")
+
+    def check(self, prompts: Prompts) -> None:
+        """Raise RewardError unless the rewards can judge images of these prompts."""
+        for name, reward in self.rewards.items():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                for text, entry in zip(prompts.texts, prompts.metadata, strict=True):
+                    call_users(partial(check, text, entry), name, f"check the prompt {text!r}")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
@@ -199,7 +206,7 @@ class Scorer:
     def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
         """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        problems = [f"it returned scores that are not finite, or beyond {LARGEST:g}"]
+        problems = [NOT_FINITE]
 
         def attempt(rows: slice, groups: Prompts) -> None:
             try:
@@ -258,11 +265,11 @@ def _failed(scores: Tensor, group_size: int) -> list[int]:
     return bad.nonzero()[:, 0].tolist()
 
 
-def _run_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
-    """Call code of a reward before there are images; an error names the reward, and one of the
-    user's code is one sentence too."""
+def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
+    """Call code of the reward `name` before there are images; an error names the reward, and one of
+    the user's code is one sentence too, "... cannot `purpose`"."""
     try:
-        with isolated(name) if is_users(name) else nullcontext():
+        with isolated(f"reward {name!r}") if is_users(name) else nullcontext():
             return call()
     except RewardError as error:
         if repr(name) in str(error):
@@ -284,7 +291,7 @@ def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size
     if is_users(name):
         images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
     try:
-        with isolated(name) if is_users(name) else nullcontext():
+        with isolated(f"reward {name!r}") if is_users(name) else nullcontext():
             return reward(images, texts, metadata)
     except Exception:
         raise

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from flowgrpo.config.isolation import isolated
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import similar
 from flowgrpo.rewards.interface import Reward, RewardError, check_arguments, describe_error
-from flowgrpo.rewards.isolation import isolated
 
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",
@@ -62,7 +62,7 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
             f"server as http://{name}."
         )
     try:
-        with isolated(name):
+        with isolated(f"reward {name!r}"):
             reward = import_function(target)
     # A module of the user's own may raise anything while it is imported, a script SystemExit.
     except (Exception, SystemExit) as error:

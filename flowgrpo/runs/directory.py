@@ -61,7 +61,7 @@ MAY_CHANGE = {
     "sample.prompts",
     "policy.device",
     "run.accept_changes",
-    # Which of the files there, and recorded rollouts have the bits of others.
+    # Replayed rollouts have the bits of others.
     "sample.capture",
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
@@ -487,8 +487,8 @@ def lock(file: Any, folder: Path, kind: str = "run directory", option: str = "--
     except BlockingIOError as error:
         file.close()
         raise ConfigError(
-            f"{kind} {str(folder)!r} is in use by another process, but one process at a "
-            f"time writes it; stop that one or choose another {option}."
+            f"{kind} {str(folder)!r} is in use by another process, or by another call of this one, "
+            f"but one at a time writes it; stop that one or choose another {option}."
         ) from error
     except OSError as error:
         # Lustre without its flock option says ENOSYS, other file systems of networks ENOTSUP.

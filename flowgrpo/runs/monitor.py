@@ -189,17 +189,22 @@ class Monitor:
                 self.latest = (line["iteration"], evaluation)
         if not restored:
             self._save(self.untrained["base"].accuracy)
-        elif self._was_left():
-            self._evaluate_and_save(self._training())
+        elif self._was_left(before := self._training() - self._last_seconds()):
+            self._evaluate_and_save(before)
         self._draw(self._samples())
 
-    def _was_left(self) -> bool:
+    def _was_left(self, before: float) -> bool:
         """Tell if the evaluation of the present iteration is due and was not made: the process that
-        wrote the checkpoint was asked to stop meanwhile."""
-        iteration, interval = self.state.iteration, self.config.run.eval_every
-        if not interval or not iteration or iteration % interval:
+        wrote the checkpoint was asked to stop meanwhile. `before`: see `_evaluate_and_save`."""
+        iteration = self.state.iteration
+        if not iteration or not (self._is_regular() or self._is_due(before)):
             return False
         return all(line["iteration"] != iteration for line in self.directory.metrics("eval"))
+
+    def _last_seconds(self) -> float:
+        """Sum the seconds of the last iteration that is logged."""
+        lines = self.directory.metrics("train")
+        return sum(lines[-1].get("seconds", {}).values()) if lines else 0.0
 
     def iteration(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Log and show a finished iteration; evaluate and save where it is due.
@@ -238,8 +243,7 @@ class Monitor:
         iteration, run, score = self.state.iteration, self.config.run, None
         timed = self._is_due(before)
         due = timed or (bool(run.checkpoint_every) and iteration % run.checkpoint_every == 0)
-        regular = run.eval_every and iteration <= run.steps and iteration % run.eval_every == 0
-        if timed or regular:
+        if timed or self._is_regular():
             try:
                 score = self._evaluate(final=False).accuracy
             except EvaluationStopped:
@@ -253,6 +257,11 @@ class Monitor:
         """Tell if an iteration is left of `run.steps`, or a second of `run.min_seconds`."""
         run = self.config.run
         return self.state.iteration < run.steps or self._training() < run.min_seconds
+
+    def _is_regular(self) -> bool:
+        """Tell if the present iteration is one of `run.eval_every`."""
+        iteration, run = self.state.iteration, self.config.run
+        return bool(run.eval_every) and iteration <= run.steps and iteration % run.eval_every == 0
 
     def _is_due(self, before: float) -> bool:
         """Tell if the training seconds since `before` ask for an evaluation: at each multiple of

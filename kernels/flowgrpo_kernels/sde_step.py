@@ -240,7 +240,11 @@ def _check_overlap(buffers: dict[str, Tensor], inputs: dict[str, Tensor | None])
 
 def _span(x: Tensor) -> tuple[int, int]:
     """Addresses of the first byte of x and of the one behind its last; equal without memory."""
-    start = x.data_ptr()
+    try:
+        start = x.data_ptr()
+    # In a tracer or under a transform a tensor has no address.
+    except RuntimeError:
+        return 0, 0
     if start == 0 or x.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

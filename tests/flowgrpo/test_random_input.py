@@ -311,7 +311,8 @@ def measured() -> dict:
     """One system as evaluation.json has it."""
     score = {"mean": 0.5, "interval": [0.4, 0.6], "groups": {"a": 0.5}, "failed": 0}
     task = {"prompt_set": "p", "fingerprint": "f", "prompts": 1, "images": 2}
-    task |= {"scores": {"ocr": score}, "settings": {}, "details": {}}
+    task |= {"scores": {"ocr": score}, "settings": {"ocr": {"engine": "e"}}}
+    task |= {"source": "s", "sizes": {"8x8": 2}, "skipped": ["a: b"]}
     return {"format": 1, "systems": [{"label": "a", "task": task, "quality": None}]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowgrpo_kernels import flow_sde, sde_step
 from support.kernels import oracle
@@ -107,3 +108,18 @@ def test_nothing_to_overlap_in_an_empty_batch(backend):
     }
     out, lp = sde_step(**call, out=call["velocity"], log_prob_out=torch.zeros(0))
     assert out.shape == (0, SIZE) and lp.shape == (0,)
+
+
+def test_a_tracer_whose_tensors_have_no_address(backend):
+    """Buffers are compared where they are, not where a call is only written down."""
+    call = {**arguments(noise=True), "step": 3}
+    expected, lp = sde_step(**call)
+
+    def step(out, score, latents):
+        return sde_step(**{**call, **latents}, out=out, log_prob_out=score)
+
+    latents = {name: call[name] for name in LATENTS}
+    buffers = torch.zeros(ROWS, SIZE), torch.zeros(ROWS)
+    traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*buffers, latents)
+    out, score = traced(*buffers, latents)
+    assert torch.equal(out, expected) and torch.equal(score, lp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def red(images, prompts, metadata):
     """Redder images are better."""
     pixels = images.float()
     return (pixels[:, 0] - pixels[:, 2]).mean((1, 2)) / 255
+
+
+def red_until_killed(images, prompts, metadata):
+    """`red`, but where $FLOWGRPO_TEST_KILL names a run directory that has two iterations behind it,
+    the process dies, once."""
+    folder = Path(os.environ.get("FLOWGRPO_TEST_KILL", "/none"))
+    lines, done = folder / "metrics.jsonl", folder / "killed"
+    mine = f"--run.resume {folder}" in " ".join(sys.argv)
+    begun = mine and lines.exists() and not done.exists()
+    if begun and '"iteration": 2, "kind": "train"' in lines.read_text():
+        done.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return red(images, prompts, metadata)
 
 
 def make(folder: Path, **changes) -> Config:
@@ -130,6 +144,41 @@ def _child(log: Path, function, *arguments) -> None:
         function(*arguments)
     finally:
         file.flush()
+
+
+def launch(command: list[str], log, env: dict[str, str]) -> subprocess.Popen:
+    """Start a `python -m flowgrpo WORDS` in a process that has everything imported; for
+    `comparison.running.Runner`."""
+    return _Popen(Fork(Path(log.name), _flowgrpo, command[3:], env))
+
+
+class _Popen:
+    """A `Fork` with the face of a `subprocess.Popen`."""
+
+    def __init__(self, fork: Fork) -> None:
+        self.process, self.pid = fork.process, fork.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def _flowgrpo(words: list[str], env: dict[str, str]) -> None:
+    from flowgrpo.cli import main
+
+    os.environ.update(env)
+    sys.argv = ["flowgrpo", *words]
+    sys.exit(main.main(words))
 
 
 def run(config: Config) -> None:

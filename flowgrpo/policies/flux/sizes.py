@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
-from flowgrpo.policies.shared_sizes import CLIP_L, CLIP_L_PROJECTION, T5_XXL, VAE
+from flowgrpo.policies.shared_sizes import (
+    CLIP_L,
+    CLIP_L_PROJECTION,
+    T5_XXL,
+    VAE,
+    decoder_width,
+    latent_pixels,
+)
 
 # Bytes a token, counted on blocks of diffusers' classes in bfloat16 (tests/flowgrpo/test_plan.py).
 DOUBLE = BlockKind(stored=(42.1, 12.0), stored_fused=(40.05, 12.0))
@@ -29,17 +38,29 @@ def architecture(
     )
 
 
-def read(config: Json, parameters: int, encoders: int, vae: int) -> Architecture | None:
-    """Sizes of the transformer of this config.json; None without a VAE."""
+def read(
+    config: Json, vae_config: Json, parameters: int, encoders: int, vae: int
+) -> Architecture | None:
+    """Sizes of the model of these config.json; None without a VAE."""
     if not vae:
         return None
-    return architecture(
+    factor = latent_pixels(vae_config)
+    sizes = architecture(
         parameters,
         encoders,
         vae,
         width=config["num_attention_heads"] * config["attention_head_dim"],
         double=config["num_layers"],
         single=config["num_single_layers"],
+    )
+    # A token is a square of 2 x 2 latent vectors; FluxPipeline's default is 128 x 128 of these.
+    return replace(
+        sizes,
+        pixels=2 * factor,
+        channels=config["in_channels"] // 4,
+        latent_pixels=factor,
+        resolution=128 * factor,
+        decoder_width=decoder_width(vae_config),
     )
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
-from flowgrpo.policies.shared_sizes import CLIP_G, CLIP_L, CLIP_TOKENS, T5_XXL, VAE
+from flowgrpo.policies.shared_sizes import (
+    CLIP_G,
+    CLIP_L,
+    CLIP_TOKENS,
+    T5_XXL,
+    VAE,
+    decoder_width,
+    latent_pixels,
+)
 
 # Bytes a token, counted on blocks of diffusers' class in bfloat16 (tests/flowgrpo/test_plan.py).
 JOINT = BlockKind(stored=(38.25, 8.0), stored_fused=(30.1, 8.0))
@@ -30,17 +40,28 @@ def architecture(
     )
 
 
-def read(config: Json, parameters: int, encoders: int, vae: int) -> Architecture | None:
-    """Sizes of the transformer of this config.json; None without a VAE."""
+def read(
+    config: Json, vae_config: Json, parameters: int, encoders: int, vae: int
+) -> Architecture | None:
+    """Sizes of the model of these config.json; None without a VAE."""
     if not vae:
         return None
-    return architecture(
+    factor = latent_pixels(vae_config)
+    sizes = architecture(
         parameters,
         encoders,
         vae,
         width=config["num_attention_heads"] * config["attention_head_dim"],
         joint=config["num_layers"],
         dual=len(config.get("dual_attention_layers", ())),
+    )
+    return replace(
+        sizes,
+        pixels=config["patch_size"] * factor,
+        channels=config["in_channels"],
+        latent_pixels=factor,
+        resolution=config["sample_size"] * factor,
+        decoder_width=decoder_width(vae_config),
     )
 
 

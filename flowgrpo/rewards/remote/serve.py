@@ -32,6 +32,7 @@ from flowgrpo.records import without_nulls
 from flowgrpo.rewards import Reward, RewardError, load
 from flowgrpo.rewards.images import from_png
 from flowgrpo.rewards.options import library
+from flowgrpo.rewards.scorer import call_users
 
 log = logging.getLogger("flowgrpo")
 
@@ -73,7 +74,7 @@ def serve(
     with bind(host, port) as sock:
         # Models are loaded before the first request, so that a missing one shows at once.
         if hasattr(reward, "build"):
-            reward.build()
+            call_users(reward.build, name, "be built")
         address = f"[{host}]" if ":" in host else host
         print(f"reward {name!r} on http://{address}:{sock.getsockname()[1]}/score", flush=True)
         # Nothing is to be done before and after; its task would answer Ctrl-C with a traceback.

@@ -51,7 +51,7 @@ class Server:
         check_numbers(reward, positive, {"retries": retries, "backoff": backoff})
         self.reward, self.url = reward, url
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
-        self.concurrency = concurrency
+        self.concurrency, self.has_token = concurrency, bool(token)
         self._failures = httpx.TransportError
         try:
             self._client = httpx.Client(
@@ -117,10 +117,15 @@ class Server:
     def _read(self, response: Any) -> dict[str, Any]:
         status = response.status_code
         if status in (401, 403):
+            # 403 may come of a proxy or of rights that the token does not give.
+            refusal = "refuses the token" if self.has_token else "asks for a token"
+            if status == 403:
+                refusal = "refuses access with" if self.has_token else "refuses access without"
+                refusal += " a token"
             raise RewardError(
-                f"the server {self.url} of reward {self.reward!r} refuses the token "
-                f"({status}: {_detail(response)}), but its own is expected; set "
-                f"FLOWGRPO_REWARD_{self.reward.upper()}_TOKEN or the option token."
+                f"the server {self.url} of reward {self.reward!r} {refusal} "
+                f"({status}: {_detail(response)}), but one that lets requests pass is expected; "
+                f"set FLOWGRPO_REWARD_{self.reward.upper()}_TOKEN or the option token."
             )
         if status == 413:
             raise RewardError(

@@ -138,8 +138,9 @@ def test_pictures_that_cannot_be_read(folder, capsys):
     # counting: 3 of 3 that are left.
     assert scores(folder / "out")["good"]["r.py:right"]["mean"] == 1.0
     assert "good: 1 of 6 pictures of the task's prompts are left out" in shown
-    details = json.loads((folder / "out/evaluation.json").read_text())["systems"][0]["task"]
-    assert details["images"] == 5 and details["details"]["skipped"][0].startswith("00001/")
+    [row] = systems.load(folder / "out")
+    assert row.task.images == 5 and row.task.skipped[0].startswith("00001/samples/0001.png: it is")
+    assert (row.task.source, row.task.sizes) == ("GenEval's layout", {"8x8": 5})
 
 
 def test_a_picture_without_a_score_is_counted(folder, capsys):

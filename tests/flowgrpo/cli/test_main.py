@@ -131,6 +131,8 @@ def test_evaluate_on_quality_prompts(trained, tmp_path, capsys):
         assert score.groups == pytest.approx(report[label]["tasks"], rel=1e-12)
         assert score.interval == pytest.approx(tuple(report[label]["interval"]), rel=1e-9)
         assert (row.quality.prompts, row.quality.images) == (2, 6)
+        assert row.task.source == row.quality.source == "3 steps, guidance scale 1"
+        assert row.task.sizes == {"8x8": 6}
         quality = row.quality.scores["support.processes:red"]
         assert quality.mean == pytest.approx(
             (2 * quality.groups["Colors"] + quality.groups["Counting"]) / 3, rel=1e-12

@@ -43,6 +43,16 @@ MISTAKES = [
     ("serve-reward nano_strict --host 0.0.0.0", "without a token"),
     ("serve-reward nano_strict --port 65536", "cannot listen on 127.0.0.1 port 65536"),
     ("doctor now", "takes no options"),
+    (f"evaluate {'x' * 300}", "neither a run directory nor a recipe"),
+    (f"train --run.resume {'x' * 300}", "cannot be read (File name too long)"),
+    (f"train --policy.model {'x' * 300}", "which is no folder and could not be got from"),
+    ("train --run.out=~no-such-user/x", "home directory of ~no-such-user is not known"),
+    (f"sample x --out {'y' * 300}.png", "which cannot be written (File name too long)"),
+    ("sample x --out a\0b.png", "which cannot be written (embedded null byte)"),
+    ("sample x --out=", "--out is empty"),
+    ("serve-reward nano_strict --host a\0b --token t", "choose another port or address"),
+    ("train --reward.weights localhost:8400 1", "write the address of a server as http://local"),
+    ("evaluate no-file.py:recipe", "there is no file"),
 ]
 
 
@@ -145,3 +155,28 @@ def test_a_reader_that_has_gone_gets_no_traceback():
     done = processes.command("train", "--help", **pipes)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_control_characters_of_a_name_are_written_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\nb\x1b[2J").mkdir()
+    assert main.main(["train", "--sample.prompts", "a\nb\x1b[2J"]) == 2
+    shown = capsys.readouterr().err
+    assert r"the prompt folder a\nb\x1b[2J has no file" in shown and shown.count("\n") == 1
+
+
+def test_a_working_directory_that_was_removed(capsys, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main.main(["train", "nano", "--run.progress", "none"]) == 2
+    assert "run.out 'runs/nano-0' cannot be written (No such file" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_picture_takes_the_place_of_no_device(capsys, tmp_path):
+    """A pipe stands for /dev/null, which root could replace."""
+    os.mkfifo(tmp_path / "pipe.png")
+    assert main.main(["sample", "three red circles", "--out", str(tmp_path / "pipe.png")]) == 2
+    assert "is a device, a pipe, a folder or a link in a circle" in capsys.readouterr().err
+    assert (tmp_path / "pipe.png").is_fifo()

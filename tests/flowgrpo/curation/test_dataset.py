@@ -158,6 +158,8 @@ def test_unfinished_and_foreign_folders(folder, tmp_path):
         ({"prompt": None}, "has the prompt None"),
         ({"prompt": "\ud83d"}, "a surrogate by itself"),
         ({"image": "images/ab/absent.png"}, "which is not there"),
+        ({"image": "a" * 5000 + "/b.png"}, "which is not there"),
+        ({"image": "a\0/b.png"}, "which is not there"),
         ({"image": "../outside.png"}, "a file inside the folder is expected"),
         ({"image": "/etc/outside.png"}, "a file inside the folder is expected"),
         ({"image": 3}, "a file inside the folder is expected"),

@@ -178,8 +178,7 @@ def test_pictures_are_left_out_only_when_asked(damaged):
     assert pictures.prompts.texts == ("one", "two")
     assert len(pictures.without) == 4
     assert counts == [("reading", number) for number in range(1, 6)]
-    shown = picture_sets.details(pictures)
-    assert shown["sizes"] == {"8x8": 2} and len(shown["skipped"]) == 4
+    assert picture_sets.sizes_of(pictures) == {"8x8": 2}
 
 
 def test_a_message_names_some_of_many(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -224,3 +225,22 @@ def test_curve_of_a_reward_beyond_one(tmp_path):
     entries = evaluations([20.0, 24.0], tasks={"a": None, "b": 21.0})
     path = pictures.curve(tmp_path / "a.png", entries, label="shop:price")
     assert len(blue_line(path)) > 100
+
+
+@pytest.mark.parametrize("text", ["w" * 100_000, "猫" * 5_000, "a " * 50_000, "http://" + "x" * 90])
+def test_words_that_are_too_long_are_broken(text):
+    """They would cover the captions beside them."""
+    font = ImageFont.load_default(pictures.TEXT)
+    lines = pictures._wrap(text, font, 100)
+    assert len(lines) <= 4 and all(
+        font.getlength(line.removesuffix(" ...")) <= 100 for line in lines
+    )
+    shown = "".join(lines).removesuffix(" ...").replace(" ", "")
+    assert text.replace(" ", "").startswith(shown) and len(shown) >= 12
+    assert (lines[-1].endswith(" ...")) == (len(shown) < len(text.replace(" ", "")))
+
+
+def test_a_curve_needs_no_latex(tmp_path):
+    with matplotlib.rc_context({"text.usetex": True}):
+        path = pictures.curve(tmp_path / "a.png", evaluations([0.2, 0.4]))
+    assert len(blue_line(path)) > 10

@@ -87,7 +87,7 @@ def test_pictures_without_a_score_are_left_out_and_counted():
     assert score.interval == (0.0, 1.0)
 
 
-def system(label: str, task: dict | None = None, quality: dict | None = None, **details) -> System:
+def system(label: str, task: dict | None = None, quality: dict | None = None, **more) -> System:
     """A row with these means; intervals reach 0.1 to both sides."""
 
     def measurement(means: dict[str, float], kind: str) -> Measurement:
@@ -95,7 +95,7 @@ def system(label: str, task: dict | None = None, quality: dict | None = None, **
             name: Score(mean, (mean - 0.1, mean + 0.1), {"x_y": mean, "z": NAN})
             for name, mean in means.items()
         }
-        return Measurement(kind, systems.fingerprint([kind]), 3, 6, scores, {}, details)
+        return Measurement(kind, systems.fingerprint([kind]), 3, 6, scores, **more)
 
     return System(
         label,
@@ -164,7 +164,10 @@ def test_a_label_stays_in_its_cell():
 
 
 def test_files_hold_what_was_measured(tmp_path):
-    rows = [system("a", {"ocr": 0.5}, FIVE, steps=40), system("b", {"ocr": NAN})]
+    rows = [
+        system("a", {"ocr": 0.5}, FIVE, source="40 steps", skipped=("x: y",)),
+        system("b", {"ocr": NAN}),
+    ]
     systems.write(tmp_path, rows, {"flowgrpo": "1"})
     values = json.loads((tmp_path / "evaluation.json").read_text())
     assert values["systems"][0]["task"]["scores"]["ocr"]["mean"] == 0.5
@@ -191,7 +194,7 @@ def edited(path: Path, change) -> Path:
         lambda v: v.update(systems=[3]),
         lambda v: v["systems"][0].update(label=3),
         lambda v: v["systems"][0]["task"].update(scores={}),
-        lambda v: v["systems"][0]["task"].update(details=3),
+        lambda v: v["systems"][0]["task"].update(sizes=3),
         lambda v: v["systems"][0]["task"].update(more=3),
         lambda v: v["systems"][0]["task"]["scores"]["ocr"].update(interval=[1]),
         lambda v: v["systems"][0]["task"]["scores"]["ocr"].update(mean="high"),
@@ -249,13 +252,18 @@ def test_notes_say_what_makes_rows_differ():
     assert note(first_read, but(settings=models[1])) == (
         "The rows differ in ocr.engine: a: rapidocr, b: paddleocr."
     )
-    assert note(but(details={"skipped": ["x: y"] * 2})) == (
+    assert note(but(skipped=("x: y",) * 2)) == (
         "b: 2 of 8 pictures of the task's prompts are left out, as they are missing or cannot be "
         "read."
     )
-    assert note(but(details={"sizes": {"8x8": 4, "8x16": 2}})) == (
+    assert note(but(sizes={"8x8": 4, "8x16": 2})) == (
         "b: pictures of the task's prompts differ in size (4 of 8x8, 2 of 8x16)."
     )
+    small = replace(first, task=replace(first.task, sizes={"8x8": 6}))
+    assert note(small, but(sizes={"16x8": 6})) == (
+        "The rows differ in the size of the pictures of the task's prompts: a has 8x8, b has 16x8."
+    )
+    assert systems.notes([small, but(sizes={"8x8": 3})]) == []
     failed = {"ocr": replace(second.task.scores["ocr"], failed=1)}
     assert note(but(scores=failed)) == (
         "b: ocr gave no score to 1 of 6 pictures of the task's prompts, which are left out of its "

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
 from flowgrpo.objectives import OBJECTIVES
+from flowgrpo.runs.export import export
 from support import setups
 from support.cpu_graphs import Operations, Recorder
 
@@ -40,18 +41,40 @@ CASES = {
         "optim.updates_per_iteration": 1,
         "optim.level_weight": "normalized",
     },
+    "grpo, dppo": {"optim.objective": "grpo", "optim.dppo": True},
     "nft guidance": {
         "optim.objective": "nft",
         "sample.guidance_scale": 2.0,
         "optim.old_decay_rise": 0.2,
     },
 }
+
+
+def row_of(case):
+    return OBJECTIVES[CASES[case]["optim.objective"]]
+
+
 cases = pytest.mark.parametrize("case", CASES)
 
 
-def components(model, folder, case, record=False):
+@pytest.fixture(scope="module")
+def teacher(pixel_model, tmp_path_factory):
+    """The adapter that opd learns from."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = setups.config(pixel_model, folder)
+    parts = setups.parts(config, spread=0.2)
+    export(parts.policy.transformer, parts.state.ema, config.policy, folder / "adapter")
+    return folder / "adapter"
+
+
+def changes_of(case, teacher):
+    name = CASES[case]["optim.objective"]
+    return {**SMALL, **CASES[case], **({"optim.teacher": str(teacher)} if name == "opd" else {})}
+
+
+def components(model, folder, changes, record=False):
     """Components and config; with `record`, rollout and update are captured."""
-    config = setups.config(model, folder, **{**SMALL, **CASES[case]})
+    config = setups.config(model, folder, **changes)
     parts = setups.parts(config)
     if record:
         parts.policy.graphs = cuda_graphs.Graphs(parts.policy, Recorder())
@@ -60,12 +83,19 @@ def components(model, folder, case, record=False):
     return parts, config
 
 
+# Rewards that a loss asks may wait for the device.
+on_device = pytest.mark.parametrize(
+    "case", [case for case in CASES if not row_of(case).differentiable]
+)
+
+
 @pytest.mark.slow
-@cases
-def test_a_captured_update_has_the_eager_bits(pixel_model, tmp_path, case):
+@on_device
+def test_a_captured_update_has_the_eager_bits(pixel_model, tmp_path, case, teacher):
     """Over two iterations: figures, weights, and those of the old policy."""
     metrics = []
-    both = [components(pixel_model, tmp_path, case, record) for record in (False, True)]
+    changes = changes_of(case, teacher)
+    both = [components(pixel_model, tmp_path, changes, record) for record in (False, True)]
     for parts, config in both:
         metrics.append([])
         for parts.state.iteration in range(2):
@@ -79,10 +109,10 @@ def test_a_captured_update_has_the_eager_bits(pixel_model, tmp_path, case):
         assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items()), stem
 
 
-@cases
-def test_an_update_reads_the_device_once(pixel_model, tmp_path, case, monkeypatch):
+@on_device
+def test_an_update_reads_the_device_once(pixel_model, tmp_path, case, teacher, monkeypatch):
     """From the first micro-step on; before it, levels are drawn on the host."""
-    parts, config = components(pixel_model, tmp_path, case)
+    parts, config = components(pixel_model, tmp_path, changes_of(case, teacher))
     experience = setups.experience(parts, config)
     prepared = parts.objective.prepare(parts.policy, parts.schedule, experience, config)
     row = dataclasses.replace(parts.objective, prepare=lambda *_: prepared)
@@ -105,11 +135,13 @@ def lines(config) -> list[dict]:
 
 @pytest.mark.slow
 @cases
-def test_a_run_resumes_bit_for_bit(pixel_model, tmp_path, case):
+def test_a_run_resumes_bit_for_bit(pixel_model, tmp_path, case, teacher):
     """Two iterations at once, and one iteration, then another by a resumed run."""
     whole, halves = (
         setups.config(
-            pixel_model, tmp_path, **{**SMALL, **RUN, **CASES[case], "run.out": str(tmp_path / out)}
+            pixel_model,
+            tmp_path,
+            **{**changes_of(case, teacher), **RUN, "run.out": str(tmp_path / out)},
         )
         for out in ("whole", "halves")
     )

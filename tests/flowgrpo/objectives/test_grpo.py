@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flowgrpo.config import replace
+from flowgrpo.config import ConfigError, replace
 from flowgrpo.records import Experience
 from support import setups
 
@@ -21,6 +21,14 @@ CASES = {
     "guard": {"optim.guard": True},
     "dance": {"sample.transition": "dance_sde", "sample.noise_level": 0.3},
     "cps": {"sample.transition": "cps", "sample.noise_level": 0.8},
+    "dppo": {"optim.dppo": True, "optim.dppo_threshold": 2e-5},
+    "dppo, guidance, cps": {
+        "optim.dppo": True,
+        "optim.dppo_threshold": 1e-4,
+        "sample.guidance_scale": 2.5,
+        "sample.transition": "cps",
+        "sample.noise_level": 0.8,
+    },
     "wide clip": {"optim.clip_range": 0.5, "optim.adv_clip": 0.7},
 }
 
@@ -47,8 +55,9 @@ def log_prob(x_next, mean, noise, config):
     return full.mean()
 
 
-def expected_loss(model, base, parts, experience: Experience, rows, config):
-    """Mean of flow_grpo's loss over the rows and their trained steps, in float64."""
+def expected_loss(model, base, parts, experience: Experience, rows, config, masked):
+    """Mean of flow_grpo's loss over the rows and their trained steps, in float64; appends to
+    `masked` which of them Flow-DPPO leaves out."""
     optim, trajectory = config.optim, experience.trajectory
     sigmas = parts.policy.sigmas(config.sample.steps).tolist()
     terms, rescale = [], {}
@@ -92,6 +101,12 @@ def expected_loss(model, base, parts, experience: Experience, rows, config):
             gain = experience.advantages[row].double().clamp(-optim.adv_clip, optim.adv_clip)
             clipped = ratio.clamp(1 - optim.clip_range, 1 + optim.clip_range)
             policy = torch.maximum(-gain * ratio, -gain * clipped)
+            if optim.dppo:
+                old = std_and_mean(trajectory.velocities[i, row : row + 1].double(), x, *step)[1]
+                moved = ((mean - old) ** 2).mean().item() / (2 * noise**2)
+                far = moved >= optim.dppo_threshold and (gain * change).item() > 0
+                masked.append(far)
+                policy = torch.zeros(()) if far else -gain * ratio
             if optim.guard:
                 policy = policy / -dt
             if optim.step_weighting == "std":
@@ -130,11 +145,11 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
 
     monkeypatch.setattr(type(parts.state), "step", record)
     metrics = setups.update(parts, experience, replace(config, **{"optim.ratio_tolerance": 1e9}))
-    losses = []
+    losses, masked = [], []
     for number, gradients in enumerate(found):
         model.zero_grad()
         rows = slice(number * 6, number * 6 + 6)
-        loss = expected_loss(model, base, parts, experience, rows, config)
+        loss = expected_loss(model, base, parts, experience, rows, config, masked)
         loss.backward()
         losses.append(loss.item())
         expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -149,6 +164,14 @@ def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
     assert metrics["max_ratio_error"] > 0
     if case == "plain":
         assert 0 < metrics["clip_fraction"] < 1
+    if config.optim.dppo:
+        assert 0 < sum(masked) < len(masked)
+        assert metrics["mask_fraction"] == pytest.approx(sum(masked) / len(masked))
+
+
+def test_guard_and_dppo_exclude_each_other(pixel_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"optim\.guard and optim\.dppo are both on"):
+        setups.config(pixel_model, tmp_path, **{"optim.guard": True, "optim.dppo": True})
 
 
 def test_equal_rewards_change_nothing_without_kl(pixel_model, tmp_path):

@@ -308,6 +308,7 @@ BAD = {
     "shared noise": ("awm", {"sample.shared_noise": True}, "shared_noise is on .*turn it off"),
     "anchor": ("awm", {"optim.anchor": "replay"}, "optim.anchor is 'replay' with .* awm, .* grpo"),
     "guard": ("sft", {"optim.guard": True}, "optim.guard is True with optim.objective sft"),
+    "dppo": ("nft", {"optim.dppo": True}, "optim.dppo is True with optim.objective nft"),
     "tau": ("awm", {"optim.tau": 0.1}, "optim.tau is 0.1 .* leave it at 0.5, or choose one of orw"),
     "levels": ("grpo", {"optim.levels": 2}, "optim.levels is 2 with optim.objective grpo"),
     "shares": ("sft", {"sample.prompts_per_iteration": 3}, "must divide the 3 micro-steps"),

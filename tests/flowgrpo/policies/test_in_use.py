@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from flowgrpo import train
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import Policy
+from flowgrpo.policies import Policy, in_use
 from support import setups
 
 KINDS = {"pixel_model": 0, "latent_model": 0, "flux_model": 16}
@@ -191,6 +191,29 @@ def test_two_runs_on_one_pipeline(pixel_model, tmp_path):
     pipeline.unload_lora_weights()
     again = run("pixel_model", pixel_model, tmp_path / "3", pipeline)
     assert again == first == run("pixel_model", pixel_model, tmp_path / "4")
+
+
+@pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
+def test_a_policy_whose_pipeline_was_taken_over(request, kind):
+    """By one of other settings: its velocities are what they were, from other forwards."""
+    pipeline = loaded(request.getfixturevalue(kind))
+    policy = Policy.load(pipeline, device="cpu", config=config_of(kind))
+    conditioning, sigmas = policy.encode(TEXTS), policy.sigmas(3).float()
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def velocity():
+        ready = policy.prepare(conditioning, sigmas).at(1)
+        with torch.no_grad():
+            return policy.velocity(x, sigmas[1].expand(2), ready)
+
+    before = velocity()
+    for changes in ({"height": 8, "width": 8}, {"compile": True}, {"fused": True}):
+        Policy.load(pipeline, device="cpu", config=config_of(kind, **changes))
+        if "compile" in changes:
+            # What it would compile at its first call is another matter.
+            in_use.restore(pipeline, type(pipeline.transformer).__name__, policy.device)
+            assert "a later policy" in policy.describe()
+        torch.testing.assert_close(velocity(), before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors import safe_open
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy, text_cache
+from flowgrpo.records import Conditioning
 from support import pipelines
 
 TEXTS = ["a red circle", "two blue square", "a red circle", ""]
@@ -233,3 +236,34 @@ def test_encoders_leave_the_gpu(model, request, tmp_path):
     assert same(
         found, Policy.load(folder, device="cuda", dtype="bfloat16", config=stay).encode(TEXTS)
     )
+
+
+def test_a_folder_that_is_removed_in_mid_run_comes_back(tmp_path):
+    """It may be deleted at any time."""
+    cache = text_cache.TextCache(tmp_path / "text", {})
+    row = Conditioning(torch.ones(1, 2, 3), torch.ones(1, 3))
+    shutil.rmtree(tmp_path / "text")
+    cache.write("a", row)
+    assert torch.equal(cache.read("a").embeds, row.embeds)
+
+
+@pytest.mark.parametrize("error", [PackageNotFoundError("torch"), PermissionError(13, "denied")])
+def test_without_what_the_key_is_made_of_there_is_no_cache(tmp_path, monkeypatch, caplog, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(text_cache, "fingerprint", fail)
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    place = str(tmp_path / "text")
+    assert text_cache.open_cache(place, source, [], 8, torch.device("cpu")) is None
+    assert "Text embeddings are not cached" in caplog.text and type(error).__name__ in caplog.text
+
+
+def test_the_cache_stays_where_it_is_when_the_working_directory_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    cache = text_cache.open_cache("text", source, [], 8, torch.device("cpu"))
+    monkeypatch.chdir(tmp_path / "other")
+    cache.write("a", Conditioning(torch.ones(1, 2, 3), torch.ones(1, 3)))
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 1

@@ -79,3 +79,25 @@ def test_a_run_says_it_once(pixel_model, tmp_path, caplog, monkeypatch):
     train.setup(replace(config, **{"sample.prompts": str(tmp_path / "long.txt")}))
     assert caplog.text.count("encoders cut") == 1
     assert f"of 3 prompts the text encoders cut 1 at {limit} tokens" in caplog.text
+
+
+def test_held_out_prompts_are_counted_too(latent_model, tmp_path, caplog):
+    """Of a folder with splits; those of one file are training's."""
+    from flowgrpo.runs.monitor import Monitor
+    from flowgrpo.runs.state import State
+    from support import processes
+
+    for split, text in (("train", SHORT), ("test", LONG)):
+        (tmp_path / f"{split}.txt").write_text(f"{text}\n")
+    reward = {"jpeg_compressibility": 1.0}
+    config = replace(
+        processes.make(tmp_path),
+        **{"sample.prompts": str(tmp_path), "reward.weights": reward, "policy.resolution": 16},
+    )
+    policy = Policy.load(str(latent_model), device="cpu", dtype="float32", config=config.policy)
+    state = State({}, None, config.optim, None)
+    Monitor(config, policy, state)
+    assert "of 1 held-out prompts the text encoders cut 1 at " in caplog.text
+    caplog.clear()
+    Monitor(replace(config, **{"sample.prompts": str(tmp_path / "test.txt")}), policy, state)
+    assert "the text encoders cut" not in caplog.text

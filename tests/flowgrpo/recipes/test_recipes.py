@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowgrpo import plan
 from flowgrpo.cli import train
@@ -251,3 +252,14 @@ def test_a_file_that_cannot_be_used_is_one_sentence(file, name, words):
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="there is no file"):
         recipe(f"{file.parent}/other.py:mine")
+
+
+def test_what_a_recipes_file_sets_for_the_process_is_put_back(file, monkeypatch, caplog):
+    """As that of a reward: the run would be written elsewhere, and train nothing."""
+    (file.parent / "there").mkdir()
+    monkeypatch.chdir(file.parent)
+    text = "import os, torch\nos.chdir('there')\ntorch.set_grad_enabled(False)\n"
+    file.write_text(text + FILE.replace("return recipe", "os.chdir('..'); return recipe"))
+    assert recipe(f"{file}:mine").recipe == "nano"
+    assert Path.cwd() == file.parent and torch.is_grad_enabled()
+    assert "recipe" in caplog.text and "changed torch.set_grad_enabled" in caplog.text

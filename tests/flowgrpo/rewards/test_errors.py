@@ -51,7 +51,7 @@ def scores(*values) -> tuple[int, bytes]:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((401, b'{"detail": "no"}'), "refuses the token (401: no)"),
+        ((401, b'{"detail": "no"}'), "asks for a token (401: no)"),
         ((404, b"nothing"), "status 404 (nothing); check the address"),
         ((200, b"hello"), "answered 'hello', but a JSON object is expected"),
         ((200, b'{"score": 1}'), "a list under the key 'scores' is expected"),

@@ -29,6 +29,9 @@ distance = pytest.importorskip("rapidfuzz.distance").Levenshtein.distance
         # It may end the text, and be all there is.
         ('A sign that says "ROUTE 66" and "EXIT 9"', "ROUTE 66"),
         ('sign no. 4"HELLO"', "HELLO"),
+        # Quotes around nothing are none.
+        ('the "" sign says "OPEN"', "OPEN"),
+        ('a "  " sign and “BAR”', "BAR"),
     ],
 )
 def test_quoted_text(prompt, text):
@@ -69,6 +72,12 @@ def test_a_prompt_without_quoted_text_is_an_error(prompt):
         ("wait...", "Wait…", 1.0),
         ("Hello，World！", "Hello, World!", 1.0),
         ("İ", "i\u0307", 1.0),
+        ("office ﬁre", "oﬃce fire", 1.0),
+        ("l`art", "l´art", 1.0),
+        ("a―b", "a-b", 1.0),
+        ("I ❤\ufe0f NY", "I ❤ NY", 1.0),
+        ("A\x00B\x7f", "AB", 1.0),
+        ("\u202eOPEN\u202c", "OPEN", 1.0),
         # An accent that is not there is an error of one letter.
         ("cafe", "café", 0.75),
         ("l'm", "I’m", 2 / 3),

@@ -14,6 +14,7 @@ from flowgrpo.cli import main
 from flowgrpo.evaluation import systems
 from flowgrpo.rewards import load
 from flowgrpo.rewards.images import from_file, to_pil
+from flowgrpo.rewards.scorer import BLANKS
 from support.servers import Answers, running
 
 SIZES = [(48, 48), (32, 64), (48, 48), (64, 40)]
@@ -82,7 +83,7 @@ def test_the_papers_quality_table(weights, tmp_path, capsys):
     [row] = systems.load(tmp_path / "out")
     assert row.label == "GPT-4o" and row.task is None
     assert (row.quality.images, row.quality.prompts) == (4, 3)
-    assert row.quality.details["sizes"] == {"48x48": 2, "64x32": 1, "40x64": 1}
+    assert row.quality.sizes == {"48x48": 2, "64x32": 1, "40x64": 1}
     for name in ("aesthetic", "imagereward", "pickscore"):
         chosen = {k.partition(".")[2]: v for k, v in weights.items() if k.startswith(name)}
         reward = load(name).configured(**chosen, device="cpu")
@@ -97,9 +98,9 @@ def test_the_papers_quality_table(weights, tmp_path, capsys):
             {"Other": scores[0], "Colors": sum(scores[1:]) / 3}, rel=1e-4, abs=1e-4
         )
         assert row.quality.settings[name].items() >= chosen.items()
-    # Of each picture one question a judge.
+    # Of each picture one question a judge, and of the blank ones before them.
     questions = [json.loads(body) for _, body in app.requests if body]
-    assert len(questions) == 8
+    assert len(questions) == 2 * (BLANKS + len(files))
     assert row.quality.scores["deqa"].mean == pytest.approx((4 * 0.75 + 3 * 0.25) / 5, rel=1e-6)
     assert row.quality.scores["unifiedreward"].mean == pytest.approx(0.8)
     shown = capsys.readouterr().out.splitlines()

@@ -286,3 +286,15 @@ def test_killed_before_any_file_operation_each_checkpoint_is_whole_or_gone(tmp_p
     run = processes.Fork(tmp_path / "log", _killed_before_each_operation, tmp_path / "run")
     operations, _, word = run.wait().strip().rpartition(" ")
     assert word == "operations" and int(operations) > 15
+
+
+def test_a_damaged_old_checkpoint_ends_no_run(tmp_path, caplog):
+    """The run goes on from another; none is removed, as the best is not known."""
+    state, model = state_of(updates=0)
+    for _ in range(4):
+        use(state, model, 1)
+        save(state, tmp_path)
+    (tmp_path / "checkpoints" / "step-000001" / checkpoints.STATE).write_text("{")
+    checkpoints.prune(tmp_path / "checkpoints")
+    assert len(checkpoints.list_checkpoints(tmp_path / "checkpoints")) == 4
+    assert "No old checkpoint is removed" in caplog.text and "step-000001" in caplog.text

@@ -264,3 +264,23 @@ def test_a_logger_that_fails_costs_its_numbers_only(tmp_path, monkeypatch, caplo
 
 def replace_write(logger, write):
     return loggers.Logger(logger.name, write, logger.close)
+
+
+def test_events_that_cannot_be_written_are_a_warning(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").write_text("x")
+    config = replace(Config(), **{"run.out": str(tmp_path / "run")})
+    with directory.RunDirectory.open(config) as run:
+        (run.path / "tensorboard").symlink_to(tmp_path / "file")
+        run.log(1, {"reward": 0.5})
+        run.log(2, {"reward": 0.75})
+        assert [line["reward"] for line in run.metrics()] == [0.5, 0.75]
+    assert caplog.text.count("There are no TensorBoard events") == 1
+
+
+def test_a_folder_called_wandb_is_not_the_library(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ConfigError, match="the package wandb, which it needs, is not installed"):
+        loggers.check(replace(Config(), **{"run.wandb": "project"}).run)

@@ -67,3 +67,12 @@ def test_settings_and_numbers(saved, tmp_path):
         not in model_card.write(tmp_path, config, policy.transformer, 9).read_text()
     )
     assert not list(tmp_path.glob(".*")), "written beside and renamed"
+
+
+def test_names_end_no_cell_and_no_file(saved, tmp_path):
+    """Of rewards, tasks and files: bars, line breaks, and bytes that are no UTF-8."""
+    _, policy, config = saved
+    config = replace(config, **{"sample.prompts": "a|b\nc\udcff.txt"})
+    path = model_card.write(tmp_path, config, policy.transformer, 1)
+    [row] = [line for line in path.read_text().splitlines() if line.startswith("| Prompts")]
+    assert row == r"| Prompts | a\|b c\udcff.txt |"

@@ -87,8 +87,8 @@ def test_tries_are_bounded_and_back_off():
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        ((401, b'{"detail": "wrong"}'), RewardError, "refuses the token"),
-        ((403, b"no"), RewardError, "refuses the token"),
+        ((401, b'{"detail": "wrong"}'), RewardError, "asks for a token .401: wrong"),
+        ((403, b"no"), RewardError, "refuses access without a token .403: no"),
         ((404, b"<html>Not\nhere"), RewardError, "status 404 .*Not here.*check the address"),
         ((302, b"", {"location": "/elsewhere"}), RewardError, "status 302"),
         ((413, b"large"), RewardError, "lower the option batch_size"),
@@ -159,6 +159,13 @@ def test_an_address_without_a_path_gets_score(end):
     with running(app) as url:
         assert ask(url.replace("http", "HTTP") + end) == [1.0] * 5
         assert app.paths == ["/score"]
+
+
+def test_a_refusal_says_no_more_than_is_known():
+    for status, words in ((401, "refuses the token"), (403, "refuses access with a token")):
+        server = running(Answers((status, b"no")))
+        with server as url, pytest.raises(RewardError, match=words):
+            ask(url, token="t")
 
 
 @pytest.mark.parametrize("token", ["t\n", "g\u00e9heim", "a\x00b", "a\tb"])

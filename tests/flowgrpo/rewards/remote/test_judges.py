@@ -128,7 +128,7 @@ def test_deqa_with_other_tokenizers_and_missing_levels():
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        ((401, b'{"error": {"message": "no key"}}'), RewardError, "refuses the token.*no key"),
+        ((401, b'{"error": {"message": "no key"}}'), RewardError, "asks for a token.*no key"),
         ((404, b'{"error": "no such model"}'), RewardError, "no such model"),
         ((200, b'{"choices": []}'), RemoteError, "a chat completion with choices"),
         ((200, b"<html>"), RemoteError, "a JSON object is expected"),

@@ -19,6 +19,7 @@ from PIL import Image
 
 from flowgrpo.rewards import RewardError, load
 from flowgrpo.rewards.images import to_png
+from flowgrpo.rewards.options import configurable
 from flowgrpo.rewards.remote import serve as server
 from flowgrpo.rewards.remote.serve import app, bind, is_loopback, serve
 from support.servers import running
@@ -203,6 +204,16 @@ def test_without_a_token_only_the_loopback_interface():
     hosts = {"127.0.0.1": True, "localhost": True, "::1": True, "0.0.0.0": False, "::": False}
     assert {host: is_loopback(host) for host in hosts} == hosts
     assert not is_loopback("example.org")
+
+
+@configurable("broken")
+def broken(*, path: str = "there"):
+    sys.exit(f"no {path}")
+
+
+def test_a_reward_of_the_users_that_cannot_be_built_is_one_sentence():
+    with pytest.raises(RewardError, match=r"cannot be built \(SystemExit: no there"):
+        serve(f"{__name__}:broken", port=0)
 
 
 def test_errors_before_it_listens():

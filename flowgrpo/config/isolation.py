@@ -48,12 +48,13 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 """Settings of the process: name -> (function that reads it, function that sets it)."""
 
 _reported: set[tuple[str, str]] = set()
-"""Pairs of reward and setting that were logged."""
+"""Pairs of code and setting that were logged."""
 
 
 @contextmanager
-def isolated(name: str) -> Iterator[None]:
-    """Put the `SETTINGS` back, at the end of the block, that code of the reward `name` changed."""
+def isolated(code: str) -> Iterator[None]:
+    """Put the `SETTINGS` back, at the end of the block, that code of the user's changed; `code`
+    names it, as "reward 'my.py:score'"."""
     before = _read()
     try:
         yield
@@ -65,12 +66,12 @@ def isolated(name: str) -> Iterator[None]:
             # A working directory may be gone.
             with suppress(OSError):
                 SETTINGS[setting][1](value)
-            if (name, setting) not in _reported:
-                _reported.add((name, setting))
+            if (code, setting) not in _reported:
+                _reported.add((code, setting))
                 log.warning(
-                    "reward %r changed %s from %s to %s, which holds for the whole process, so it "
+                    "%s changed %s from %s to %s, which holds for the whole process, so it "
                     "was put back",
-                    name,
+                    code,
                     setting,
                     value,
                     after.get(setting),

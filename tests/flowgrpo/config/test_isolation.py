@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowgrpo.config import isolation
 from flowgrpo.records import Prompts
-from flowgrpo.rewards import RewardError, Scorer, isolation, load
+from flowgrpo.rewards import RewardError, Scorer, load
 
 PROMPTS = Prompts.of(["a", "b"])
 IMAGES = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
