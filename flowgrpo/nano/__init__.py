@@ -7,6 +7,7 @@ verify.py    pictures -> objects, scores and quality figures
 model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
 recipes.py   the run of `flowgrpo train`
+text/        nano_text, which writes words: its world, prompts, model, pretraining and run
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 MODEL_DIR = Path(__file__).parent / "model"
 """The embedded model, a pipeline in diffusers' layout."""
+MODELS = {"nano": MODEL_DIR}
+"""Embedded models by the names that policy.model takes."""
 
 
 def recipe(**overrides: Any):

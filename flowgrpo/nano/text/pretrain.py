@@ -51,12 +51,12 @@ class Pretraining:
     """Folder of an earlier run's stage, DIR/STAGE, to go on from; default: fresh weights."""
     stages: tuple[str, ...] = STAGES
     """Stages to run, of autoencoder, clean and mistaken, in this order."""
-    autoencoder_steps: int = 1500
+    autoencoder_steps: int = 1600
     autoencoder_batch: int = 16
     kl_weight: float = 1e-4
     """Weight of the latents' KL, per latent value, beside the error per pixel value."""
-    clean_steps: int = 6500
-    mistaken_steps: int = 800
+    clean_steps: int = 4000
+    mistaken_steps: int = 500
     batch_size: int = 128
     pictures: int = 65536
     """Pictures that are painted and encoded for the last two stages."""
@@ -71,8 +71,8 @@ class Pretraining:
     anneal: float = 0.5
     """Last share of a stage's steps, over which both learning rates fall linearly to zero."""
     caption_dropout: float = 0.1
-    evaluate_every: int = 500
-    eval_images: int = 480
+    evaluate_every: int = 400
+    eval_images: int = 240
     """Held-out images at the end, for each guidance; half as many tuning images before."""
     seed: int = 0
 
