@@ -71,7 +71,7 @@ class EvaluateOptions:
     prompt_set: str | None = None
     """Prompt set; default: as in training."""
     split: str = "heldout"
-    """Part of the prompt set: heldout or train; of nano also tune."""
+    """Part of the prompt set: heldout or train; of nano and nano_text also tune."""
     prompts: int | None = None
     """Number of prompts; 0: all; default: as in training."""
     samples: int | None = None
@@ -112,7 +112,8 @@ class SampleOptions:
     run: str | None = None
     """Run directory or checkpoint: images of the base, of its initial adapter, and trained."""
     model: str | None = None
-    """Model: "nano", a folder or a Hub id; default: nano, or with --run where the run's was."""
+    """Model: "nano", "nano_text", a folder or a Hub id; default: nano, or with --run where the
+    run's was."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"

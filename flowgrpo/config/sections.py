@@ -22,7 +22,7 @@ class PolicyConfig:
     """The model that is trained, and which of its weights are."""
 
     model: str = "nano"
-    """The embedded model ("nano"), a folder in diffusers' layout, or a Hugging Face Hub id."""
+    """An embedded model (nano, nano_text), a folder in diffusers' layout, or a Hub id."""
     variant: str = ""
     """Which of the model's files: "fp16" reads NAME.fp16.safetensors; empty: NAME.safetensors."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

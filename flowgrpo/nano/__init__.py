@@ -17,7 +17,7 @@ from typing import Any
 
 MODEL_DIR = Path(__file__).parent / "model"
 """The embedded model, a pipeline in diffusers' layout."""
-MODELS = {"nano": MODEL_DIR}
+MODELS = {"nano": MODEL_DIR, "nano_text": Path(__file__).parent / "text" / "model"}
 """Embedded models by the names that policy.model takes."""
 
 

@@ -84,9 +84,9 @@ class Policy(ABC):
     ) -> Policy:
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
-        "nano" is the embedded model. Device "auto" is cuda where there is one; dtype "auto" is
-        bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and fp32 are
-        short names. Of `config`, all but the adapter is used.
+        "nano" and "nano_text" are embedded models. Device "auto" is cuda where there is one; dtype
+        "auto" is bfloat16 where the device multiplies it in hardware, else float32; bf16, fp16 and
+        fp32 are short names. Of `config`, all but the adapter is used.
 
         `model` may also be a pipeline that is loaded already. It is taken over: its models are
         frozen, cast to `dtype` ("auto": the transformer's), moved to the device, and trained in

@@ -6,6 +6,7 @@
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
+    nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
 sd3.py  flux.py   the numbers of one family, each with its source
 tasks.py          what the papers train for: prompts, rewards, weight of the KL, length
@@ -32,6 +33,7 @@ SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
     "nano_awm": ("flowgrpo.nano.recipes:awm", {}),
+    "nano_text": ("flowgrpo.nano.text:recipe", {}),
     "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
     "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
     "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),

@@ -1,4 +1,4 @@
-"""nano_text's networks, and its pretraining for two steps a stage."""
+"""nano_text's networks, its pretraining for two steps a stage, its recipe and its weights."""
 
 import json
 
@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from flowgrpo.nano import MODELS
 from flowgrpo.nano.text import prompts
 from flowgrpo.nano.text.model import build
-from flowgrpo.nano.text.pretrain import STAGES, Pictures, Pretraining, judge, run
+from flowgrpo.nano.text.pretrain import STAGES, Pictures, Pretraining, evaluate, judge, run
 from flowgrpo.nano.text.scenes import COLORS, SURFACES, paint
 from flowgrpo.policies import Policy
+from flowgrpo.recipes import EMBEDDED, recipe
+from flowgrpo.rewards import Scorer, load
 
 TINY = {
     "autoencoder_steps": 2,
@@ -92,3 +95,25 @@ def test_real_pictures_are_read_and_wrong_ones_are_not():
     other = [prompts.misread(m["word"], rng) for m in records]
     false = judge(torch.from_numpy(paint(other, surfaces, colors, rng)), records)
     assert false["accuracy"] <= 0.02 < 0.5 < false["score"] < 0.8
+
+
+def test_the_recipe_reads_without_looking_for_lines():
+    config = recipe("nano_text", steps=7, **{"optim.lr": 1e-4})
+    assert (config.recipe, config.run.steps, config.optim.lr) == ("nano_text", 7, 1e-4)
+    assert "nano_text" in EMBEDDED and next(iter(config.reward.report)) == "ocr_strict"
+    scorer = Scorer.of(config.reward)
+    assert scorer.rewards["ocr"].options["detect"] is False
+    assert load("ocr").options["detect"] is True
+
+
+@pytest.mark.slow
+def test_the_embedded_model_writes():
+    """The weights in the package are those that the documentation speaks of."""
+    pytest.importorskip("rapidocr")
+    files = [path for path in MODELS["nano_text"].rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6e6
+    policy = Policy.load("nano_text", device="cpu", dtype="float32")
+    assert (policy.name, policy.height, policy.width) == ("nano_text", 32, 80)
+    figures = evaluate(policy.pipeline, "tune", 90, steps=20)
+    assert 0.45 <= figures["accuracy"] <= 0.75 and figures["score"] >= 0.75
+    assert figures["quality"]["obeyed"] >= 0.95
