@@ -229,6 +229,8 @@ class Experience:
     """float32 [B], by `Objective.weigh`: 0 for the rows of a dropped group; mean 1."""
     iteration: int = 0
     """Iterations completed before this one: the index of its draws."""
+    prompts: Prompts | None = None
+    """K prompts with their metadata, for an objective that asks the rewards itself."""
     draws: Draws | None = None
     """Noise levels of the results, for objectives that re-noise them."""
 
@@ -264,6 +266,8 @@ class Batch:
     """float32 [M]: log_prob at the rollout, for a loss with a ratio."""
     old_velocity: Tensor | None = None
     """[M, C, H, W]: velocity at the rollout, for a loss that compares it."""
+    prompts: Prompts | None = None
+    """M prompts with their metadata, for a loss that asks the rewards itself."""
     step_weights: Tensor | None = None
     """float32 [M]: see `schedule.step_weights`."""
 

@@ -55,6 +55,7 @@ from flowgrpo.prompts.load import load_prompts
 from flowgrpo.records import Experience, Prompts, Scores, Trajectory
 from flowgrpo.rewards import Scorer
 from flowgrpo.rewards.background import BackgroundScoring, RewardThread
+from flowgrpo.rewards.differentiable import differentiable_rewards
 from flowgrpo.runs.monitor import Monitor
 from flowgrpo.runs.process import prepare_process, stoppable
 from flowgrpo.runs.state import State
@@ -121,7 +122,7 @@ def run(
                 advantages, weights = components.objective.weigh(rewards, config.optim)
             with clock("update"):
                 learned = (trajectory, conditioning, components.uncond, advantages, weights)
-                experience = Experience(*learned, state.iteration).to(policy.device)
+                experience = Experience(*learned, state.iteration, batch).to(policy.device)
                 inputs = (components.schedule, state, components.micro_step, experience, config)
                 metrics = update(*inputs, components.curated)
             state.iteration += 1
@@ -162,6 +163,8 @@ def setup(
     check_count(prompts, config.sample.prompts_per_iteration)
     scorer = Scorer.of(config.reward)
     scorer.prepare(prompts)
+    if objective.differentiable:
+        differentiable_rewards(config.reward)
     policy = load_policy(config, pipeline, encode, reference=objective.reference)
     cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompts), 256):

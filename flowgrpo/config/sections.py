@@ -262,7 +262,7 @@ class OptimConfig:
     """The loss and the optimizer."""
 
     objective: str = "grpo"
-    """Objective of the update: grpo, awm, nft, sft, orw, dpo, opd; see docs/objectives.md."""
+    """Objective of the update: grpo, awm, nft, sft, orw, dpo, opd, refl; see docs/objectives.md."""
     lr: float = 3e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -323,6 +323,8 @@ class OptimConfig:
     """Weight of flow matching on images of sample.curated beside grpo, awm or nft."""
     tau: float = 0.5
     """Temperature of orw: an image counts exp(reward / tau)."""
+    refl_steps: int = 3
+    """Last steps of a rollout of which refl draws one for each image, to learn by."""
     teacher: str = ""
     """LoRA weights that opd learns from, over the same model: folder, file or Hub id."""
     dpo_beta: float = 100.0
@@ -340,7 +342,7 @@ class OptimConfig:
         check_positive("optim", self, "lr", "clip_range", "adv_clip", "ema_every")
         check_positive("optim", self, "updates_per_iteration", "steps_per_forward")
         check_positive("optim", self, "levels", "tau", "nft_beta", "dpo_beta")
-        check_positive("optim", self, "dppo_threshold")
+        check_positive("optim", self, "dppo_threshold", "refl_steps")
         require(
             not (self.guard and self.dppo),
             "optim.guard and optim.dppo are both on, but each has its own way to bound an update; "

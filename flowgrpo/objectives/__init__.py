@@ -17,6 +17,7 @@ matching.py    re-noised results, for objectives of the forward process
 awm.py         advantage weighted matching
 nft.py         DiffusionNFT
 dpo.py         Flow-DPO
+refl.py        the reward's own gradient, through the decoder and a late step
 opd.py         on-policy distillation from a teacher's adapter
 sft.py  orw.py supervised: the best of a group; each image by the exponential of its reward
 curated.py     images and pairs of a curated set, in place of a rollout's results or beside them

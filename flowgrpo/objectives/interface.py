@@ -59,6 +59,9 @@ class Objective:
     options: tuple[str, ...] = ()
     """Fields of the configuration that this objective reads and not every other does. One that
     another objective lists, and this one does not, must have its default."""
+    differentiable: bool = False
+    """The rewards must pass a gradient on to the pixels: the loss asks them itself, on the host as
+    well, so it cannot be captured."""
     offline: Objective | None = None
     """The row in its place where `sample.curated` is set: one without a rollout."""
     pairs: bool = False

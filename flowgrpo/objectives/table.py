@@ -6,7 +6,7 @@ import dataclasses
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.validation import require, similar
-from flowgrpo.objectives import awm, dpo, grpo, nft, opd, orw, sft
+from flowgrpo.objectives import awm, dpo, grpo, nft, opd, orw, refl, sft
 from flowgrpo.objectives.interface import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -17,6 +17,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orw": orw.OBJECTIVE,
     "dpo": dpo.OBJECTIVE,
     "opd": opd.OBJECTIVE,
+    "refl": refl.OBJECTIVE,
 }
 """`optim.objective` -> its row."""
 
@@ -41,6 +42,7 @@ def objective_of(config: Config) -> Objective:
     check_shares(name, objective, config)
     check_mixture(name, objective, config)
     check_teacher(name, objective, config)
+    check_rewards(name, objective, config)
     return objective
 
 
@@ -87,6 +89,22 @@ def check_teacher(name: str, objective: Objective, config: Config) -> None:
         "optim.teacher" not in objective.options or bool(config.optim.teacher),
         f"optim.teacher is empty with optim.objective {name}, but the adapter to learn from is "
         "expected; name its folder, file or Hub repository.",
+    )
+
+
+def check_rewards(name: str, objective: Objective, config: Config) -> None:
+    """Raise for what a loss that asks the rewards itself cannot have."""
+    if not objective.differentiable:
+        return
+    require(
+        config.optim.capture == "off",
+        f"optim.capture is on with optim.objective {name}, whose loss asks the rewards and cannot "
+        "be captured; set it to off.",
+    )
+    require(
+        config.reward.normalize == "none",
+        f"reward.normalize is {config.reward.normalize!r} with optim.objective {name}, which "
+        "learns by the gradient of the plain weighted sum; set it to none.",
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowgrpo.rewards import models
-from flowgrpo.rewards.images import resize
+from flowgrpo.rewards.images import resize, resize_smoothly
+from flowgrpo.rewards.interface import Reward
 from flowgrpo.rewards.options import check_numbers
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,6 +27,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def pixels(images: Tensor, size: int, fit: str = "crop") -> Tensor:
     """Prepare images, uint8 [B, 3, H, W], for the model: float32 [B, 3, size, size], normalised.
 
+    Images of another type, in 0 ... 255, are not rounded, so that a gradient comes through.
+
     fit: "crop" brings the shorter edge to `size` and crops the centre; "pad" brings the longer edge
     there and pads with black.
     """
@@ -34,7 +37,8 @@ def pixels(images: Tensor, size: int, fit: str = "crop") -> Tensor:
     # torchvision's rule: the long edge is truncated in a crop; HPSv2's: rounded when it pads.
     to_int = int if fit == "crop" else round
     resized = tuple(to_int(side * size / edge) for side in (height, width))
-    images = resize(images, resized)
+    whole = images.dtype == torch.uint8
+    images = (resize if whole else resize_smoothly)(images, resized)
     if fit == "pad":
         down, right = size - resized[0], size - resized[1]
         images = functional.pad(
@@ -83,6 +87,9 @@ class Clip:
     @torch.inference_mode()
     def pixels(self, values: Tensor) -> Tensor:
         """Embed normalised images, [B, 3, size, size], as unit vectors, float32 [B, D]."""
+        return self._embed(values)
+
+    def _embed(self, values: Tensor) -> Tensor:
         # Not get_image_features: what it returns differs between transformers 4 and 5.
         pooled = self.model.vision_model(pixel_values=values).pooler_output
         return functional.normalize(self.model.visual_projection(pooled), dim=-1)
@@ -111,6 +118,22 @@ class Clip:
     def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Compute the cosine between each image and its text, float32 [B]."""
         return (self.images(images) * self.texts(texts)).sum(dim=-1)
+
+    def reward(self, divisor: float) -> Reward:
+        """Make the reward exp(logit_scale) cosine / divisor, which is differentiable too."""
+
+        def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            return self.scale * self.cosine(images, prompts) / divisor
+
+        def of_pixels(values: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+            size = self.model.config.vision_config.image_size
+            vectors = self._embed(pixels(values.to(self.device), size, self.fit))
+            # A copy, because autograd saves no tensor that was made in inference mode.
+            texts = self.texts(prompts).clone()
+            return self.scale.detach() * (vectors * texts).sum(dim=-1) / divisor
+
+        rate.of_pixels = of_pixels
+        return rate
 
     @property
     def scale(self) -> Tensor:

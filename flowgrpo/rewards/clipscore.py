@@ -23,6 +23,4 @@ def score(
 ):
     """Build the CLIP score: CLIP's logit / 30."""
     encoder = clip.load(model, device=device, batch_size=batch_size)
-    return lambda images, prompts, metadata: (
-        encoder.scale * encoder.cosine(images, prompts) / DIVISOR
-    )
+    return encoder.reward(DIVISOR)

@@ -61,8 +61,10 @@ def score(
     vision, text, head = (module.to(on) for module in build(weights, model))
     tokens = models.tokenizer(tokenizer)
 
-    @torch.inference_mode()
-    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    for module in (vision, text, head):
+        module.requires_grad_(False)
+
+    def of_pixels(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         rewards = []
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
@@ -84,6 +86,11 @@ def score(
             rewards.append((head(out.last_hidden_state[:, 0])[:, 0] - MEAN) / STD)
         return torch.cat(rewards)
 
+    @torch.inference_mode()
+    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return of_pixels(images, prompts, metadata)
+
+    rate.of_pixels = of_pixels
     return rate
 
 

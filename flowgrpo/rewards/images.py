@@ -127,6 +127,17 @@ def from_png(text: str, max_pixels: int = 4096 * 4096) -> Tensor:
     raise ValueError(f"{image.width} x {image.height} pixels, but at most {max_pixels} are allowed")
 
 
+def resize_smoothly(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images, float [B, 3, H, W] in 0 ... 255, to [B, 3, *size], as `resize` does but
+    without its rounding, so that a gradient comes through."""
+    for shape in ((images.shape[-2], size[1]), size):
+        if images.shape[-2:] != shape:
+            images = functional.interpolate(
+                images, size=shape, mode="bicubic", align_corners=False, antialias=True
+            ).clamp(0, 255)
+    return images
+
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize images, uint8 [B, 3, H, W], to float32 [B, 3, *size], whole numbers in 0 ... 255.
 

@@ -25,6 +25,4 @@ def score(
 ):
     """Build PickScore / 26. Its tokenizer is that of the CLIP model that it was tuned from."""
     encoder = clip.load(model, tokenizer=tokenizer, device=device, batch_size=batch_size)
-    return lambda images, prompts, metadata: (
-        encoder.scale * encoder.cosine(images, prompts) / DIVISOR
-    )
+    return encoder.reward(DIVISOR)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLAIN_LINES = 40
 QUIET = 30.0
 """Seconds that an evaluation goes on before the first plain line, and between two of them."""
+WITHOUT_COMPARISON = ("opd", "refl")
+"""Objectives that learn where the rewards of a group are equal, too."""
 EQUAL_ITERATIONS = 10
 """Iterations in a row without a reward that differs inside a group, before the run says so."""
 # Metric -> its name and format in the progress.
@@ -137,6 +139,8 @@ class Display:
 
     def _look_for_differences(self, metrics: Mapping[str, Any]) -> None:
         """Warn once a run that no group's rewards differed for `EQUAL_ITERATIONS` iterations."""
+        if self.config.optim.objective in WITHOUT_COMPARISON:
+            return
         groups = self.config.sample.prompts_per_iteration
         empty = metrics.get("equal_groups", 0) + metrics.get("dropped_groups", 0)
         self._equal = self._equal + 1 if empty >= groups else 0

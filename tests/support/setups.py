@@ -29,6 +29,9 @@ def bright(images, prompts, metadata):
     return images.float().mean((1, 2, 3)) / 255
 
 
+bright.of_pixels = lambda pixels, prompts, metadata: pixels.mean((1, 2, 3)) / 255
+
+
 def config(model: Path, folder: Path, **changes) -> Config:
     """2 prompts x 6 images in 4 chunks of 3, LoRA on every linear layer of the blocks."""
     prompts = Path(folder) / "prompts.txt"
@@ -81,7 +84,7 @@ def experience(made: train.Components, config: Config) -> Experience:
     rewards = torch.randn(shape, generator=generator, dtype=torch.float64)
     gains, weights = made.objective.weigh(rewards, config.optim)
     iteration = made.state.iteration
-    return Experience(trajectory, conditioning, made.uncond, gains, weights, iteration)
+    return Experience(trajectory, conditioning, made.uncond, gains, weights, iteration, batch)
 
 
 def double_copies(parts):

@@ -62,6 +62,27 @@ def test_scaled_logits(name, divisor, clip_folder, pictures):
     torch.testing.assert_close(alone, scores[2:3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_gradient_in_the_pixels(name, clip_folder, pictures):
+    """`of_pixels` scores as the reward does, but for roundings, and has its slope."""
+    options = {"model": str(clip_folder), "device": "cpu"}
+    if name == "pickscore":
+        options["tokenizer"] = str(clip_folder)
+    reward = load(name).configured(**options).build()
+    scores = reward.of_pixels(pictures.float(), PROMPTS, NOTHING)
+    expected = reward(pictures, PROMPTS, NOTHING)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.05)
+    # Away from black and white, beyond which a resized picture does not go.
+    pixels = (0.8 * pictures + 25).requires_grad_()
+    scores = reward.of_pixels(pixels, PROMPTS, NOTHING)
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    direction = gradient.sign()
+    with torch.no_grad():
+        ends = [reward.of_pixels(pixels + h * direction, PROMPTS, NOTHING) for h in (0.01, -0.01)]
+    slope = ((ends[0] - ends[1]) / 0.02).sum()
+    torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=0.05, atol=0)
+
+
 def test_models_in_the_home_directory(clip_folder, pictures, monkeypatch):
     monkeypatch.setenv("HOME", str(clip_folder.parent))
     scores = [

@@ -133,6 +133,12 @@ def test_scores_are_those_of_the_authors_architecture(clip_folder, pictures, tmp
     assert expected.std() > 0.1
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
 
+    values = pictures.float().requires_grad_()
+    smooth = reward.build().of_pixels(values, PROMPTS, [{}] * 5)
+    torch.testing.assert_close(smooth.detach(), scores, rtol=1e-2, atol=0.05)
+    (gradient,) = torch.autograd.grad(smooth.sum(), values)
+    assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
+
 
 def test_other_weights_are_refused(clip_folder, pictures, tmp_path):
     weights = authors_weights()

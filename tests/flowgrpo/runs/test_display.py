@@ -14,8 +14,10 @@ from flowgrpo.evaluation.table import comparison
 from flowgrpo.runs.display import Display, clock
 
 
-def display(width: int = 100, terminal: bool = False, **run) -> Display:
-    config = replace(Config(recipe="r"), **{f"run.{name}": value for name, value in run.items()})
+def display(width: int = 100, terminal: bool = False, **fields) -> Display:
+    """Names without a section are those of `run`."""
+    changes = {n if "." in n else f"run.{n}": value for n, value in fields.items()}
+    config = replace(Config(recipe="r"), **changes)
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False)
     return Display(config, console)
 
@@ -124,6 +126,14 @@ def test_one_group_that_differs_is_enough(empty, said):
         shown.iteration(done, {**METRICS, **groups}, 1.0)
         found += [done] * (text(shown).count("Nothing to learn from") - len(found))
     assert found == said
+
+
+@pytest.mark.parametrize(("objective", "said"), [("nft", 1), ("opd", 0), ("refl", 0)])
+def test_objectives_that_compare_no_rewards(objective, said):
+    shown = display(steps=100, **{"optim.objective": objective})
+    for done in range(1, 30):
+        shown.iteration(done, {**METRICS, "equal_groups": 8}, 1.0)
+    assert text(shown).count("Nothing to learn from") == said
 
 
 def test_auto_is_a_bar_only_on_a_terminal():

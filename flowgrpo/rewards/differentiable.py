@@ -1,0 +1,45 @@
+"""Rewards that pass a gradient on to the pixels.
+
+A reward says that it is one by a function `of_pixels` of its own, differentiable in the pixels: an
+attribute of the function that is called for images.
+
+    of_pixels(pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata) -> B scores
+
+It is to score as the reward does, but for the rounding of pixels to whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flowgrpo.config import RewardConfig
+from flowgrpo.rewards.interface import RewardError
+from flowgrpo.rewards.table import load, options_of
+
+OfPixels = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
+"""Pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata -> B scores, differentiable."""
+
+
+def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]:
+    """List the rewards of `reward.weights`: the weight and `of_pixels` of each.
+
+    Raises:
+        RewardError: one of them passes no gradient on.
+    """
+    options = options_of(config.options, dict.fromkeys((*config.weights, *config.report)))
+    functions = []
+    for name, weight in config.weights.items():
+        reward = load(name, options.get(name, {}))
+        function = reward.build() if hasattr(reward, "build") else reward
+        of_pixels = getattr(function, "of_pixels", None)
+        if of_pixels is None:
+            raise RewardError(
+                f"reward {name!r} passes no gradient on to the pixels, but optim.objective refl "
+                "learns by that gradient; take pickscore, clipscore or imagereward, or give your "
+                "function an attribute of_pixels (flowgrpo/rewards/differentiable.py)."
+            )
+        functions.append((weight, of_pixels))
+    return functions
