@@ -76,7 +76,7 @@ class Model:
     """sd3 or flux."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
-    vae: dict[str, Any] | None
+    vae: dict[str, Any]
     latent: tuple[int, int, int]
     """C, H, W of a latent, before FLUX packs it."""
     text_tokens: int
@@ -245,7 +245,7 @@ def nano() -> Model:
         family="sd3",
         transformer=config,
         scheduler=dict(policy.scheduler.config),
-        vae=None,
+        vae=dict(policy.pipeline.vae.config),
         latent=policy.latent_shape,
         text_tokens=policy.encode(["a red circle"]).embeds.shape[1],
         parameters=sum(p.numel() for p in policy.transformer.parameters()),

@@ -40,12 +40,15 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
     return network.requires_grad_(False).eval()
 
 
-def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module | None:
-    """The VAE of `model`, frozen, in eval mode; None for nano, which works on pixels."""
-    if model.vae is None:
-        return None
+def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
+    """The VAE of `model`, frozen, in eval mode."""
     from diffusers import AutoencoderKL
 
+    if model.name == "nano":
+        from flowgrpo.nano import MODEL_DIR
+
+        network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
+        return network.requires_grad_(False).eval()
     network = random_module(lambda: AutoencoderKL(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
 

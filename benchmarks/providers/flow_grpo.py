@@ -97,7 +97,7 @@ class FlowGrpoBaseline:
     def __init__(self, model: Model, setting: Setting, device: str) -> None:
         self.model, self.setting, self.device = model, setting, device
         self.vae = random_weights.vae(model, device, setting.vae)
-        if self.vae is not None and setting.compiled:
+        if setting.compiled:
             self.vae.to(memory_format=torch.channels_last)
         self.encoders: list[nn.Module] = []
         scaled = setting.autocast == torch.float16 and device == "cuda"
@@ -293,12 +293,11 @@ class FlowGrpoBaseline:
 
             _, height, width = self.model.latent
             latents = FluxPipeline._unpack_latents(latents, height * 8, width * 8, 8)
-        if self.vae is not None:
-            config = self.vae.config
-            latents = latents / config.scaling_factor + config.shift_factor
-            if self.setting.compiled:
-                latents = latents.contiguous(memory_format=torch.channels_last)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        config = self.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        if self.setting.compiled:
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return (latents / 2 + 0.5).clamp(0, 1)
 
     def micro_step(self, rollout: Rollout, j: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -56,7 +56,7 @@ def config(case: Case, device: str, **changes: Any) -> Config:
         "optim.updates_per_iteration": 1,
         "optim.ratio_tolerance": ANY_DEVIATION,
     }
-    if case.model.vae is not None:
+    if case.model.name != "nano":
         values["policy.resolution"] = 8 * case.model.latent[1]
     if case.model.family == "flux":
         values["policy.max_sequence_length"] = case.model.text_tokens

@@ -198,7 +198,7 @@ def recipe_states(memory: float | None = None) -> dict[str, str]:
     memory = memory or plan.gpu_memory()
     states = {"GPU": f"{memory:.0f} GiB" if memory else "none here; recipes are made for 80 GiB"}
     models = {}
-    for name in sorted(set(recipes.RECIPES) - {"nano"}):
+    for name in sorted(set(recipes.RECIPES) - recipes.EMBEDDED):
         config = recipes.recipe(name, memory=memory)
         need = plan.expected_memory(config, plan.sizes_of(config.policy.model))["total"]
         rows = config.sample.batch_size

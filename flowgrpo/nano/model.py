@@ -1,12 +1,14 @@
 """nano's networks, all of the classes that SD3.5 is made of, only smaller.
 
-    transformer    diffusers.SD3Transformer2DModel, 2.3 M parameters: 24 x 24 RGB, patch 4, 4 joint
-                   blocks of 4 heads
-    text_encoder   transformers.CLIPTextModelWithProjection, 0.4 M parameters, over a vocabulary of
+    vae            diffusers.AutoencoderKL, 0.5 M parameters: 64 x 64 RGB -> 4 x 4 latents of 4
+                   channels
+    transformer    diffusers.SD3Transformer2DModel, 1.0 M parameters: 16 tokens, 3 joint blocks of 3
+                   heads
+    text_encoder   transformers.CLIPTextModelWithProjection, 0.2 M parameters, over a vocabulary of
                    words
     scheduler      diffusers.FlowMatchEulerDiscreteScheduler
 
-There is no VAE: the latents are the pixels in [-1, 1]. `save` writes an ordinary diffusers folder.
+`save` writes an ordinary diffusers folder.
 """
 
 from __future__ import annotations
@@ -19,15 +21,19 @@ from torch import nn
 from flowgrpo.nano.prompts import MAX_WORDS, WORDS
 from flowgrpo.nano.scenes import IMAGE_SIZE
 
-WIDTH, HEADS, LAYERS, TEXT_LAYERS = 128, 4, 4, 2
+WIDTH, HEADS, LAYERS, TEXT_LAYERS = 96, 3, 3, 2
+LATENT_SIZE, LATENT_CHANNELS = 4, 4
+# Channels at 64, 32, 16, 8 and 4 pixels: each level costs about as much.
+VAE_CHANNELS = (8, 16, 32, 64, 64)
 # More of the schedule's steps go to high noise, where the layout is decided; SD3.5 uses 3.0 at 512
 # x 512.
 SHIFT = 2.0
 
 
 def build(seed: int = 0):
-    """Build a fresh `StableDiffusion3Pipeline`, without VAE, with one text encoder, in float32."""
+    """Build a fresh `StableDiffusion3Pipeline` with one text encoder, in float32."""
     from diffusers import (
+        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
@@ -37,17 +43,17 @@ def build(seed: int = 0):
     tokenizer = _tokenizer()
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
-        sample_size=IMAGE_SIZE,
-        patch_size=4,
-        in_channels=3,
-        out_channels=3,
+        sample_size=LATENT_SIZE,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         num_layers=LAYERS,
         attention_head_dim=WIDTH // HEADS,
         num_attention_heads=HEADS,
         joint_attention_dim=WIDTH,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=WIDTH,
-        pos_embed_max_size=IMAGE_SIZE // 4,
+        pos_embed_max_size=LATENT_SIZE,
         qk_norm="rms_norm",
     )
     _open_gates(transformer)
@@ -61,14 +67,27 @@ def build(seed: int = 0):
             num_attention_heads=HEADS,
             max_position_embeddings=tokenizer.model_max_length,
             pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
+            bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
         )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(VAE_CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(VAE_CHANNELS),
+        block_out_channels=VAE_CHANNELS,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=None,
+        vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=None,
@@ -82,22 +101,21 @@ def _tokenizer():
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<unk>", "<bos>", "<eos>"]
+    # Not <eos> at 2, which transformers takes for a sign of CLIP's first, wrong configuration.
+    special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        special_tokens=[("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])],
+        single="$A <eos>", special_tokens=[("<eos>", vocabulary["<eos>"])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
         unk_token="<unk>",
-        bos_token="<bos>",
         eos_token="<eos>",
-        model_max_length=MAX_WORDS + 2,
+        model_max_length=MAX_WORDS + 1,
     )
 
 
@@ -125,7 +143,7 @@ def _open_gates(transformer: nn.Module) -> None:
 
 def save(pipeline, folder: Path) -> None:
     """Write the pipeline as a diffusers folder in bfloat16; the modules are converted in place."""
-    for module in (pipeline.transformer, pipeline.text_encoder):
+    for module in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
         module.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     # transformers 5 writes a class name that transformers 4 does not know; this one is in both.

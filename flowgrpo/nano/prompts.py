@@ -1,17 +1,19 @@
 """nano's prompts: GenEval's six tasks in miniature, their metadata in GenEval's format, and the
 splits.
 
-    single_object  a circle                            colors      a red circle
-    two_object     a circle and a square               position    a circle left of a square
-    counting       three circles                       color_attr  a red circle and a blue square
+    single_object  a star                      colors      a red star
+    two_object     a star and a square         position    a star left of a square
+    counting       three stars                 color_attr  a red star and a blue square
 
-The wording varies a little (one / a single / exactly, and / with), so that there are about 400
+An object of two, counting and position may have a colour as well ("three red stars"), and the
+wording varies a little (one / a single / exactly, and / with), so that there are about 7000
 prompts. `split` deals them out once and for all by a hash: "train" for pretraining and RL, "tune"
-for choosing hyper-parameters, "heldout" for reported figures. The two compositional tasks are split
-by content, so that a held-out position or pair of colours is new in any wording.
+for choosing hyper-parameters, "heldout" for reported figures. All tasks but the first are split by
+combination: what a held-out prompt asks for is asked for by no training prompt, in any wording or
+order. A single object, of which there are as many as shapes, is split by its wording.
 
-`parse` reads any prompt of the vocabulary, also compositions outside the six tasks ("three red
-circles").
+`parse` reads any prompt of the vocabulary, also compositions outside the six tasks ("two circles
+and a star").
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from functools import cache
 from itertools import permutations, product
 
 from flowgrpo.config.validation import ConfigError
-from flowgrpo.nano.scenes import COLORS, MAX_OBJECTS, RELATIONS, SHAPES
+from flowgrpo.nano.scenes import COLORS, MAX_OBJECTS, PLURALS, RELATIONS, SHAPES
 from flowgrpo.records import Prompts
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -34,8 +36,8 @@ TRAINING_SHARES = {
     "two_object": 2,
     "counting": 3,
     "colors": 1,
-    "position": 2,
-    "color_attr": 3,
+    "position": 5,
+    "color_attr": 2,
 }
 COUNTS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 # "a single", "just one", "only one", "exactly three": words that stress a number and change nothing
@@ -48,7 +50,7 @@ WORDS = (
     *JOINTS,
     *COLORS,
     *SHAPES,
-    *(s + "s" for s in SHAPES),
+    *PLURALS,
     "left",
     "right",
     "of",
@@ -56,10 +58,6 @@ WORDS = (
     "below",
 )
 MAX_WORDS = 8
-
-
-def _noun(count: int, shape: str) -> str:
-    return shape if count == 1 else shape + "s"
 
 
 def parse(prompt: str) -> dict:
@@ -114,7 +112,7 @@ def _object(words: list[str], prompt: str) -> tuple[dict, list[str]]:
     entry: dict = {"count": count}
     if rest and rest[0] in COLORS:
         entry["color"], rest = rest[0], rest[1:]
-    nouns = {_noun(count, shape): shape for shape in SHAPES}
+    nouns = dict(zip(SHAPES if count == 1 else PLURALS, SHAPES, strict=True))
     if not rest or rest[0] not in nouns:
         raise ValueError(f"prompt {prompt!r}: expected one of {', '.join(nouns)} after the count")
     return {"class": nouns[rest[0]], **entry}, rest[1:]
@@ -149,24 +147,33 @@ def _record(prompt: str, objects: list[dict], position: str | None) -> dict:
 
 
 def _all_prompts() -> list[tuple[str, str]]:
-    """List all (prompt, split key) of the six tasks."""
-    pairs = list(permutations(SHAPES, 2))
-    out = [
-        (f"{a} {s}", "") for a in ("a", "one", "a single", "just one", "only one") for s in SHAPES
-    ]
-    out += [(f"{a} {p} {j} {a} {q}", "") for a in ("a", "one") for j in JOINTS for p, q in pairs]
+    """List all (prompt, split key) of the six tasks; the key says what is asked for."""
+    pairs, hues = list(permutations(SHAPES, 2)), list(permutations(COLORS, 2))
+    articles = ("a", "one", "a single", "just one", "only one")
+    out = [(f"{a} {s}", f"{a} {s}") for a in articles for s in SHAPES]
+    out += [(f"{a} {c} {s}", f"{c} {s}") for a in articles for c in COLORS for s in SHAPES]
     numbers = [n for n, count in COUNTS.items() if count > 1]
-    out += [
-        (f"{e}{n} {s}s", "") for e in ("", "exactly ", "just ") for n in numbers for s in SHAPES
-    ]
-    out += [(f"{a} {c} {s}", "") for a in ("a", "one", "a single") for c in COLORS for s in SHAPES]
-    for (p, q), r, a in product(pairs, RELATIONS, ("a", "one")):
-        out.append((f"{a} {p} {r} {a} {q}", f"{p} {r} {q}"))
-    for (p, q), (c, d), j in product(pairs, permutations(COLORS, 2), JOINTS):
+    for n, c, s, e in product(numbers, ("", *COLORS), PLURALS, ("", "exactly", "just")):
+        out.append((_words(e, n, c, s), _words(n, c, s)))
+    # Two colours that are asked for together differ, since one could not tell which is whose.
+    one_hue = [("", ""), *((c, "") for c in COLORS), *(("", c) for c in COLORS)]
+    for (p, q), (c, d), j, a in product(pairs, [*one_hue, *hues], JOINTS, ("a", "one")):
         # The same content in either order: "red circle and blue square" is "blue square and red
         # circle".
-        out.append((f"a {c} {p} {j} a {d} {q}", " ".join(sorted((f"{c} {p}", f"{d} {q}")))))
-    return [(text, key or text) for text, key in out]
+        key = " and ".join(sorted((_words(c, p), _words(d, q))))
+        out.append((_words(a, c, p, j, a, d, q), key))
+    for (p, q), (c, d), r in product(pairs, [("", ""), *hues], RELATIONS):
+        text = _words("a", c, p, r, "a", d, q)
+        # "a left of b" is "b right of a".
+        first, second = _words(c, p), _words(d, q)
+        mirrored = {"right of": "left of", "below": "above"}
+        key = f"{second} {mirrored[r]} {first}" if r in mirrored else f"{first} {r} {second}"
+        out.append((text, key))
+    return out
+
+
+def _words(*words: str) -> str:
+    return " ".join(word for word in words if word)
 
 
 @cache
@@ -211,7 +218,7 @@ def split(name: str) -> Prompts:
     entries = records(name)
     if name == "train":
         shares = [tag for tag in TAGS for _ in range(TRAINING_SHARES[tag])]
-        entries = _in_turn("train", shares, 72 * len(shares))
+        entries = _in_turn("train", shares, 240 * len(shares))
     return Prompts.of([m["prompt"] for m in entries], entries)
 
 

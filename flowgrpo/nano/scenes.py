@@ -1,74 +1,106 @@
-"""The world that nano draws: a few coloured shapes on a light background, 24 x 24 pixels.
+"""The world that nano draws: coloured shapes on a light background, 64 x 64 pixels.
 
-A scene is a list of objects (shape, colour, centre, scale). `render` paints scenes by analytic
-coverage: the signed distance to a shape's edge, clipped to one pixel, is its opacity, so edges are
-anti-aliased and a shape can sit anywhere between pixels. The verifier (`verify.py`) compares with
-templates painted by the same function.
+A picture has four cells, two by two, and at most one object in each. An object sits near the centre
+of its cell: `JITTER` pixels off it at most, in steps of a quarter of a pixel. Shapes are painted by
+analytic coverage: the signed distance to a shape's edge, clipped to one pixel, is its opacity, so
+edges are anti-aliased. The verifier (`verify.py`) compares with templates of the same function.
 
 Units are pixels; x grows to the right, y grows downwards, the pixel in column i has its centre at i
-+ 0.5.
++ 0.5. Cells are numbered in reading order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-IMAGE_SIZE = 24
-SHAPES = ("circle", "square", "triangle")
+IMAGE_SIZE = 64
+CELL = 32
+CELLS = 4
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PLURALS = ("circles", "squares", "triangles", "stars", "crosses")
 COLORS = {
     "red": (214, 40, 57),
     "green": (46, 158, 79),
     "blue": (38, 84, 208),
     "yellow": (244, 190, 30),
     "purple": (146, 64, 178),
+    "black": (42, 42, 50),
 }
 BACKGROUND = (246, 244, 238)
 RELATIONS = ("left of", "right of", "above", "below")
-MAX_OBJECTS = 4
+MAX_OBJECTS = CELLS
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
-SCALE_RANGE = (0.9, 1.15)
-# Half the side of the square that an object of scale 1 occupies in a layout, whatever its shape.
-HALF_EXTENT = 3.9
-# Free pixels between the boxes of two objects, and between a box and the border.
-GAP, MARGIN = 1.5, 0.5
+JITTER = 2.0
+# Centres lie on a grid of 1 / FRACTION pixel, for which opacities are painted once.
+FRACTION = 4
+EMPTY = -1
+"""Code of a cell without an object; else shape * len(COLORS) + color."""
+
+_RADIUS = 11.0
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Positions of n objects each in M scenes: centres [M, n, 2] as (x, y) and scales [M, n]."""
+def _corners() -> dict[str, np.ndarray]:
+    """List the corners of the shapes but the circle, [n, 2] around the centre of the box."""
+    angles = np.pi * np.arange(10) / 5
+    reach = np.where(np.arange(10) % 2, 5.8, 13.0)
+    star = np.stack([reach * np.sin(angles), -reach * np.cos(angles)], axis=-1)
+    star[:, 1] -= (star[:, 1].min() + star[:, 1].max()) / 2
+    far, near = 11.5, 4.2
+    quarter = [(near, -far), (near, -near), (far, -near)]
+    cross = [(x, y) for x, y in quarter]
+    for _ in range(3):
+        cross += [(-y, x) for x, y in cross[-3:]]
+    return {
+        "square": np.array([(-9.8, -9.8), (9.8, -9.8), (9.8, 9.8), (-9.8, 9.8)]),
+        "triangle": np.array([(0.0, -11.0), (12.4, 11.0), (-12.4, 11.0)]),
+        "star": star,
+        "cross": np.array(cross),
+    }
 
-    centers: np.ndarray
-    scales: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.scales)
+CORNERS = _corners()
 
 
-def random_layouts(count: int, objects: int, rng: np.random.Generator) -> Layout:
-    """Draw `count` layouts of `objects` objects whose boxes neither touch nor leave the image,
-    uniform among all such.
+def centroid(shape: int) -> np.ndarray:
+    """Compute the centroid (x, y) of a shape, from the centre of its box."""
+    if SHAPES[shape] not in CORNERS:
+        return np.zeros(2)
+    a = CORNERS[SHAPES[shape]]
+    b = np.roll(a, -1, axis=0)
+    twice = a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]
+    return ((a + b) * twice[:, None]).sum(0) / (3 * twice.sum())
 
-    Plain rejection, but a layout that already fails is dropped before its next object is drawn: few
-    draws of four fit.
+
+def coverage(shape: int, center: np.ndarray, scale: float = 1.0, size: int = CELL) -> np.ndarray:
+    """Compute the opacity in [0, 1] of one shape on a size x size grid, float32 [N, size, size].
+
+    Args:
+        shape: index into SHAPES.
+        center: float [N, 2] as (x, y), of the shape's box.
+        scale: 1 is the size at which `render` paints.
     """
-    centers = np.empty((0, objects, 2))
-    scales = np.empty((0, objects))
-    while len(scales) < count:
-        center, scale = np.empty((4 * count, 0, 2)), np.empty((4 * count, 0))
-        for _ in range(objects):
-            new_scale = rng.uniform(*SCALE_RANGE, size=(len(scale), 1))
-            reach = HALF_EXTENT * new_scale + MARGIN
-            new = reach + rng.random((len(scale), 2)) * (IMAGE_SIZE - 2 * reach)
-            distance = np.abs(center - new[:, None]).max(-1)  # Chebyshev, [M, objects so far]
-            apart = (distance >= HALF_EXTENT * (scale + new_scale) + GAP).all(-1)
-            center = np.concatenate([center, new[:, None]], axis=1)[apart]
-            scale = np.concatenate([scale, new_scale], axis=1)[apart]
-        centers = np.concatenate([centers, center])
-        scales = np.concatenate([scales, scale])
-    return Layout(centers[:count], scales[:count])
+    grid = np.arange(size) + 0.5
+    x = np.broadcast_to(grid - center[:, 0, None, None], (len(center), size, size)) / scale
+    y = np.broadcast_to(grid[:, None] - center[:, 1, None, None], x.shape) / scale
+    name = SHAPES[shape]
+    distance = np.hypot(x, y) - _RADIUS if name == "circle" else _polygon(CORNERS[name], x, y)
+    return np.clip(0.5 - scale * distance, 0.0, 1.0).astype(np.float32)
+
+
+def _polygon(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Compute the signed distance of points to a polygon's edge, negative inside."""
+    squared, inside = np.full(x.shape, np.inf), np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+        t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
+        squared = np.minimum(squared, (px - t * ex) ** 2 + (py - t * ey) ** 2)
+        if ay != by:
+            # A ray to the right crosses the edge: an odd number of crossings is inside.
+            inside ^= ((ay > y) != (by > y)) & (px < ex * py / ey)
+    return np.where(inside, -1.0, 1.0) * np.sqrt(squared)
 
 
 def relation(offset: np.ndarray, extent: np.ndarray) -> np.ndarray:
@@ -85,47 +117,54 @@ def relation(offset: np.ndarray, extent: np.ndarray) -> np.ndarray:
     return np.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5], axis=-1)
 
 
-def coverage(
-    shape: np.ndarray, center: np.ndarray, scale: np.ndarray, size: int = IMAGE_SIZE
-) -> np.ndarray:
-    """Compute the opacity in [0, 1] of objects on a size x size grid, float32 [N, size, size].
+def cell_centers() -> np.ndarray:
+    """List the centres of the cells, float [4, 2] as (x, y)."""
+    side = (np.arange(2) + 0.5) * CELL
+    return np.array([(x, y) for y in side for x in side])
+
+
+@cache
+def _stamps() -> np.ndarray:
+    """Paint each shape once for each fraction of a pixel: [shape, fy, fx, CELL, CELL], the centre
+    of its box at CELL / 2 + f / FRACTION."""
+    fractions = CELL / 2 + np.arange(FRACTION) / FRACTION
+    centers = np.array([(x, y) for y in fractions for x in fractions])
+    stamps = np.stack([coverage(shape, centers) for shape in range(len(SHAPES))])
+    return stamps.reshape(len(SHAPES), FRACTION, FRACTION, CELL, CELL)
+
+
+def render(shapes: np.ndarray, colors: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Paint scenes: uint8 [M, 3, 64, 64].
 
     Args:
-        shape: int [N], index into SHAPES.
-        center: float [N, 2] as (x, y), of the shape's box.
-        scale: float [N]; 1 gives a circle of 7.6, a square of 6.8 and a triangle of 8.4 x 7.6
-            pixels.
-    """
-    grid = np.arange(size, dtype=np.float32) + 0.5
-    x = (grid[None, None, :] - center[:, 0, None, None]).astype(np.float32)
-    y = (grid[None, :, None] - center[:, 1, None, None]).astype(np.float32)
-    s = scale[:, None, None].astype(np.float32)
-    circle = np.sqrt(x * x + y * y) - 3.8 * s
-    square = np.maximum(np.abs(x), np.abs(y)) - 3.4 * s
-    # Isosceles, apex up: two slanted edges from (0, -3.8) to (+-4.2, 3.8) and the base y = 3.8.
-    slope = np.float32(4.2 / 7.6)
-    slanted = (np.abs(x) - slope * (y + 3.8 * s)) / np.sqrt(1 + slope * slope)
-    triangle = np.maximum(slanted, y - 3.8 * s)
-    k = shape[:, None, None]
-    distance = np.where(k == 0, circle, np.where(k == 1, square, triangle))
-    return np.clip(0.5 - distance, 0.0, 1.0)
-
-
-def render(
-    shapes: np.ndarray, colors: np.ndarray, centers: np.ndarray, scales: np.ndarray
-) -> np.ndarray:
-    """Paint scenes: uint8 [M, 3, 24, 24].
-
-    Args:
-        shapes: int [M, n], index into SHAPES, or -1 for no object.
+        shapes: int [M, n], index into SHAPES, or EMPTY for no object.
         colors: int [M, n], index into COLORS.
-        centers, scales: float [M, n, 2] and [M, n], as in `Layout`.
+        centers: float [M, n, 2] as (x, y) of the shapes' boxes, rounded to the grid of FRACTION.
+            Objects that touch add up.
     """
-    m, n = shapes.shape
-    alpha = coverage(shapes.reshape(-1), centers.reshape(-1, 2), scales.reshape(-1))
-    alpha = alpha.reshape(m, n, IMAGE_SIZE, IMAGE_SIZE) * (shapes >= 0)[..., None, None]
-    paint = PALETTE[colors]  # [M, n, 3]
+    steps = np.rint(np.asarray(centers) * FRACTION).astype(int)
+    pixel, fraction = steps // FRACTION, steps % FRACTION
+    rows, slots = np.nonzero(shapes >= 0)
+    stamps = _stamps()[shapes[rows, slots], fraction[rows, slots, 1], fraction[rows, slots, 0]]
     background = np.array(BACKGROUND, dtype=np.float32)
-    # Objects do not overlap, so their contributions add.
-    change = np.einsum("mnhw,mnc->mchw", alpha, paint - background)
-    return np.rint(background[None, :, None, None] + change).clip(0, 255).astype(np.uint8)
+    ink = PALETTE[colors[rows, slots]] - background
+    change = stamps[:, None] * ink[:, :, None, None]
+    # A border half as wide as a stamp: what leaves the picture falls there.
+    canvas = np.zeros((len(shapes), 3, IMAGE_SIZE + CELL, IMAGE_SIZE + CELL), np.float32)
+    for row, (x, y), stamp in zip(rows, pixel[rows, slots], change, strict=True):
+        canvas[row, :, y : y + CELL, x : x + CELL] += stamp
+    canvas = (
+        canvas[:, :, CELL // 2 : -CELL // 2, CELL // 2 : -CELL // 2]
+        + background[None, :, None, None]
+    )
+    return np.rint(canvas).clip(0, 255).astype(np.uint8)
+
+
+def paint(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Paint pictures of cells, int [M, 4] of EMPTY or shape * len(COLORS) + color: uint8
+    [M, 3, 64, 64]; each object's jitter is drawn."""
+    cells = np.asarray(cells)
+    shapes = np.where(cells >= 0, cells // len(COLORS), EMPTY)
+    reach = int(JITTER * FRACTION)
+    jitter = rng.integers(-reach, reach + 1, (*cells.shape, 2)) / FRACTION
+    return render(shapes, np.maximum(cells, 0) % len(COLORS), cell_centers() + jitter)

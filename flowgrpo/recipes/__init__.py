@@ -5,6 +5,7 @@
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+    nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
 
 sd3.py  flux.py   the numbers of one family, each with its source
 tasks.py          what the papers train for: prompts, rewards, weight of the KL, length
@@ -30,6 +31,7 @@ SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
+    "nano_awm": ("flowgrpo.nano.recipes:awm", {}),
     "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
     "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
     "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),
@@ -51,6 +53,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
 }
 """Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
+EMBEDDED = {name for name, (target, _) in RECIPES.items() if target.startswith("flowgrpo.nano")}
+"""Recipes of the embedded model, which need no download and no GPU."""
 
 
 def recipe(name: str, **overrides: Any) -> Config:

@@ -17,11 +17,11 @@ from flowgrpo.nano import prompts
         ("just one square", "single_object", [{"class": "square", "count": 1}]),
         ("exactly three circles", "counting", [{"class": "circle", "count": 3}]),
         ("three red circles", "counting", [{"class": "circle", "count": 3, "color": "red"}]),
-        ("a single blue triangle", "colors", [{"class": "triangle", "count": 1, "color": "blue"}]),
+        ("a single black star", "colors", [{"class": "star", "count": 1, "color": "black"}]),
         (
-            "a circle with a square",
+            "a red circle with a square",
             "two_object",
-            [{"class": "circle", "count": 1}, {"class": "square", "count": 1}],
+            [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1}],
         ),
         (
             "a red circle and a blue square",
@@ -32,10 +32,10 @@ from flowgrpo.nano import prompts
             ],
         ),
         (
-            "a circle left of a square",
+            "a circle left of a blue cross",
             "position",
             [
-                {"class": "square", "count": 1},
+                {"class": "cross", "count": 1, "color": "blue"},
                 {"class": "circle", "count": 1, "position": ["left of", 0]},
             ],
         ),
@@ -52,6 +52,7 @@ def test_parse_gives_geneval_records(text, tag, include):
         ("", "1 to 8 words"),
         ("circle", "starts with one of"),
         ("a circles", "expected one of"),
+        ("two crosss", "unknown word 'crosss'"),
         ("three circle", "expected one of"),
         ("a circle left a square", "between two objects"),
         ("a circle and a circle", "must differ"),
@@ -71,18 +72,32 @@ def test_splits_are_disjoint_in_text_and_in_content():
     assert not texts["train"] & texts["tune"]
     assert not texts["tune"] & texts["heldout"]
 
-    def contents(name):
-        def key(m):
-            entries = [
-                (e["class"], e.get("color"), str(e.get("position", [""])[0])) for e in m["include"]
-            ]
-            return tuple(sorted(entries)) if m["tag"] == "color_attr" else tuple(entries)
+    mirrored = {"left of": "right of", "above": "below"}
 
-        records = prompts.records(name)
-        return {key(m) for m in records if m["tag"] in ("position", "color_attr")}
+    def content(m):
+        """What is asked for, in whatever words and order."""
+        entries = [(e["class"], e.get("color"), e["count"]) for e in m["include"]]
+        if m["tag"] != "position":
+            return tuple(sorted(entries, key=str))
+        name = m["include"][1]["position"][0]
+        return (name, *entries) if name in mirrored else (flip(name), *entries[::-1])
 
-    assert not contents("train") & contents("heldout")
-    assert not contents("train") & contents("tune")
+    def flip(name):
+        return next(a for a, b in mirrored.items() if b == name)
+
+    by_split = {
+        name: {content(m) for m in prompts.records(name) if m["tag"] != "single_object"}
+        for name in prompts.SPLITS
+    }
+    assert not by_split["train"] & by_split["heldout"]
+    assert not by_split["train"] & by_split["tune"]
+    assert not by_split["tune"] & by_split["heldout"]
+    # Hundreds of combinations for each task that has more than one object.
+    for tag in ("two_object", "counting", "position", "color_attr"):
+        contents = {
+            content(m) for n in prompts.SPLITS for m in prompts.records(n) if m["tag"] == tag
+        }
+        assert len(contents) >= 100
 
 
 def test_every_split_has_every_task():
@@ -90,12 +105,16 @@ def test_every_split_has_every_task():
         assert {m["tag"] for m in prompts.records(name)} == set(prompts.TAGS)
 
 
-def test_training_set_has_the_stated_proportions_and_all_training_prompts():
+def test_training_set_has_the_stated_proportions_and_no_other_prompts():
     found = prompts.split("train")
     counts = Counter(m["tag"] for m in found.metadata)
     whole = sum(prompts.TRAINING_SHARES.values())
     assert {t: n * whole / len(found) for t, n in counts.items()} == prompts.TRAINING_SHARES
-    assert set(found.texts) == {m["prompt"] for m in prompts.records("train")}
+    assert set(found.texts) <= {m["prompt"] for m in prompts.records("train")}
+    # Half of all training prompts at least, and all of those of a small task.
+    assert len(set(found.texts)) >= len(prompts.records("train")) / 2
+    counting = {m["prompt"] for m in prompts.records("train") if m["tag"] == "counting"}
+    assert counting <= set(found.texts)
 
 
 def test_balanced_takes_tasks_in_turn():

@@ -15,7 +15,7 @@ from flowgrpo.cli import train
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_json
 from flowgrpo.prompts.load import load_prompts
 from flowgrpo.prompts.sets import NAMES
-from flowgrpo.recipes import RECIPES, describe, recipe
+from flowgrpo.recipes import EMBEDDED, RECIPES, describe, recipe
 from flowgrpo.recipes.sd3 import paper
 from flowgrpo.rewards import Scorer, load
 
@@ -135,7 +135,7 @@ def translated(theirs: dict) -> dict[str, object]:
     return fields
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"nano"}))
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - EMBEDDED))
 def test_sizes_of_an_iteration(name):
     """1152 images an iteration as in the paper, or eight groups on one GPU; two updates on them."""
     config = recipe(name, memory=80.0)
@@ -178,7 +178,7 @@ def test_headline_numbers_are_those_of_the_paper(task):
     assert code.kl == "std_dev" and code.beta == pytest.approx(10 * optim.beta)
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"nano"}))
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - EMBEDDED))
 def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
     config = recipe(name, memory=80.0)
     assert config.recipe == name and from_json(to_json(config)) == config

@@ -251,7 +251,7 @@ def test_every_group_is_dropped_by_one_reward_or_another(reward, how):
 
 def test_nanos_rewards_by_name():
     metadata = [{"include": [{"class": "circle", "count": 1}], "tag": "single_object"}] * 2
-    images = torch.full((2, 3, 24, 24), 255, dtype=torch.uint8)
+    images = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
     for name in ("nano_strict", "nano_partial"):
         found = rewards.load(name)(images, ["a circle"] * 2, metadata)
         assert len(found) == 2 and np.isfinite(found).all()
