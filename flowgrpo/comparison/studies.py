@@ -240,7 +240,7 @@ STUDIES = {
                 "GRPO": {"optim.objective": "grpo"},
                 "SFT": {"optim.objective": "sft", **FORWARD},
                 "DPO": {"optim.objective": "dpo", **FORWARD},
-                "ReFL": {"optim.objective": "refl"},
+                "ReFL": {"optim.objective": "refl", **FORWARD},
                 "ORW": {"optim.objective": "orw", **FORWARD},
                 # Large errors count less, as in nano_awm.
                 "AWM": {
