@@ -2,11 +2,12 @@
 
 scenes.py    the world: shapes, colours, positions; painting
 prompts.py   the six GenEval tasks in miniature; splits; the parser
-draw.py      prompts -> pictures that fulfil them
+draw.py      prompts -> pictures that fulfil them, or that are mistaken
 verify.py    pictures -> objects, scores and quality figures
 model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
-recipes.py   the run of `flowgrpo train`
+muon.py      its optimizer for matrices
+recipes.py   the runs of `flowgrpo train`
 """
 
 from __future__ import annotations
