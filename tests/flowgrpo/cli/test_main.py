@@ -88,6 +88,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
     assert main.main(["evaluate", str(trained), *words]) == 0
@@ -215,6 +216,7 @@ def test_a_picture_that_cannot_be_what_its_name_says_is_refused(name, capsys, mo
     assert f"'{name}' ends in {Path(name).suffix.lower()}, but one of .png, .jpg" in shown
 
 
+@pytest.mark.slow
 def test_targets_in_the_home_directory(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(trained.parent))
     out = tmp_path / "e"

@@ -147,6 +147,7 @@ def test_evaluate_needs_a_target(capsys):
     assert "required without --images and --table" in shown and shown.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_gets_no_traceback():
     """As `flowgrpo train --help | head -1`."""
     read, write = os.pipe()

@@ -185,6 +185,7 @@ def test_curve_rises_with_the_accuracy(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["down.png", "up.png"]
 
 
+@pytest.mark.slow
 def test_the_last_value_is_inside_the_axes_and_iterations_are_whole(tmp_path, monkeypatch):
     figures = []
     drawn = Figure.savefig
@@ -200,6 +201,7 @@ def test_the_last_value_is_inside_the_axes_and_iterations_are_whole(tmp_path, mo
         assert len(ticks) > 1 and all(tick.isdigit() for tick in ticks)
 
 
+@pytest.mark.slow
 def test_curve_of_one_point_and_without_tasks(tmp_path):
     guided = {"accuracy": 0.7, "guidance_scale": 3.5}
     path = pictures.curve(tmp_path / "a.png", evaluations([0.4]), guided)
@@ -208,6 +210,7 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     assert len(blue_line(path)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$", "a $b_{ $c", "10$ or \\$20$", "^{", "ä 猫", "\\frac"])
 def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
     figures = []

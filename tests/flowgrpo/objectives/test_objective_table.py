@@ -134,6 +134,7 @@ def matching_errors(model, experience, rows: torch.Tensor, level: int) -> torch.
     return (velocity - (noise - results)).square().mean((1, 2, 3))
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_an_update(tmp_path, monkeypatch):
     """Both optimizer steps' gradients, with a dropped group, by plain autograd in float64."""
     settings = config(tmp_path)

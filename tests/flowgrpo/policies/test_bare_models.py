@@ -105,6 +105,7 @@ def test_an_adapter_of_another_size_is_one_sentence(folders, tmp_path, capsys, m
     assert error.count("\n") == 1 and printed == []
 
 
+@pytest.mark.slow
 def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path):
     model, adapter, _ = folders
     line = ["sample", "a red circle", "--model", str(model), "--count", "2", "--steps", "2"]

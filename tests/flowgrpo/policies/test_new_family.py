@@ -250,6 +250,7 @@ def test_it_is_trained_and_its_adapter_gives_the_same_pictures(folder, tmp_path)
     assert torch.equal(picture(base), picture(trained)) and not torch.equal(plain, picture(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -267,6 +268,7 @@ def test_its_folder_trains_in_other_ways(folder, tmp_path, changes):
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_its_rollout_is_captured(folder, tmp_path):
     parts, config = made(folder, tmp_path, **{"policy.lora_targets": None})
     conditioning = parts.policy.encode(setups.TEXTS[:2])
