@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -244,3 +245,31 @@ def test_a_curve_needs_no_latex(tmp_path):
     with matplotlib.rc_context({"text.usetex": True}):
         path = pictures.curve(tmp_path / "a.png", evaluations([0.2, 0.4]))
     assert len(blue_line(path)) > 10
+
+
+def test_rows_of_an_evaluation_say_how_many_are_right(monkeypatch):
+    """Those that all rows have: an evaluation of an earlier version has fewer."""
+    grids = []
+    monkeypatch.setattr(pictures, "grid", lambda *args, **kw: grids.append((args, kw)))
+    evaluations = {
+        "base": SimpleNamespace(shown=images(12), marks=[0.0, 1.0] * 6),
+        "iteration 3": SimpleNamespace(shown=images(24), marks=[1.0] * 11 + [0.0] * 13),
+    }
+    texts = tuple(f"prompt {i}" for i in range(30))
+    evaluation_set = SimpleNamespace(prompts=SimpleNamespace(texts=texts))
+    pictures.evaluation_grid(evaluations, evaluation_set)
+    [((rows, captions, marks), options)] = grids
+    assert list(rows) == list(marks) == ["base\n6 of 12", "iteration 3\n11 of 12"]
+    assert captions == texts[:12] and options == {"columns": 6}
+    assert torch.equal(rows["iteration 3\n11 of 12"], images(24)[:12])
+    evaluations["base"] = SimpleNamespace(shown=images(24), marks=[math.nan] + [1.0] * 23)
+    pictures.evaluation_grid(evaluations, evaluation_set)
+    (rows, captions, _), options = grids[1]
+    assert list(rows) == ["base", "iteration 3\n11 of 24"]
+    assert captions == texts[:24] and options == {"columns": 8}
+
+
+def test_labels_of_several_lines_have_room():
+    one = pictures.grid({"a": images(2), "the longest": images(2)}, ["x", "y"])
+    two = pictures.grid({"a\nb": images(2), "the longest\n1 of 2": images(2)}, ["x", "y"])
+    assert one.size == two.size

@@ -133,6 +133,9 @@ class ToyPolicy(Policy):
     def pixels(self, latents) -> Tensor:
         return latents
 
+    def latents(self, pixels) -> Tensor:
+        return pixels
+
     def sigmas(self, num_steps) -> Tensor:
         return scheduler_sigmas(self.scheduler, num_steps)
 
@@ -145,7 +148,7 @@ def encode_letters(texts) -> Conditioning:
 BLOCK = BlockKind(stored=(40.0, 8.0), stored_fused=(40.0, 8.0))
 
 
-def read_sizes(config, parameters, encoders, vae) -> Architecture:
+def read_sizes(config, vae_config, parameters, encoders, vae) -> Architecture:
     width, depth = config["width"], config["depth"]
     return Architecture(
         parameters,
