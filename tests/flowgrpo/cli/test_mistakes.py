@@ -17,7 +17,7 @@ from support import processes
 MISTAKES = [
     ("paint", "'paint' is no command"),
     ("train nanno", "did you mean 'nano'?"),
-    ("train --sample.batch_size 50", "divides 96"),
+    ("train --sample.batch_size 50", "divides 288"),
     ("train --optim.updates-per-iteration 5", "does not divide the 2 chunks"),
     ("train --optim.guard --sample.transition cps", "choose flow_sde or dance_sde"),
     ("train --reward.weights nano_strict", "NAME WEIGHT, repeated"),

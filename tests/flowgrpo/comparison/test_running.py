@@ -169,6 +169,17 @@ def test_a_second_ctrl_c_ends_what_does_not_want_to(setup, monkeypatch):
     assert all(attempts(setup.out)[run.name][0].stopped for run in setup.runs[:2])
 
 
+def test_a_process_takes_ctrl_c_that_its_parent_ignores(tmp_path):
+    """As a shell's background command does, which would then never save."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with open(tmp_path / "log", "wb") as log:
+            process = start_process(["sh", "-c", "kill -INT $$; exit 3"], log, dict(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.wait(10) == -signal.SIGINT
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_process_ends_with_its_parent(tmp_path):

@@ -105,6 +105,7 @@ def config(folder: Path, **changes):
         "policy.device": "cpu",
         "policy.dtype": "float32",
         "optim.objective": "toy",
+        "optim.advantage_std": "group",
         "out": str(folder / "run"),
         "steps": 2,
         "eval_every": 0,
