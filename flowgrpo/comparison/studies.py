@@ -246,9 +246,10 @@ STUDIES = {
                 "AWM": {
                     "optim.objective": "awm",
                     "optim.level_weight": "normalized",
+                    "optim.levels": 3,
                     **FORWARD,
                 },
-                "NFT": {"optim.objective": "nft", **FORWARD},
+                "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
             images=19_200,
             seconds=480.0,

@@ -245,7 +245,7 @@ def _curve(
     if all(bounds):
         low, high = ([scale * value for value in side] for side in zip(*bounds, strict=True))
         axes.fill_between(x, low, high, color=MAIN, alpha=0.12, lw=0)
-    axes.plot(x, y, color=MAIN, lw=2.4, marker="o", ms=4, label="Flow-GRPO", zorder=5)
+    axes.plot(x, y, color=MAIN, lw=2.4, marker="o", ms=4, label="trained", zorder=5)
     base = f"base: {y[0]:.{digits}f}{unit}"
     axes.axhline(y[0], color=FAINT, lw=1.2, ls="--", label=base, zorder=3)
     if guided is not None:
