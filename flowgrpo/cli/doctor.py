@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowgrpo.nano import MODEL_DIR
+from flowgrpo.nano import MODELS as EMBEDDED
 from flowgrpo.runs.process import versions
 
 # Optional packages and what is off without them.
@@ -30,6 +30,7 @@ LIBRARIES = {
     "deqa": ("httpx",),
     "http": ("httpx",),
     "ocr": ("rapidocr", "onnxruntime", "rapidfuzz"),
+    "ocr_strict": ("rapidocr", "onnxruntime"),
     "unifiedreward": ("httpx",),
 }
 # Options of rewards that name a model.
@@ -140,9 +141,12 @@ def kernels() -> dict[str, str]:
 
 
 def nano() -> dict[str, str]:
-    """Look for the files of the embedded model."""
-    size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file())
-    return {"model": f"{MODEL_DIR}, {size / 1e6:.1f} MB" if size else f"absent: no {MODEL_DIR}"}
+    """Look for the files of the embedded models."""
+    states = {}
+    for name, folder in EMBEDDED.items():
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        states[name] = f"{folder}, {size / 1e6:.1f} MB" if size else f"absent: no {folder}"
+    return states
 
 
 def reward_states() -> dict[str, str]:

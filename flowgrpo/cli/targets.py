@@ -10,6 +10,7 @@ from flowgrpo import cuda_graphs
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.config.validation import require, shown
+from flowgrpo.nano import MODELS
 from flowgrpo.policies import Policy
 from flowgrpo.policies.load import load_policy
 from flowgrpo.recipes import RECIPES, recipe
@@ -50,8 +51,8 @@ def image_size(options: EvaluateOptions | SampleOptions) -> dict[str, int | None
 def config_of_model(model: str) -> Config:
     """Make the configuration for a model without a run."""
     base = Config(recipe=Path(model).name)
-    # The embedded model is small, any other may be large.
-    rows = base.sample.batch_size if model == "nano" else 8
+    # The embedded models are small, any other may be large.
+    rows = base.sample.batch_size if model in MODELS else 8
     return replace(base, **{"policy.model": model, "sample.batch_size": rows})
 
 

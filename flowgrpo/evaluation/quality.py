@@ -15,7 +15,10 @@ from torch import Tensor
 Quality = Callable[[Tensor, list[dict[str, Any]]], Mapping[str, float]]
 """f(images uint8 [N, 3, H, W], metadata of each image) -> name -> figure."""
 
-QUALITY = {"nano": "flowgrpo.nano.verify:quality"}
+QUALITY = {
+    "nano": "flowgrpo.nano.verify:quality",
+    "nano_text": "flowgrpo.nano.text.verify:quality",
+}
 """Prompt set -> "module:function" of its quality figures."""
 
 

@@ -9,6 +9,7 @@ model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
 muon.py      its optimizer for matrices
 recipes.py   the runs of `flowgrpo train`
+text/        a sibling that writes words, without weights yet: world, prompts, model, pretraining
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 MODEL_DIR = Path(__file__).parent / "model"
 """The embedded model, a pipeline in diffusers' layout."""
+MODELS = {"nano": MODEL_DIR}
+"""Embedded models by the names that policy.model takes."""
 
 
 def recipe(**overrides: Any):

@@ -17,6 +17,7 @@ from torch import nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
+from flowgrpo.nano import MODELS
 from flowgrpo.policies import components, families, in_use
 from flowgrpo.policies.device import choose_dtype
 from flowgrpo.policies.family import Family
@@ -46,7 +47,7 @@ class Pipeline:
 
 
 def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: str = "") -> Pipeline:
-    """Load the pipeline in a folder or Hub repository; "nano" is the embedded one.
+    """Load the pipeline in a folder or Hub repository; "nano" and "nano_text" are embedded.
 
     All of it is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
     activations leave float16's range. A Hub repository is downloaded first, so the folder is the
@@ -55,11 +56,7 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
     Raises:
         ConfigError: it is not there, incomplete, of no known family, or its scheduler is refused.
     """
-    source, dtype = model, choose_dtype(dtype, device)
-    if model == "nano":
-        from flowgrpo.nano import MODEL_DIR
-
-        source = str(MODEL_DIR)
+    source, dtype = str(MODELS.get(model, model)), choose_dtype(dtype, device)
     index = _read_index(source, model)
     family = families.family_named(index["_class_name"], model)
     # Before the weights, which may be a download of hours.
@@ -267,19 +264,24 @@ def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] 
 
 
 def check_size(
-    config: PolicyConfig, default: int, multiple: int, largest: int | None, name: str
+    config: PolicyConfig,
+    default: int | Sequence[int],
+    multiple: int,
+    largest: int | None,
+    name: str,
 ) -> tuple[int, int]:
     """Height and width of an image in pixels: those of `config`, or else its resolution, or else
-    `default`.
+    `default`, one number or the two.
 
     Raises:
         ConfigError: one is no multiple of `multiple`, or more than `largest`.
     """
     sides = []
-    for side in ("height", "width"):
+    defaults = (default, default) if isinstance(default, int) else default
+    for side, usual in zip(("height", "width"), defaults, strict=True):
         pixels = getattr(config, side)
         field = side if pixels else "resolution"
-        pixels = pixels or config.resolution or default
+        pixels = pixels or config.resolution or usual
         if pixels % multiple:
             near = max(round(pixels / multiple), 1) * multiple
             raise ConfigError(

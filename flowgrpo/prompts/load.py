@@ -1,15 +1,16 @@
 """Prompt sets: texts with metadata, from the package, files or the Hugging Face Hub.
 
-A set is "nano" (the embedded one), one of those in prompts/sets, a text file with one prompt a
-line, a JSONL file (.jsonl, .ndjson, .jsonlines) with an object {"prompt": ..., anything the reward
-needs} a line, or a folder with train and test files of either kind, as flow_grpo's data sets have:
-train.txt or train_metadata.jsonl, test.txt or test_metadata.jsonl; or "hub:OWNER/NAME", a data set
-on the Hugging Face Hub (hub.py).
+A set is "nano" or "nano_text" (of the embedded models), one of those in prompts/sets, a text file
+with one prompt a line, a JSONL file (.jsonl, .ndjson, .jsonlines) with an object {"prompt": ...,
+anything the reward needs} a line, or a folder with train and test files of either kind, as
+flow_grpo's data sets have: train.txt or train_metadata.jsonl, test.txt or test_metadata.jsonl; or
+"hub:OWNER/NAME", a data set on the Hugging Face Hub (hub.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,9 @@ from flowgrpo.records import Prompts, without_nulls
 
 HELD_OUT = ("heldout", "test")
 """Names of the split that training does not see."""
+
+EMBEDDED = {"nano": "flowgrpo.nano.prompts", "nano_text": "flowgrpo.nano.text.prompts"}
+"""Set of an embedded model -> its module."""
 
 ANY = "any"
 """Split for prompts that are only evaluated: the held-out one, or train where there is no other."""
@@ -45,10 +49,9 @@ def load_prompts(
     """
     name = path_text(name)
     require(bool(name), f"{argument} is empty, but a prompt set is expected; name one.")
-    if name == "nano":
-        from flowgrpo.nano import prompts as nano_prompts
-
-        return nano_prompts.split("heldout" if split == ANY else split)
+    if name in EMBEDDED:
+        embedded = importlib.import_module(EMBEDDED[name])
+        return embedded.split("heldout" if split == ANY else split)
     require(
         split in ("train", ANY, *HELD_OUT),
         f"the split is {split!r}, but one of train, {', '.join(HELD_OUT)} is expected; name one.",
@@ -61,8 +64,9 @@ def load_prompts(
     if _is_folder(path, argument):
         path = _file_of_split(path, split)
     if not os.path.isfile(path):
+        names = ", ".join((*EMBEDDED, *sets.NAMES))
         raise ConfigError(
-            f"{argument} is {name!r}, which is neither one of nano, {', '.join(sets.NAMES)} "
+            f"{argument} is {name!r}, which is neither one of {names} "
             "nor an existing file or folder; name a text file with one prompt a line, a JSONL "
             "file, a folder with both splits, or hub:OWNER/NAME."
         )
@@ -82,7 +86,7 @@ def load_prompts(
 def has_splits(name: str | Path) -> bool:
     """Tell whether training does not see all of the set: a single file has no splits."""
     name = path_text(name)
-    return name in ("nano", *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
+    return name in (*EMBEDDED, *sets.NAMES) or name.startswith(hub.PREFIX) or _is_folder(Path(name))
 
 
 def _is_folder(path: Path, argument: str = "sample.prompts") -> bool:

@@ -11,9 +11,13 @@ else of curly ones. Deliberate departures from flow_grpo/ocr.py:
    full-width forms, all kinds of spaces and line breaks, composed and decomposed letters.
 2. A straight quote after a digit opens no text: 6" is a length.
 
+`strict` is the share of images that are right: 1 where the text read is the quoted one, in the form
+in which the two are compared, and nothing else.
+
 The engine is RapidOCR (https://github.com/RapidAI/RapidOCR: the PP-OCR models in ONNX, which its
 wheel contains), or PaddleOCR if asked for. flow_grpo reads one image after the other; here
-`workers` threads do, each with an engine of one thread.
+`workers` threads do, each with an engine of one thread. With `detect=False` the image as a whole is
+one line of text, which RapidOCR recognises without looking for it first.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,36 +40,74 @@ Reader = Callable[[Any], list[str]]
 """A function Pillow image -> lines of text."""
 
 
-@configurable("ocr", check=lambda prompt, entry: quoted_text(prompt))
-def score(*, engine: str = "rapidocr", workers: int = 0):
+def check(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Raise RewardError for a prompt without quoted text."""
+    quoted_text(prompt)
+
+
+@configurable("ocr", check=check)
+def score(*, engine: str = "rapidocr", workers: int = 0, detect: bool = True):
     """Build the text-rendering reward.
 
-    engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8.
+    engine: rapidocr or paddleocr. workers: threads; 0: one for each CPU core, at most 8. detect:
+    look for lines of text; false: the image is one line (rapidocr alone).
+    """
+    distance = library("rapidfuzz.distance", "ocr").Levenshtein.distance
+    read_all = _reading("ocr", engine, workers, detect)
+
+    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        targets = [quoted_text(prompt) for prompt in prompts]
+        pairs = zip(read_all(images), targets, strict=True)
+        return [similarity(text, target, distance) for text, target in pairs]
+
+    return rate
+
+
+@configurable("ocr_strict", check=check)
+def strict(*, engine: str = "rapidocr", workers: int = 0, detect: bool = True):
+    """Build the strict form of the text-rendering reward; options as of `score`."""
+    read_all = _reading("ocr_strict", engine, workers, detect)
+
+    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        targets = [quoted_text(prompt) for prompt in prompts]
+        pairs = zip(read_all(images), targets, strict=True)
+        return [float(plain(text) == plain(target)) for text, target in pairs]
+
+    return rate
+
+
+def _reading(
+    reward: str, engine: str, workers: int, detect: bool
+) -> Callable[[Tensor], Iterable[str]]:
+    """Build a function images uint8 [B, 3, H, W] -> the B texts in them.
+
+    Raises:
+        RewardError: an option is wrong or the engine is not installed.
     """
     if engine not in ENGINES:
         raise RewardError(
-            f"the engine of reward 'ocr' is {engine!r}, but one of {', '.join(ENGINES)} is "
+            f"the engine of reward {reward!r} is {engine!r}, but one of {', '.join(ENGINES)} is "
             "expected; name one of these."
         )
-    check_numbers("ocr", {}, {"workers": workers})
-    library(engine, "ocr")
-    distance = library("rapidfuzz.distance", "ocr").Levenshtein.distance
+    if not detect and engine != "rapidocr":
+        raise RewardError(
+            f"the option detect of reward {reward!r} is False with engine {engine!r}, but only "
+            "rapidocr reads an image as one line; leave one of the two out."
+        )
+    check_numbers(reward, {}, {"workers": workers})
+    library(engine, reward)
     # An engine is not safe to share between threads.
     local = threading.local()
     workers = workers or min(8, _cores())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+    build = ENGINES[engine] if detect else _rapidocr_line
 
     def read(image: Tensor) -> str:
         if not hasattr(local, "reader"):
-            local.reader = ENGINES[engine]()
+            local.reader = build()
         return "".join(local.reader(to_pil(image)))
 
-    def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-        targets = [quoted_text(prompt) for prompt in prompts]
-        pairs = zip(pool.map(read, images.cpu()), targets, strict=True)
-        return [similarity(text, target, distance) for text, target in pairs]
-
-    return rate
+    return lambda images: pool.map(read, images.cpu())
 
 
 def quoted_text(prompt: str) -> str:
@@ -110,15 +152,19 @@ def plain(text: str) -> str:
 def _rapidocr() -> Reader:
     from rapidocr import RapidOCR
 
-    read = RapidOCR(
-        params={
-            "Global.log_level": "error",
-            # Text is upright or wrong: flow_grpo's use_angle_cls=False.
-            "Global.use_cls": False,
-            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-        }
-    )
+    read = RapidOCR(params=_RAPIDOCR)
+    return lambda image: list(read(image).txts or ())
+
+
+def _rapidocr_line() -> Reader:
+    from rapidocr import RapidOCR
+
+    line = {
+        "Global.use_det": False,
+        # As wide as the image: the usual 320 pixels would mostly be padding, and take the time.
+        "Rec.rec_img_shape": [3, 48, 48],
+    }
+    read = RapidOCR(params=_RAPIDOCR | line)
     return lambda image: list(read(image).txts or ())
 
 
@@ -159,6 +205,14 @@ ALIKE = str.maketrans(
     }
 )
 """Typographic characters -> those of a keyboard."""
+
+_RAPIDOCR = {
+    "Global.log_level": "error",
+    # Text is upright or wrong: flow_grpo's use_angle_cls=False.
+    "Global.use_cls": False,
+    "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+    "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+}
 
 ENGINES: dict[str, Callable[[], Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
 """Name of the library -> function that makes a reader."""

@@ -32,6 +32,7 @@ REWARDS = {
     "jpeg_compressibility": "flowgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowgrpo.rewards.jpeg:incompressibility",
     "ocr": "flowgrpo.rewards.ocr:score",
+    "ocr_strict": "flowgrpo.rewards.ocr:strict",
     "pickscore": "flowgrpo.rewards.pickscore:score",
     "unifiedreward": "flowgrpo.rewards.remote.judges:unifiedreward",
 }

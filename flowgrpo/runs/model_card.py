@@ -15,6 +15,7 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config
+from flowgrpo.nano import MODELS
 from flowgrpo.objectives import objective_of
 from flowgrpo.objectives.describe import sampled_by
 from flowgrpo.policies.families import family_of
@@ -75,10 +76,11 @@ def write(
 def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDER") -> str:
     """Python that makes an image with the weights in `folder`."""
     policy, family = config.policy, family_of(transformer)
-    if policy.model == "nano":
+    if policy.model in MODELS:
         return (
             "from flowgrpo.policies import Policy\n\n"
-            'policy = Policy.load("nano")  # its one text encoder is not what diffusers expects\n'
+            f'policy = Policy.load("{policy.model}")'
+            "  # its one text encoder is not what diffusers expects\n"
             f'policy.pipeline.load_lora_weights("{folder}")'
         )
     library, pipeline, cls = family.library, family.pipeline, family.transformer
@@ -116,12 +118,12 @@ def _arguments(config: Config, family: Family) -> str:
 
 
 def _on_hub(model: str) -> bool:
-    return model != "nano" and not Path(model).exists()
+    return model not in MODELS and not Path(model).exists()
 
 
 def _base(config: Config) -> str:
     model = config.policy.model
-    return model if model == "nano" or _on_hub(model) else Path(model).name
+    return model if model in MODELS or _on_hub(model) else Path(model).name
 
 
 def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:

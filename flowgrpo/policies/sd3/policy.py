@@ -66,12 +66,16 @@ class SD3Policy(Policy):
 
     def _set_size(self, policy_config: PolicyConfig) -> None:
         config, factor = self.transformer.config, 1
+        default = config.sample_size
         if self.pipeline.vae is not None:
             factor = self.pipeline.vae_scale_factor
+            # A VAE may state the height and width of what it was trained on; a transformer cannot.
+            stated = self.pipeline.vae.config.sample_size
+            default = config.sample_size * factor if isinstance(stated, int) else stated
         multiple = factor * config.patch_size
         self.height, self.width = pipelines.check_size(
             policy_config,
-            config.sample_size * factor,
+            default,
             multiple,
             multiple * config.pos_embed_max_size,
             self.name,

@@ -134,7 +134,7 @@ def test_a_path_and_the_home_directory(tmp_path, monkeypatch):
 def test_missing_files(tmp_path):
     with pytest.raises(ConfigError, match=r"'aaa.*cannot be looked up .File name too long"):
         load_prompts("a" * 5_000)
-    with pytest.raises(ConfigError, match="neither one of nano, geneval, ocr, general"):
+    with pytest.raises(ConfigError, match="neither one of nano, nano_text, geneval, ocr, general"):
         load_prompts(str(tmp_path / "absent.txt"))
     with pytest.raises(ConfigError, match="no file for the split 'heldout'"):
         load_prompts(str(tmp_path), "heldout")

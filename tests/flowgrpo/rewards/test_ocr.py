@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,3 +135,21 @@ def test_clean_renders_are_read_and_others_are_not(monkeypatch):
         if j != i
     ]
     assert statistics.fmean(others) <= 0.2
+
+
+@pytest.mark.slow
+def test_an_image_that_is_one_line_is_read_without_detection():
+    """Also where detection finds nothing; strict is right or wrong, and options are checked."""
+    pytest.importorskip("rapidocr")
+    from flowgrpo.nano.text.scenes import render as line
+
+    zero = np.zeros((3, 2))
+    images = torch.from_numpy(line(["K7P", "X4", "QQR"], np.zeros(3, int), np.arange(3), zero))
+    prompts = ['"K7P"', '"X4"', '"QR"']
+    whole = load("ocr", {"detect": "false"})(images, prompts, [{}] * 3)
+    strict = load("ocr_strict", {"detect": "false"})(images, prompts, [{}] * 3)
+    assert list(whole) == [1.0, 1.0, 1.0] and list(strict) == [1.0, 1.0, 0.0]
+    with pytest.raises(RewardError, match="only rapidocr reads an image as one line"):
+        load("ocr", {"detect": "false", "engine": "paddleocr"})(images, prompts, [{}] * 3)
+    with pytest.raises(RewardError, match="no text in double quotes"):
+        load("ocr_strict")(images, ["a dog"] * 3, [{}] * 3)
