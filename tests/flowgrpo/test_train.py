@@ -129,7 +129,7 @@ def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
         (
             {"sample.prompts": "absent.txt"},
             ConfigError,
-            "neither one of nano, geneval, ocr, general nor an",
+            "neither one of nano, nano_text, geneval, ocr, general nor an",
         ),
         ({"sample.prompts_per_iteration": 9}, ConfigError, "is 9, but .* only 6 prompts"),
         ({"policy.model": "/no/such/folder"}, ConfigError, "could not be found|no folder"),
