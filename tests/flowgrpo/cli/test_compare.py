@@ -68,6 +68,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(line, words, capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_objective_that_is_not_there_is_named_and_the_others_can_be_chosen(
     tmp_path, monkeypatch, capsys
 ):

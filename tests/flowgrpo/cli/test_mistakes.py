@@ -166,6 +166,7 @@ def test_control_characters_of_a_name_are_written_out(capsys, tmp_path, monkeypa
     assert r"the prompt folder a\nb\x1b[2J has no file" in shown and shown.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_working_directory_that_was_removed(capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

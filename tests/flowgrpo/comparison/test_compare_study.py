@@ -53,6 +53,7 @@ def go(comparison, launch) -> tuple[int, str]:
     return run(comparison, console, launch), console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_told_and_leave_a_table(comparison):
     code, shown = go(comparison, script("echo loading; echo 'error: no weights'; exit 2"))
     assert code == 1
@@ -93,6 +94,7 @@ def _objective(config, name="of another version"):
     return replace(config, **{"optim.objective": name, "sample.shared_noise": False})
 
 
+@pytest.mark.slow
 def test_memory_is_measured_or_else_expected_by_the_model(comparison, monkeypatch):
     config = comparison.configs["A"]
     assert expected_bytes(config) == 0

@@ -79,6 +79,7 @@ def setup(tmp_path, monkeypatch):
     prepared.folder.close()
 
 
+@pytest.mark.slow
 def test_all_runs_are_run_so_many_at_once(setup):
     names = [run.name for run in setup.runs]
     for name in names[:2]:
@@ -98,6 +99,7 @@ def test_all_runs_are_run_so_many_at_once(setup):
     assert (attempt.threads, attempt.at_once, attempt.commit) == (1, 2, "abc")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(setup):
     comparisons.write_run(setup.runs[1], [comparisons.evaluation(0, 0.0, [1] * 6)])
     setup.loop(setup.runner())
@@ -222,6 +224,7 @@ def append(run, *lines, end: str = "\n") -> None:
         file.write("\n".join(map(json.dumps, lines)) + end)
 
 
+@pytest.mark.slow
 def test_memory_decides_when_the_next_may_begin(setup, monkeypatch):
     """The first alone, until it is through two iterations; then as many as there is memory for."""
     gigabyte, sizes = 1 << 30, {}
@@ -281,6 +284,7 @@ def test_how_much_memory_is_enough(setup, monkeypatch, free, need, active, fits)
     runner.active = []
 
 
+@pytest.mark.slow
 def test_gpus_are_taken_one_each(setup):
     for run in setup.runs[:2]:
         setup.scripts[run.name] = f"sleep 0.1; {FINISH}"

@@ -225,6 +225,7 @@ def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
     assert axes.get_title(loc="left") == name and len(blue_line(path)) > 10
 
 
+@pytest.mark.slow
 def test_curve_of_a_reward_beyond_one(tmp_path):
     entries = evaluations([20.0, 24.0], tasks={"a": None, "b": 21.0})
     path = pictures.curve(tmp_path / "a.png", entries, label="shop:price")
@@ -244,6 +245,7 @@ def test_words_that_are_too_long_are_broken(text):
     assert (lines[-1].endswith(" ...")) == (len(shown) < len(text.replace(" ", "")))
 
 
+@pytest.mark.slow
 def test_a_curve_needs_no_latex(tmp_path):
     with matplotlib.rc_context({"text.usetex": True}):
         path = pictures.curve(tmp_path / "a.png", evaluations([0.2, 0.4]))
