@@ -669,6 +669,8 @@ def test_results_are_those_of_the_record():
     text = " ".join(README.split())
     assert f"from {before} to {after} % in {training:.0f} s of training" in text
     assert f"and {seconds['total']:.0f} s in all" in text
+    bf16 = linked_record("README.md", "summary-bf16.json")["seconds"]["total"]
+    assert f"with AVX-512 and bfloat16 they took {bf16:.0f} s" in text
     others = [percent(seed_record(seed)["after"]["accuracy"]) for seed in (1, 2)]
     assert f"Seeds 1 and 2 end at {others[0]} and {others[1]}." in text
 
