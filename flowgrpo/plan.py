@@ -186,13 +186,16 @@ def gpu_memory() -> float | None:
 
 def plan_lines(config: Config, available: float | None = None) -> dict[str, str]:
     """Describe the group arithmetic and the expected memory of a run, a line each."""
+    # Objectives come with torch, which the command line's help does without.
+    from flowgrpo.objectives.describe import looked_at
+
     sample, optim = config.sample, config.optim
     lines = {
         "images": f"{sample.prompts_per_iteration} prompts x {sample.group_size} = {sample.rows} "
         "an iteration",
         "updates": f"{optim.updates_per_iteration} an iteration, each of "
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
-        f"{sample.trained_steps} steps",
+        f"{looked_at(config)}",
     }
     arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is None or config.policy.adapter == "full":

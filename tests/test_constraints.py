@@ -90,6 +90,7 @@ def test_direct_requirements_are_pinned_within_their_ranges(flowgrpo, pins):
             assert (f"[{extra[1]}]" if extra else "flowgrpo") in pin.requirers
 
 
+@pytest.mark.slow
 def test_each_line_is_required_and_each_requirement_has_a_line(
     tool, flowgrpo, pins, pinned_environment
 ):
@@ -121,6 +122,7 @@ def test_markers_are_what_the_releases_say(tool, flowgrpo, pins, pinned_environm
         assert pin.python == (pythons[name] if pythons[name] > oldest else 0), name
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_tool_writes(tool, flowgrpo, pinned_environment):
     try:
         text = tool.constraints(flowgrpo)

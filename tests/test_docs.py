@@ -641,36 +641,59 @@ def accuracy(report: dict) -> str:
     return f"{percent(report['accuracy'])} ({percent(low)} to {percent(high)})"
 
 
+def read_record(name: str) -> dict:
+    """A record under benchmarks/results."""
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
+def seed_record(seed: int) -> dict:
+    """The default run's record of one seed."""
+    return read_record(f"nano/default/summary-seed{seed}.json")
+
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def test_results_are_those_of_the_record():
     record = linked_record("README.md", "summary-seed0.json")
     reports = [record[name] for name in ("before", "before_guided", "after")]
-    rows = table("README.md", "| 240 pictures, 40 ODE steps")
-    assert len(rows) == 3
+    reports.append(read_record("nano/awm/summary-awm.json")["after"])
+    rows = table("README.md", "| 480 pictures, 40 ODE steps")
     for row, report in zip(rows, reports, strict=True):
         assert row[1].replace("**", "") == accuracy(report)
         assert row[2:] == [percent(report["tasks"][task]) for task in TASKS]
-        assert (report["images"], report["steps"]) == (240, 40)
-    before, after = (round(240 * report["accuracy"]) for report in (reports[0], reports[2]))
-    assert f"Of all 240 it accepts {before} before and {after} after" in README
-    assert f"It took {record['seconds']['total']:.0f} s" in README
-    avx2 = linked_record("README.md", "summary-avx2.json")["seconds"]["total"]
-    assert f"and {avx2:.0f} s on two of a recent AMD held to AVX2" in README
+        assert (report["images"], report["steps"]) == (480, 40)
+    before, after = (percent(reports[i]["accuracy"]) for i in (0, 2))
+    seconds = record["seconds"]
+    training = sum(seconds[name] for name in ("rollout", "reward", "update"))
+    text = " ".join(README.split())
+    assert f"from {before} to {after} % in {training:.0f} s of training" in text
+    assert f"and {seconds['total']:.0f} s in all" in text
+    bf16 = linked_record("README.md", "summary-bf16.json")["seconds"]["total"]
+    assert f"with AVX-512 and bfloat16 they took {bf16:.0f} s" in text
+    others = [percent(seed_record(seed)["after"]["accuracy"]) for seed in (1, 2)]
+    assert f"Seeds 1 and 2 end at {others[0]} and {others[1]}." in text
 
 
 def test_results_of_nano_are_those_of_the_records():
     page = "docs/nano.md"
     record = linked_record(page, "summary-seed0.json")
     reports = [record[name] for name in ("before", "before_guided", "after")]
-    first, *rows = table(page, "| 240 pictures |")
+    first, *rows = table(page, "| 480 pictures |")
     assert [cell.replace("**", "") for cell in first[1:]] == [accuracy(r) for r in reports]
     for row, task in zip(rows[:6], TASKS, strict=True):
         assert row[1:] == [percent(report["tasks"][task]) for report in reports]
     for row, name in zip(rows[6:], ("palette", "background", "diversity"), strict=True):
         assert row[1:] == [f"{report['quality'][name]:.3f}" for report in reports]
     assert f"{record['iterations']} iterations, {record['images']:,} images" in PAGES[page]
+    text = " ".join(PAGES[page].split())
+    tuning = linked_record(page, "evaluation-tune-seed0.json")["reports"]
+    assert f"the same weights have {accuracy(tuning['iteration 120'])} where the base" in text
+    assert f"where the base has {accuracy(tuning['base'])}" in text
+    awm = linked_record(page, "summary-awm.json")
+    assert f"{accuracy(awm['after'])} after {awm['images']:,} images" in text
+    others = [percent(seed_record(seed)["after"]["accuracy"]) for seed in (1, 2)]
+    assert f"Seeds 1 and 2 end at {others[0]} and {others[1]}." in text
 
 
 def test_seconds_of_the_trainer_are_those_of_the_record():
@@ -685,8 +708,6 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{record['images']:,} images, {record['images'] / total:.0f} images/s"
         else:
             assert share == f"{100 * total / seconds['total']:.0f} %"
-    avx2 = linked_record(page, "summary-avx2.json")["seconds"]["total"]
-    assert f"took {avx2:.0f} s" in PAGES[page]
 
 
 CASES = {

@@ -366,6 +366,7 @@ def declared(*extras: str) -> set[str]:
     return names - {"flowgrpo"}
 
 
+@pytest.mark.slow
 def test_third_party_imports_are_declared():
     """The kernels import torch and at most Triton, the trainer what its extras declare."""
     assert declared() == {"torch"}

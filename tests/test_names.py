@@ -90,6 +90,7 @@ def listing(faults: list[tuple[Path, int, str]]) -> str:
     return "\n".join(f"{file.relative_to(ROOT)}:{line}: {text}" for file, line, text in faults)
 
 
+@pytest.mark.slow
 def test_no_placeholder_names():
     faults = [
         (file, line, name)
@@ -99,6 +100,7 @@ def test_no_placeholder_names():
     assert not faults, f"{len(faults)} names say nothing about their values:\n{listing(faults)}"
 
 
+@pytest.mark.slow
 def test_docstrings_begin_with_a_verb_or_a_noun():
     faults = [
         (file, line, text.splitlines()[0])

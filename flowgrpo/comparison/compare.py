@@ -20,6 +20,7 @@ from flowgrpo.comparison.studies import Study
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.evaluation.table import print_whole
 from flowgrpo.objectives import objective_of
+from flowgrpo.rewards.differentiable import differentiable_rewards
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.process import stoppable
 
@@ -72,10 +73,12 @@ def run(
 
 
 def _check_objectives(study: Study, configs: Mapping[str, Config]) -> None:
-    """Raise ConfigError if an arm has an objective that is not there."""
+    """Raise ConfigError if an arm has an objective that is not there, or one that needs rewards
+    with a gradient, and others."""
     for arm, config in configs.items():
         try:
-            objective_of(config)
+            if objective_of(config).differentiable:
+                differentiable_rewards(config.reward)
         except ConfigError as error:
             raise ConfigError(
                 f"arm {arm!r} of the study {study.name} cannot be trained: {error} Name the others "

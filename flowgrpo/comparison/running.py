@@ -13,6 +13,7 @@ if this process dies.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import json
@@ -89,7 +90,7 @@ def start_process(command: list[str], log: IO[bytes], env: dict[str, str]) -> su
         stderr=subprocess.STDOUT,
         env=env,
         start_new_session=True,
-        preexec_fn=_end_with_parent(),
+        preexec_fn=_in_child(),
     )
 
 
@@ -325,14 +326,20 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """Make what a new process does first: ask to be ended when this one dies, however it does."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _in_child() -> Callable[[], None]:
+    """Make what a new process does first: take the signal that stops it, and ask to be ended when
+    this one dies, however it does."""
     # Loaded here, because between fork and exec nothing may be.
-    try:
-        prctl = ctypes.CDLL("libc.so.6").prctl
-    except (OSError, AttributeError):
-        return None
-    # PR_SET_PDEATHSIG
-    return lambda: prctl(1, signal.SIGTERM)
+    prctl = None
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            prctl = ctypes.CDLL("libc.so.6").prctl
+
+    def begin() -> None:
+        # A shell that starts a command in the background has it ignore Ctrl-C, and so would we.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if prctl is not None:
+            # PR_SET_PDEATHSIG
+            prctl(1, signal.SIGTERM)
+
+    return begin

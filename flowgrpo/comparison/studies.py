@@ -208,8 +208,21 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
-# Their rollouts are deterministic: images of a group that begin from equal noise would be equal.
-FORWARD = {"sample.shared_noise": False}
+# Of those that learn from re-noised results: the numbers of `nano_awm`. Their rollouts are
+# deterministic, so images of a group that begin from equal noise would be equal.
+FORWARD = {
+    "sample.shared_noise": False,
+    "sample.steps": 6,
+    "sample.prompts_per_iteration": 24,
+    "sample.batch_size": 96,
+    "optim.lr": 2e-3,
+    "optim.warmup": 5,
+    "optim.adv_clip": 2.0,
+    "optim.beta": 0.03,
+    "optim.updates_per_iteration": 1,
+    "optim.step_weighting": "none",
+    "optim.ema_decay": 0.97,
+}
 
 # A rate that falls by the number of updates would be read at another height in each arm.
 STEADY = {"optim.decay": 0}
@@ -227,16 +240,16 @@ STUDIES = {
                 "GRPO": {"optim.objective": "grpo"},
                 "SFT": {"optim.objective": "sft", **FORWARD},
                 "DPO": {"optim.objective": "dpo", **FORWARD},
-                "ReFL": {"optim.objective": "refl"},
+                "ReFL": {"optim.objective": "refl", **FORWARD},
                 "ORW": {"optim.objective": "orw", **FORWARD},
-                # One update an iteration, so that no step is clipped; large errors count less.
+                # Large errors count less, as in nano_awm.
                 "AWM": {
                     "optim.objective": "awm",
                     "optim.level_weight": "normalized",
-                    "optim.updates_per_iteration": 1,
+                    "optim.levels": 3,
                     **FORWARD,
                 },
-                "NFT": {"optim.objective": "nft", **FORWARD},
+                "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
             images=19_200,
             seconds=480.0,

@@ -34,7 +34,7 @@ from flowgrpo.sampling.rollout import sample_images
 OnProgress = Callable[[str, int], None]
 """Progress of an evaluation: f("sampling", images so far), then f("scoring", all of them)."""
 
-SHOWN = 12
+SHOWN = 24
 """Prompts of an evaluation that its pictures show."""
 
 

@@ -38,12 +38,21 @@ LONGEST_JPEG = 65500
 def evaluation_grid(
     evaluations: Mapping[str, Evaluation], evaluation_set: EvaluationSet
 ) -> Image.Image:
-    """Draw the images of `evaluations` (by label), one row each: the same prompts and seeds."""
-    first = next(iter(evaluations.values()))
-    texts = evaluation_set.prompts.texts[: len(first.shown)]
-    rows = {label: evaluation.shown for label, evaluation in evaluations.items()}
-    marks = {label: evaluation.marks for label, evaluation in evaluations.items()}
-    return grid(rows, texts, marks)
+    """Draw the images of `evaluations` (by label), one row each: the same prompts and seeds.
+
+    They are the first image of each of the first prompts. Where every score is right or wrong, the
+    label says how many of a row are right.
+    """
+    # Runs that began with an earlier version have fewer.
+    count = min(len(evaluation.shown) for evaluation in evaluations.values())
+    rows, marks = {}, {}
+    for label, evaluation in evaluations.items():
+        scores = evaluation.marks[:count]
+        if scores and all(score in (0, 1) for score in scores):
+            label += f"\n{sum(map(int, scores))} of {len(scores)}"
+        rows[label], marks[label] = evaluation.shown[:count], scores
+    texts = evaluation_set.prompts.texts[:count]
+    return grid(rows, texts, marks, columns=6 if count <= 12 else 8)
 
 
 def grid(
@@ -55,7 +64,8 @@ def grid(
     """Draw the images of each row label, one column a caption: `{"base": ..., "trained": ...}`.
 
     Args:
-        rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other.
+        rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other. A label
+            may have several lines.
         captions: N texts, written under the columns.
         marks: label -> N scores, NaN where there is none. If all are in [0, 1], each draws a bar
             under the image, green for 1, else red; if one is neither 0 nor 1, all are written.
@@ -78,7 +88,8 @@ def grid(
     columns = min(columns, len(captions))
     labelled, margin = len(rows) > 1, GAP
     if labelled:
-        margin += max(math.ceil(font.getlength(label)) for label in rows) + GAP
+        lengths = [font.getlength(line) for label in rows for line in label.split("\n")]
+        margin += math.ceil(max(lengths)) + GAP
     bar, number = _heights(marks or {})
     blocks = [range(i, min(i + columns, len(captions))) for i in range(0, len(captions), columns)]
     text_heights = [max(len(lines[i]) for i in block) * (TEXT + 4) + GAP for block in blocks]
@@ -234,7 +245,7 @@ def _curve(
     if all(bounds):
         low, high = ([scale * value for value in side] for side in zip(*bounds, strict=True))
         axes.fill_between(x, low, high, color=MAIN, alpha=0.12, lw=0)
-    axes.plot(x, y, color=MAIN, lw=2.4, marker="o", ms=4, label="Flow-GRPO", zorder=5)
+    axes.plot(x, y, color=MAIN, lw=2.4, marker="o", ms=4, label="trained", zorder=5)
     base = f"base: {y[0]:.{digits}f}{unit}"
     axes.axhline(y[0], color=FAINT, lw=1.2, ls="--", label=base, zorder=3)
     if guided is not None:

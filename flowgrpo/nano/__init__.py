@@ -2,12 +2,14 @@
 
 scenes.py    the world: shapes, colours, positions; painting
 prompts.py   the six GenEval tasks in miniature; splits; the parser
-draw.py      prompts -> pictures that fulfil them
+draw.py      prompts -> pictures that fulfil them, or that are mistaken
 verify.py    pictures -> objects, scores and quality figures
+cells.py     probabilities of what cells show -> that of a prompt, differentiable
 model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
-recipes.py   the run of `flowgrpo train`
-text/        nano_text, which writes words: its world, prompts, model, pretraining and run
+muon.py      its optimizer for matrices
+recipes.py   the runs of `flowgrpo train`
+text/        a sibling that writes words, without weights yet: world, prompts, model, pretraining
 """
 
 from __future__ import annotations

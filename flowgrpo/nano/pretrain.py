@@ -58,6 +58,7 @@ class Pretraining:
     """Stages to run, of autoencoder, clean and mistaken, in this order."""
     autoencoder_steps: int = 1000
     autoencoder_batch: int = 16
+    autoencoder_adam_lr: float = 2e-3
     kl_weight: float = 1e-4
     """Weight of the latents' KL, per latent value, beside the error per pixel value."""
     clean_steps: int = 6500
@@ -230,7 +231,9 @@ def evaluate(pipeline, split: str, count: int, steps: int = 20, guidance: float 
     }
 
 
-def optimizers(modules: list[nn.Module], config: Pretraining) -> list[torch.optim.Optimizer]:
+def optimizers(
+    modules: list[nn.Module], muon_lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
     """Build Muon for convolutions and the matrices inside blocks, except adaLN's, and AdamW for
     all else."""
     matrices, rest = [], []
@@ -243,8 +246,8 @@ def optimizers(modules: list[nn.Module], config: Pretraining) -> list[torch.opti
             # The patch embedding is a convolution, but an input layer.
             (matrices if matrix and "pos_embed" not in name else rest).append(p)
     return [
-        Muon(matrices, lr=config.muon_lr),
-        torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.99), weight_decay=0.0),
+        Muon(matrices, lr=muon_lr),
+        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 
 
@@ -270,7 +273,8 @@ def train(
 
     for module in modules:
         module.requires_grad_(True).train()
-    opts = optimizers(modules, config)
+    adam_lr = config.autoencoder_adam_lr if name == STAGES[0] else config.adam_lr
+    opts = optimizers(modules, config.muon_lr, adam_lr)
     base_lrs = [g["lr"] for o in opts for g in o.param_groups]
     started, losses = time.time(), []
     for step in tqdm(range(steps), desc=name, mininterval=10):

@@ -201,11 +201,11 @@ def _classify(
     index = index.reshape(len(owner), -1)
     # The object's own blocks, and background ones, which hold the faint part of its edge.
     near = labels.reshape(-1)[index]
-    own = ((near == label[:, None]) | (near == 0)) & seen.reshape(index.shape)
+    member = ((near == label[:, None]) | (near == 0)) & seen.reshape(index.shape)
     flat = offset.reshape(3, -1)
     alpha = sum(flat[c][index] * color[:, c, None] for c in range(3))
     alpha /= np.maximum((color * color).sum(1), 1e-6)[:, None]
-    alpha = np.where(own, alpha.clip(0.0, 1.0), 0.0).astype(np.float32)
+    alpha = np.where(member, alpha.clip(0.0, 1.0), 0.0).astype(np.float32)
     area = alpha.sum(1)
     best, best_overlap = np.full(len(owner), -1), np.full(len(owner), MIN_OVERLAP)
     for k in range(len(SHAPES)):

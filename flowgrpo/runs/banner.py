@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flowgrpo.config import Config
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
+from flowgrpo.objectives.describe import looked_at, sampled_by
 from flowgrpo.policies import Policy
 from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs.process import device_name, kernel_backends
@@ -22,7 +23,6 @@ def banner(
         # Those of the model alone.
         parameters -= trained
     rank = f"LoRA of rank {config.policy.lora_rank}, " if lora else ""
-    low, high = sample.window_bounds
     return {
         "model": f"{policy.name}, {type(policy.transformer).__name__}, {count(parameters)} "
         f"parameters, {str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
@@ -31,11 +31,10 @@ def banner(
         "kernels": kernel_backends(policy.device),
         "forward": policy.describe(),
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
-        f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; {sample.steps} "
-        f"steps of {sample.transition}, trained: {sample.trained_steps} of the steps {low} to "
-        f"{high - 1}",
-        "update": f"{optim.updates_per_iteration} updates, each on "
-        f"{config.chunks_per_update * sample.batch_size} rows x {sample.trained_steps} steps",
+        f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; "
+        f"{sampled_by(config)}",
+        "update": f"{optim.objective}: {optim.updates_per_iteration} updates, each on "
+        f"{config.chunks_per_update * sample.batch_size} rows x {looked_at(config)}",
         "length": length(config, state.iteration),
         "directory": str(config.out_dir),
         "evaluation": evaluated(config, evaluation_set),

@@ -16,6 +16,8 @@ from torch import nn
 from flowgrpo import files
 from flowgrpo.config import Config
 from flowgrpo.nano import MODELS
+from flowgrpo.objectives import objective_of
+from flowgrpo.objectives.describe import sampled_by
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.family import Family
 from flowgrpo.runs.state import Weights
@@ -40,24 +42,27 @@ def write(
     """
     from huggingface_hub import ModelCardData
 
-    lora = config.policy.adapter == "lora"
+    lora, optim = config.policy.adapter == "lora", config.optim
+    method, source, tag = f"the objective {optim.objective} of flowgrpo", "", "flowgrpo"
+    if optim.objective == "grpo":
+        method, tag = "Flow-GRPO", "flow-grpo"
+        source = " (online reinforcement learning, arXiv 2505.05470)"
     data = ModelCardData(
         # The Hub knows repositories; a folder's name says nothing there.
         base_model=config.policy.model if _on_hub(config.policy.model) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*(["lora"] if lora else []), "flow-grpo", "reinforcement-learning"],
+        tags=[*(["lora"] if lora else []), tag, "reinforcement-learning"],
     )
-    optim = config.optim
     average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
     if optim.ema_decay and weights == "live":
         average = "; the weights as the last update left them"
     kind = "LoRA adapter" if lora else "Transformer"
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {config.recipe}: {_base(config)} after Flow-GRPO",
-        f"{kind} of {_base(config)}, trained by online reinforcement learning (Flow-GRPO, "
-        f"arXiv 2505.05470) for {iteration} iterations{average}.",
+        f"# {config.recipe}: {_base(config)} after {method}",
+        f"{kind} of {_base(config)}, trained by {method}{source} for {iteration} "
+        f"iterations{average}.",
         _table(("", ""), _settings(config, transformer)),
     ]
     if summary is not None:
@@ -124,10 +129,9 @@ def _base(config: Config) -> str:
 def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
     policy, sample, optim = config.policy, config.sample, config.optim
     rewards = ", ".join(f"{weight:g} x {name}" for name, weight in config.reward.weights.items())
-    window = "all but the last step"
-    if sample.window_size:
-        low, high = sample.window_bounds
-        window = f"a window of {sample.window_size} in steps {low} to {high - 1}"
+    sampler = sampled_by(config)
+    if objective_of(config).rollout == "stochastic":
+        sampler += f", noise level {sample.noise_level:g},"
     trained = "all weights of the transformer"
     if policy.adapter == "lora":
         targets = policy.lora_targets or family_of(transformer).lora_targets
@@ -136,6 +140,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
             trained += f", from the adapter {Path(policy.init_adapter).name}"
     return [
         ("Recipe", config.recipe),
+        ("Objective", optim.objective),
         ("Rewards", rewards),
         ("Prompts", Path(sample.prompts).name),
         (
@@ -146,8 +151,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
         ),
         (
             "Sampler",
-            f"{sample.steps} steps in training ({sample.eval_steps} in evaluation), "
-            f"{sample.transition}, noise level {sample.noise_level:g}, trained: {window}",
+            f"{sampler} in training, {sample.eval_steps} steps of the ODE in evaluation",
         ),
         ("Guidance", _guidance(config, family_of(transformer))),
         ("Trained", trained),

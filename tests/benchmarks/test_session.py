@@ -70,6 +70,7 @@ def test_a_part_has_what_earlier_ones_left(monkeypatch, tmp_path):
     assert session.main(["--out", str(tmp_path), "--parts", "short,long"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in the foreground", "in the background"])
 def test_every_part_runs_and_is_reported(parts, tmp_path, capsys, request, where):
     if where == "in the background":
@@ -89,6 +90,7 @@ def test_every_part_runs_and_is_reported(parts, tmp_path, capsys, request, where
         assert "out/summary.json" in packed.getnames()
 
 
+@pytest.mark.slow
 def test_the_archive_has_what_there_is_when_the_rest_is_killed(parts, tmp_path, monkeypatch):
     archive = tmp_path / "out.tar.gz"
 
@@ -105,6 +107,7 @@ def test_the_archive_has_what_there_is_when_the_rest_is_killed(parts, tmp_path, 
         assert {"out/summary.json", "out/good.log"} <= set(packed.getnames())
 
 
+@pytest.mark.slow
 def test_without_an_installation_the_tree_itself_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "there")
     show = say("import os; print(os.environ['PYTHONPATH'])")
@@ -118,6 +121,7 @@ def test_without_an_installation_the_tree_itself_is_used(tmp_path, monkeypatch):
     assert found == [str(session.ROOT), str(session.ROOT / "kernels"), "there"]
 
 
+@pytest.mark.slow
 def test_chosen_parts_and_the_total(parts, tmp_path, capsys):
     assert session.main(["--out", str(tmp_path), "--parts", "good"]) == 0
     assert not (tmp_path / "bad.log").exists()

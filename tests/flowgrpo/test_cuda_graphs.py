@@ -78,6 +78,7 @@ def test_models_of_the_real_classes_can_be_captured(request, tmp_path, model, pi
     assert torch.equal(evaluate(policy), eager(policy, partial(evaluate, policy)))
 
 
+@pytest.mark.slow
 def test_a_short_chunk_is_filled_up(parts, shared):
     """7 rows in chunks of 3: the last one has the bits of a whole chunk, captured and not, because
     it is one."""
@@ -108,6 +109,7 @@ def test_a_short_chunk_is_filled_up(parts, shared):
     assert rows == [3] * 3 * config.sample.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_one_step_serves_any_number_of_steps(parts, scale):
     policy = parts.policy
@@ -118,6 +120,7 @@ def test_one_step_serves_any_number_of_steps(parts, scale):
     assert policy.graphs.recorder.replays == 2 * (5 + 8 + 2)
 
 
+@pytest.mark.slow
 def test_reference_and_averaged_weights(parts, caplog, monkeypatch):
     """Adapters off is another graph; weights that are swapped in place are the same one."""
     policy, images = parts.policy, {}
@@ -139,6 +142,7 @@ def test_reference_and_averaged_weights(parts, caplog, monkeypatch):
     assert not torch.equal(images["trained"], images["average"])
 
 
+@pytest.mark.slow
 def test_a_kept_reference_is_another_graph(pixel_model, tmp_path):
     parts, _ = made(pixel_model, tmp_path, **CASES["full"])
     policy = parts.policy

@@ -41,6 +41,7 @@ def move(policy, how):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["data", "parameter", "buffer"])
 def test_a_moved_storage_means_a_new_graph(pixel_model, tmp_path, how, caplog, monkeypatch):
     parts, _ = made(pixel_model, tmp_path)
@@ -83,6 +84,7 @@ def test_a_function_that_synchronises(parts, shared):
     assert_equal(train.collect(parts, conditioning, config), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [0, 1])
 def test_out_of_memory(parts, shared, call):
     """In the warm-up or in the capture itself."""

@@ -85,6 +85,7 @@ class Moving:
         return self.micro(*arguments)
 
 
+@pytest.mark.slow
 def test_a_loss_that_synchronises(pixel_model, tmp_path):
     """The message names the option of the update; gradients and weights are as before."""
     parts, config = made(pixel_model, tmp_path, True)

@@ -66,6 +66,7 @@ def test_tensors_of_host_and_device_do_not_mix(mixed):
         mixed(device(4))
 
 
+@pytest.mark.slow
 def test_bytes_alive_and_at_most():
     with on_meta.watching() as watch:
         a = device(1000)

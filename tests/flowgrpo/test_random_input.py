@@ -148,6 +148,7 @@ def test_from_dict(values):
     accepted(config)
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(st.one_of(texts, json_values.map(json.dumps), near_configs().map(json.dumps)))
 @example(DEEP)
@@ -161,6 +162,7 @@ def test_from_json(text):
     accepted(config)
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(changes())
 @example({"sample": 3, "sample.steps": 4})
@@ -216,6 +218,7 @@ def parse(argv: list[str], read=parse_train):
             return None
 
 
+@pytest.mark.slow
 @fuzz(10, share=10)
 @given(command_lines())
 @example(["--run.resume", "\x1f\n"])
@@ -228,6 +231,7 @@ def test_the_command_line_of_train(argv):
 COMMANDS = (EvaluateOptions, SampleOptions, ServeOptions)
 
 
+@pytest.mark.slow
 @fuzz(20, share=4)
 @given(st.sampled_from(COMMANDS), st.data())
 def test_the_other_command_lines(command, data):
@@ -243,6 +247,7 @@ def folder():
         yield Path(name)
 
 
+@pytest.mark.slow
 @fuzz(20, share=10)
 @given(st.one_of(st.binary(max_size=20), near_configs().map(lambda v: json.dumps(v).encode())))
 def test_a_run_directory_of_something_else(folder, content):
@@ -487,6 +492,7 @@ def server():
     loop.close()
 
 
+@pytest.mark.slow
 @fuzz(60)
 @given(
     st.sampled_from([*["POST"] * 7, "GET", "PUT"]),

@@ -30,6 +30,7 @@ FAST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"policy.adapter": "full", "optim.lr": 3e-3}], ids=["lora", "full"]
 )
@@ -41,6 +42,7 @@ def test_brightness_is_learned(pixel_model, tmp_path, changes):
     assert summary["max_ratio_error"] == 0.0 and summary["iterations"] == 10
 
 
+@pytest.mark.slow
 def test_the_backward_alone_is_strict(pixel_model, tmp_path):
     """PyTorch's attention kernels sum gradients in a fixed order only where it may raise; rewards
     and rollout, and processes that asked for nothing, are left alone."""
@@ -127,7 +129,7 @@ def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
         (
             {"sample.prompts": "absent.txt"},
             ConfigError,
-            "neither one of nano, geneval, ocr, general nor an",
+            "neither one of nano, nano_text, geneval, ocr, general nor an",
         ),
         ({"sample.prompts_per_iteration": 9}, ConfigError, "is 9, but .* only 6 prompts"),
         ({"policy.model": "/no/such/folder"}, ConfigError, "could not be found|no folder"),

@@ -25,6 +25,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_ratios_are_exactly_one(pixel_model, tmp_path, case, dtype):
@@ -76,6 +77,7 @@ def test_every_iteration_starts_at_one(pixel_model, tmp_path):
     assert parts.state.updates == 6
 
 
+@pytest.mark.slow
 def test_a_mismatch_raises(pixel_model, tmp_path):
     config = setups.config(pixel_model, tmp_path)
     parts = setups.parts(config)

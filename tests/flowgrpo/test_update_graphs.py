@@ -56,6 +56,7 @@ def test_replay_anchors_the_ratio(pixel_model, tmp_path, changes):
     assert len(forwards) == without + 4 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, GUARD])
 def test_several_steps_in_one_forward(pixel_model, tmp_path, no_step, changes):
     """The same gradient from half the forwards, and exact ratios with the replayed anchor."""
@@ -134,6 +135,7 @@ def test_a_forward_that_is_run_again_has_its_own_settings(pixel_model, tmp_path)
     assert seen == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_small_gradients_survive_float16(pixel_model, tmp_path):
     """A loss that is one of very many: unscaled, half of its gradients would be 0 in float16."""
     share, found = 1 << 16, {}

@@ -27,6 +27,7 @@ def test_every_public_function_is_called():
     assert {"flux_step", "sde_step_with_logprob"} <= set(fuzz.TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dtype", "value", "exception"])
 def test_a_fault_is_found(fault, monkeypatch):
     """What the examples are there to find, put into a function."""

@@ -53,6 +53,7 @@ def test_empty_batch(each, shape):
         assert results[name].shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_rows_without_elements(each, shape):
     """Means over nothing are 0, so log_prob is -c0; everything is finite."""
@@ -75,6 +76,7 @@ def test_a_quiet_row_takes_nothing_from_noise(each):
     assert x[2, 1, 9].isnan() and x[2].isnan().sum() == 1 and lp[2].isnan()
 
 
+@pytest.mark.slow
 def test_steps_do_not_wrap(each):
     """Numbers that are rows of the table in 32 bits only are outside it."""
     step = torch.tensor([3, 3 + 2**32, FIRST + 3, LAST, -1, TRANSITIONS.num_steps])

@@ -80,6 +80,7 @@ def private_uses(source: str) -> Iterator[str]:
                     continue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["flowgrpo", "benchmarks", "tests"])
 def test_nothing_outside_uses_a_private_name(folder):
     files = sorted((ROOT / folder).rglob("*.py"))

@@ -223,6 +223,7 @@ def test_a_first_sigma_within_rounding_of_one_is_one(make, ulp):
         make([1.0 + 2.0**-21, 0.5, 0.0])
 
 
+@pytest.mark.slow
 def test_float32_schedules_of_dance_grpo():
     """shift t / (1 + (shift - 1) t) in float32: no shift begins a schedule with a pole."""
     time, starts = torch.linspace(1, 0, 17), set()

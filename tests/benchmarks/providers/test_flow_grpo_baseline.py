@@ -73,6 +73,7 @@ def test_same_images_from_the_same_noise(pair):
     assert images.std() > 0.05
 
 
+@pytest.mark.slow
 def test_same_losses_and_gradients(pair):
     case, mine, theirs = pair
     trajectory = mine.rollout()
@@ -107,6 +108,7 @@ def test_same_losses_and_gradients(pair):
     assert metrics["max_ratio_error"] == 0.0
 
 
+@pytest.mark.slow
 def test_an_update_trains_and_merging_follows_it(pair):
     """`compile` without its compiler: merged weights are those of base and adapters together."""
     case, _, _ = pair

@@ -44,7 +44,9 @@ def test_the_command_of_a_record(script, command, monkeypatch):
     assert json.loads(json.dumps(records.record([], "cpu")))["command"] == command
 
 
-@pytest.mark.parametrize("name", ["README.md", "LOG.md", "results/nano/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "LOG.md", "results/nano/README.md", "results/nano-pixels/README.md"]
+)
 def test_links_resolve(name):
     page = records.BENCHMARKS / name
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
@@ -53,9 +55,10 @@ def test_links_resolve(name):
         assert (page.parent / target).exists(), target
 
 
-def test_the_log_names_the_files_of_the_runs():
+@pytest.mark.parametrize("name", ["nano", "nano-pixels"])
+def test_the_log_names_the_files_of_the_runs(name):
     """Each folder is in the table, each file or its pattern in the log."""
-    nano, log = records.RESULTS / "nano", (records.BENCHMARKS / "LOG.md").read_text("utf-8")
+    nano, log = records.RESULTS / name, (records.BENCHMARKS / "LOG.md").read_text("utf-8")
     table = (nano / "README.md").read_text(encoding="utf-8")
     for folder in nano.iterdir():
         if folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -67,6 +68,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(line, words, capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_objective_that_is_not_there_is_named_and_the_others_can_be_chosen(
     tmp_path, monkeypatch, capsys
 ):
@@ -235,7 +237,7 @@ def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(study, tmp_path):
     (tmp_path / "long.yaml").write_text(text)
     words = ["compare", str(tmp_path / "long.yaml"), "--out", str(out), "--seeds", "0"]
     words += ["--jobs", "1", "--run.threads", "1"]
-    fork = processes.Fork(tmp_path / "log", _main, words)
+    fork = processes.Fork(tmp_path / "log", _main, words, processes.environment())
     metrics = out / "runs" / "fast-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
@@ -252,5 +254,7 @@ def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(study, tmp_path):
     assert list((out / "runs" / "fast-seed0" / "checkpoints").iterdir())
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], environment: dict[str, str]) -> None:
+    # Its own children look for the tests' modules; the server that it is forked from may be older.
+    os.environ.update(environment)
     sys.exit(main.main(words))

@@ -13,6 +13,7 @@ from rich.console import Console
 from flowgrpo.cli import doctor
 
 
+@pytest.mark.slow
 def test_doctor_prints_what_it_found():
     console = Console(file=io.StringIO(), width=200)
     found = doctor.doctor(console)
@@ -27,6 +28,7 @@ def test_doctor_prints_what_it_found():
             assert name in shown and str(value).splitlines()[0][:60] in shown
 
 
+@pytest.mark.slow
 def test_doctor_names_an_absent_package(monkeypatch):
     monkeypatch.setitem(doctor.OPTIONAL, "no_such_package", "test; pip install flowgrpo[x]")
     console = Console(file=io.StringIO(), width=200)
@@ -57,6 +59,7 @@ def test_doctor_asks_the_server_of_a_remote_reward(monkeypatch):
     assert "cannot be reached" in doctor.reward_states()["http"]
 
 
+@pytest.mark.slow
 def test_doctor_holds_recipes_against_the_gpu():
     small, large = doctor.recipe_states(16.0), doctor.recipe_states(141.0)
     more = "more than there is"

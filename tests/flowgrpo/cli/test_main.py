@@ -35,6 +35,7 @@ def test_options_are_fields_of_the_recipe():
     assert parse_train([]) == base
 
 
+@pytest.mark.slow
 def test_resume_takes_the_configuration_of_the_run(tmp_path):
     config = processes.make(tmp_path)
     (tmp_path / "run").mkdir()
@@ -88,6 +89,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     words = ["--out", str(tmp_path / "e"), "--guidance", "3", "--prompts", "3", "--device", "cpu"]
     assert main.main(["evaluate", str(trained), *words]) == 0
@@ -109,6 +111,7 @@ def test_evaluate_compares_base_and_trained(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "e" / "grid.png").size[1] > 350
 
 
+@pytest.mark.slow
 def test_evaluate_on_quality_prompts(trained, tmp_path, capsys):
     """The task's metric on its prompts, quality rewards on theirs, in one table; a prompt that is
     there twice is one prompt with several images."""
@@ -156,6 +159,7 @@ def test_evaluate_loads_quality_rewards_before_the_model(trained, tmp_path, caps
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_other_rewards_than_a_run_had_options_for(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
@@ -215,6 +219,7 @@ def test_a_picture_that_cannot_be_what_its_name_says_is_refused(name, capsys, mo
     assert f"'{name}' ends in {Path(name).suffix.lower()}, but one of .png, .jpg" in shown
 
 
+@pytest.mark.slow
 def test_targets_in_the_home_directory(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(trained.parent))
     out = tmp_path / "e"

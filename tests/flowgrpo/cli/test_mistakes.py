@@ -17,7 +17,7 @@ from support import processes
 MISTAKES = [
     ("paint", "'paint' is no command"),
     ("train nanno", "did you mean 'nano'?"),
-    ("train --sample.batch_size 50", "divides 96"),
+    ("train --sample.batch_size 50", "divides 288"),
     ("train --optim.updates-per-iteration 5", "does not divide the 2 chunks"),
     ("train --optim.guard --sample.transition cps", "choose flow_sde or dance_sde"),
     ("train --reward.weights nano_strict", "NAME WEIGHT, repeated"),
@@ -147,6 +147,7 @@ def test_evaluate_needs_a_target(capsys):
     assert "required without --images and --table" in shown and shown.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_gets_no_traceback():
     """As `flowgrpo train --help | head -1`."""
     read, write = os.pipe()
@@ -165,6 +166,7 @@ def test_control_characters_of_a_name_are_written_out(capsys, tmp_path, monkeypa
     assert r"the prompt folder a\nb\x1b[2J has no file" in shown and shown.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_working_directory_that_was_removed(capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -53,6 +53,7 @@ def go(comparison, launch) -> tuple[int, str]:
     return run(comparison, console, launch), console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_told_and_leave_a_table(comparison):
     code, shown = go(comparison, script("echo loading; echo 'error: no weights'; exit 2"))
     assert code == 1
@@ -78,10 +79,22 @@ def test_a_report_alone_starts_nothing(comparison):
         go(dataclasses.replace(asked, report_only=False), launch)
 
 
-def _objective(config):
-    return replace(config, **{"optim.objective": "of another version"})
+def test_an_arm_that_needs_a_gradient_of_the_reward(comparison):
+    """nano's rewards have none: said before anything is trained."""
+    nano = {"reward.weights": {"nano_strict": 1.0}, "reward.report": ()}
+    configs = {
+        arm: replace(_objective(config, "refl"), **nano)
+        for arm, config in comparison.configs.items()
+    }
+    with pytest.raises(ConfigError, match=r"cannot be trained: reward .* passes no gradient on"):
+        go(dataclasses.replace(comparison, configs=configs), None)
 
 
+def _objective(config, name="of another version"):
+    return replace(config, **{"optim.objective": name, "sample.shared_noise": False})
+
+
+@pytest.mark.slow
 def test_memory_is_measured_or_else_expected_by_the_model(comparison, monkeypatch):
     config = comparison.configs["A"]
     assert expected_bytes(config) == 0

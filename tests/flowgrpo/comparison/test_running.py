@@ -79,6 +79,7 @@ def setup(tmp_path, monkeypatch):
     prepared.folder.close()
 
 
+@pytest.mark.slow
 def test_all_runs_are_run_so_many_at_once(setup):
     names = [run.name for run in setup.runs]
     for name in names[:2]:
@@ -98,6 +99,7 @@ def test_all_runs_are_run_so_many_at_once(setup):
     assert (attempt.threads, attempt.at_once, attempt.commit) == (1, 2, "abc")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(setup):
     comparisons.write_run(setup.runs[1], [comparisons.evaluation(0, 0.0, [1] * 6)])
     setup.loop(setup.runner())
@@ -169,6 +171,17 @@ def test_a_second_ctrl_c_ends_what_does_not_want_to(setup, monkeypatch):
     assert all(attempts(setup.out)[run.name][0].stopped for run in setup.runs[:2])
 
 
+def test_a_process_takes_ctrl_c_that_its_parent_ignores(tmp_path):
+    """As a shell's background command does, which would then never save."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with open(tmp_path / "log", "wb") as log:
+            process = start_process(["sh", "-c", "kill -INT $$; exit 3"], log, dict(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.wait(10) == -signal.SIGINT
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_process_ends_with_its_parent(tmp_path):
@@ -211,6 +224,7 @@ def append(run, *lines, end: str = "\n") -> None:
         file.write("\n".join(map(json.dumps, lines)) + end)
 
 
+@pytest.mark.slow
 def test_memory_decides_when_the_next_may_begin(setup, monkeypatch):
     """The first alone, until it is through two iterations; then as many as there is memory for."""
     gigabyte, sizes = 1 << 30, {}
@@ -270,6 +284,7 @@ def test_how_much_memory_is_enough(setup, monkeypatch, free, need, active, fits)
     runner.active = []
 
 
+@pytest.mark.slow
 def test_gpus_are_taken_one_each(setup):
     for run in setup.runs[:2]:
         setup.scripts[run.name] = f"sleep 0.1; {FINISH}"

@@ -20,7 +20,8 @@ from flowgrpo.comparison.studies import (
     parse_study,
     select_arms,
 )
-from flowgrpo.config import ConfigError, to_dict
+from flowgrpo.config import ConfigError, replace, to_dict
+from flowgrpo.nano.recipes import awm
 from flowgrpo.objectives import OBJECTIVES, objective_of
 
 ARMS = {"A": {}, "B": {"optim.lr": 1e-4}}
@@ -63,6 +64,11 @@ def test_the_methods_that_are_there_can_be_trained():
     assert {config.optim.objective for config in there} >= {"grpo", "sft", "orw", "awm", "nft"}
     for config in there:
         assert objective_of(config) is not None
+    # As the recipe of that name, but for the rate, which does not fall.
+    [ours] = [config for config in there if config.optim.objective == "awm"]
+    recipe = awm(**{"optim.decay": 0})
+    assert (ours.sample, ours.reward) == (recipe.sample, recipe.reward)
+    assert replace(ours.optim, clip_range=recipe.optim.clip_range) == recipe.optim
 
 
 def test_arms_override_the_common_fields_and_the_command_line_overrides_both():

@@ -251,7 +251,9 @@ def test_the_verifier_of_nano_accepts_what_its_prompts_show(tmp_path):
     lines = [{"file_name": f"{n:02d}.png", **record} for n, record in enumerate(shown)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     name = {"nano_strict": 1.0}
-    about = curate(options(folder, tmp_path / "out", resolution=24, rewards=name, min=name))
+    about = curate(
+        options(folder, tmp_path / "out", resolution=scenes.shape[-1], rewards=name, min=name)
+    )
     assert about["counts"]["dropped"] == {"min nano_strict": 2}
     chosen = CuratedSet.load(tmp_path / "out")
     assert chosen.texts == tuple(r["prompt"] for r in (*records[1:3], *records[4:]))

@@ -70,6 +70,7 @@ def test_the_split_is_the_documented_hash():
     assert split_of("A red dog!", (0.0, position * 0.99, 1 - position * 0.99), 3) == "test"
 
 
+@pytest.mark.slow
 def test_shares_are_met_and_a_share_of_0_is_empty():
     prompts = [f"prompt {number}" for number in range(4000)]
     counts = dict.fromkeys(SPLITS, 0)

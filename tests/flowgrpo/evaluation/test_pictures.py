@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -184,6 +185,7 @@ def test_curve_rises_with_the_accuracy(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["down.png", "up.png"]
 
 
+@pytest.mark.slow
 def test_the_last_value_is_inside_the_axes_and_iterations_are_whole(tmp_path, monkeypatch):
     figures = []
     drawn = Figure.savefig
@@ -199,6 +201,7 @@ def test_the_last_value_is_inside_the_axes_and_iterations_are_whole(tmp_path, mo
         assert len(ticks) > 1 and all(tick.isdigit() for tick in ticks)
 
 
+@pytest.mark.slow
 def test_curve_of_one_point_and_without_tasks(tmp_path):
     guided = {"accuracy": 0.7, "guidance_scale": 3.5}
     path = pictures.curve(tmp_path / "a.png", evaluations([0.4]), guided)
@@ -207,6 +210,7 @@ def test_curve_of_one_point_and_without_tasks(tmp_path):
     assert len(blue_line(path)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$", "a $b_{ $c", "10$ or \\$20$", "^{", "ä 猫", "\\frac"])
 def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
     figures = []
@@ -221,6 +225,7 @@ def test_names_are_text_and_no_formulas(tmp_path, monkeypatch, name):
     assert axes.get_title(loc="left") == name and len(blue_line(path)) > 10
 
 
+@pytest.mark.slow
 def test_curve_of_a_reward_beyond_one(tmp_path):
     entries = evaluations([20.0, 24.0], tasks={"a": None, "b": 21.0})
     path = pictures.curve(tmp_path / "a.png", entries, label="shop:price")
@@ -240,7 +245,36 @@ def test_words_that_are_too_long_are_broken(text):
     assert (lines[-1].endswith(" ...")) == (len(shown) < len(text.replace(" ", "")))
 
 
+@pytest.mark.slow
 def test_a_curve_needs_no_latex(tmp_path):
     with matplotlib.rc_context({"text.usetex": True}):
         path = pictures.curve(tmp_path / "a.png", evaluations([0.2, 0.4]))
     assert len(blue_line(path)) > 10
+
+
+def test_rows_of_an_evaluation_say_how_many_are_right(monkeypatch):
+    """Those that all rows have: an evaluation of an earlier version has fewer."""
+    grids = []
+    monkeypatch.setattr(pictures, "grid", lambda *args, **kw: grids.append((args, kw)))
+    evaluations = {
+        "base": SimpleNamespace(shown=images(12), marks=[0.0, 1.0] * 6),
+        "iteration 3": SimpleNamespace(shown=images(24), marks=[1.0] * 11 + [0.0] * 13),
+    }
+    texts = tuple(f"prompt {i}" for i in range(30))
+    evaluation_set = SimpleNamespace(prompts=SimpleNamespace(texts=texts))
+    pictures.evaluation_grid(evaluations, evaluation_set)
+    [((rows, captions, marks), options)] = grids
+    assert list(rows) == list(marks) == ["base\n6 of 12", "iteration 3\n11 of 12"]
+    assert captions == texts[:12] and options == {"columns": 6}
+    assert torch.equal(rows["iteration 3\n11 of 12"], images(24)[:12])
+    evaluations["base"] = SimpleNamespace(shown=images(24), marks=[math.nan] + [1.0] * 23)
+    pictures.evaluation_grid(evaluations, evaluation_set)
+    (rows, captions, _), options = grids[1]
+    assert list(rows) == ["base", "iteration 3\n11 of 24"]
+    assert captions == texts[:24] and options == {"columns": 8}
+
+
+def test_labels_of_several_lines_have_room():
+    one = pictures.grid({"a": images(2), "the longest": images(2)}, ["x", "y"])
+    two = pictures.grid({"a\nb": images(2), "the longest\n1 of 2": images(2)}, ["x", "y"])
+    assert one.size == two.size

@@ -39,6 +39,7 @@ def test_ode_sampling_draws_mostly_known_objects(policy):
     assert quality["junk"] < 0.1 and quality["palette"] < 0.08 and quality["background"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_what_a_picture_shows(policy):
     records = prompts.balanced("heldout", 48)
     images = draw(records, np.random.default_rng(0))

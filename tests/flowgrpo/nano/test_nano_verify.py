@@ -31,6 +31,7 @@ def test_real_pictures_fulfil_their_prompts(real, noise):
     assert scores["partial"].mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_pictures_of_other_prompts_do_not(real):
     images, records = real
     order = np.random.default_rng(2).permutation(len(records))

@@ -79,6 +79,7 @@ def test_pairs_become_results(pixel_model, tmp_path, folder):
     assert torch.equal(groups[:4], groups[4:])
 
 
+@pytest.mark.slow
 def test_images_decode_to_themselves(latent_model, flux_model):
     """Encoding is the way back of `pixels`: shape, scale and packing, for the VAE's own latents."""
     for model, config in (
@@ -106,6 +107,7 @@ def flat(gradients, model):
     return torch.cat([gradients[name].double().flatten() for name in names])
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_images(pixel_model, tmp_path, folder, monkeypatch):
     """Both optimizer steps of sft, in float64."""
     components, config, experience = offline(
@@ -157,6 +159,7 @@ def test_loss_and_gradients_of_pairs(pixel_model, tmp_path, folder, monkeypatch)
     assert (flat(gradients[0], model) - expected).norm() < 3e-4 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "nft"])
 def test_a_mixture_adds_the_supervised_gradient(pixel_model, tmp_path, folder, monkeypatch, name):
     """Its gradient less that of the objective alone is the weight times that of the images."""

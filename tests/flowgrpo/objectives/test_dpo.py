@@ -94,6 +94,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(pixel_model, tmp_path, case, monkeypatch):
     """Of a whole update with a dropped group, in float64."""

@@ -109,6 +109,7 @@ def test_a_captured_update_has_the_eager_bits(pixel_model, tmp_path, case, teach
         assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items()), stem
 
 
+@pytest.mark.slow
 @on_device
 def test_an_update_reads_the_device_once(pixel_model, tmp_path, case, teacher, monkeypatch):
     """From the first micro-step on; before it, levels are drawn on the host."""

@@ -121,6 +121,7 @@ def expected_loss(model, base, parts, experience: Experience, rows, config, mask
     return torch.stack(terms).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_a_whole_update(pixel_model, tmp_path, case, monkeypatch):
     """Both updates' accumulated gradients, with weights moved since the rollout so that some
@@ -174,6 +175,7 @@ def test_guard_and_dppo_exclude_each_other(pixel_model, tmp_path):
         setups.config(pixel_model, tmp_path, **{"optim.guard": True, "optim.dppo": True})
 
 
+@pytest.mark.slow
 def test_equal_rewards_change_nothing_without_kl(pixel_model, tmp_path):
     """All groups equal: no gradient at all, the same number of forwards, weights unchanged."""
     config = setups.config(pixel_model, tmp_path, **{"optim.beta": 0.0, "optim.weight_decay": 0.0})
@@ -186,6 +188,7 @@ def test_equal_rewards_change_nothing_without_kl(pixel_model, tmp_path):
     assert all(map(torch.equal, before, parts.state.parameters.values()))
 
 
+@pytest.mark.slow
 def test_beta_0_never_computes_the_reference(pixel_model, tmp_path, monkeypatch):
     config = setups.config(pixel_model, tmp_path, **{"optim.beta": 0.0})
     parts = setups.parts(config)

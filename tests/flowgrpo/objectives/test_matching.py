@@ -76,6 +76,7 @@ def test_a_batch_is_the_noised_result_and_its_target(pixel_model, tmp_path):
         assert batch.advantages[m] == experience.advantages[row]
 
 
+@pytest.mark.slow
 def test_the_rollout_is_deterministic_and_kept_whole(pixel_model, tmp_path):
     """No noise after the first, so it is the sampler of an evaluation; nothing is trained."""
     components, config, experience = prepared("awm", pixel_model, tmp_path)
@@ -143,6 +144,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(pixel_model, tmp_path, case, monkeypatch):
     """Of every optimizer step, with a dropped group, and for awm with weights that moved since."""

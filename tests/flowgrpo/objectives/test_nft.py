@@ -81,6 +81,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(pixel_model, tmp_path, case, monkeypatch):
     """Of both optimizer steps, with a dropped group and an old policy that lags, in float64."""
@@ -133,6 +134,7 @@ def test_loss_and_gradients(pixel_model, tmp_path, case, monkeypatch):
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_awm_where_the_old_policy_is_the_trained_one(pixel_model, tmp_path, monkeypatch):
     """The gradient is then that of A e with the normaliser as weight: the first of an iteration."""
     gradients = {}
@@ -149,6 +151,7 @@ def test_it_is_awm_where_the_old_policy_is_the_trained_one(pixel_model, tmp_path
     torch.testing.assert_close(gradients["nft"], gradients["awm"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"policy.adapter": "full", "policy.dtype": "auto"}])
 def test_the_old_policy_samples_and_follows(pixel_model, tmp_path, changes):
     """Its weights make the rollout, the trained ones come back with their bits, and after an

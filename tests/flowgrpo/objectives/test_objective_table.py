@@ -105,6 +105,7 @@ def config(folder: Path, **changes):
         "policy.device": "cpu",
         "policy.dtype": "float32",
         "optim.objective": "toy",
+        "optim.advantage_std": "group",
         "out": str(folder / "run"),
         "steps": 2,
         "eval_every": 0,
@@ -134,6 +135,7 @@ def matching_errors(model, experience, rows: torch.Tensor, level: int) -> torch.
     return (velocity - (noise - results)).square().mean((1, 2, 3))
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_an_update(tmp_path, monkeypatch):
     """Both optimizer steps' gradients, with a dropped group, by plain autograd in float64."""
     settings = config(tmp_path)

@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(pixel_model, tmp_path, teacher, case, monkeypatch):
     """Both optimizer steps; every ratio of the first is 1, whatever the rewards were."""

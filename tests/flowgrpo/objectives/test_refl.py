@@ -45,6 +45,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(pixel_model, tmp_path, case, monkeypatch):
     """Both optimizer steps, with a dropped group: the brightness of the predicted picture, whose

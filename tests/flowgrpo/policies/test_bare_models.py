@@ -105,6 +105,7 @@ def test_an_adapter_of_another_size_is_one_sentence(folders, tmp_path, capsys, m
     assert error.count("\n") == 1 and printed == []
 
 
+@pytest.mark.slow
 def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path):
     model, adapter, _ = folders
     line = ["sample", "a red circle", "--model", str(model), "--count", "2", "--steps", "2"]
@@ -125,7 +126,7 @@ def test_sample_shows_base_and_adapter_from_its_folder_or_file(folders, tmp_path
         (["--adapter", "{0}/absent"], "cannot be loaded into"),
         (["--rewards", "red"], "reward 'red' is unknown"),
         (["--rewards", "ocr"], "has no text in double quotes"),
-        (["--prompt-set", "{0}/absent.txt"], "neither one of nano, geneval"),
+        (["--prompt-set", "{0}/absent.txt"], "neither one of nano, nano_text, geneval"),
         (["--batch-size", "0"], "must be greater than 0"),
         (["--resolution", "9"], "multiples of"),
     ],

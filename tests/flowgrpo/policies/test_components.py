@@ -86,6 +86,7 @@ def test_a_component_that_does_not_fit_flux(flux_model, role, make, message):
         policy_of(pipeline)
 
 
+@pytest.mark.slow
 def test_text_encoders_that_nothing_uses_may_be_any(latent_model, flux_model):
     for folder in (latent_model, flux_model):
         encode = policy_of(loaded(folder)).encode
@@ -94,6 +95,7 @@ def test_text_encoders_that_nothing_uses_may_be_any(latent_model, flux_model):
         assert len(policy_of(pipeline, encode).encode(["a red circle"])) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_transformer_of_another_class(latent_model, flux_model, tmp_path):
     pipeline = loaded(latent_model)
     pipeline.transformer = loaded(flux_model).transformer
@@ -167,6 +169,7 @@ def test_weights_of_inference_mode(latent_model):
         policy_of(pipeline)
 
 
+@pytest.mark.slow
 def test_weights_of_several_types_become_one(latent_model):
     pipeline = loaded(latent_model)
     pipeline.transformer.transformer_blocks[1].half()

@@ -109,6 +109,7 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
         assert metrics(tmp_path / "run", kind) == metrics(trained.folder, kind)
 
 
+@pytest.mark.slow
 def test_evaluate_and_sample(trained, tmp_path):
     quiet = Console(quiet=True)
     found = evaluate_run(
@@ -134,6 +135,7 @@ def own(trained: Trained):
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_adapter_and_latents_are_the_pipelines(trained, scale):
     """The saved adapter in diffusers' own pipeline, from disk: its latents are ours, with and
@@ -197,6 +199,7 @@ def test_base_model_of_the_card_is_a_hub_repository(trained, tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "acme/model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

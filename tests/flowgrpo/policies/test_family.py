@@ -40,6 +40,7 @@ def named_in(text: str) -> set[str]:
     return {word for word in words if word in classes() or re.fullmatch(PREFIXES, word)}
 
 
+@pytest.mark.slow
 def test_no_other_file_names_a_familys_classes():
     """Neither in code nor in comments; the families' own files show that the search finds them."""
     assert named_in("a FluxAttnProcessor, a AdaLayerNormZero") == {

@@ -33,6 +33,7 @@ def inputs(policy, rows=3):
     return sample, sigma, policy.encode(setups.TEXTS[:3] * (rows // 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_velocity_and_gradients_are_diffusers_own(kinds, tmp_path, kind, adapter):
@@ -60,6 +61,7 @@ def test_velocity_and_gradients_are_diffusers_own(kinds, tmp_path, kind, adapter
         torch.testing.assert_close(grads[name], own[name], rtol=0, atol=2e-5 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_no_worse_than_diffusers(kinds, tmp_path, kind):
     """Root mean square error against diffusers' forward of the same weights in float64."""

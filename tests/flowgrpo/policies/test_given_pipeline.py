@@ -35,6 +35,7 @@ def results(policy):
     return conditioning.embeds, conditioning.pooled, velocity, policy.decode(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_policy_of_its_folder(request, kind, tmp_path):
     """The same bits, on the pipeline's own modules; and no embeddings on disk, since two pipelines
@@ -60,6 +61,7 @@ def test_a_folder_is_a_path_or_in_the_home_directory(pixel_model, monkeypatch):
         assert all(map(torch.equal, results(policy), expected))
 
 
+@pytest.mark.slow
 def test_dtypes(latent_model):
     """auto is the transformer's; another is cast to, and float16 spares the VAE."""
     config = config_of("latent_model")

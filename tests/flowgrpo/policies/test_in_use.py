@@ -71,6 +71,7 @@ def offload(pipeline):
 USES = [compile_whole, compile_in_place, compile_blocks, fuse, checkpoint, offload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("use", USES)
 def test_it_computes_what_a_fresh_one_does(request, kind, use, caplog):
@@ -100,6 +101,7 @@ def test_fused_projections_of_other_weights(request, kind):
         Policy.load(pipeline, device="cpu", config=config_of(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latent_model", "flux_model"])
 def test_rewrites_of_an_earlier_policy_do_not_stay(request, kind):
     """Blocks that were fused or compiled are so again only where the new settings say it."""

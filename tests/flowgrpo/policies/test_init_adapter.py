@@ -89,6 +89,7 @@ def test_the_start_is_the_model_with_the_adapter(request, adapters, kind, fused)
     assert {p.dtype for p in trained_parameters(policy.transformer).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_stays_the_start(request, adapters, kind):
     """The same bits in all ways that a run calls it, whatever has become of the trained weights."""
@@ -267,6 +268,7 @@ def test_captured_updates_and_evaluations_have_the_eager_bits(pixel_model, adapt
     assert policy.graphs.recorder.captures == 4
 
 
+@pytest.mark.slow
 def test_weights_that_are_none(pixel_model, adapters, tmp_path):
     def start(folder):
         return started(pixel_model, "pixel_model", folder)

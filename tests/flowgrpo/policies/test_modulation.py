@@ -127,6 +127,7 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
     assert len(calls) >= 2 * 2 * 4 and not any(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -133,6 +133,9 @@ class ToyPolicy(Policy):
     def pixels(self, latents) -> Tensor:
         return latents
 
+    def latents(self, pixels) -> Tensor:
+        return pixels
+
     def sigmas(self, num_steps) -> Tensor:
         return scheduler_sigmas(self.scheduler, num_steps)
 
@@ -145,7 +148,7 @@ def encode_letters(texts) -> Conditioning:
 BLOCK = BlockKind(stored=(40.0, 8.0), stored_fused=(40.0, 8.0))
 
 
-def read_sizes(config, parameters, encoders, vae) -> Architecture:
+def read_sizes(config, vae_config, parameters, encoders, vae) -> Architecture:
     width, depth = config["width"], config["depth"]
     return Architecture(
         parameters,
@@ -247,6 +250,7 @@ def test_it_is_trained_and_its_adapter_gives_the_same_pictures(folder, tmp_path)
     assert torch.equal(picture(base), picture(trained)) and not torch.equal(plain, picture(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -264,6 +268,7 @@ def test_its_folder_trains_in_other_ways(folder, tmp_path, changes):
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_its_rollout_is_captured(folder, tmp_path):
     parts, config = made(folder, tmp_path, **{"policy.lora_targets": None})
     conditioning = parts.policy.encode(setups.TEXTS[:2])

@@ -32,6 +32,7 @@ def test_a_gated_repository():
         load("acme/gated-model")
 
 
+@pytest.mark.slow
 def test_a_hub_repository_is_loaded_from_its_snapshot(flux_model, tmp_path, monkeypatch):
     """Offline, from a cache folder laid out as the Hub's client does."""
     repository = tmp_path / "hub" / "models--acme--tiny"

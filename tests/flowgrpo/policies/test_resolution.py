@@ -31,6 +31,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "resolution"), SHAPES)
 def test_512_and_the_default_of_1024(real_sizes, family, resolution):
     policy = load(real_sizes[family], resolution)
@@ -65,6 +66,7 @@ def test_pixels_are_latents_without_a_vae(pixel_model):
         load(pixel_model, 5)
 
 
+@pytest.mark.slow
 def test_slices_are_the_same_images(latent_model):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     whole, sliced = load(latent_model, 0), load(latent_model, 0, vae_slicing=True)

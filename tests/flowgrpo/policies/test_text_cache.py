@@ -87,6 +87,7 @@ def test_key_holds_all_that_decides_the_bits(latent_model, tmp_path):
     assert same(load(model, cache).encode(["a"]), load(model, "").encode(["a"]))
 
 
+@pytest.mark.slow
 def test_a_moved_model_still_hits(latent_model, tmp_path):
     load(shutil.copytree(latent_model, tmp_path / "model"), tmp_path / "cache").encode(["a"])
     os.rename(tmp_path / "model", tmp_path / "moved")
@@ -100,6 +101,7 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -127,6 +129,7 @@ def test_a_file_says_what_it_is(latent_model, tmp_path):
         assert file.metadata()["text"] == TEXTS[0] and set(file.keys()) == {"embeds", "pooled"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_cache_only(latent_model, tmp_path, caplog, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
@@ -145,6 +148,7 @@ def test_a_cache_that_cannot_be(latent_model, tmp_path):
         load(latent_model, tmp_path / "file" / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["file", "none"])
 def test_a_default_cache_that_cannot_be_is_a_warning(
     latent_model, tmp_path, monkeypatch, caplog, home
@@ -197,6 +201,7 @@ def test_fingerprint_of_large_files(tmp_path):
     assert len(found) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["latent_model", "flux_model"])
 def test_encoders_move_only_for_texts_that_are_not_cached(model, request, tmp_path, monkeypatch):
     folder = request.getfixturevalue(model)

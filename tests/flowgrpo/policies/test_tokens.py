@@ -70,6 +70,7 @@ def test_an_encoder_of_the_callers_own_has_no_limits(latent_model):
     assert policy.token_limits() == [] and count_cut(policy, [LONG]) == {}
 
 
+@pytest.mark.slow
 def test_a_run_says_it_once(pixel_model, tmp_path, caplog, monkeypatch):
     config = setups.config(pixel_model, tmp_path)
     train.setup(config)

@@ -36,6 +36,7 @@ def fp16(latent_model, tmp_path_factory):
     return save(latent_model, tmp_path_factory.mktemp("variant") / "fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["whole", "shards"])
 def test_it_is_read(request, tmp_path, kind, options):
@@ -63,6 +64,7 @@ def test_another_variant_is_one_sentence(fp16, latent_model):
         load("nano", FP16)
 
 
+@pytest.mark.slow
 def test_a_folder_of_both(fp16, latent_model, tmp_path):
     """Each is chosen; embeddings of one are not taken for the other's; parameters count once."""
     folder = shutil.copytree(latent_model, tmp_path / "both")
@@ -92,6 +94,7 @@ def test_shards_of_a_variant_count_once(latent_model, tmp_path):
     assert plan.sizes_of(str(folder), "fp16") == plan.sizes_of(str(latent_model))
 
 
+@pytest.mark.slow
 def test_sample_takes_it_and_says_what_is_missing(fp16, tmp_path, capsys):
     line = ["sample", "a red circle", "--model", str(fp16), "--resolution", "16", "--count", "1"]
     line += ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]

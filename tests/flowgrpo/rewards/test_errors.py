@@ -48,6 +48,7 @@ def scores(*values) -> tuple[int, bytes]:
     return 200, json.dumps({"scores": list(values)}).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -269,10 +269,10 @@ def test_nothing_is_sampled_for_a_wrong_reward_and_the_command_works_once_it_is_
     assert main.main(line) == 2
     assert "returned a dict for 2 images" in capsys.readouterr().err
     assert not sampled and not (tmp_path / "out").exists()
-    del sys.modules["users_own"]
+    sys.modules.pop("users_own", None)
     (tmp_path / "users_own.py").write_text(RUN.replace('{"mean": 0.0}', "[0.0] * len(images)"))
     assert main.main(line) == 0 and sampled
-    del sys.modules["users_own"]
+    sys.modules.pop("users_own", None)
 
 
 def test_an_evaluation_samples_nothing_for_a_wrong_reward(tmp_path, monkeypatch, capsys):
@@ -284,7 +284,7 @@ def test_an_evaluation_samples_nothing_for_a_wrong_reward(tmp_path, monkeypatch,
     assert main.main([*line, "--rewards", "users_own.py:score", "--out", "e"]) == 2
     assert "returned a dict for 2 images" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
-    del sys.modules["users_own"]
+    sys.modules.pop("users_own", None)
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_batches_that_are_told_have_the_bits_of_one_rollout(tiny_policy, batch_s
     assert seen == [("sampling", count) for count in told]
 
 
+@pytest.mark.slow
 def test_all_batches_replay_one_graph(pixel_model, tmp_path):
     parts, _ = cpu_graphs.made(pixel_model, tmp_path)
     policy, texts, seeds = parts.policy, cpu_graphs.setups.TEXTS[:5], torch.arange(10)

@@ -55,7 +55,7 @@ def test_settings_and_numbers(saved, tmp_path):
     }
     for line in (
         "| Rewards | 1 x ocr, 0.25 x pickscore |",
-        "| Group arithmetic | 8 prompts x 12 images = 96 images an iteration, ",
+        "| Group arithmetic | 24 prompts x 12 images = 288 images an iteration, ",
         "| ocr | 0.5 | 0.75 |",
         "| quality diversity | 0.1 |  |",
         "8 images of 4 held-out prompts, deterministic sampler, 40 steps, guidance 1;",

@@ -91,7 +91,7 @@ def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
     train.run(processes.make(tmp_path, **changes))
     text = shown.export_text()
     assert text.count("Nothing to learn from: for 10 iterations no rewards differed") == 1
-    assert "inside each of the 2 groups; try other prompts (sample.prompts)" in text
+    assert "inside any of the 2 groups; try other prompts (sample.prompts)" in text
     assert text.index("iteration 10/21") < text.index("Nothing") < text.index("iteration 11/21")
 
 

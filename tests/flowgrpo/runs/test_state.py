@@ -123,6 +123,7 @@ def test_exported_adapter_is_what_diffusers_loads(folder, tmp_path, decay):
     assert (lora.r, lora.lora_alpha) == (4, 8)
 
 
+@pytest.mark.slow
 def test_equal_adapters_are_equal_files(folder, tmp_path):
     """The order of a set, and of safetensors' metadata, is another each time."""
     contents = set()

@@ -79,6 +79,7 @@ def test_the_chunk_with_the_fault_is_the_last_that_is_sampled(latent_model):
     assert seen == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_velocity_that_is_nan_at_a_later_step(latent_model, monkeypatch, scale):
     """A fault of no weight and no layer gets no cause."""
@@ -100,6 +101,7 @@ def test_a_velocity_that_is_nan_at_a_later_step(latent_model, monkeypatch, scale
     )
 
 
+@pytest.mark.slow
 def test_float16s_end_is_told_from_nan(latent_model):
     """Weights that float16 holds, of which one layer's results leave it; bfloat16 takes them."""
 
@@ -121,6 +123,7 @@ def test_float16s_end_is_told_from_nan(latent_model):
     assert images(scaled("bfloat16")).shape == (3, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_a_layer_that_makes_nan_of_numbers(latent_model, monkeypatch):
     policy = load(latent_model, "bfloat16")
     layer = policy.transformer.transformer_blocks[1].norm2
@@ -133,6 +136,7 @@ def test_a_layer_that_makes_nan_of_numbers(latent_model, monkeypatch):
         images(policy)
 
 
+@pytest.mark.slow
 def test_latents_that_no_image_has(latent_model):
     policy = load(latent_model)
     policy.transformer.proj_out.weight.data.mul_(1e9)
@@ -140,6 +144,7 @@ def test_latents_that_no_image_has(latent_model):
         images(policy)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_nan(latent_model):
     policy = load(latent_model, "float16")
     change(policy.pipeline.vae, "decoder.conv_out.weight", NAN)
@@ -204,6 +209,7 @@ def test_an_adapter_that_was_loaded_is_not_trained_anew(latent_model, dtype):
     assert str(caught.value).endswith(message.format(half if dtype == "float16" else ""))
 
 
+@pytest.mark.slow
 def test_nan_of_a_layer_that_no_longer_is_there(latent_model, monkeypatch):
     """A fault that does not come a second time is said to be one, and nothing else."""
     policy = load(latent_model)
@@ -252,6 +258,7 @@ FAST = {
 }
 
 
+@pytest.mark.slow
 def test_a_rollout_that_is_nan_ends_before_its_update(pixel_model, tmp_path, monkeypatch):
     """In the second iteration; the trained weights are not blamed, as the base has it too."""
     config = setups.config(pixel_model, tmp_path, **FAST)
@@ -301,6 +308,7 @@ def test_a_model_that_is_nan_is_not_scored_by_any_command(latent_model, tmp_path
     assert not list(out.glob("*")) and not (tmp_path / "run" / "evaluations").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_weights_that_the_last_update_blows_up_are_not_exported(
     interrupted, pixel_model, tmp_path, monkeypatch
@@ -325,6 +333,7 @@ def test_weights_that_the_last_update_blows_up_are_not_exported(
     assert not (tmp_path / "run" / "checkpoints" / "step-000001").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_after_an_update(pixel_model, tmp_path):
     changes = {"optim.lr": 1e38, "optim.weight_decay": 1e9, "optim.updates_per_iteration": 1}
     config = setups.config(pixel_model, tmp_path, **{**FAST, **changes})

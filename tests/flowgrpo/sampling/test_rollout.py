@@ -86,6 +86,7 @@ def test_outside_the_window_steps_are_ode_steps(made):
     assert torch.equal(found.table_rows, positions)
 
 
+@pytest.mark.slow
 def test_mixed_windows_equal_each_groups_own_batch(made):
     """Rows with window a in a mixed batch have the bits of a batch whose rows all have window a."""
     mixed = run(made, window(*[0, 3] * 6))
@@ -157,6 +158,7 @@ def test_step_weights_equalise_the_gradient(made, transition):
     assert torch.equal(step_weights(plan.transitions, 0, 5)[:5], plan.weights[:5])
 
 
+@pytest.mark.slow
 def test_collect_uses_the_iteration(made):
     parts, config = made
     conditioning = parts.policy.encode(setups.TEXTS[:2])

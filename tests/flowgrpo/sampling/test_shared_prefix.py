@@ -49,6 +49,7 @@ def test_it_is_the_plain_rollout_but_for_rounding(pixel_model, tmp_path, case):
     assert len(starts) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_ratios_are_exactly_one(pixel_model, tmp_path, case):
     config = setups.config(pixel_model, tmp_path, **{**SHARED, **CASES[case]})
@@ -58,6 +59,7 @@ def test_ratios_are_exactly_one(pixel_model, tmp_path, case):
         assert metrics["max_ratio_error"] == 0.0
 
 
+@pytest.mark.slow
 def test_fewer_rows_go_through_the_model(pixel_model, tmp_path):
     """Before its window a group is one row; a window's forwards have whole chunks. Forwards of 3, 2
     and 1 rows hold what there is, so that no number of rows is new."""
@@ -97,6 +99,7 @@ def test_forwards_have_few_sizes(pixel_model, tmp_path):
     assert set(rows) == {24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -191,6 +191,7 @@ def test_initial_noise_equals_reference(dtype, isa):
         )
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_a_bit():
     for rows, size in ((1, 300_001), (5, 65536), (37, 4097)):
         x = latents(rows, size, torch.bfloat16, torch.float32)

@@ -46,6 +46,7 @@ def same(function):
     return mine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sample_dtype"), PAIRS, ids=str)
 def test_step_and_score_in_every_dtype(dtype, sample_dtype):
     """One guided row: x', log_prob, its replay, and both gradients."""
@@ -65,6 +66,7 @@ def test_step_and_score_in_every_dtype(dtype, sample_dtype):
     same(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4096,), (4097,), (2, 5000), (1,), (64,)], ids=str)
 def test_sizes(shape):
     """Full blocks, several blocks, a tail of one element, one element."""
@@ -94,6 +96,7 @@ def test_noise():
     same(lambda: (initial_noise(b.seeds[:1], (4100,)),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize(
@@ -148,6 +151,7 @@ def test_second_passes(count):
     assert torch.equal(loss, means[0] + 0.25 * means[1])
 
 
+@pytest.mark.slow
 def test_on_policy_ratio():
     b = oracle.batch(2, (3, 5, 7), torch.bfloat16)
     transitions = oracle.make("flow_sde")

@@ -46,6 +46,7 @@ def arguments(dtype=torch.float32) -> dict[str, tuple]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(arguments()))
 def test_opcheck(case):
     result = torch.library.opcheck(dispatch.op(case.split()[0]), arguments(torch.bfloat16)[case])

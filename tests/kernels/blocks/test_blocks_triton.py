@@ -84,6 +84,7 @@ def test_heads(heads, size):
     same(run)
 
 
+@pytest.mark.slow
 def test_layouts():
     """Samples and tokens of any stride, gradients that are expanded, several samples."""
     x = torch.randn(3, 2, 16).transpose(0, 1)

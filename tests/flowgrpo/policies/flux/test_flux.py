@@ -73,6 +73,7 @@ def test_embeddings_are_the_pipelines(flux):
     assert not torch.equal(found.embeds[0], found.embeds[1])
 
 
+@pytest.mark.slow
 def test_length_of_the_text(flux_model):
     assert load(flux_model, PolicyConfig(resolution=16)).encode([""]).embeds.shape == (1, 128, 32)
     longer = PolicyConfig(resolution=16, max_sequence_length=512, text_cache="")
@@ -122,6 +123,7 @@ def test_latents_and_images_are_diffusers_own(flux_model, embedded, true_cfg):
     assert (found.int() - image).abs().amax() <= 1
 
 
+@pytest.mark.slow
 def test_embedded_guidance_is_told(flux_model, tmp_path):
     sample = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([1.0, 0.5, 0.1])
@@ -156,6 +158,7 @@ def test_velocity_does_not_depend_on_gradients(flux_model, dtype):
     assert expected.shape == sample.shape and expected.dtype == policy.dtype
 
 
+@pytest.mark.slow
 def test_rotary_tables_are_made_once_and_lent(flux_model, monkeypatch):
     """No forward makes them anew; the pipeline keeps its own module, for images of other sizes."""
     policy = Policy.load(str(flux_model), device="cpu", dtype="float32")

@@ -176,7 +176,9 @@ def test_other_bad_input(pixel, pixel_model, monkeypatch):
     with pytest.raises(ConfigError, match="device is 'warp9', which cannot be used"):
         Policy.load(str(pixel_model), device="warp9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="no folder and could not be found"):
+    with pytest.raises(
+        ConfigError, match="no folder and could not be got from the Hugging Face Hub"
+    ):
         Policy.load("nobody/such model")
 
 

@@ -80,6 +80,7 @@ def mmdetection(logits, masks, size):
     return sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_detections_are_mmdetections(detector_folder, pictures):
     detector = Detector(tiny_detector(), batch_size=2, edge=64)
     found = detector(pictures)
@@ -203,6 +204,7 @@ def test_both_rewards_on_saved_models(detector_folder, clip_folder, pictures):
         load("geneval").configured(**options)(pictures[:1], ["a dog"], [{}])
 
 
+@pytest.mark.slow
 def test_the_same_images_are_detected_once(clip_folder, pictures):
     class Counting(Detector):
         looks = 0

@@ -1,0 +1,32 @@
+"""Words for what an objective looks at, for the screen, the memory plan and the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowgrpo.config import Config
+from flowgrpo.objectives.table import objective_of
+
+
+def sampled_by(config: Config) -> str:
+    """Describe the rollout's sampler and which of its steps are trained."""
+    sample = config.sample
+    rollout = objective_of(config).rollout
+    if rollout == "none":
+        return f"no rollout, results are those of {Path(sample.curated).name}"
+    if rollout == "deterministic":
+        return f"{sample.steps} steps of the ODE, whose results are noised again"
+    low, high = sample.window_bounds
+    return (
+        f"{sample.steps} steps of {sample.transition}, trained: {sample.trained_steps} of the "
+        f"steps {low} to {high - 1}"
+    )
+
+
+def looked_at(config: Config) -> str:
+    """Describe how often an update looks at a row: "5 steps", or "1 noise level"."""
+    if objective_of(config).rollout == "stochastic":
+        number, unit = config.sample.trained_steps, "step"
+    else:
+        number, unit = config.optim.levels, "noise level"
+    return f"{number} {unit}{'s' if number > 1 else ''}"
