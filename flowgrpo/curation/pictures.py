@@ -5,8 +5,8 @@
     image = Lanczos(box -> h x w)           by Pillow's ImageOps.fit
 
 s > 1 would enlarge the picture, which then is too small. The size h0 x w0 is that of the picture as
-it is looked at: turned as its EXIF data say. Transparent pixels are laid on white, pictures of 16
-bits a channel keep the upper 8, and of an animation the first frame counts.
+a viewer shows it (`as_shown` of rewards/images.py): turned as its EXIF data say, transparency over
+white, 16 bits a colour rounded to 8. Of an animation the first frame counts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgrpo import files
-from flowgrpo.rewards.images import from_pil, to_pil
+from flowgrpo.rewards.images import as_shown, from_pil, to_pil
 
 THUMBNAIL = 112
 """Pixels of the longer side of a thumbnail."""
@@ -50,7 +49,7 @@ def read(open_picture: Callable[[], Image.Image], size: tuple[int, int], upscale
     """
     try:
         with open_picture() as picture:
-            rgb = to_rgb(picture)
+            rgb = as_shown(picture)
     # Decoders of a dozen formats: anything may come out of a damaged file.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -60,20 +59,6 @@ def read(open_picture: Callable[[], Image.Image], size: tuple[int, int], upscale
         return Picture(rgb.size, None)
     fitted = ImageOps.fit(rgb, (width, height), Image.Resampling.LANCZOS)
     return Picture(rgb.size, from_pil(fitted))
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Decode a picture as it is looked at, in RGB."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        # Pillow's own conversion clips at 255, which leaves white.
-        levels = np.asarray(picture).astype(np.int64) >> 8
-        picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 def write(path: Path, image: Tensor) -> None:

@@ -63,7 +63,7 @@ def from_file(path: Path) -> Tensor:
                 if frames > 1:
                     raise ValueError(f"it has {frames} frames")
                 image.load()
-                return from_pil(_over_white(_as_8_bits(image)))
+                return from_pil(as_shown(image))
     except FileNotFoundError as error:
         raise ValueError("there is no such file") from error
     except UnidentifiedImageError as error:
@@ -72,6 +72,15 @@ def from_file(path: Path) -> Tensor:
     except Exception as error:
         text = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise ValueError(text or type(error).__name__) from error
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Decode a picture as a viewer shows it, in RGB: see `from_file`.
+
+    Raises:
+        ValueError: a pixel is a number of 32 bits, whose range no format states.
+    """
+    return _over_white(_as_8_bits(image)).convert("RGB")
 
 
 def _as_8_bits(image: Image.Image) -> Image.Image:

@@ -102,6 +102,9 @@ def test_modes_become_rgb():
     assert read(palette, (2, 2), transparency=1).image[:, 0, 0].tolist() == [255, 255, 255]
     deep = Image.fromarray(np.full((2, 2), 0x1280, dtype=np.uint16))
     assert read(deep, (2, 2)).image.unique().tolist() == [0x12]
+    # Rounded, as evaluation reads the same file: 0x12F0 / 257 is 18.87.
+    deep = Image.fromarray(np.full((2, 2), 0x12F0, dtype=np.uint16))
+    assert read(deep, (2, 2)).image.unique().tolist() == [19]
     assert read(Image.new("L", (2, 2), 7), (2, 2)).image.unique().tolist() == [7]
     assert read(Image.new("CMYK", (2, 2)), (2, 2), kind="tiff").image.unique().tolist() == [255]
     first = {"save_all": True, "append_images": [Image.new("L", (2, 2), 200)]}
