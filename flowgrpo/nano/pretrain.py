@@ -385,22 +385,34 @@ def flow_matching(pipeline, x0: Tensor, texts: list[str], generator: torch.Gener
 
 def run(config: Pretraining) -> dict:
     """Pretrain, save, evaluate on the held-out prompts; returns the last record of the log."""
-    config.out.mkdir(parents=True, exist_ok=True)
     pipeline = build(config.seed)
+
+    @cache
+    def latents() -> Latents:
+        rng = np.random.default_rng((config.seed, 3))
+        return Latents(pipeline.vae, config.variants, rng)
+
+    def train_stage(stage: str) -> Iterator[dict]:
+        if stage == "autoencoder":
+            return train_autoencoder(pipeline, config)
+        return train_transformer(pipeline, latents(), config, stage)
+
+    return run_stages(config, pipeline, train_stage, evaluate)
+
+
+def run_stages(
+    config, pipeline, train_stage: Callable[[str], Iterator[dict]], evaluate: Callable[..., dict]
+) -> dict:
+    """Run `config.stages` by `train_stage`, a record a line of the log, save, and evaluate on the
+    held-out prompts; returns the last record of the log."""
+    config.out.mkdir(parents=True, exist_ok=True)
     if config.init is not None:
         _load_weights(pipeline, config.init)
-    latents = None
     with (config.out / "pretrain.jsonl").open("w") as log:
         for stage in config.stages:
-            if stage == "autoencoder":
-                records = train_autoencoder(pipeline, config)
-            else:
+            if stage != "autoencoder":
                 pipeline.vae.requires_grad_(False).eval()
-                latents = latents or Latents(
-                    pipeline.vae, config.variants, np.random.default_rng((config.seed, 3))
-                )
-                records = train_transformer(pipeline, latents, config, stage)
-            for record in records:
+            for record in train_stage(stage):
                 write(log, record)
                 pipeline.save_pretrained(config.out / stage)
             # Once more, since the end of a stage may change a configuration.

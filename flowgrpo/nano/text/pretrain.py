@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,15 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.config.user_code import import_function
-from flowgrpo.nano.model import save
 from flowgrpo.nano.pretrain import (
     STAGES,
-    _load_weights,
     encode,
     encode_images,
     flow_matching,
+    run_stages,
     train,
-    write,
 )
 from flowgrpo.nano.text import prompts, verify
 from flowgrpo.nano.text.model import LATENT_SHAPE, build
@@ -237,35 +235,19 @@ def train_transformer(
 
 def run(config: Pretraining) -> dict:
     """Pretrain, save, evaluate on the held-out prompts; returns the last record of the log."""
-    config.out.mkdir(parents=True, exist_ok=True)
     pipeline = build(config.seed)
-    if config.init is not None:
-        _load_weights(pipeline, config.init)
-    pictures = None
-    with (config.out / "pretrain.jsonl").open("w") as log:
-        for stage in config.stages:
-            if stage == "autoencoder":
-                records = train_autoencoder(pipeline, config)
-            else:
-                pipeline.vae.requires_grad_(False).eval()
-                pictures = pictures or Pictures(
-                    pipeline.vae, config.pictures, np.random.default_rng((config.seed, 3))
-                )
-                records = train_transformer(pipeline, pictures, config, stage)
-            for record in records:
-                write(log, record)
-                pipeline.save_pretrained(config.out / stage)
-            # Once more, since the end of a stage may change a configuration.
-            pipeline.save_pretrained(config.out / stage)
-        save(pipeline, config.out / "model")
-        for module in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
-            module.float()
-        held_out = {
-            f"guidance {guidance}": evaluate(pipeline, "heldout", config.eval_images, 40, guidance)
-            for guidance in (1.0, 2.0, 3.5)
-        }
-        settings = json.loads(json.dumps(asdict(config), default=str))
-        return write(log, {"config": settings, "heldout, 40 steps": held_out})
+
+    @cache
+    def pictures() -> Pictures:
+        rng = np.random.default_rng((config.seed, 3))
+        return Pictures(pipeline.vae, config.pictures, rng)
+
+    def train_stage(stage: str) -> Iterator[dict]:
+        if stage == "autoencoder":
+            return train_autoencoder(pipeline, config)
+        return train_transformer(pipeline, pictures(), config, stage)
+
+    return run_stages(config, pipeline, train_stage, evaluate)
 
 
 if __name__ == "__main__":

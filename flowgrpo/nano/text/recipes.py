@@ -64,7 +64,9 @@ def recipe(**overrides: Any) -> Config:
             ema_decay=0.98,
             ema_every=1,
         ),
-        run=RunConfig(steps=120, eval_every=40, checkpoint_every=40, eval_guidance=2.0),
+        run=RunConfig(
+            steps=120, eval_every=40, checkpoint_every=40, eval_prompts=240, eval_guidance=2.0
+        ),
     )
     names = {name if "." in name else f"run.{name}": v for name, v in overrides.items()}
     return replace(config, **names)

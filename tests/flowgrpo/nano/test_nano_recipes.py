@@ -12,7 +12,8 @@ from flowgrpo.recipes import EMBEDDED, recipe
 @pytest.mark.parametrize("name", sorted(EMBEDDED))
 def test_a_recipe_is_whole(name):
     config = recipe(name)
-    assert config.recipe == name and config.policy.model == config.sample.prompts == "nano"
+    model = "nano_text" if name == "nano_text" else "nano"
+    assert config.recipe == name and config.policy.model == config.sample.prompts == model
     assert from_json(to_json(config)) == config
     # The rate falls to the end of the run, not before and not after.
     optim = config.optim
