@@ -114,8 +114,8 @@ def grid(
             top += row_height
         for column, i in enumerate(block):
             center = margin + column * (column_width + GAP) + column_width // 2
-            for number, line in enumerate(lines[i]):
-                y = top + 2 + number * (TEXT + 4)
+            for line_number, line in enumerate(lines[i]):
+                y = top + 2 + line_number * (TEXT + 4)
                 draw.text((center, y), line, INK, font, anchor="ma")
         top += extra
     return canvas

@@ -120,7 +120,8 @@ def test_a_study_of_a_version_without_a_field_goes_on(tmp_path, base):
     for fields in values["arms"].values():
         del fields["optim.guard"]
     (out / "study.json").write_text(json.dumps(values))
-    comparisons.plan(study, base, (0,), out)
+    runs = comparisons.plan(study, base, (0,), out)
+    assert [run.name for run in runs] == [f"{label}-seed0" for label in study.arms]
 
 
 def test_other_folders_are_refused_and_left_alone(tmp_path, base):

@@ -278,3 +278,11 @@ def test_labels_of_several_lines_have_room():
     one = pictures.grid({"a": images(2), "the longest": images(2)}, ["x", "y"])
     two = pictures.grid({"a\nb": images(2), "the longest\n1 of 2": images(2)}, ["x", "y"])
     assert one.size == two.size
+
+
+def test_captions_of_two_lines_write_no_score_in_the_next_block(monkeypatch):
+    written = []
+    monkeypatch.setattr(pictures, "_write", lambda *arguments: written.append(arguments))
+    captions = ["a caption of more words than one line has room for"] * 4
+    pictures.grid({"a": images(4)}, captions, {"a": [1.0, 0.0, 1.0, 1.0]}, columns=2)
+    assert not written
