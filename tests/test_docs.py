@@ -710,6 +710,21 @@ def test_seconds_of_the_trainer_are_those_of_the_record():
             assert share == f"{100 * total / seconds['total']:.0f} %"
 
 
+def test_results_of_nano_text_are_those_of_the_record():
+    record = linked_record("docs/nano.md", "summary-text.json")
+    reports = [record[name] for name in ("before", "before_guided", "after")]
+    rows = table("docs/nano.md", "| 480 pictures, 40 ODE steps")
+    for row, report in zip(rows, reports, strict=True):
+        scores = [accuracy(report), percent(report["scores"]["ocr"])]
+        assert [cell.replace("**", "") for cell in row[1:]] == scores and report["images"] == 480
+    before, after = (percent(report["accuracy"]) for report in (reports[0], reports[2]))
+    assert f"goes from {before} to {after} % of words read exactly" in " ".join(README.split())
+    seconds = record["seconds"]
+    training = sum(seconds[name] for name in ("rollout", "reward", "update"))
+    text = f"took {training:.0f} s of training and {seconds['total']:.0f} s in all"
+    assert text in " ".join(PAGES["docs/nano.md"].split())
+
+
 CASES = {
     "rollout step": "step",
     "loss, forward and backward": "loss",

@@ -9,7 +9,7 @@ model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
 muon.py      its optimizer for matrices
 recipes.py   the runs of `flowgrpo train`
-text/        a sibling that writes words, without weights yet: world, prompts, model, pretraining
+text/        nano_text, a sibling that writes words
 """
 
 from __future__ import annotations
