@@ -4,7 +4,6 @@ scenes.py    the world: shapes, colours, positions; painting
 prompts.py   the six GenEval tasks in miniature; splits; the parser
 draw.py      prompts -> pictures that fulfil them, or that are mistaken
 verify.py    pictures -> objects, scores and quality figures
-cells.py     probabilities of what cells show -> that of a prompt, differentiable
 model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
 muon.py      its optimizer for matrices
