@@ -3,7 +3,7 @@ on re-noised results and without a likelihood.
 
 With x_0 a result of the old policy's rollout, x_s = (1 - s) x_0 + s eps (matching.py), v_old and v
 the velocities of the old and the trained policy there, A the advantage and b `optim.nft_beta`
-(equations 5 and 6, and the self-normalised regression of section 3.3):
+(the loss on implicit positive and negative policies, with its self-normalised regression):
 
     r       = 1/2 + A / 2c                              A clamped to +- c, c = adv_clip
     v+, v-  = v_old + b (v - v_old), v_old - b (v - v_old)

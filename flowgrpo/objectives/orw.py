@@ -7,7 +7,7 @@ With e the matching error of a re-noised result (matching.py), r its reward and 
     loss = mean over rows and levels [ a w e + beta mean (v - v_ref)^2 ]
 
 It is what the paper compares Flow-GRPO with (arXiv 2505.05470); the loss is that of ORW-CFM-W2
-(arXiv 2502.06061, equations 8 and 12), whose regulariser is the second term: the distance of the
+(arXiv 2502.06061), whose regulariser is the second term: the distance of the
 velocities bounds the Wasserstein distance to the model before training.
 
 Deliberate departures from ORW-CFM-W2:
