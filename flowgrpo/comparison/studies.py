@@ -224,8 +224,9 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# A rate that falls by the number of updates would be read at another height in each arm.
-STEADY = {"optim.decay": 0}
+# A rate that falls by the number of updates would be read at another height in each arm. Half of the
+# recipe's held-out prompts, as many runs are evaluated many times.
+STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {
     study.name: study
@@ -274,7 +275,7 @@ STUDIES = {
                 "default": {},
                 "beta 0.4": {"optim.beta": 0.4},
             },
-            images=19_200,
+            images=11_520,
             panels=("images", "seconds", "quality", "diversity"),
         ),
         Study(
