@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
                 sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
+        if not _is_said_elsewhere(error):
+            print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -161,6 +162,13 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_said_elsewhere(error: BaseException) -> bool:
+    """Tell if another process of the run says this: rank 0 what all know, and the first process of
+    a machine what is wrong with the command."""
+    shared = hasattr(error, "told_by")
+    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") != "0"
 
 
 def _on_one_line(text: str) -> str:

@@ -17,17 +17,22 @@ def train(argv: list[str]) -> int:
     config = parse_train(argv)
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
-    from flowgrpo.runs import directory, loggers, monitor, process
+    from flowgrpo.distributed import world
+    from flowgrpo.runs import directory, loggers, monitor
     from flowgrpo.sampling.finite import NotFiniteError
 
-    process.check_one_process()
-    directory.check_directory(config)
-    loggers.check(config.run)
-    show_plan(config)
+    processes = world.join(config.run.rank_timeout)
+    with processes.together():
+        if processes.first:
+            directory.check_directory(config)
+            loggers.check(config.run)
+            show_plan(config)
     try:
-        summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with world.reporting():
+            summary = flowgrpo_train.run(config)
+    except (*(update.RatioError, monitor.DivergedError, NotFiniteError, world.PeerError),) as error:
+        if processes.first or not hasattr(error, "told_by"):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.
     except Exception as error:

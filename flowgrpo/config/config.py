@@ -82,6 +82,13 @@ class Config:
         return self.run.steps * self.optim.updates_per_iteration
 
     @property
+    def reduction(self) -> str:
+        """Order in which gradients are added, "tree" or "all_reduce"; see `run.reduction`."""
+        if self.run.reduction != "auto":
+            return self.run.reduction
+        return "tree" if self.policy.adapter == "lora" else "all_reduce"
+
+    @property
     def out_dir(self) -> Path:
         """The run directory."""
         return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
