@@ -241,7 +241,16 @@ STUDIES = {
                 "GRPO": {"optim.objective": "grpo"},
                 "SFT": {"optim.objective": "sft", **FORWARD},
                 "DPO": {"optim.objective": "dpo", **FORWARD},
-                "ReFL": {"optim.objective": "refl", **FORWARD},
+                # The verifier has no gradient: the reward is a network that imitates it.
+                "ReFL": {
+                    "optim.objective": "refl",
+                    **FORWARD,
+                    "reward.weights": {"nano_classifier": 1.0},
+                    # Images are not compared with each other, so most come from another prompt.
+                    "sample.group_size": 2,
+                    "sample.prompts_per_iteration": 96,
+                    "optim.lr": 3e-3,
+                },
                 "ORW": {"optim.objective": "orw", **FORWARD},
                 # Large errors count less, as in nano_awm.
                 "AWM": {
