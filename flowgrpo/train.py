@@ -206,6 +206,7 @@ def _setup(
         world.size,
         world.rank,
         objective.by_rows,
+        config.run.leaves,
     )
     prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")

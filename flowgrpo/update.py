@@ -60,7 +60,13 @@ def update(
     if dealing is None:
         sample = config.sample
         micro_steps = objective.micro_steps(config, sample.rows)
-        dealing = deal(micro_steps, optim.updates_per_iteration, sample.rows, sample.batch_size)
+        dealing = deal(
+            micro_steps,
+            optim.updates_per_iteration,
+            sample.rows,
+            sample.batch_size,
+            most_leaves=config.run.leaves,
+        )
     share = sum(map(len, dealing.order)) // optim.updates_per_iteration
     figures = Figures(policy.device)
     supervised, norms = bool(optim.sft_weight), []

@@ -1,4 +1,4 @@
-"""The command line: flowgrpo train, compare, evaluate, sample, curate, serve-reward, doctor.
+"""The command line: flowgrpo train, compare, evaluate, sample, curate, plan, doctor, ...
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -33,6 +33,7 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo curate SOURCE ... --out DIR [options]        choose image-text pairs by rewards
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
+       flowgrpo plan [RECIPE] [--gpus N]                     show a run's arithmetic and memory
        flowgrpo doctor                                       show what this machine offers
 
 RECIPE is nano, module:function or file.py:function of your own, or one of
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "sample": sample,
         "curate": curate,
         "serve-reward": serve_reward,
+        "plan": plan,
         "doctor": doctor,
     }
     try:
@@ -134,6 +136,14 @@ def serve_reward(argv: list[str]) -> int:
     from flowgrpo.rewards.remote.serve import serve
 
     serve(options.name, options.host, options.port, options.token)
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    """Run ``flowgrpo plan [RECIPE] [--gpus N]``."""
+    from flowgrpo.cli.plan import show_plan
+
+    show_plan(argv)
     return 0
 
 

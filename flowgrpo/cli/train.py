@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
@@ -56,7 +57,8 @@ def show_plan(config: Config) -> None:
     policy = config.policy
     if config.run.progress == "none" or plan.sizes_of(policy.model, policy.variant) is None:
         return
-    for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    for name, text in plan.plan_lines(config, plan.gpu_memory(), gpus).items():
         print(f"{name}: {text}")
 
 

@@ -94,6 +94,15 @@ class Config:
         return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
 
 
+def parts_of(chunks: int, most: int) -> int:
+    """Choose the number of leaves (distributed/dealing.py) of so many chunks: the largest divisor
+    up to `most`, or `most` itself where that is less than half of it."""
+    if chunks <= most:
+        return chunks
+    divisor = max(n for n in range(1, most + 1) if chunks % n == 0)
+    return divisor if 2 * divisor >= most else most
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Convert the config to nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,13 +1,14 @@
 """Which rows of an iteration a rank samples, scores and learns from.
 
 The unit is the chunk: the rows of one forward, `sample.batch_size` of them, which stay together in
-one process, as kernels may give a row other bits in a batch of another size. The chunks of each
-optimizer step are dealt in contiguous runs, so that every rank has as many forwards in each
-(`runs_of`), and a rank's rows are those of its chunks, in order. With R ranks and n chunks in an
-optimizer step, rank r has the chunks r n / R to (r + 1) n / R, rounded down.
+one process, as kernels may give a row other bits in a batch of another size. The n chunks of each
+optimizer step are parted into contiguous runs, its leaves (`parts_of`): as many as there are
+chunks, or the largest divisor of n up to `run.leaves`. Leaves are dealt to the R ranks in contiguous runs
+too: of m leaves rank r has r m / R to (r + 1) m / R, rounded down. A rank's rows are those of its
+chunks, in order.
 
 Objectives whose micro-steps are groups or pairs get the results of all ranks; there the chunks of
-the rollout and the micro-steps are dealt one by the other.
+the rollout and the leaves are dealt one by the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.config import ConfigError
+from flowgrpo.config.config import parts_of
 
 Numbered = tuple[slice, range]
 """One micro-step: rows (or groups, or pairs), and the numbers of their samples."""
@@ -27,7 +29,7 @@ Numbered = tuple[slice, range]
 
 @dataclass(frozen=True)
 class Leaf:
-    """Micro-steps of one chunk in one optimizer step: a leaf of the gradients' tree."""
+    """Micro-steps of a run of chunks in one optimizer step: a leaf of the gradients' tree."""
 
     number: int
     """Its place among the leaves of the optimizer step."""
@@ -86,6 +88,7 @@ def deal(
     ranks: int = 1,
     rank: int = 0,
     by_rows: bool = True,
+    most_leaves: int = 128,
 ) -> Dealing:
     """Deal an iteration to ranks.
 
@@ -95,66 +98,80 @@ def deal(
         rows: K G rows of the iteration.
         batch_size: rows of a chunk.
         by_rows: micro-steps are of chunks of rows; else each rank has the results of all.
+        most_leaves: of an optimizer step, see `parts_of`.
 
     Raises:
-        ConfigError: there are fewer chunks in an optimizer step than ranks, or an optimizer step
+        ConfigError: there are fewer leaves in an optimizer step than ranks, or an optimizer step
             ends inside of a chunk.
     """
     share = len(micro_steps) // updates
-    steps = [_leaves(micro_steps[n * share : (n + 1) * share]) for n in range(updates)]
-    counts = {len(leaves) for leaves in steps}
-    count = max(counts)
+    chunked = [_by_chunk(micro_steps[n * share : (n + 1) * share]) for n in range(updates)]
+    # Where an optimizer step ends inside of a chunk they may have different numbers.
+    chunks = max(map(len, chunked))
+    count = parts_of(chunks, most_leaves)
     if ranks > 1:
-        _check(count, counts, ranks, updates, batch_size)
+        _check(chunks, count, {len(c) for c in chunked}, ranks, updates, batch_size)
+    steps = [_leaves(c, count) for c in chunked]
     runs = runs_of(count, ranks)
+    own_steps = [leaves[runs[rank].start : runs[rank].stop] for leaves in steps]
     if by_rows and ranks > 1:
-        chunks = [
-            [leaf.micro_steps[0][0] for leaves in steps for leaf in leaves[run.start : run.stop]]
-            for run in runs
-        ]
-        owned = tuple(torch.cat([torch.arange(c.start, c.stop) for c in own]) for own in chunks)
-        offset = _offsets(chunks[rank])
-        own_steps = [
-            tuple(_moved(leaf, offset) for leaf in leaves[runs[rank].start : runs[rank].stop])
-            for leaves in steps
-        ]
+        owned = tuple(_rows(steps, run) for run in runs)
+        own_steps = _moved(own_steps)
     else:
         number = -(-rows // batch_size)
         if ranks > number:
             raise ConfigError(
                 f"WORLD_SIZE is {ranks}, but the {rows} rows of an iteration are {number} chunks "
                 f"of sample.batch_size {batch_size}, and each process needs one; start at most "
-                f"{number} processes, or lower sample.batch_size."
+                f"{_processes(number)}, or lower sample.batch_size."
             )
         owned = tuple(
             torch.arange(run.start * batch_size, min(run.stop * batch_size, rows))
             for run in runs_of(number, ranks)
         )
-        own_steps = [leaves[runs[rank].start : runs[rank].stop] for leaves in steps]
     return Dealing(rank, owned, count, runs, tuple(map(tuple, own_steps)), _order(steps, runs))
 
 
-def _leaves(micro_steps: Iterable[Numbered]) -> tuple[Leaf, ...]:
+def _by_chunk(micro_steps: Iterable[Numbered]) -> list[tuple[Numbered, ...]]:
     """Group micro-steps by their rows."""
     grouped = groupby(micro_steps, key=lambda step: (step[0].start, step[0].stop))
-    return tuple(Leaf(number, tuple(steps)) for number, (_, steps) in enumerate(grouped))
+    return [tuple(steps) for _, steps in grouped]
 
 
-def _offsets(chunks: Sequence[slice]) -> dict[int, int]:
-    """First row of a chunk -> its position among this rank's rows."""
-    offsets, position = {}, 0
-    for chunk in chunks:
-        offsets[chunk.start] = position
-        position += chunk.stop - chunk.start
-    return offsets
+def _leaves(chunks: Sequence[tuple[Numbered, ...]], count: int) -> tuple[Leaf, ...]:
+    """Part the chunks of an optimizer step into `count` leaves."""
+    return tuple(
+        Leaf(number, tuple(step for chunk in run for step in chunks[chunk]))
+        for number, run in enumerate(runs_of(len(chunks), count))
+    )
 
 
-def _moved(leaf: Leaf, offsets: dict[int, int]) -> Leaf:
-    """Number the rows of a leaf by their positions among this rank's rows."""
-    chunk = leaf.micro_steps[0][0]
-    start = offsets[chunk.start]
-    rows = slice(start, start + chunk.stop - chunk.start)
-    return Leaf(leaf.number, tuple((rows, numbers) for _, numbers in leaf.micro_steps))
+def _chunks(leaves: Iterable[Leaf]) -> list[slice]:
+    """List the rows of each chunk of these leaves, in order."""
+    steps = (step for leaf in leaves for step in leaf.micro_steps)
+    return [chunk[0][0] for chunk in _by_chunk(steps)]
+
+
+def _rows(steps: Sequence[Sequence[Leaf]], run: range) -> Tensor:
+    """List the rows of a rank that has the leaves `run` of each optimizer step."""
+    chunks = _chunks(leaf for leaves in steps for leaf in leaves[run.start : run.stop])
+    return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+
+
+def _moved(steps: Sequence[Sequence[Leaf]]) -> list[tuple[Leaf, ...]]:
+    """Number the rows of a rank's leaves by their positions among its rows."""
+    places, position = {}, 0
+    for chunk in _chunks(leaf for leaves in steps for leaf in leaves):
+        size = chunk.stop - chunk.start
+        places[chunk.start] = slice(position, position + size)
+        position += size
+    return [
+        tuple(
+            Leaf(leaf.number, tuple((places[rows.start], n) for rows, n in leaf.micro_steps))
+            for leaf in leaves
+        )
+        for leaves in steps
+    ]
 
 
 def _order(steps: Sequence[Sequence[Leaf]], runs: Sequence[range]) -> tuple[Tensor, ...]:
@@ -169,7 +186,13 @@ def _order(steps: Sequence[Sequence[Leaf]], runs: Sequence[range]) -> tuple[Tens
     return tuple(torch.tensor(own, dtype=torch.int64) for own in places)
 
 
-def _check(count: int, counts: set[int], ranks: int, updates: int, batch_size: int) -> None:
+def _processes(count: int) -> str:
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
+def _check(
+    chunks: int, leaves: int, counts: set[int], ranks: int, updates: int, batch_size: int
+) -> None:
     """Raise ConfigError unless the leaves of optimizer steps can be dealt to so many ranks."""
     if len(counts) > 1:
         raise ConfigError(
@@ -177,10 +200,16 @@ def _check(count: int, counts: set[int], ranks: int, updates: int, batch_size: i
             f"chunk, but with WORLD_SIZE {ranks} a chunk belongs to one process; lower it, or "
             "choose a sample.batch_size that gives more chunks."
         )
-    if ranks > count:
+    if ranks > chunks:
         raise ConfigError(
             f"WORLD_SIZE is {ranks}, but each of the {updates} optimizer steps of an iteration has "
-            f"{count} chunk{'' if count == 1 else 's'} (sample.batch_size {batch_size}), and each "
-            f"process needs one; start at most {count} processes, or lower sample.batch_size or "
-            "optim.updates_per_iteration."
+            f"{chunks} chunk{'' if chunks == 1 else 's'} (sample.batch_size {batch_size}), and "
+            f"each process needs one; start at most {_processes(chunks)}, or lower "
+            "sample.batch_size or optim.updates_per_iteration."
+        )
+    if ranks > leaves:
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks}, but the gradients of an optimizer step are added in {leaves} "
+            f"parts (run.leaves), and each process needs one; raise run.leaves to {ranks} or a "
+            f"multiple of it, or start at most {_processes(leaves)}."
         )
