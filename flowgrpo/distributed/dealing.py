@@ -2,10 +2,10 @@
 
 The unit is the chunk: the rows of one forward, `sample.batch_size` of them, which stay together in
 one process, as kernels may give a row other bits in a batch of another size. The n chunks of each
-optimizer step are parted into contiguous runs, its leaves (`parts_of`): as many as there are
-chunks, or the largest divisor of n up to `run.leaves`. Leaves are dealt to the R ranks in contiguous runs
-too: of m leaves rank r has r m / R to (r + 1) m / R, rounded down. A rank's rows are those of its
-chunks, in order.
+optimizer step are parted into contiguous runs, its leaves: as many as there are chunks, or the
+largest divisor of n up to `run.leaves` (`parts_of`). Leaves are dealt to the R ranks in contiguous
+runs too: of m leaves rank r has r m / R to (r + 1) m / R, rounded down. A rank's rows are those of
+its chunks, in order.
 
 Objectives whose micro-steps are groups or pairs get the results of all ranks; there the chunks of
 the rollout and the leaves are dealt one by the other.

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowgrpo.config import Config, OptimConfig, PolicyConfig, SampleConfig
 from flowgrpo.recipes.fit import fit
-from flowgrpo.recipes.tasks import GUARDS, FEW_PARTS, SMALL_GUARDS, TASKS, reward_config
+from flowgrpo.recipes.tasks import FEW_PARTS, GUARDS, SMALL_GUARDS, TASKS, reward_config
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TASK = "pickscore"

@@ -149,6 +149,6 @@ def guard(task: str, *, memory: float | None = None, **overrides: Any) -> Config
             ema_decay=0.9,  # C
             ema_every=8,  # C
         ),
-        run=FEW_PARTS if small else RUN,
+        run=RUN,
     )
     return fit(config, memory, overrides)
