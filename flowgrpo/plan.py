@@ -217,7 +217,11 @@ def process_lines(config: Config, gpus: int) -> dict[str, str]:
         "processes": f"{gpus}, each with {leaves} of the {dealing.leaves} parts of an update and "
         f"{rows} of {sample.rows} images",
         "idle": f"{dealing.idle:.1%} of their time"
-        + (f", as {gpus} do not divide {dealing.leaves}" if dealing.idle else ""),
+        + (
+            f", as {gpus} do not divide {dealing.leaves}{_advice(config, gpus)}"
+            if dealing.idle
+            else ""
+        ),
     }
     arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is not None and config.policy.adapter == "lora":
@@ -230,6 +234,19 @@ def process_lines(config: Config, gpus: int) -> dict[str, str]:
         same = "that of one up to the order in which gradients are added (run.reduction)"
     lines["run"] = same
     return lines
+
+
+def _advice(config: Config, gpus: int) -> str:
+    """Name the numbers of rows a forward, nearest to the present one, that so many processes
+    share without waiting; "" if there are none."""
+    share = config.sample.rows // config.optim.updates_per_iteration
+    fitting = [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and parts_of(share // size, config.run.leaves) % gpus == 0
+    ]
+    nearest = sorted(fitting, key=lambda size: abs(size - config.sample.batch_size))[:2]
+    return f"; sample.batch_size {' or '.join(map(str, sorted(nearest)))} would" if nearest else ""
 
 
 def _counts(counts: Iterable[int]) -> str:

@@ -100,27 +100,25 @@ class GradientSum:
             return
         self._extra = self._take()
 
-    def finish(self, extra: bool = False) -> int:
+    def finish(self, extra: bool = False) -> None:
         """Put the sum of all ranks into the parameters' gradients.
 
         Args:
             extra: the last rank has called `add_extra`.
-
-        Returns:
-            Bytes that this rank has sent.
         """
         if self._alone:
-            return 0
+            return
         if not self.tree:
-            return self._all_reduce()
+            self._all_reduce()
+            return
         root, parts = (0, self.dealing.leaves), dict(self._parts)
         if self.world.joined:
-            return self._exchange(root, extra)
+            self._exchange(root, extra)
+            return
         total = parts[root]
         if self._extra is not None:
             total = _sum(total, self._extra)
         self._put(total)
-        return 0
 
     def _parent(self, left: Node, right: Node) -> Node | None:
         """The subtree whose halves these are; None if there is none."""
@@ -149,19 +147,18 @@ class GradientSum:
             else:
                 parameter.grad = value
 
-    def _all_reduce(self) -> int:
+    def _all_reduce(self) -> None:
         """Sum over ranks by torch.distributed's all-reduce."""
         reached = [p.grad for p in self.parameters if p.grad is not None]
-        if not self.world.joined:
-            return 0
+        if not self.world.joined or not reached:
+            return
         flat = torch.cat([g.flatten() for g in reached])
-        with self.world._reachable():
+        # As a ring sends them: every slice around once to be added, and once to be known.
+        with self.world.exchanging(2 * flat.nbytes * (1 - 1 / self.world.size)):
             dist.all_reduce(flat)
         torch._foreach_copy_(reached, _split(flat, reached))
-        size = self.world.size
-        return 2 * flat.numel() * flat.element_size() * (size - 1) // size
 
-    def _exchange(self, root: Node, extra: bool) -> int:
+    def _exchange(self, root: Node, extra: bool) -> None:
         """Sum the partial sums of all ranks, each rank a slice of them."""
         world, size = self.world, self.world.size
         nodes = [list(whole_nodes(run, root)) for run in self.dealing.runs]
@@ -172,6 +169,8 @@ class GradientSum:
         if self._extra is not None:
             own.append(self._extra)
         reached = [i for i, value in enumerate(own[0]) if value is not None]
+        if not reached:
+            return
         like = [own[0][i] for i in reached]
         count = sum(g.numel() for g in like)
         part = -(-count // size)
@@ -182,7 +181,7 @@ class GradientSum:
             torch.cat([values[i].flatten() for i in reached], out=row[:count])
         send = send.view(most, size, part).transpose(0, 1).contiguous()
         received = torch.empty_like(send)
-        with world._reachable():
+        with world.exchanging(send.nbytes * (1 - 1 / size)):
             dist.all_to_all_single(received, send)
         values = {
             node: received[rank, i] for rank, own in enumerate(nodes) for i, node in enumerate(own)
@@ -191,13 +190,12 @@ class GradientSum:
         if extra:
             total = total + values[(root[1], root[1] + 1)]
         whole = total.new_empty(size * part)
-        with world._reachable():
+        with world.exchanging(total.nbytes * (size - 1)):
             all_gather(whole, total.contiguous())
         sums: Values = [None] * len(self.parameters)
         for i, value in zip(reached, _split(whole[:count], like), strict=True):
             sums[i] = value
         self._put(sums)
-        return (most + 1) * part * (size - 1) * send.element_size()
 
 
 def _total(node: Node, values: dict[Node, Tensor]) -> Tensor:

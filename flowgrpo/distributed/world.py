@@ -15,9 +15,10 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,6 +39,16 @@ class PeerError(RuntimeError):
     """Another process of the run failed, or cannot be reached."""
 
 
+@dataclass
+class Spent:
+    """What a process has spent on the others so far."""
+
+    seconds: float = 0.0
+    """In collectives, waiting for the others among it."""
+    bytes: float = 0.0
+    """Sent, of tensors and pickled objects."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run, seen from one of them."""
@@ -50,6 +61,7 @@ class World:
     """Seconds that it waits for the others."""
     joined: bool = False
     """There is a process group; without one this process is alone."""
+    spent: Spent = field(default_factory=Spent, compare=False)
 
     @property
     def first(self) -> bool:
@@ -65,7 +77,7 @@ class World:
         if not self.joined:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._reachable():
+        with self.exchanging(len(pickle.dumps(value)) * (self.size - 1)):
             dist.all_gather_object(values, value)
         return values
 
@@ -81,7 +93,8 @@ class World:
         with self.together():
             if self.first:
                 result = [call()]
-        with self._reachable():
+        sent = len(pickle.dumps(result)) * (self.size - 1) if self.first else 0
+        with self.exchanging(sent):
             dist.broadcast_object_list(result, src=0)
         return result[0]
 
@@ -150,7 +163,7 @@ class World:
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
         into = [torch.empty_like(padded) for _ in counts] if self.first else None
-        with self._reachable():
+        with self.exchanging(0 if self.first else padded.nbytes):
             dist.gather(padded, into, dst=0)
         return [r[:n] for r, n in zip(into, counts, strict=True)] if self.first else None
 
@@ -162,15 +175,22 @@ class World:
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
         into = padded.new_empty((self.size, *padded.shape))
-        with self._reachable():
+        with self.exchanging(padded.nbytes * (self.size - 1)):
             all_gather(into.flatten(0, 1), padded)
         return [r[:n] for r, n in zip(into, counts, strict=True)]
 
     @contextmanager
-    def _reachable(self) -> Iterator[None]:
-        """Raise PeerError where a collective fails, as it does when a process is gone."""
+    def exchanging(self, sent: float) -> Iterator[None]:
+        """Run a collective in which this process sends so many bytes, and count it.
+
+        Raises:
+            PeerError: it fails, as it does when a process is gone.
+        """
+        started = time.perf_counter()
         try:
             yield
+            self.spent.seconds += time.perf_counter() - started
+            self.spent.bytes += sent
         except (RuntimeError, dist.DistError) as error:
             raise PeerError(
                 f"another of the {self.size} processes has ended without a word, or did not come "
