@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
@@ -17,17 +18,22 @@ def train(argv: list[str]) -> int:
     config = parse_train(argv)
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
-    from flowgrpo.runs import directory, loggers, monitor, process
+    from flowgrpo.distributed import world
+    from flowgrpo.runs import directory, loggers, monitor
     from flowgrpo.sampling.finite import NotFiniteError
 
-    process.check_one_process()
-    directory.check_directory(config)
-    loggers.check(config.run)
-    show_plan(config)
+    processes = world.join(config.run.rank_timeout)
+    with processes.together():
+        if processes.first:
+            directory.check_directory(config)
+            loggers.check(config.run)
+            show_plan(config)
     try:
-        summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with world.reporting():
+            summary = flowgrpo_train.run(config)
+    except (*(update.RatioError, monitor.DivergedError, NotFiniteError, world.PeerError),) as error:
+        if processes.first or not hasattr(error, "told_by"):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.
     except Exception as error:
@@ -51,7 +57,8 @@ def show_plan(config: Config) -> None:
     policy = config.policy
     if config.run.progress == "none" or plan.sizes_of(policy.model, policy.variant) is None:
         return
-    for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    for name, text in plan.plan_lines(config, plan.gpu_memory(), gpus).items():
         print(f"{name}: {text}")
 
 

@@ -224,8 +224,8 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# A rate that falls by the number of updates would be read at another height in each arm. Half of the
-# recipe's held-out prompts, as many runs are evaluated many times.
+# A rate that falls by the number of updates would be read at another height in each arm. Half of
+# the recipe's held-out prompts, as many runs are evaluated many times.
 STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {

@@ -82,9 +82,25 @@ class Config:
         return self.run.steps * self.optim.updates_per_iteration
 
     @property
+    def reduction(self) -> str:
+        """Order in which gradients are added, "tree" or "all_reduce"; see `run.reduction`."""
+        if self.run.reduction != "auto":
+            return self.run.reduction
+        return "tree" if self.policy.adapter == "lora" else "all_reduce"
+
+    @property
     def out_dir(self) -> Path:
         """The run directory."""
         return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
+
+
+def parts_of(chunks: int, most: int) -> int:
+    """Choose the number of leaves (distributed/dealing.py) of so many chunks: the largest divisor
+    up to `most`, or `most` itself where that is less than half of it."""
+    if chunks <= most:
+        return chunks
+    divisor = max(n for n in range(1, most + 1) if chunks % n == 0)
+    return divisor if 2 * divisor >= most else most
 
 
 def to_dict(config: Config) -> dict[str, Any]:

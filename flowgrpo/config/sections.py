@@ -410,6 +410,14 @@ class RunConfig:
     """Go on though prompts or model weights are others than the run began with; recorded."""
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
+    rank_timeout: float = 1800.0
+    """Seconds that one of several processes waits for the others."""
+    reduction: Literal["auto", "tree", "all_reduce"] = "auto"
+    """Order in which gradients are added: in a tree, the same for any number of processes; or as
+    they come and by torch.distributed's all-reduce, in less memory. auto: the tree for LoRA."""
+    leaves: int = 128
+    """Parts that the gradients of an optimizer step are added in by the tree, at most: as many
+    processes may share it. Each doubling holds one more copy of the gradients."""
     wandb: str = ""
     """Weights & Biases project that numbers and samples also go to; empty: none."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
@@ -418,7 +426,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         settle_paths(self, "out", "resume")
         check_types("run.", self)
-        check_positive("run", self, "steps", "eval_samples", "eval_guidance")
+        check_positive(
+            "run", self, "steps", "eval_samples", "eval_guidance", "rank_timeout", "leaves"
+        )
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
         seconds = ("min_seconds", "eval_seconds")
         check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)

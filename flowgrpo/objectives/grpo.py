@@ -45,13 +45,13 @@ from flowgrpo_kernels import grpo_loss, log_prob
 from flowgrpo_kernels.transitions import COLUMNS
 
 
-def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
+def chunks_by_trained_steps(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair the rollout's chunks of rows, in its order, with the trained steps 0 to W - 1 of a row,
     `optim.steps_per_forward` of them a micro-step."""
     steps, size = range(config.sample.trained_steps), config.optim.steps_per_forward
     return [
-        (rows, steps[i : i + size])
-        for rows in chunks(config.sample.rows, config.sample.batch_size)
+        (chunk, steps[i : i + size])
+        for chunk in chunks(rows, config.sample.batch_size)
         for i in steps[::size]
     ]
 
@@ -90,7 +90,7 @@ def replay(
     trajectory, scale = experience.trajectory, config.sample.guidance_scale
     log_probs = trajectory.log_probs.clone()
     old_velocities = None if trajectory.velocities is None else trajectory.velocities.clone()
-    for rows, numbers in chunks_by_trained_steps(config):
+    for rows, numbers in chunks_by_trained_steps(config, len(experience.advantages)):
         batch = gather_trained_steps(schedule, experience, rows, numbers)
         # With gradients, which nothing uses: without them a forward may take other kernels.
         velocity, uncond = velocities(

@@ -27,7 +27,7 @@ import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -138,7 +138,7 @@ class Scorer:
         images = torch.stack([blank] * BLANKS)
         for name, reward in self.rewards.items():
             try:
-                answer = _ask(reward, name, images, prompts.take([0]), BLANKS)
+                answer = _ask(reward, name, images, prompts.take([0]), [BLANKS])
             except RewardError:
                 raise
             except CERTAIN as error:
@@ -171,13 +171,20 @@ class Scorer:
         """
         return self.combine(self.score_each(images, prompts, group_size), group_size)
 
-    def score_each(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
-        """Score images of some groups by each reward, float64 [b]; NaN in groups that failed.
+    def score_each(
+        self, images: Tensor, prompts: Prompts, counts: int | Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Score images by each reward, float64 [b]; NaN in groups that failed.
+
+        Args:
+            counts: images of each prompt, in turn; one number for all, or one each.
 
         Raises:
             RewardError: a reward returned a wrong number of scores.
         """
-        return {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
+        if isinstance(counts, int):
+            counts = [counts] * len(prompts)
+        return {name: self._all_groups(name, images, prompts, counts) for name in self.weights}
 
     def combine(self, rewards: dict[str, Tensor], group_size: int) -> Scores:
         """Sum the rewards of all groups, float64 [B] each, by their weights.
@@ -186,9 +193,10 @@ class Scorer:
             RewardError: a reward failed for every group.
         """
         for name, scores in rewards.items():
-            if len(_failed(scores, group_size)) * group_size == len(scores):
+            complete = scores.isfinite().view(-1, group_size).all(dim=1)
+            if not complete.any():
                 raise RewardError(
-                    f"reward {name!r} failed for all {len(scores) // group_size} groups after "
+                    f"reward {name!r} failed for all {len(complete)} groups after "
                     f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
                     "scores are expected; mend it."
                 )
@@ -203,16 +211,23 @@ class Scorer:
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
         return Scores(total, rewards, dropped)
 
-    def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
+    def _all_groups(
+        self, name: str, images: Tensor, prompts: Prompts, counts: Sequence[int]
+    ) -> Tensor:
         """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
+        ends = np.cumsum(counts).tolist()
+        groups = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         problems = [NOT_FINITE]
 
-        def attempt(rows: slice, groups: Prompts) -> None:
+        def failed() -> list[int]:
+            return [i for i, rows in enumerate(groups) if not scores[rows].isfinite().all()]
+
+        def attempt(rows: slice, asked: Prompts, counts: Sequence[int]) -> None:
             try:
                 # All rows as the tensor itself: a reward may know it again.
-                chunk = images if groups is prompts else images[rows]
-                answer = _ask(self.rewards[name], name, chunk, groups, group_size)
+                chunk = images if asked is prompts else images[rows]
+                answer = _ask(self.rewards[name], name, chunk, asked, counts)
                 scores[rows] = _scores(answer, name, len(chunk))
             except RewardError:
                 raise
@@ -220,18 +235,17 @@ class Scorer:
             except Exception as error:
                 problems.append(describe_error(error))
 
-        attempt(slice(None), prompts)
+        attempt(slice(None), prompts, counts)
         for _ in range(self.retries):
-            for group in _failed(scores, group_size):
-                rows = slice(group * group_size, (group + 1) * group_size)
-                attempt(rows, prompts.take([group]))
-        failed = _failed(scores, group_size)
-        if failed:
+            for group in failed():
+                attempt(groups[group], prompts.take([group]), counts[group : group + 1])
+        dropped = failed()
+        if dropped:
             self.problems[name] = problems[-1]
             message = "reward %r failed for %d of %d groups, which are dropped (%s)"
-            log.warning(message, name, len(failed), len(prompts), problems[-1])
-        for group in failed:
-            scores[group * group_size : (group + 1) * group_size] = torch.nan
+            log.warning(message, name, len(dropped), len(prompts), problems[-1])
+        for group in dropped:
+            scores[groups[group]] = torch.nan
         return scores
 
 
@@ -259,12 +273,6 @@ def _divide(scores: Tensor, std: Tensor, largest: Tensor) -> Tensor:
     return torch.where(equal, scores * 0.0, scores / (std + EPS))
 
 
-def _failed(scores: Tensor, group_size: int) -> list[int]:
-    """List the groups with a score that is not finite."""
-    bad = ~scores.isfinite().view(-1, group_size).all(dim=1)
-    return bad.nonzero()[:, 0].tolist()
-
-
 def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
     """Call code of the reward `name` before there are images; an error names the reward, and one of
     the user's code is one sentence too, "... cannot `purpose`"."""
@@ -284,10 +292,10 @@ def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
         ) from error
 
 
-def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Any:
-    """Call a reward with G images of each prompt; the user's own gets copies."""
-    texts = [text for text in prompts.texts for _ in range(group_size)]
-    metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
+def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, counts: Sequence[int]) -> Any:
+    """Call a reward with so many images of each prompt; the user's own gets copies."""
+    texts = [t for text, n in zip(prompts.texts, counts, strict=True) for t in [text] * n]
+    metadata = [e for entry, n in zip(prompts.metadata, counts, strict=True) for e in [entry] * n]
     if is_users(name):
         images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
     try:

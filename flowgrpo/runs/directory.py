@@ -32,6 +32,7 @@ from torch import nn
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
 from flowgrpo.config.validation import path_text, shown
+from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
@@ -48,6 +49,7 @@ MAY_CHANGE = {
     "run.eval_seconds",
     "run.checkpoint_every",
     "run.threads",
+    "run.rank_timeout",
     "run.wandb",
     "run.progress",
     # Cached embeddings are the fresh ones to the bit.
@@ -219,6 +221,10 @@ class RunDirectory:
         with files.replacing_folder(self.path / INITIAL) as folder:
             export(transformer, state.ema, self.config.policy, folder)
 
+    def save_evaluation(self, evaluation: Evaluation, name: str) -> None:
+        """Write an evaluation into the folder evaluations/`name`."""
+        evaluation.save(self.path / "evaluations" / name)
+
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
 
@@ -299,6 +305,51 @@ class RunDirectory:
                 "go on without."
             )
         os.truncate(path, size)
+
+
+class Follower(RunDirectory):
+    """The run directory in another process than the first: read for a checkpoint, never written."""
+
+    def __init__(self, config: Config, checkpoint: Path | None) -> None:
+        """checkpoint: the one that the first process goes on from.
+
+        Raises:
+            ConfigError: this process does not see it.
+        """
+        self.config, self.path = config, Path(os.path.abspath(config.out_dir))
+        self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+        self.checkpoint = checkpoint
+        if checkpoint is not None and not (checkpoint / checkpoints.STATE).is_file():
+            raise ConfigError(
+                f"the checkpoint {str(checkpoint)!r} is not seen on {os.uname().nodename}, but all "
+                "processes of a run read it; put the run directory on a file system that all "
+                "machines share."
+            )
+        self.loggers = loggers.NoLoggers()
+
+    def log(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+    def save(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+    def save_initial(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+    def save_evaluation(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+    def finish(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+    def restore(self, state: State) -> bool:
+        """Bring `state` back from the checkpoint; False if there is none."""
+        if self.checkpoint is not None:
+            state.restore(self.checkpoint)
+        return self.checkpoint is not None
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _metrics_line(line: bytes) -> dict[str, Any] | None:
