@@ -160,6 +160,22 @@ def _reward_models(config: Config) -> dict[str, float]:
     return {model: n for name in names for model, n in REWARD_MODELS.get(name, {}).items()}
 
 
+def reward_servers(config: Config) -> dict[str, list[str]]:
+    """List the addresses of the remote rewards, by name; if they answer is seen in the run."""
+    from flowgrpo.rewards.remote.servers import addresses
+    from flowgrpo.rewards.table import is_remote, is_users, load, options_of
+
+    names = dict.fromkeys((*config.reward.weights, *config.reward.report))
+    options = options_of(config.reward.options, names)
+    # The user's own are not imported for a plan.
+    rewards = {name: load(name, options[name]) for name in names if not is_users(name)}
+    return {
+        name: addresses(reward.options["url"])
+        for name, reward in rewards.items()
+        if is_remote(name, reward)
+    }
+
+
 def fit_batch_size(config: Config, available: float | None = None) -> Config:
     """Give `config` as many rows a forward as `available` GiB allow (default: this machine's GPU,
     or else 80): a divisor of the rows of one update, at most MOST_ROWS; 1 where none fits."""
@@ -188,6 +204,7 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
     """Describe the group arithmetic and the expected memory of a run, a line each."""
     # Objectives come with torch, which the command line's help does without.
     from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
@@ -197,6 +214,11 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{looked_at(config)}",
     }
+    if servers := reward_servers(config):
+        lines["servers"] = "; ".join(
+            ("" if is_address(name) else f"{name}: ") + ", ".join(urls)
+            for name, urls in servers.items()
+        )
     arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is None or config.policy.adapter == "full":
         return lines

@@ -39,8 +39,9 @@ from torch import Tensor
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
+from flowgrpo.rewards.images import comparison_picture
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.table import Reward, is_users, load, options_of
+from flowgrpo.rewards.table import Reward, is_remote, is_users, load, options_of
 
 EPS = 1e-8
 """Added to a std before it divides."""
@@ -70,8 +71,10 @@ class Scorer:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         timeout: float = 0.0,
         normalize: str = "none",
+        offset: int = 0,
     ) -> None:
-        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs."""
+        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs.
+        offset: of remote rewards, the server of several that is asked first."""
         self.weights = dict(weights)
         self.retries, self.normalize = retries, normalize
         self.rewards = {}
@@ -79,12 +82,14 @@ class Scorer:
             arguments = dict((options or {}).get(name, {}))
             if timeout and "timeout" in getattr(load(name), "defaults", {}):
                 arguments.setdefault("timeout", timeout)
+            if offset and is_remote(name, load(name)):
+                arguments.setdefault("offset", offset)
             self.rewards[name] = load(name, arguments)
         self.problems: dict[str, str] = {}
         """Reward name -> its last error."""
 
     @classmethod
-    def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
+    def of(cls, config: RewardConfig, reported: Iterable[str] = (), *, offset: int = 0) -> Scorer:
         """Load the rewards that `config` trains with; or those `reported`, each by itself."""
         weights = dict.fromkeys(reported, 1.0) or config.weights
         names = dict.fromkeys((*config.weights, *config.report, *weights))
@@ -94,6 +99,7 @@ class Scorer:
             options=options_of(config.options, names),
             timeout=config.timeout,
             normalize=config.normalize,
+            offset=offset,
         )
 
     def prepare(self, prompts: Prompts) -> None:
@@ -118,6 +124,11 @@ class Scorer:
                 if reach is not None:
                     call_users(reach, name, "reach what it needs")
 
+    def servers(self) -> dict[str, str]:
+        """Describe the servers of remote rewards, by name: which serve, what the others said."""
+        remote = {name: r for name, r in self.rewards.items() if is_remote(name, r)}
+        return {name: reward.build().servers.describe() for name, reward in remote.items()}
+
     def check(self, prompts: Prompts) -> None:
         """Raise RewardError unless the rewards can judge images of these prompts."""
         for name, reward in self.rewards.items():
@@ -129,14 +140,19 @@ class Scorer:
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
 
-        An error of which a blank image may be the reason, or that may pass, is only logged.
+        An error of which a blank image may be the reason, or that may pass, is only logged. Several
+        servers of one reward are compared by a picture that is not blank.
 
         Raises:
             RewardError: what a reward returns is not one number an image, or it failed by one of
-                the `CERTAIN` errors.
+                the `CERTAIN` errors; or two of its servers score differently.
         """
         images = torch.stack([blank] * BLANKS)
         for name, reward in self.rewards.items():
+            if is_remote(name, reward):
+                servers = reward.build().servers
+                picture = comparison_picture(*blank.shape[1:])
+                servers.compare(picture, prompts.texts[0], prompts.metadata[0])
             try:
                 answer = _ask(reward, name, images, prompts.take([0]), BLANKS)
             except RewardError:

@@ -40,7 +40,8 @@ REWARDS = {
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """Load the reward `name` with these options; an http:// or https:// address is a remote one.
+    """Load the reward `name` with these options; an http:// or https:// address is a remote one,
+    several with commas between them are servers of one.
 
     The same name and options give the same object, so what it loads is loaded once.
     """
@@ -96,6 +97,11 @@ def is_address(name: str) -> bool:
 def is_users(name: str) -> bool:
     """Tell the user's own rewards from those of `REWARDS` and remote ones."""
     return name not in REWARDS and not is_address(name)
+
+
+def is_remote(name: str, reward: Any) -> bool:
+    """Tell a reward of this package that servers compute; a user's own may have any options."""
+    return not is_users(name) and "url" in getattr(reward, "defaults", {})
 
 
 def _unusable(reward: Any) -> str | None:

@@ -71,6 +71,7 @@ MAY_CHANGE = {
 
 SERVICE_OPTIONS = (
     *("url", "token", "timeout", "retries", "backoff", "concurrency", "device", "workers"),
+    *("wait", "tolerance", "offset"),
     # What lies there is compared by content.py.
     *content.PLACE_OPTIONS,
 )

@@ -248,5 +248,14 @@ def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_
     assert shown.err.count("\n") == 1 and "cannot be loaded" in shown.err
 
 
+def test_the_plan_names_the_servers_of_rewards(monkeypatch):
+    reward = {"http://a:1,http://b:2/score": 1.0, "unifiedreward": 0.5, "no.such:reward": 1.0}
+    options = {"unifiedreward.url": "http://c:3/v1, http://d:4/v1"}
+    config = replace(Config(), **{"reward.weights": reward, "reward.options": options})
+    assert plan.plan_lines(config)["servers"] == (
+        "http://a:1, http://b:2/score; unifiedreward: http://c:3/v1, http://d:4/v1"
+    )
+
+
 def test_a_model_of_unknown_size_has_arithmetic_only():
     assert set(plan.plan_lines(Config())) == {"images", "updates"}
