@@ -157,7 +157,18 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
 
 def _reward_models(config: Config) -> dict[str, float]:
     names = (*config.reward.weights, *config.reward.report)
-    return {model: n for name in names for model, n in REWARD_MODELS.get(name, {}).items()}
+    here = [name for name in names if not _elsewhere(config, name)]
+    return {model: n for name in here for model, n in REWARD_MODELS.get(name, {}).items()}
+
+
+def _elsewhere(config: Config, name: str) -> bool:
+    """Tell if a reward's model is put on another device than the policy."""
+    reward, first = config.reward, {"auto": "cuda:0", "cuda": "cuda:0"}
+    device = reward.options.get(
+        f"{name}.device", reward.devices.get(name, reward.devices.get("all", "auto"))
+    )
+    on = config.policy.device
+    return device != "auto" and first.get(device, device) != first.get(on, on)
 
 
 def reward_servers(config: Config) -> dict[str, list[str]]:

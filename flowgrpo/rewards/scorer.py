@@ -39,9 +39,10 @@ from torch import Tensor
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
+from flowgrpo.rewards import models
 from flowgrpo.rewards.images import comparison_picture
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.table import Reward, is_remote, is_users, load, options_of
+from flowgrpo.rewards.table import Reward, is_remote, is_users, load, on_device, options_of
 
 EPS = 1e-8
 """Added to a std before it divides."""
@@ -71,15 +72,17 @@ class Scorer:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         timeout: float = 0.0,
         normalize: str = "none",
+        devices: Mapping[str, str] | None = None,
         offset: int = 0,
     ) -> None:
         """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs.
-        offset: of remote rewards, the server of several that is asked first."""
+        devices: reward name, or all -> the device of its model, unless `options` has it. offset: of
+        remote rewards, the server of several that is asked first."""
         self.weights = dict(weights)
         self.retries, self.normalize = retries, normalize
         self.rewards = {}
         for name in self.weights:
-            arguments = dict((options or {}).get(name, {}))
+            arguments = on_device(name, (options or {}).get(name, {}), devices or {})
             if timeout and "timeout" in getattr(load(name), "defaults", {}):
                 arguments.setdefault("timeout", timeout)
             if offset and is_remote(name, load(name)):
@@ -99,6 +102,7 @@ class Scorer:
             options=options_of(config.options, names),
             timeout=config.timeout,
             normalize=config.normalize,
+            devices=config.devices,
             offset=offset,
         )
 
@@ -110,6 +114,8 @@ class Scorer:
                 server is missing.
         """
         self.check(prompts)
+        for name, device in self.devices().items():
+            call_users(partial(models.device, device), name, "use its device")
 
         def has_weights(entry: tuple[str, Any]) -> bool:
             return "url" not in getattr(entry[1], "defaults", {})
@@ -123,6 +129,11 @@ class Scorer:
                 reach = getattr(built, "reach", None)
                 if reach is not None:
                     call_users(reach, name, "reach what it needs")
+
+    def devices(self) -> dict[str, str]:
+        """List the devices of the models of this package's rewards, by name; "auto" is one too."""
+        options = {n: getattr(r, "options", {}) for n, r in self.rewards.items() if not is_users(n)}
+        return {name: values["device"] for name, values in options.items() if "device" in values}
 
     def servers(self) -> dict[str, str]:
         """Describe the servers of remote rewards, by name: which serve, what the others said."""

@@ -115,6 +115,25 @@ def _unusable(reward: Any) -> str | None:
     return None
 
 
+def on_device(name: str, options: Mapping[str, Any], devices: Mapping[str, str]) -> dict[str, Any]:
+    """Add the device of `reward.devices` to the options of a reward that has one and none given.
+
+    Raises:
+        RewardError: `devices` names the reward, and it has no device.
+    """
+    device = devices.get(name, devices.get("all"))
+    if device is None or "device" in options:
+        return dict(options)
+    if "device" in getattr(load(name), "defaults", {}):
+        return {**options, "device": device}
+    if name in devices:
+        raise RewardError(
+            f"reward.devices has {name!r}, but that reward has no model whose device can be set; "
+            "leave it out."
+        )
+    return dict(options)
+
+
 @cache
 def _configured(reward: Any, options: tuple[tuple[str, Any], ...]) -> Reward:
     return reward.configured(**dict(options))

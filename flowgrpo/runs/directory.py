@@ -66,6 +66,8 @@ MAY_CHANGE = {
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
     "reward.retries",
+    # Where their models are, as the option device.
+    "reward.devices",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
