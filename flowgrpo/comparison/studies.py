@@ -224,8 +224,9 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# A rate that falls by the number of updates would be read at another height in each arm.
-STEADY = {"optim.decay": 0}
+# A rate that falls by the number of updates would be read at another height in each arm. Half of the
+# recipe's held-out prompts, as many runs are evaluated many times.
+STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {
     study.name: study
@@ -240,7 +241,16 @@ STUDIES = {
                 "GRPO": {"optim.objective": "grpo"},
                 "SFT": {"optim.objective": "sft", **FORWARD},
                 "DPO": {"optim.objective": "dpo", **FORWARD},
-                "ReFL": {"optim.objective": "refl", **FORWARD},
+                # The verifier has no gradient: the reward is a network that imitates it.
+                "ReFL": {
+                    "optim.objective": "refl",
+                    **FORWARD,
+                    "reward.weights": {"nano_classifier": 1.0},
+                    # Images are not compared with each other, so most come from another prompt.
+                    "sample.group_size": 2,
+                    "sample.prompts_per_iteration": 96,
+                    "optim.lr": 3e-3,
+                },
                 "ORW": {"optim.objective": "orw", **FORWARD},
                 # Large errors count less, as in nano_awm.
                 "AWM": {
@@ -274,7 +284,7 @@ STUDIES = {
                 "default": {},
                 "beta 0.4": {"optim.beta": 0.4},
             },
-            images=19_200,
+            images=11_520,
             panels=("images", "seconds", "quality", "diversity"),
         ),
         Study(

@@ -38,8 +38,9 @@ def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]
         if of_pixels is None:
             raise RewardError(
                 f"reward {name!r} passes no gradient on to the pixels, but optim.objective refl "
-                "learns by that gradient; take pickscore, clipscore or imagereward, or give your "
-                "function an attribute of_pixels (flowgrpo/rewards/differentiable.py)."
+                "learns by that gradient; take pickscore, clipscore, imagereward or, for nano, "
+                "nano_classifier, or give your function an attribute of_pixels "
+                "(flowgrpo/rewards/differentiable.py)."
             )
         functions.append((weight, of_pixels))
     return functions

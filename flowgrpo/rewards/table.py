@@ -21,6 +21,7 @@ from flowgrpo.rewards.interface import Reward, RewardError, check_arguments, des
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",
     "nano_partial": "flowgrpo.rewards.nano:partial",
+    "nano_classifier": "flowgrpo.rewards.nano:classifier",
     "aesthetic": "flowgrpo.rewards.aesthetic:score",
     "clipscore": "flowgrpo.rewards.clipscore:score",
     "deqa": "flowgrpo.rewards.remote.judges:deqa",
