@@ -264,7 +264,34 @@ def _bytes(count: float) -> str:
 
 def _reward_models(config: Config) -> dict[str, float]:
     names = (*config.reward.weights, *config.reward.report)
-    return {model: n for name in names for model, n in REWARD_MODELS.get(name, {}).items()}
+    here = [name for name in names if not _elsewhere(config, name)]
+    return {model: n for name in here for model, n in REWARD_MODELS.get(name, {}).items()}
+
+
+def _elsewhere(config: Config, name: str) -> bool:
+    """Tell if a reward's model is put on another device than the policy."""
+    reward, first = config.reward, {"auto": "cuda:0", "cuda": "cuda:0"}
+    device = reward.options.get(
+        f"{name}.device", reward.devices.get(name, reward.devices.get("all", "auto"))
+    )
+    on = config.policy.device
+    return device != "auto" and first.get(device, device) != first.get(on, on)
+
+
+def reward_servers(config: Config) -> dict[str, list[str]]:
+    """List the addresses of the remote rewards, by name; if they answer is seen in the run."""
+    from flowgrpo.rewards.remote.servers import addresses
+    from flowgrpo.rewards.table import is_remote, is_users, load, options_of
+
+    names = dict.fromkeys((*config.reward.weights, *config.reward.report))
+    options = options_of(config.reward.options, names)
+    # The user's own are not imported for a plan.
+    rewards = {name: load(name, options[name]) for name in names if not is_users(name)}
+    return {
+        name: addresses(reward.options["url"])
+        for name, reward in rewards.items()
+        if is_remote(name, reward)
+    }
 
 
 def fit_batch_size(config: Config, available: float | None = None) -> Config:
@@ -299,6 +326,7 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
     """
     # Objectives come with torch, which the command line's help does without.
     from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
@@ -310,6 +338,11 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
     }
     if gpus > 1:
         lines |= process_lines(config, gpus)
+    if servers := reward_servers(config):
+        lines["servers"] = "; ".join(
+            ("" if is_address(name) else f"{name}: ") + ", ".join(urls)
+            for name, urls in servers.items()
+        )
     arch = sizes_of(config.policy.model, config.policy.variant)
     if arch is None or config.policy.adapter == "full":
         return lines

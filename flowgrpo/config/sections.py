@@ -14,7 +14,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.config.validation import check_positive, check_types, require, settle_paths
+from flowgrpo.config.validation import (
+    check_positive,
+    check_types,
+    require,
+    settle_paths,
+    similar,
+)
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,9 @@ class RewardConfig:
     # Tokens are better kept in FLOWGRPO_REWARD_NAME_TOKEN: this dictionary is written to files.
     options: dict[str, str] = field(default_factory=dict)
     """Options of rewards: NAME.OPTION VALUE, for example geneval.batch_size 16."""
+    devices: dict[str, str] = field(default_factory=dict)
+    """Devices of reward models: NAME DEVICE, or all DEVICE, for example all cuda:1; an option
+    NAME.device counts before it."""
     # group is GDPO's (arXiv 2601.05242); with optim.advantage_std global the whole of it.
     normalize: Literal["none", "std", "group"] = "none"
     """Before the weighted sum, divide each reward by its std inside the groups of the iteration
@@ -255,6 +264,14 @@ class RewardConfig:
             f"reward.weights is {self.weights}, but at least one reward with a finite weight other "
             "than 0 is expected; name one, for example --reward.weights nano_strict 1.0.",
         )
+        names = (*self.weights, *self.report)
+        for name in self.devices:
+            require(
+                name == "all" or name in names,
+                f"reward.devices has {name!r}, but all or one of the rewards of this run, "
+                f"{', '.join(dict.fromkeys(names))}{similar(name, names)}, is expected; correct "
+                "the name.",
+            )
 
 
 @dataclass(frozen=True)

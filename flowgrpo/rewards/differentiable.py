@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.rewards.interface import RewardError
-from flowgrpo.rewards.table import load, options_of
+from flowgrpo.rewards.table import load, on_device, options_of
 
 OfPixels = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 """Pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata -> B scores, differentiable."""
@@ -32,7 +32,7 @@ def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]
     options = options_of(config.options, dict.fromkeys((*config.weights, *config.report)))
     functions = []
     for name, weight in config.weights.items():
-        reward = load(name, options.get(name, {}))
+        reward = load(name, on_device(name, options.get(name, {}), config.devices))
         function = reward.build() if hasattr(reward, "build") else reward
         of_pixels = getattr(function, "of_pixels", None)
         if of_pixels is None:

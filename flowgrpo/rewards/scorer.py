@@ -39,8 +39,10 @@ from torch import Tensor
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
+from flowgrpo.rewards import models
+from flowgrpo.rewards.images import comparison_picture
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.table import Reward, is_users, load, options_of
+from flowgrpo.rewards.table import Reward, is_remote, is_users, load, on_device, options_of
 
 EPS = 1e-8
 """Added to a std before it divides."""
@@ -70,21 +72,27 @@ class Scorer:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         timeout: float = 0.0,
         normalize: str = "none",
+        devices: Mapping[str, str] | None = None,
+        offset: int = 0,
     ) -> None:
-        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs."""
+        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs.
+        devices: reward name, or all -> the device of its model, unless `options` has it. offset: of
+        remote rewards, the server of several that is asked first."""
         self.weights = dict(weights)
         self.retries, self.normalize = retries, normalize
         self.rewards = {}
         for name in self.weights:
-            arguments = dict((options or {}).get(name, {}))
+            arguments = on_device(name, (options or {}).get(name, {}), devices or {})
             if timeout and "timeout" in getattr(load(name), "defaults", {}):
                 arguments.setdefault("timeout", timeout)
+            if offset and is_remote(name, load(name)):
+                arguments.setdefault("offset", offset)
             self.rewards[name] = load(name, arguments)
         self.problems: dict[str, str] = {}
         """Reward name -> its last error."""
 
     @classmethod
-    def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
+    def of(cls, config: RewardConfig, reported: Iterable[str] = (), *, offset: int = 0) -> Scorer:
         """Load the rewards that `config` trains with; or those `reported`, each by itself."""
         weights = dict.fromkeys(reported, 1.0) or config.weights
         names = dict.fromkeys((*config.weights, *config.report, *weights))
@@ -94,6 +102,8 @@ class Scorer:
             options=options_of(config.options, names),
             timeout=config.timeout,
             normalize=config.normalize,
+            devices=config.devices,
+            offset=offset,
         )
 
     def prepare(self, prompts: Prompts) -> None:
@@ -104,6 +114,8 @@ class Scorer:
                 server is missing.
         """
         self.check(prompts)
+        for name, device in self.devices().items():
+            call_users(partial(models.device, device), name, "use its device")
 
         def has_weights(entry: tuple[str, Any]) -> bool:
             return "url" not in getattr(entry[1], "defaults", {})
@@ -118,6 +130,16 @@ class Scorer:
                 if reach is not None:
                     call_users(reach, name, "reach what it needs")
 
+    def devices(self) -> dict[str, str]:
+        """List the devices of the models of this package's rewards, by name; "auto" is one too."""
+        options = {n: getattr(r, "options", {}) for n, r in self.rewards.items() if not is_users(n)}
+        return {name: values["device"] for name, values in options.items() if "device" in values}
+
+    def servers(self) -> dict[str, str]:
+        """Describe the servers of remote rewards, by name: which serve, what the others said."""
+        remote = {name: r for name, r in self.rewards.items() if is_remote(name, r)}
+        return {name: reward.build().servers.describe() for name, reward in remote.items()}
+
     def check(self, prompts: Prompts) -> None:
         """Raise RewardError unless the rewards can judge images of these prompts."""
         for name, reward in self.rewards.items():
@@ -129,14 +151,19 @@ class Scorer:
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
 
-        An error of which a blank image may be the reason, or that may pass, is only logged.
+        An error of which a blank image may be the reason, or that may pass, is only logged. Several
+        servers of one reward are compared by a picture that is not blank.
 
         Raises:
             RewardError: what a reward returns is not one number an image, or it failed by one of
-                the `CERTAIN` errors.
+                the `CERTAIN` errors; or two of its servers score differently.
         """
         images = torch.stack([blank] * BLANKS)
         for name, reward in self.rewards.items():
+            if is_remote(name, reward):
+                servers = reward.build().servers
+                picture = comparison_picture(*blank.shape[1:])
+                servers.compare(picture, prompts.texts[0], prompts.metadata[0])
             try:
                 answer = _ask(reward, name, images, prompts.take([0]), [BLANKS])
             except RewardError:

@@ -68,11 +68,14 @@ MAY_CHANGE = {
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
     "reward.retries",
+    # Where their models are, as the option device.
+    "reward.devices",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
 SERVICE_OPTIONS = (
     *("url", "token", "timeout", "retries", "backoff", "concurrency", "device", "workers"),
+    *("wait", "tolerance", "offset"),
     # What lies there is compared by content.py.
     *content.PLACE_OPTIONS,
 )

@@ -159,7 +159,8 @@ class Monitor:
             with world.together():
                 restored = monitor.directory.restore(state)
                 monitor._open_loggers(restored)
-            monitor.display.banner(banner(config, policy, state, monitor.evaluation_set))
+            servers = monitor.scorer.servers()
+            monitor.display.banner(banner(config, policy, state, monitor.evaluation_set, servers))
             if reason := slow_start(policy):
                 monitor.display.note(reason)
             monitor._begin(restored)
