@@ -211,7 +211,8 @@ def _setup(
     prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")
     check_count(prompts, config.sample.prompts_per_iteration)
-    scorer = Scorer.of(config.reward)
+    # Each process asks another of several servers first.
+    scorer = Scorer.of(config.reward, offset=world.rank)
     scorer.prepare(prompts)
     if objective.differentiable:
         differentiable_rewards(config.reward)

@@ -94,7 +94,7 @@ class Monitor:
         self.config, self.policy, self.state = config, policy, state
         self.stop, self.world = stop or Stop(), world
         self.evaluation_set = load_evaluation_set(config)
-        self.scorer = rewards.Scorer.of(config.reward, config.reported)
+        self.scorer = rewards.Scorer.of(config.reward, config.reported, offset=world.rank)
         self.scorer.prepare(self.evaluation_set.prompts)
         self.quality = quality_of(config.sample.prompts)
         self.tolerances = tolerances_of(config.sample.prompts)
