@@ -208,7 +208,7 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
-# Of those that learn from re-noised results: the numbers of `nano_awm`. Their rollouts are
+# Of those that learn from the results of a rollout: the numbers of `nano_awm`. Their rollouts are
 # deterministic, so images of a group that begin from equal noise would be equal.
 FORWARD = {
     "sample.shared_noise": False,
@@ -224,8 +224,21 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# A rate that falls by the number of updates would be read at another height in each arm. Half of
-# the recipe's held-out prompts, as many runs are evaluated many times.
+# Of a group one image, or a pair, is learnt from: small groups give more of them. Draws cost less
+# than images.
+FEW_OF_A_GROUP = {
+    "sample.group_size": 4,
+    "sample.prompts_per_iteration": 72,
+    "sample.batch_size": 144,
+}
+
+# Those that only imitate their own results learn the errors of a sampler of six steps as well, and
+# make them larger with each iteration. Where images of a group are weighed against each other, what
+# all of them share cancels. A strong pull to the base holds that, and lets the rate be high.
+IMITATION = {"optim.beta": 1.0}
+
+# A rate that falls by the number of updates would be read at another height in each arm. Half of the
+# recipe's held-out prompts, as many runs are evaluated many times.
 STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {
@@ -238,9 +251,23 @@ STUDIES = {
             recipe="nano",
             common=STEADY,
             arms={
+                # The recipe's own.
                 "GRPO": {"optim.objective": "grpo"},
-                "SFT": {"optim.objective": "sft", **FORWARD},
-                "DPO": {"optim.objective": "dpo", **FORWARD},
+                "SFT": {
+                    "optim.objective": "sft",
+                    **FORWARD,
+                    **FEW_OF_A_GROUP,
+                    **IMITATION,
+                    "optim.levels": 4,
+                    "optim.lr": 6e-3,
+                },
+                "DPO": {
+                    "optim.objective": "dpo",
+                    **FORWARD,
+                    **FEW_OF_A_GROUP,
+                    "optim.levels": 3,
+                    "optim.lr": 4e-3,
+                },
                 # The verifier has no gradient: the reward is a network that imitates it.
                 "ReFL": {
                     "optim.objective": "refl",
@@ -251,8 +278,17 @@ STUDIES = {
                     "sample.prompts_per_iteration": 96,
                     "optim.lr": 3e-3,
                 },
-                "ORW": {"optim.objective": "orw", **FORWARD},
-                # Large errors count less, as in nano_awm.
+                "ORW": {
+                    "optim.objective": "orw",
+                    **FORWARD,
+                    "sample.batch_size": 144,
+                    **IMITATION,
+                    # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
+                    "optim.tau": 0.1,
+                    "optim.levels": 2,
+                    "optim.lr": 3e-3,
+                },
+                # As nano_awm, where large errors count less.
                 "AWM": {
                     "optim.objective": "awm",
                     "optim.level_weight": "normalized",
@@ -261,8 +297,10 @@ STUDIES = {
                 },
                 "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
-            images=19_200,
-            seconds=480.0,
+            # Forty iterations of most, and as long as they take GRPO on one core.
+            images=11_520,
+            seconds=80.0,
+            evaluations=4,
         ),
         Study(
             name="kl",
