@@ -237,8 +237,8 @@ FEW_OF_A_GROUP = {
 # all of them share cancels. A strong pull to the base holds that, and lets the rate be high.
 IMITATION = {"optim.beta": 1.0}
 
-# A rate that falls by the number of updates would be read at another height in each arm. Half of the
-# recipe's held-out prompts, as many runs are evaluated many times.
+# A rate that falls by the number of updates would be read at another height in each arm. Half of
+# the recipe's held-out prompts, as many runs are evaluated many times.
 STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {
