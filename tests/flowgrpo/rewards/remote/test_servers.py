@@ -260,7 +260,7 @@ def test_answers_that_are_none_of_the_protocol_go_to_another_server(reply):
         # None of them speaks it: the command ends before the first image.
         other.score = third.score = wrong.score
         reward = load("http").configured(url=f"{wrong.url},{other.url}", **FAST)
-        with pytest.raises(ReplyError, match="the server http://127.*answered .* is expected"):
+        with pytest.raises(ReplyError, match=r"the server http://127.*answered .* is expected"):
             reward(IMAGES, PROMPTS, METADATA)
 
 
