@@ -224,8 +224,7 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# Of a group one image, or a pair, is learnt from: small groups give more of them. Draws cost less
-# than images.
+# Of a group one image is learnt from: small groups give more of them. Draws cost less than images.
 FEW_OF_A_GROUP = {
     "sample.group_size": 4,
     "sample.prompts_per_iteration": 72,
@@ -264,9 +263,8 @@ STUDIES = {
                 "DPO": {
                     "optim.objective": "dpo",
                     **FORWARD,
-                    **FEW_OF_A_GROUP,
                     "optim.levels": 3,
-                    "optim.lr": 4e-3,
+                    "optim.lr": 6e-3,
                 },
                 # The verifier has no gradient: the reward is a network that imitates it.
                 "ReFL": {
@@ -286,7 +284,7 @@ STUDIES = {
                     # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
                     "optim.tau": 0.1,
                     "optim.levels": 2,
-                    "optim.lr": 3e-3,
+                    "optim.lr": 6e-3,
                 },
                 # As nano_awm, where large errors count less.
                 "AWM": {
