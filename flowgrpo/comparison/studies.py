@@ -224,18 +224,6 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# Of a group one image is learnt from: small groups give more of them. Draws cost less than images.
-FEW_OF_A_GROUP = {
-    "sample.group_size": 4,
-    "sample.prompts_per_iteration": 72,
-    "sample.batch_size": 144,
-}
-
-# Those that only imitate their own results learn the errors of a sampler of six steps as well, and
-# make them larger with each iteration. Where images of a group are weighed against each other, what
-# all of them share cancels. A strong pull to the base holds that, and lets the rate be high.
-IMITATION = {"optim.beta": 1.0}
-
 # A rate that falls by the number of updates would be read at another height in each arm. Half of
 # the recipe's held-out prompts, as many runs are evaluated many times.
 STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
@@ -249,16 +237,28 @@ STUDIES = {
             "equal seconds?",
             recipe="nano",
             common=STEADY,
+            # Rates, pulls and groups but for those of the recipes nano and nano_awm: the best of a
+            # few runs of forty iterations on the tuning prompts (benchmarks/LOG.md).
             arms={
                 # The recipe's own.
                 "GRPO": {"optim.objective": "grpo"},
+                # Those that only imitate their own results, SFT and ORW, learn the errors of a
+                # sampler of few steps as well, and make them larger with each iteration: with the
+                # six steps and the pull of nano_awm they forget how to draw. (Where images of a
+                # group are weighed against each other, what all of them share cancels.) More steps
+                # or a stronger pull to the base hold that, and then the rate may be high.
                 "SFT": {
                     "optim.objective": "sft",
                     **FORWARD,
-                    **FEW_OF_A_GROUP,
-                    **IMITATION,
+                    "sample.steps": 12,
+                    "optim.beta": 0.3,
+                    # One image of a group is learnt from: small groups give more of them, and draws
+                    # cost less than images.
+                    "sample.group_size": 4,
+                    "sample.prompts_per_iteration": 72,
+                    "sample.batch_size": 144,
                     "optim.levels": 4,
-                    "optim.lr": 6e-3,
+                    "optim.lr": 3e-3,
                 },
                 "DPO": {
                     "optim.objective": "dpo",
@@ -280,7 +280,7 @@ STUDIES = {
                     "optim.objective": "orw",
                     **FORWARD,
                     "sample.batch_size": 144,
-                    **IMITATION,
+                    "optim.beta": 1.0,
                     # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
                     "optim.tau": 0.1,
                     "optim.levels": 2,
