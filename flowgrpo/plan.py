@@ -192,6 +192,25 @@ def traffic(config: Config, trained: int, gpus: int) -> dict[str, float]:
     return {"gradients": gradients, "scores": scores}
 
 
+def gathered(config: Config, parameters: int, gpus: int, micro_steps: int) -> tuple[float, float]:
+    """Count how often a process gathers the weights of a sharded transformer in an iteration, and
+    the bytes that it receives by that, without evaluations.
+
+    Args:
+        parameters: of the transformer.
+        micro_steps: of an iteration, of all processes.
+    """
+    sample = config.sample
+    full, size = config.policy.adapter == "full", 4 if config.policy.dtype == "float32" else 2
+    if full and config.policy.dtype == "auto":
+        size = 4
+    # Forward and backward; the reference of LoRA is the same weights without the matrices.
+    passes = 2 + (config.optim.beta > 0)
+    gathers = (sample.chunks * sample.steps + micro_steps * passes) / gpus
+    pieces = config.run.shard_size or gpus
+    return gathers, gathers * parameters * size * (1 - 1 / pieces)
+
+
 def process_lines(config: Config, gpus: int) -> dict[str, str]:
     """Describe how an iteration is dealt to `gpus` processes, a line each.
 
@@ -229,6 +248,12 @@ def process_lines(config: Config, gpus: int) -> dict[str, str]:
         sent = traffic(config, trained, gpus)
         words = ", ".join(f"{name} {_bytes(count)}" for name, count in sent.items())
         lines["traffic"] = f"each sends {words} an iteration"
+    if arch is not None and config.run.parallel == "fsdp":
+        gathers, received = gathered(config, arch.parameters, gpus, len(micro_steps))
+        lines["weights"] = (
+            f"in {config.run.shard_size or gpus} pieces; each process gathers all of them "
+            f"{gathers:g} times an iteration and receives {_bytes(received)}"
+        )
     same = "the same to the bit as on one"
     if config.reduction != "tree":
         same = "that of one up to the order in which gradients are added (run.reduction)"
@@ -344,7 +369,8 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
             for name, urls in servers.items()
         )
     arch = sizes_of(config.policy.model, config.policy.variant)
-    if arch is None or config.policy.adapter == "full":
+    # The estimate is for one GPU that has the whole model.
+    if arch is None or config.policy.adapter == "full" or config.run.parallel == "fsdp":
         return lines
     memory = expected_memory(config, arch, gpus)
     total = memory.pop("total")

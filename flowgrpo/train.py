@@ -49,6 +49,7 @@ from torch import Tensor
 
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
+from flowgrpo.distributed import sharding
 from flowgrpo.distributed.dealing import Dealing, deal
 from flowgrpo.distributed.world import ALONE, World, join
 from flowgrpo.objectives import Objective, objective_of
@@ -56,6 +57,7 @@ from flowgrpo.objectives.curated import Curated
 from flowgrpo.objectives.curated import load as load_curated
 from flowgrpo.objectives.curated import results as results_of
 from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.load import load_policy
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.batches import check_count, prompt_batch, row_seeds
@@ -64,7 +66,7 @@ from flowgrpo.records import Experience, Prompts, Scores, Trajectory
 from flowgrpo.rewards import Scorer
 from flowgrpo.rewards.background import BackgroundScoring, RewardThread
 from flowgrpo.rewards.differentiable import differentiable_rewards
-from flowgrpo.runs.directory import fields_by_name
+from flowgrpo.runs.directory import fields_by_name, settle_resume
 from flowgrpo.runs.monitor import Monitor
 from flowgrpo.runs.process import Stop, prepare_process, stoppable, versions
 from flowgrpo.runs.state import State
@@ -114,6 +116,7 @@ def run(
     Returns:
         The content of summary.json in the run directory.
     """
+    config = settle_resume(config, join(config.run.rank_timeout))
     components = setup(config, pipeline=pipeline, encode=encode)
     policy, state, world = components.policy, components.state, components.world
     if components.objective.rollout == "none":
@@ -121,7 +124,7 @@ def run(
     with running(components, config) as (monitor, stop):
         while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
-            with clock("rollout"), world.together():
+            with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
                 conditioning = policy.encode(batch.texts)
                 scoring = background_scoring(components, batch, config)
@@ -181,6 +184,7 @@ def setup(
     `pipeline` and `encode` are those of `run`.
     """
     world = join(config.run.rank_timeout)
+    config = settle_resume(config, world)
     check_processes(world, config)
     with world.together():
         return _setup(config, pipeline, encode, world)
@@ -208,6 +212,11 @@ def _setup(
         objective.by_rows,
         config.run.leaves,
     )
+    mesh = None
+    if config.run.parallel == "fsdp":
+        # Before what may fail in one process alone: the mesh is made by all.
+        sharding.check_even(world, dealing, sample.rows, updates, sample.batch_size)
+        mesh = sharding.make_mesh(world, choose_device(config.policy.device), config.run.shard_size)
     prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")
     check_count(prompts, config.sample.prompts_per_iteration)
@@ -216,7 +225,7 @@ def _setup(
     scorer.prepare(prompts)
     if objective.differentiable:
         differentiable_rewards(config.reward)
-    policy = load_policy(config, pipeline, encode, reference=objective.reference)
+    policy = load_policy(config, pipeline, encode, reference=objective.reference, mesh=mesh)
     cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.
@@ -231,7 +240,7 @@ def _setup(
     return Components(
         objective=objective,
         policy=policy,
-        state=State.create(policy.transformer, config.optim, objective.old_policy),
+        state=State.create(policy.transformer, config.optim, objective.old_policy, world),
         schedule=training_schedule(policy, config.sample, config.optim.kl),
         prompts=prompts,
         scorer=scorer,

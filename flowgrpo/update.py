@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
+from flowgrpo.distributed import sharding
 from flowgrpo.distributed.dealing import Dealing, deal
 from flowgrpo.distributed.gradients import GradientSum
 from flowgrpo.distributed.world import ALONE, World
@@ -70,7 +71,7 @@ def update(
     share = sum(map(len, dealing.order)) // optim.updates_per_iteration
     figures = Figures(policy.device)
     supervised, norms = bool(optim.sft_weight), []
-    with world.together():
+    with world.together(lockstep=policy.sharded):
         with state.rollout_weights():
             schedule, experience = objective.prepare(policy, schedule, experience, config)
         # None without a weight: the set may be all that there is to learn from.
@@ -91,12 +92,14 @@ def update(
                 gradients.add_extra()
         norms.append(state.step())
     state.follow()
-    parameters = [p.detach() for p in state.parameters.values()]
-    weight = torch.stack(torch._foreach_norm(parameters, math.inf)).amax()
+    weight = sharding.largest(state.parameters.values())
     # The only read from the device since the rewards: it waits for all of the above.
     own, (weight, *grad_norms) = figures.read([weight, *norms])
-    means, worst = mean_figures(world.gather(own), dealing)
+    reads, weights = zip(*world.gather((own, weight)), strict=True)
+    means, worst = mean_figures(reads, dealing)
     check_ratio(worst, optim.ratio_tolerance)
+    # Written so that a NaN of any process stays one.
+    weight = next(filter(math.isnan, weights), max(weights))
     check_weights(weight, [*means.values(), *grad_norms])
     return {**means, "grad_norm": grad_norms, "max_ratio_error": worst}
 
@@ -140,7 +143,9 @@ class Figures:
         """Read all figures, and `others`, 0-dim each, by one copy."""
         groups = (self._metrics, self._deviations, self._supervised, others)
         # In float32, as which all of them are computed but a reward's own.
-        flat = [value.reshape(-1).float() for group in groups for value in group]
+        values = (value for group in groups for value in group)
+        # Norms of weights that are kept in host memory lie there.
+        flat = [value.to(self.device).reshape(-1).float() for value in values]
         values = iter(torch.cat(flat).tolist())
 
         def take(names: Sequence[str], count: int) -> list[dict[str, float]]:
@@ -230,8 +235,9 @@ class MicroStep:
             parameter.grad = gradient.zero_()
         parameters = self.parameters or list(self.policy.parameters())
         fixed, tree = self.graphs is not None, config.reduction == "tree"
-        gradients = GradientSum(parameters, world, dealing, fixed, tree)
-        with world.together(), self.policy.frozen_weights(fixed=fixed):
+        summed = any(map(sharding.is_sharded, parameters))
+        gradients = GradientSum(parameters, world, dealing, fixed, tree, summed)
+        with world.together(lockstep=self.policy.sharded), self.policy.frozen_weights(fixed=fixed):
             yield gradients
         gradients.finish(supervised)
         if self._scale != 1:

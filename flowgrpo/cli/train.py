@@ -8,6 +8,7 @@ import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.config import AUTO
 from flowgrpo.recipes import describe, recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,6 +24,7 @@ def train(argv: list[str]) -> int:
     from flowgrpo.sampling.finite import NotFiniteError
 
     processes = world.join(config.run.rank_timeout)
+    config = directory.settle_resume(config, processes)
     with processes.together():
         if processes.first:
             directory.check_directory(config)
@@ -67,6 +69,9 @@ def parse_train(argv: list[str]) -> Config:
     named = bool(argv) and not argv[0].startswith("-")
     name, options = (argv[0], argv[1:]) if named else ("nano", argv)
     folder = option_value(options, "--run.resume")
+    if folder == AUTO:
+        # Whether there is a run to go on with is the first process's to say.
+        folder = None
     if folder is not None:
         from flowgrpo.runs import directory
 

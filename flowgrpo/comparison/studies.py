@@ -208,7 +208,7 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
-# Of those that learn from re-noised results: the numbers of `nano_awm`. Their rollouts are
+# Of those that learn from the results of a rollout: the numbers of `nano_awm`. Their rollouts are
 # deterministic, so images of a group that begin from equal noise would be equal.
 FORWARD = {
     "sample.shared_noise": False,
@@ -237,10 +237,35 @@ STUDIES = {
             "equal seconds?",
             recipe="nano",
             common=STEADY,
+            # Rates, pulls and groups but for those of the recipes nano and nano_awm: the best of a
+            # few runs of forty iterations on the tuning prompts (benchmarks/LOG.md).
             arms={
+                # The recipe's own.
                 "GRPO": {"optim.objective": "grpo"},
-                "SFT": {"optim.objective": "sft", **FORWARD},
-                "DPO": {"optim.objective": "dpo", **FORWARD},
+                # Those that only imitate their own results, SFT and ORW, learn the errors of a
+                # sampler of few steps as well, and make them larger with each iteration: with the
+                # six steps and the pull of nano_awm they forget how to draw. (Where images of a
+                # group are weighed against each other, what all of them share cancels.) More steps
+                # or a stronger pull to the base hold that, and then the rate may be high.
+                "SFT": {
+                    "optim.objective": "sft",
+                    **FORWARD,
+                    "sample.steps": 12,
+                    "optim.beta": 0.3,
+                    # One image of a group is learnt from: small groups give more of them, and draws
+                    # cost less than images.
+                    "sample.group_size": 4,
+                    "sample.prompts_per_iteration": 72,
+                    "sample.batch_size": 144,
+                    "optim.levels": 4,
+                    "optim.lr": 3e-3,
+                },
+                "DPO": {
+                    "optim.objective": "dpo",
+                    **FORWARD,
+                    "optim.levels": 3,
+                    "optim.lr": 6e-3,
+                },
                 # The verifier has no gradient: the reward is a network that imitates it.
                 "ReFL": {
                     "optim.objective": "refl",
@@ -251,8 +276,17 @@ STUDIES = {
                     "sample.prompts_per_iteration": 96,
                     "optim.lr": 3e-3,
                 },
-                "ORW": {"optim.objective": "orw", **FORWARD},
-                # Large errors count less, as in nano_awm.
+                "ORW": {
+                    "optim.objective": "orw",
+                    **FORWARD,
+                    "sample.batch_size": 144,
+                    "optim.beta": 1.0,
+                    # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
+                    "optim.tau": 0.1,
+                    "optim.levels": 2,
+                    "optim.lr": 6e-3,
+                },
+                # As nano_awm, where large errors count less.
                 "AWM": {
                     "optim.objective": "awm",
                     "optim.level_weight": "normalized",
@@ -261,8 +295,10 @@ STUDIES = {
                 },
                 "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
-            images=19_200,
-            seconds=480.0,
+            # Forty iterations of most, and as long as they take GRPO on one core.
+            images=11_520,
+            seconds=80.0,
+            evaluations=4,
         ),
         Study(
             name="kl",

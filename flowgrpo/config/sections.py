@@ -330,6 +330,9 @@ class OptimConfig:
     # More rows may mean other kernels, and then the first ratios are not 1: see anchor.
     steps_per_forward: int = 1
     """Trained steps of a chunk in one forward of the update; it must divide their number."""
+    # Weights that run.parallel fsdp gathers serve all steps; products are as many and as large.
+    split_forward: bool = False
+    """Compute such a forward module by module in parts of one step each: the rollout's bits."""
     capture: Literal["on", "off"] = "off"
     """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
     levels: int = 1
@@ -422,7 +425,8 @@ class RunConfig:
     checkpoint_every: int = 50
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
-    """Run directory to go on with; its configuration is taken from there."""
+    """Run directory to go on with; its configuration is taken from there. auto: run.out if a run
+    has begun there, else a new one."""
     accept_changes: bool = False
     """Go on though prompts or model weights are others than the run began with; recorded."""
     threads: int = 0
@@ -435,6 +439,14 @@ class RunConfig:
     leaves: int = 128
     """Parts that the gradients of an optimizer step are added in by the tree, at most: as many
     processes may share it. Each doubling holds one more copy of the gradients."""
+    # Gradients of what is sharded are summed by FSDP; `reduction` is then of LoRA's matrices alone.
+    parallel: Literal["replicate", "fsdp"] = "replicate"
+    """Each of several processes holds the whole transformer, or a piece of it by FSDP2 (fsdp)."""
+    shard_size: int = 0
+    """Processes that share one copy of the transformer with fsdp, such as those of a machine; it
+    divides their number. 0: all."""
+    cpu_offload: bool = False
+    """With fsdp, keep the pieces in host memory, and the optimizer there too."""
     wandb: str = ""
     """Weights & Biases project that numbers and samples also go to; empty: none."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
@@ -446,7 +458,7 @@ class RunConfig:
         check_positive(
             "run", self, "steps", "eval_samples", "eval_guidance", "rank_timeout", "leaves"
         )
-        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
+        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads", "shard_size")
         seconds = ("min_seconds", "eval_seconds")
         check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)
         require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")

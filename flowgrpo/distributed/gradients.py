@@ -66,11 +66,13 @@ class GradientSum:
         dealing: Dealing,
         fixed: bool = False,
         tree: bool = True,
+        summed: bool = False,
     ) -> None:
         """
         Args:
             fixed: gradients stay at their addresses, as a graph has recorded them.
             tree: in the order of the tree, else as they come.
+            summed: over leaves and ranks already, as FSDP does.
         """
         self.parameters, self.world, self.dealing = list(parameters), world, dealing
         self.fixed, self.tree = fixed, tree
@@ -78,7 +80,7 @@ class GradientSum:
         self._extra: Values | None = None
         self._added = 0
         # One leaf in one process: its gradients are the sum.
-        self._alone = not world.joined and (dealing.leaves == 1 or not tree)
+        self._alone = summed or (not world.joined and (dealing.leaves == 1 or not tree))
 
     def add(self, leaf: int) -> None:
         """Add the parameters' gradients, which hold the leaf number `leaf`, and clear them."""

@@ -103,8 +103,12 @@ class World:
         return any(self.gather(flag))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, lockstep: bool = False) -> Iterator[None]:
         """Wait at the end of the block for all ranks; if the block fails on one, it fails on all.
+
+        lockstep: the block has collectives of its own, as forwards of a sharded model are. A rank
+        that fails inside raises at once, since the others, which wait there, hear nothing; they
+        raise a PeerError once it has ended.
 
         Raises:
             Exception: what the block raised here. On the other ranks the first rank's error, named
@@ -117,9 +121,9 @@ class World:
         try:
             yield
         except Exception as caught:
-            error = caught
-        if isinstance(error, PeerError):
-            # The others are known to be gone.
+            error = self._unreachable(caught) if lockstep and _is_of_others(caught) else caught
+        if isinstance(error, PeerError) or (error is not None and lockstep):
+            # The others are known to be gone, or cannot listen.
             raise error
         try:
             faults = self.gather(None if error is None else _packed(error))
@@ -192,12 +196,16 @@ class World:
             self.spent.seconds += time.perf_counter() - started
             self.spent.bytes += sent
         except (RuntimeError, dist.DistError) as error:
-            raise PeerError(
-                f"another of the {self.size} processes has ended without a word, or did not come "
-                f"within the {self.timeout:g} seconds of run.rank_timeout (rank {self.rank} "
-                f"waited: {_first_line(error)}); what the launcher reports of the processes says "
-                "which. A run goes on with --run.resume."
-            ) from error
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: BaseException) -> PeerError:
+        """Make the error for a collective that failed by `error`."""
+        return PeerError(
+            f"another of the {self.size} processes has ended without a word, or did not come "
+            f"within the {self.timeout:g} seconds of run.rank_timeout (rank {self.rank} "
+            f"waited: {_first_line(error)}); what the launcher reports of the processes says "
+            "which. A run goes on with --run.resume."
+        )
 
 
 # torch 2.13 has renamed it.
@@ -336,6 +344,11 @@ def _check_slurm() -> None:
             "--ntasks-per-node 1 torchrun --nproc-per-node GPUS -m flowgrpo train ... "
             "(docs/scaling.md)."
         )
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Tell an error of a collective, as it fails when another process has ended."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _packed(error: Exception) -> tuple[str, bytes | None]:

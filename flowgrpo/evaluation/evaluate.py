@@ -132,7 +132,7 @@ def evaluate(
     """Sample and score the held-out prompts with the policy's present weights.
 
     Several processes sample and score a share each, in whole chunks of `batch_size` images, and
-    get the same result.
+    get the same result. With a sharded model those with a chunk less run as many forwards.
 
     Args:
         scorer: rewards that are reported; the first is the accuracy, and weights do not count.
@@ -145,13 +145,16 @@ def evaluate(
     started = time.perf_counter()
     total = len(evaluation_set.seeds)
     own = rows_of(total, batch_size, world)
+    # Forwards of a sharded model are those of all processes.
+    number = -(-total // batch_size)
+    forwards = -(-number // world.size) if policy.sharded else None
 
     def progress(stage: str, count: int) -> None:
         if on_progress is not None:
             # Those of the other processes come as fast.
             on_progress(stage, min(count * world.size, total))
 
-    with world.together():
+    with world.together(lockstep=policy.sharded):
         images = generate_images(
             policy,
             evaluation_set.prompts.texts,
@@ -162,7 +165,9 @@ def evaluate(
             guidance_scale=guidance_scale,
             on_progress=None if on_progress is None else progress,
             rows=own,
+            forwards=forwards,
         )
+    with world.together():
         progress("scoring", len(images))
         scores = score_images(scorer, images, evaluation_set, own, batch_size)
     shares = world.gather((scores, scorer.problems))
@@ -264,23 +269,29 @@ def generate_images(
     guidance_scale: float = 1.0,
     on_progress: OnProgress | None = None,
     rows: range | None = None,
+    forwards: int | None = None,
 ) -> Tensor:
     """Sample `samples` images of each of N texts by the deterministic sampler.
 
     Args:
         rows: those of the N * samples images that are sampled, whole chunks of `batch_size`; None:
             all.
+        forwards: chunks that are run, of which those behind the last of `rows` repeat an image, and
+            are dropped; None: those of `rows`.
 
     Returns:
         uint8 [N * samples, 3, H, W], or those of `rows`.
     """
     total = len(texts) * samples
     rows = range(total) if rows is None else rows
-    if not rows:
+    size = min(batch_size, total)
+    repeated = max((forwards or 0) * size - len(rows), 0)
+    if not rows and not repeated:
         return torch.empty(0, 3, policy.height, policy.width, dtype=torch.uint8)
+    sampled = [*rows, *[rows[-1] if rows else 0] * repeated]
     # Embeddings of whole portions of texts, which may give others than their parts.
-    first = rows.start // samples // batch_size * batch_size
-    texts = list(texts)[: (rows.stop - 1) // samples // batch_size * batch_size + batch_size]
+    first = sampled[0] // samples // batch_size * batch_size
+    texts = list(texts)[: sampled[-1] // samples // batch_size * batch_size + batch_size]
     conditioning = policy.encode(texts[first : first + batch_size])
     for start in range(first + batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
@@ -291,14 +302,15 @@ def generate_images(
             torch.cuda.synchronize(policy.device)
         on_progress("sampling", count)
 
-    return sample_images(
+    images = sample_images(
         policy,
         conditioning,
         steps=steps,
-        groups=torch.tensor([row // samples - first for row in rows]),
-        seeds=seeds[rows.start : rows.stop],
-        batch_size=min(batch_size, total),
+        groups=torch.tensor([row // samples - first for row in sampled]),
+        seeds=seeds[torch.tensor(sampled)],
+        batch_size=size,
         uncond=policy.encode([""]) if guidance_scale != 1 else None,
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )
+    return images[: len(rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowgrpo.config import Config
+from flowgrpo.distributed.sharding import original_class
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.objectives.describe import looked_at, sampled_by
 from flowgrpo.policies import Policy
@@ -29,10 +30,11 @@ def banner(
     if lora:
         # Those of the model alone.
         parameters -= trained
+    kind = original_class(policy.transformer)
     rank = f"LoRA of rank {config.policy.lora_rank}, " if lora else ""
     return {
-        "model": f"{policy.name}, {type(policy.transformer).__name__}, {count(parameters)} "
-        f"parameters, {str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
+        "model": f"{policy.name}, {kind.__name__}, {count(parameters)} parameters, "
+        f"{str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
         f"{_size(policy)}",
         "trained": f"{rank}{count(trained)} parameters",
         "kernels": kernel_backends(policy.device),

@@ -137,7 +137,7 @@ class Monitor:
             ConfigError: as `RunDirectory.open`, `RunDirectory.restore` and `Loggers.open`, or the
                 processes differ in what they are to do; nothing is left behind then.
         """
-        with world.together():
+        with world.together(lockstep=policy.sharded):
             if not world.first:
                 config = replace(config, **{"run.progress": "none"})
             monitor = cls(config, policy, state, stop, world)
@@ -457,8 +457,12 @@ class Monitor:
 
             def on_progress(stage: str, images: int) -> None:
                 progress(stage, images)
+                asked = self.stop.asked
+                if self.policy.sharded:
+                    # All leave at the same forward, or none.
+                    asked = self.world.any(asked)
                 # Before the first iteration there is nothing to save.
-                if self.stop.asked and self.state.iteration:
+                if asked and self.state.iteration:
                     raise EvaluationStopped
 
             return evaluate.evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import signal
@@ -27,14 +28,19 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "flowgrpo": __version__,
     }
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = None
+    installed |= {name: _version(name) for name in PACKAGES}
     # The package's version does not always name the build, such as +cu130; the module's does.
     installed["torch"] = str(torch.__version__)
     return installed
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    """Read the version of a package, which takes milliseconds, once a process."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def kernel_backends(device: torch.device) -> str:

@@ -341,6 +341,8 @@ def sample_images(
 
     def explain() -> str | None:
         """Sample chunk by chunk once more, with all states, up to the one with the fault."""
+        if policy.sharded:
+            return finite.not_looked_for(DETERMINISTIC)
         # A graph of all these steps would be recorded for nothing.
         policy.graphs = None
         for rows in chunks(seeds.numel(), batch_size):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from flowgrpo.config import ConfigError, RewardConfig
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import RewardError, Scorer, load
 from flowgrpo.rewards.options import configurable
+from support import processes
 from support.servers import Answers, running
 
 
@@ -142,19 +142,13 @@ def test_a_file_of_the_users_own_in_the_working_directory(tmp_path):
     """By the installed command, whose sys.path does not begin where the user stands."""
     (tmp_path / "my_rewards.py").write_text(OWN)
     evaluated = tmp_path / "e"
-    command = [Path(sys.executable).parent / "flowgrpo", "evaluate", "nano", "--prompts", "2"]
-    command += [
-        "--rewards",
-        "my_rewards:score",
-        "--reward-options",
-        "my_rewards:score.channel",
-        "2",
-    ]
-    command += ["--steps", "2", "--samples", "1", "--device", "cpu", "--out", evaluated]
-    if not command[0].exists():
+    words = ["evaluate", "nano", "--prompts", "2", "--rewards", "my_rewards:score"]
+    words += ["--reward-options", "my_rewards:score.channel", "2"]
+    words += ["--steps", "2", "--samples", "1", "--device", "cpu", "--out", str(evaluated)]
+    command = Path(sys.executable).parent / "flowgrpo"
+    if not command.exists():
         pytest.skip("flowgrpo is not installed here")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    processes.Fork(tmp_path / "log", processes.run_script, command, tmp_path, *words).wait()
     (report,) = json.loads((evaluated / "report.json").read_text())["reports"].values()
     assert 0 < report["scores"]["my_rewards:score"] < 1
 

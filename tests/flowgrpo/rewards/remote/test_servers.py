@@ -40,10 +40,11 @@ def servers(count):
 
 
 def remote(servers, **options):
-    """The reward, built, with these servers; they have been compared by a picture that scores 0.5
-    everywhere, and of which they keep no count."""
+    """The reward, built, as a run begins with it: its servers have been looked at, and compared by
+    a picture that scores 0.5 everywhere and is not in their count."""
     url = ",".join(server.url for server in servers)
     reward = load("http").configured(url=url, **{**FAST, **options}).build()
+    reward.reach()
     reward.servers.compare(comparison_picture(8, 8), "", {})
     for server in servers:
         server.requests.clear()
@@ -259,7 +260,7 @@ def test_answers_that_are_none_of_the_protocol_go_to_another_server(reply):
         # None of them speaks it: the command ends before the first image.
         other.score = third.score = wrong.score
         reward = load("http").configured(url=f"{wrong.url},{other.url}", **FAST)
-        with pytest.raises(ReplyError, match=r"the server http://127.*answered '.* is expected"):
+        with pytest.raises(ReplyError, match=r"the server http://127.*answered .* is expected"):
             reward(IMAGES, PROMPTS, METADATA)
 
 
@@ -421,7 +422,6 @@ def test_without_a_start_the_first_image_is_compared():
 def test_a_server_that_comes_back_as_another_stays_aside(caplog):
     with servers(2) as (changed, other):
         reward = remote([changed, other], backoff=0.001)
-        reward.reach()
         member = reward.servers.members[0]
         changed.kill()
         assert rate(reward) == EXPECTED
