@@ -88,6 +88,8 @@ def test_weights_in_pieces():
     passes = 3 if config.optim.beta else 2
     gathers = chunks * (sample.steps + passes * sample.trained_steps)
     assert f"8 pieces; each process gathers all of them {gathers:g} times" in eight["weights"]
+    with pytest.raises(ConfigError, match="all processes must run as many forwards"):
+        show_plan([*options, "5"], QUIET)
     arch = plan.sizes_of(config.policy.model)
     fewer = plan.gathered(config, arch.parameters, 8, 0)
     assert fewer[1] == pytest.approx(fewer[0] * arch.parameters * 2 * 7 / 8)
