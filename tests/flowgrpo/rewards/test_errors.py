@@ -78,7 +78,8 @@ def test_a_server_that_answers_badly(answer, words, capsys, folder, monkeypatch)
 def test_a_server_that_does_not_answer(capsys, folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    assert "cannot be reached (ConnectError" in refused(capsys, "--reward.weights", url, "1")
+    shown = refused(capsys, "--reward.weights", url, "1")
+    assert "no server of reward 'http' can be reached" in shown and "ConnectError" in shown
     # Nothing had begun.
     assert list(folder.iterdir()) == []
 
