@@ -117,6 +117,7 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     tag = "guided" if guided else "plain"
     flags = {"ALIGN": align, "GUIDED": guided}
     grad = {**flags, "UNCOND_GRAD": guided}
+    no_moments = {"MEAN": False, "X0": False}
     # With the KL, both its halves under guidance; without, also Guard: the widest kernel.
     loss = {"REF": True, "REF_GUIDED": guided, "OLD": not guided}
     no_uncond = () if guided else ("u_ptr",)
@@ -129,10 +130,27 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     for name, kernel, constants, absent in (
         (
             "sde_step", sde_step_kernel,
-            {**flags, "NOISE": "seeds", "SINGLE": False}, (*no_uncond, "noise_ptr"),
+            {**flags, "NOISE": "seeds", "SINGLE": False, **no_moments},
+            (*no_uncond, "noise_ptr", "mean_ptr", "x0_out_ptr"),
         ),
-        ("log_prob", log_prob_kernel, {**flags, "SINGLE": False}, no_uncond),
-        ("log_prob_backward", log_prob_backward_kernel, grad, no_uncond_grad),
+        (
+            "sde_step mean", sde_step_kernel,
+            {**flags, "NOISE": "tensor", "SINGLE": False, "MEAN": True, "X0": True},
+            (*no_uncond, "seeds_ptr"),
+        ),
+        (
+            "log_prob", log_prob_kernel, {**flags, "SINGLE": False, **no_moments},
+            (*no_uncond, "mean_ptr", "x0_out_ptr"),
+        ),
+        (
+            "log_prob_mean", log_prob_kernel,
+            {**flags, "SINGLE": False, "MEAN": True, "X0": True}, no_uncond,
+        ),
+        (
+            "log_prob_backward", log_prob_backward_kernel, grad,
+            (*no_uncond_grad, "grad_mean_ptr", "grad_x0_ptr"),
+        ),
+        ("log_prob_mean_backward", log_prob_backward_kernel, grad, no_uncond_grad),
         ("grpo_loss sums", grpo_loss_sums_kernel, {**flags, **loss}, no_loss),
         ("grpo_loss backward", grpo_loss_backward_kernel, {**grad, **loss}, no_loss_grad),
         ("nft_loss sums", nft_loss_sums_kernel, {**flags, **nft}, no_nft),
