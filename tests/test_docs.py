@@ -174,14 +174,18 @@ def forward_process_loss(text, monkeypatch, capsys):
 @runs("flow_grpo.patch(")
 def drop_in(text, monkeypatch, capsys):
     theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
+
+    def step(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None):
+        """flow_grpo's."""
+
     for module in theirs:
-        module.sde_step_with_logprob = len
+        module.sde_step_with_logprob = step
     seen = []
     scope = {"their_pipeline": theirs[0], "their_training_script": theirs[1]}
     scope["train"] = lambda: seen.extend(module.sde_step_with_logprob for module in theirs)
     exec(text, scope)
     assert [function.__module__ for function in seen] == ["flowgrpo_kernels.compat.flow_grpo"] * 2
-    assert all(module.sde_step_with_logprob is len for module in theirs)
+    assert all(module.sde_step_with_logprob is step for module in theirs)
 
 
 @runs("import gated_residual, joint_heads, norm_modulate")

@@ -389,7 +389,9 @@ def peer_call(draw: Draw) -> dict:
 
 def patch_call(draw: Draw) -> dict:
     module = ModuleType("theirs")
-    module.flux_step = module.sde_step_with_logprob = lambda: None
+    module.flux_step = lambda model_output, latents, eta, sigmas, index, prev_sample, grpo, \
+        sde_solver: None  # fmt: skip
+    module.sde_step_with_logprob = lambda self, model_output, timestep, sample: None
     return {"modules": module} | ({"seeds": None} if draw.chance(2) else {})
 
 
