@@ -50,6 +50,11 @@ class FloatMode {
   const uint64_t before_;
 };
 
+// Ends what a thread has streamed.
+struct StreamFence {
+  ~StreamFence() { stream_fence(); }
+};
+
 struct Coefficients {
   float A, B, C, k, c0, K, abs_dt, noise_step, std_dev, sigma;
 };
@@ -86,6 +91,7 @@ void for_rows(const FgArgs& a, Before before, Finish finish, After after) {
   {
     // Every element is computed as the calling thread would, whichever thread does.
     const FloatMode same(mode);
+    const StreamFence streamed;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < whole; ++row) {
       for (int64_t block = 0; block < blocks; ++block) before(row, block);

@@ -30,17 +30,38 @@ Counters block_counters(uint64_t seed, uint32_t step, const Span& span) {
 
 enum Noise { kNone, kSeeds, kGiven };
 
-// Writes what is asked for beside x' and the score.
-FG_INLINE void store_more(const Inputs& in, const Row& mean, const Row& x0, int64_t e, int n,
-                          const Group& v, const Group& x, const Group& mu) {
-  if (mean.data != nullptr) store_group(mean, e, n, mu);
-  if (x0.data != nullptr) store_group(x0, e, n, x0_of(in, v, x));
-}
+// From so many elements on, mean and x0 are larger than what a core keeps for itself.
+constexpr int64_t kStreamElements = 1 << 19;
+
+// What is written beside x' and the score, where it is asked for; float32.
+struct Moments {
+  Row mean, x0;
+  bool streamed;
+
+  Moments(const FgArgs& a, int64_t row)
+      : mean(row_of(a.mean, row)),
+        x0(row_of(a.x0, row)),
+        streamed(a.rows * a.elements >= kStreamElements) {}
+
+  inline __attribute__((always_inline)) void store(const Inputs& in, int64_t e, int n, const Group& v, const Group& x,
+                              const Group& mu) const {
+    if (mean.data != nullptr) write(mean, e, n, mu);
+    if (x0.data != nullptr) write(x0, e, n, x0_of(in, v, x));
+  }
+
+ private:
+  inline __attribute__((always_inline)) void write(const Row& row, int64_t e, int n, const Group& g) const {
+    if (streamed)
+      stream_group(row, e, n, g);
+    else
+      store_group(row, e, n, g);
+  }
+};
 
 template <Noise kNoise>
 float step_block(const FgArgs& a, int64_t row, int64_t block) {
   const Inputs in(a, row);
-  const Row mean = row_of(a.mean, row), x0 = row_of(a.x0, row);
+  const Moments moments(a, row);
   const Row noise = row_of(a.noise, row), prev = row_of(a.prev_sample, row);
   const Span span = span_of(a, block);
   Counters counters;
@@ -57,7 +78,7 @@ float step_block(const FgArgs& a, int64_t row, int64_t block) {
       const int64_t e = span.start + at;
       const Group v = guided(in.velocity, in.uncond, in.w, e, n);
       const Group from = load_group(in.sample, e, n), mu = mean_of(in, v, from);
-      store_more(in, mean, x0, e, n, v, from, mu);
+      moments.store(in, e, n, v, from, mu);
       Group x = mu;
       if (kNoise == kGiven) z[g] = load_group(noise, e, n);
       if (kNoise != kNone)
@@ -138,7 +159,7 @@ int32_t log_prob(const FgArgs* args) {
 float mean_block(const FgArgs& a, int64_t row, int64_t block) {
   const Inputs in(a, row);
   const Row prev = row_of(a.prev_sample, row);
-  const Row mean = row_of(a.mean, row), x0 = row_of(a.x0, row);
+  const Moments moments(a, row);
   const Span span = span_of(a, block);
   BlockSum sum;
   for (int at = 0; at < span.count; at += kGroup) {
@@ -146,7 +167,7 @@ float mean_block(const FgArgs& a, int64_t row, int64_t block) {
     const int64_t e = span.start + at;
     const Group v = guided(in.velocity, in.uncond, in.w, e, n);
     const Group x = load_group(in.sample, e, n), mu = mean_of(in, v, x);
-    store_more(in, mean, x0, e, n, v, x, mu);
+    moments.store(in, e, n, v, x, mu);
     sum.add(at, n, difference(load_group(prev, e, n), mu));
   }
   return sum.finish(span.count);
