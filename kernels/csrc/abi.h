@@ -81,10 +81,11 @@ typedef struct {
   int64_t rows;
   int64_t law;
   int64_t flags;
-  const double* sigma;
-  const double* sigma_next;
-  const double* noise_level;
-  const double* sigma_max;
+  int64_t float64;    // bit i: the i-th of the next four is double, else float
+  const void* sigma;
+  const void* sigma_next;
+  const void* noise_level;
+  const void* sigma_max;
   const int64_t* noise_step;  // NULL: from sigma
   int64_t sigma_stride;
   int64_t sigma_next_stride;

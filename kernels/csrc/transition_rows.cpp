@@ -57,6 +57,17 @@ double sin_of(double u) {
   return x * p;
 }
 
+// One of the inputs that may be float or double.
+struct Input {
+  const void* data;
+  int64_t stride;
+  bool wide;
+
+  double operator[](int64_t row) const {
+    return wide ? ((const double*)data)[row * stride] : (double)((const float*)data)[row * stride];
+  }
+};
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void flowgrpo_native_transition_rows(
@@ -64,10 +75,12 @@ extern "C" __attribute__((visibility("default"))) void flowgrpo_native_transitio
   const FgRows& in = *rows;
   const bool gaussian = in.flags & FG_GAUSSIAN, normalizer = in.flags & FG_NORMALIZER;
   const bool score_quiet = in.flags & FG_SCORE_QUIET, kl_gaussian = in.flags & FG_KL_GAUSSIAN;
+  const Input sigma{in.sigma, in.sigma_stride, (in.float64 & 1) != 0};
+  const Input sigma_next{in.sigma_next, in.sigma_next_stride, (in.float64 & 2) != 0};
+  const Input noise_level{in.noise_level, in.noise_level_stride, (in.float64 & 4) != 0};
+  const Input sigma_max{in.sigma_max, in.sigma_max_stride, (in.float64 & 8) != 0};
   for (int64_t i = 0; i < in.rows; ++i) {
-    const double s = in.sigma[i * in.sigma_stride], p = in.sigma_next[i * in.sigma_next_stride];
-    const double a = in.noise_level[i * in.noise_level_stride];
-    const double m = in.sigma_max[i * in.sigma_max_stride];
+    const double s = sigma[i], p = sigma_next[i], a = noise_level[i], m = sigma_max[i];
     const double gap = s - p, dt = p - s;
     bool valid = s > p && p >= 0.0 && s <= 1.0 && a >= 0.0 && a <= (double)FLT_MAX;
 

@@ -485,18 +485,23 @@ def transition_rows(
 ) -> Tensor:
     """Computes rows of a transition table: float32 [rows, 10]."""
     table = torch.empty((rows, NUM_COLUMNS), dtype=torch.float32)
-    args = NativeRows(rows=rows, law=law, flags=flags, near_one=near_one, table=table.data_ptr())
-    inputs = {
-        "sigma": sigma, "sigma_next": sigma_next, "noise_level": noise_level,
-        "sigma_max": sigma_max, "noise_step": noise_step,
-    }  # fmt: skip
-    alive = []
-    for name, x in inputs.items():
-        if x is None:
-            continue
-        x = x.to(torch.float64 if name != "noise_step" else torch.int64)
-        alive.append(x)
-        setattr(args, name, x.data_ptr())
-        setattr(args, f"{name}_stride", x.stride(0) if x.ndim and len(x) > 1 else 0)
+    inputs = [sigma, sigma_next, noise_level, sigma_max]
+    wide = 0
+    for i, x in enumerate(inputs):
+        if x.dtype != torch.float32:
+            inputs[i] = x.to(torch.float64)
+            wide |= 1 << i
+    # By position: half the time of one assignment a field.
+    args = NativeRows(
+        rows, law, flags, wide, *(x.data_ptr() for x in inputs),
+        None if noise_step is None else noise_step.data_ptr(),
+        *(_row_stride(x) for x in inputs), 0 if noise_step is None else _row_stride(noise_step),
+        near_one, table.data_ptr(),
+    )  # fmt: skip
     library().flowgrpo_native_transition_rows(ctypes.byref(args))
     return table
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements between the values of two rows; 0 where one value serves all."""
+    return x.stride(0) if x.ndim and x.shape[0] > 1 else 0

@@ -80,7 +80,7 @@ class NativeRows(ctypes.Structure):
     """FgRows of kernels/csrc/abi.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "law", "flags")),
+        *((name, ctypes.c_int64) for name in ("rows", "law", "flags", "float64")),
         *((name, ctypes.c_void_p) for name in _ROW_INPUTS),
         *((f"{name}_stride", ctypes.c_int64) for name in _ROW_INPUTS),
         ("near_one", ctypes.c_double),
