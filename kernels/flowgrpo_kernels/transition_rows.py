@@ -272,7 +272,7 @@ def transition_rows_kernel(
     valid = (s > p) & (p >= 0.0) & (s <= 1.0) & (a >= 0.0) & (a <= LARGEST_C)
     q = zero
     if LAW == 0:
-        inside = tl.where(1.0 - s <= near_one.to(tl.float64), m, s)
+        inside = tl.where(1.0 - s <= zero + near_one, m, s)
         valid = valid & (inside < 1.0)
         std = a * tl.sqrt(s / (1.0 - inside))
     elif LAW == 1:

@@ -219,8 +219,8 @@ def patch(*modules: ModuleType, **options) -> Patch:
     made = []
     for module in owners(modules, name):
         ours, theirs = sde_step_with_logprob, getattr(module, name, None)
-        if callable(theirs) and not differs(theirs, wan_step_with_logprob):
-            ours = wan_step_with_logprob
+        if callable(theirs) and differs(theirs, ours):
+            ours = ours if differs(theirs, wan_step_with_logprob) else wan_step_with_logprob
         made.append((module, name, replacement(module, name, ours, options)))
         if callable(getattr(module, ode, None)):
             made.append((module, ode, replacement(module, ode, ode_step_with_logprob, {})))

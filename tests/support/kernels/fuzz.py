@@ -610,7 +610,7 @@ TARGETS = {
     "initial_noise": Target(fk.initial_noise, noise_call, check_noise),
     "sde_step": Target(fk.sde_step, step_call, check_step, share=3),
     "log_prob": Target(fk.log_prob, score_call, check_score, differentiable=True, share=2),
-    "log_prob with mean": Target(fk.log_prob, moments_call, differentiable=True),
+    "log_prob.mean": Target(fk.log_prob, moments_call, differentiable=True),
     "grpo_loss": Target(fk.grpo_loss, loss_call, check_loss, close, True, share=3),
     "nft_loss": Target(fk.nft_loss, nft_call, check_nft, differentiable=True, share=3),
     "norm_modulate": Target(blocks.norm_modulate, norm_call, check_first("x"), differentiable=True),
