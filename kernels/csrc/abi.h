@@ -72,7 +72,7 @@ typedef struct {
   float floor;  // nft_loss: the least normaliser, > 0
 } FgArgs;
 
-// Laws and flags of FgRows; formulas and their order are in flowgrpo_kernels/transition_rows.py.
+// Laws and flags of FgRows; their formulas are in flowgrpo_kernels/transition_rows.py.
 enum { FG_FLOW_SDE, FG_DANCE_SDE, FG_CPS, FG_ODE, FG_PRECISE, FG_DANCE_PRECISE, FG_SIGMA_LINEAR };
 enum { FG_GAUSSIAN = 1, FG_NORMALIZER = 2, FG_SCORE_QUIET = 4, FG_KL_GAUSSIAN = 8 };
 

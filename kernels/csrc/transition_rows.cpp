@@ -1,5 +1,5 @@
-// Rows of a transition table from sigma pairs, in float64, each operation rounded on its own. The
-// formulas and their order are in flowgrpo_kernels/transition_rows.py; the bits are the same there.
+// Rows of a transition table from sigma pairs, in float64, each operation rounded on its own, in the
+// order of flowgrpo_kernels/row_laws.py, whose bits these are.
 
 #include <float.h>
 #include <math.h>

@@ -96,6 +96,10 @@ def sde_step_kernel(
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        if out_ptr.dtype.element_ty == tl.float32:
+            # Four a thread, as normals makes and float32 stores them: else a 16-bit velocity would
+            # be loaded eight a thread, and each chunk change its layout behind barriers.
+            o_lane = tl.max_contiguous(o_lane, 4)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
         b_from = load(x_ptr + base, o_lane, remaining)
         b_mu = a * b_from + b * b_v

@@ -11,7 +11,7 @@ import torch
 from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, log_prob, ode, sde_step
 from flowgrpo_kernels import transition_rows as rows_of
 from flowgrpo_kernels.backends import dispatch
-from flowgrpo_kernels.transition_rows import LAWS, exp_of, log_of, sin_of
+from flowgrpo_kernels.row_laws import LAWS, exp_of, log_of, sin_of
 from flowgrpo_kernels.transitions import COLUMNS
 from support.kernels import oracle
 

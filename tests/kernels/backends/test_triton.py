@@ -24,7 +24,8 @@ from flowgrpo_kernels import (
 )
 from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.grpo_loss import grpo_loss_totals_kernel
-from flowgrpo_kernels.transition_rows import LAWS, transition_rows_op
+from flowgrpo_kernels.row_laws import LAWS
+from flowgrpo_kernels.transition_rows import transition_rows_op
 from support.kernels import oracle
 
 pytestmark = pytest.mark.skipif(

@@ -42,7 +42,7 @@ import flowgrpo_kernels as fk
 from flowgrpo_kernels import Transitions, blocks
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.compat import dance_grpo, flow_grpo
-from flowgrpo_kernels.transition_rows import LAWS
+from flowgrpo_kernels.row_laws import LAWS
 from flowgrpo_kernels.transitions import COLUMNS, KINDS
 
 PACKAGE = str(Path(fk.__file__).parent)
