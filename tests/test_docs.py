@@ -859,6 +859,26 @@ def test_speeds_of_the_readme_are_those_of_the_record():
         assert cells[2] == f"{best['eager'] / best['ours']:.1f}"
 
 
+def test_speeds_of_the_drop_ins_are_those_of_the_record():
+    page = "docs/drop-ins.md"
+    rows = linked_record(page, "dropins-cpu.json")["rows"]
+    best = {(r["case"], r["provider"]): r["value"] for r in rows if r["metric"] == "best"}
+    lines = table(page, "| trainer |")
+    assert {f"{name} replay" for name, *_ in lines} == {c for c, _ in best if "replay" in c}
+    for name, *cells in lines:
+        replay, backward = (
+            [best[f"{name} {kind}", p] for p in ("ours", "bare", "eager")]
+            for kind in ("replay", "backward")
+        )
+        assert cells == [
+            f"{replay[0] / 1000:.2f}",
+            f"{replay[2] / 1000:.2f}",
+            f"{replay[2] / replay[0]:.1f}",
+            f"{replay[0] / replay[1]:.2f}",
+            f"{backward[2] / backward[0]:.1f}",
+        ]
+
+
 def test_speeds_of_the_performance_page_are_those_of_the_record():
     page = "docs/performance.md"
     record = linked_record(page, "kernels-cpu.json")

@@ -35,14 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, flag, number
-from ..checks import check_device
+from ..arguments import flag, number
 from ..transition_rows import transition_rows
 from ..transitions import Transitions
 from .patch import Patch, owners, replacement
 from .steps import draw, score, take_step
 from .steps import latents as checked
-from .tables import cached, column, find_step, pair_at, rows_at, schedule
+from .tables import cached, column, find_step, pair_at, per_row, rows_at, schedule, second
 
 log = logging.getLogger("flowgrpo_kernels")
 
@@ -188,8 +187,8 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(table, rows [N, 10], step int64 [B]) of the call."""
     batch, device, law = latents.shape[0], latents.device, LAWS[kind]
-    per_row = isinstance(noise_level, Tensor)
-    if not per_row and noise_level is not None:
+    level_a_row = isinstance(noise_level, Tensor)
+    if not level_a_row and noise_level is not None:
         noise_level = number("noise_level", noise_level)
     found = None
     if timestep_next is None or noise_level is None:
@@ -203,8 +202,10 @@ def _rows(
                 )
         else:
             found = find_step(timestep, self.timesteps, batch, device)
-    number_max = None if isinstance(sigma_max, Tensor) or sigma_max is None else float(sigma_max)
-    if timestep_next is None and not per_row and not isinstance(sigma_max, Tensor):
+    number_max = None
+    if not isinstance(sigma_max, Tensor) and sigma_max is not None:
+        number_max = number("sigma_max", sigma_max)
+    if timestep_next is None and not level_a_row and not isinstance(sigma_max, Tensor):
         levels = noise_level if noise_level is not None else _levels(self)
         key = (law, levels if isinstance(levels, float) else tuple(levels), number_max, str(device))
 
@@ -217,7 +218,6 @@ def _rows(
         index, rows = rows_at(table, found, batch)
         return table.table, rows, index
 
-    sigmas = self.sigmas if self.sigmas.device == device else self.sigmas.to(device)
     if timestep_next is None:
         sigma, sigma_next = pair_at(self.sigmas, found, device)
     else:
@@ -226,13 +226,16 @@ def _rows(
             _sigma("timestep_next", timestep_next, device),
         )
     if noise_level is None:
-        levels = torch.tensor([*_levels(self), float("nan")], device=device)
+        known = (*_levels(self), float("nan"))
+        key = ("levels", known[:-1], str(device))
+        levels = cached(self.sigmas, key, lambda: torch.tensor(known, device=device))
         noise_level = levels[found] if isinstance(found, int) else levels.index_select(0, found)
-    elif per_row:
-        check_tensor("noise_level", noise_level)
-        check_device("noise_level", noise_level, device, "latents")
-        noise_level = noise_level.reshape(-1) if noise_level.ndim else noise_level
-    sigma_max = sigma_max if isinstance(sigma_max, Tensor) or sigma_max else sigmas[1]
+    elif level_a_row:
+        noise_level = per_row("noise_level", noise_level, device)
+    if isinstance(sigma_max, Tensor):
+        sigma_max = per_row("sigma_max", sigma_max, device)
+    else:
+        sigma_max = number_max or second(self.sigmas, device)
     made = transition_rows(law, sigma, sigma_next, noise_level, sigma_max=sigma_max)
     count = made.num_steps
     if count not in (1, batch):
@@ -253,9 +256,7 @@ def _sigma(name: str, timestep: float | Tensor, device: torch.device) -> Tensor:
     """timestep / 1000 as a tensor on the device."""
     if not isinstance(timestep, Tensor):
         return torch.full((), number(name, timestep) / 1000, dtype=torch.float32, device=device)
-    check_tensor(name, timestep)
-    check_device(name, timestep, device, "latents")
-    return timestep.reshape(-1) / 1000
+    return per_row(name, timestep, device) / 1000
 
 
 def _levels(self) -> list[float]:

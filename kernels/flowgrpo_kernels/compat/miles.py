@@ -21,14 +21,12 @@ differs from miles' own backends:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, number
-from ..checks import check_device
+from ..arguments import number
 from ..transition_rows import transition_rows
 from .steps import latents, score
-from .tables import cached, column, find_step, pair_at, rows_at, schedule
+from .tables import cached, column, find_step, pair_at, per_row, rows_at, schedule, second
 
 # torch.isclose(sigma, 1): the rollout's test for a sigma that means 1.
 NEAR_ONE = 1e-5 + 1e-8
@@ -77,13 +75,15 @@ class _Backend:
         )
         batch, device = sample.shape[0], sample.device
         if isinstance(noise_level, Tensor):
-            noise_level = _flat("noise_level", noise_level, device)
+            noise_level = per_row("noise_level", noise_level, device)
         if sigmas is not None:
             if next_sigmas is None:
                 raise TypeError("next_sigmas must be given with sigmas, got None")
+            if sigma_max is not None:
+                sigma_max = per_row("sigma_max", sigma_max, device)
             step, rows, table = self._from_pairs(
-                _flat("sigmas", sigmas, device), _flat("next_sigmas", next_sigmas, device),
-                _flat("sigma_max", sigma_max, device), noise_level, batch,
+                per_row("sigmas", sigmas, device), per_row("next_sigmas", next_sigmas, device),
+                sigma_max, noise_level, batch,
             )  # fmt: skip
         else:
             step, rows, table = self._from_timesteps(*transition[:2], noise_level, batch, device)
@@ -128,7 +128,7 @@ class FlowSdeStepBackend(_Backend):
             step, rows = rows_at(table, found, batch)
             return step, rows, table.table
         pair = pair_at(sigmas, found, device)
-        return self._from_pairs(*pair, sigmas[1].to(device), level, batch)
+        return self._from_pairs(*pair, second(sigmas, device), level, batch)
 
 
 class CpsSdeStepBackend(_Backend):
@@ -138,16 +138,7 @@ class CpsSdeStepBackend(_Backend):
 
     def _from_timesteps(self, timesteps, next_timesteps, noise_level, batch: int, device):
         pair = [
-            _flat(name, x, device).float() / self.sde_timestep_divisor
+            per_row(name, x, device).float() / self.sde_timestep_divisor
             for name, x in (("timesteps", timesteps), ("next_timesteps", next_timesteps))
         ]
         return self._from_pairs(*pair, None, noise_level, batch)
-
-
-def _flat(name: str, x: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor of 1 or B values, 0-dim or [N]."""
-    if x is None and name == "sigma_max":
-        return None
-    check_tensor(name, x)
-    check_device(name, x, device)
-    return x if x.ndim < 2 else x.reshape(-1)

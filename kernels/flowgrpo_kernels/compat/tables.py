@@ -72,11 +72,25 @@ def pairs(sigmas: Tensor, device: torch.device) -> Tensor:
     return cached(sigmas, ("pairs", str(device)), make)
 
 
+def second(sigmas: Tensor, device: torch.device) -> Tensor:
+    """Returns the second sigma, which stands for one of 1 in 1 - sigma: 0-dim on the device."""
+    return pairs(sigmas, device)[0, 1]
+
+
 def pair_at(sigmas: Tensor, step: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Takes (sigma, the next one) of steps: [1] for an int, else [N]; NaN where there is none."""
     known = pairs(sigmas, device)
     found = known[step : step + 1] if isinstance(step, int) else known.index_select(0, step)
     return found.unbind(1)
+
+
+def per_row(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Checks a tensor of one value or one a row, of any shape: 0-dim or [N] on the device."""
+    check_tensor(name, value)
+    if value.device != device:
+        # As peers do; a copy from the host.
+        value = value.to(device)
+    return value if value.ndim < 2 else value.reshape(-1)
 
 
 def find_step(timestep, known: Tensor, batch: int, device: torch.device) -> int | Tensor:

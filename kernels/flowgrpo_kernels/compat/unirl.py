@@ -25,11 +25,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, integer, number
-from ..checks import check_device
+from ..arguments import integer, number
 from ..transition_rows import transition_rows
 from .patch import Patch, owners, replacement
 from .steps import draw, latents, score, take_step
+from .tables import per_row
 
 CLASSES = ("FlowSDEStrategy", "CPSSDEStrategy", "DanceSDEStrategy")
 LAWS = {"flow": "flow_sde", "cps": "cps", "dance": "dance_sde"}
@@ -67,9 +67,9 @@ def denoise(
     )
     eta = number("eta", eta)
     batch, device = sample.shape[0], sample.device
-    pair = [_flat(n, x, device) for n, x in (("sigma", sigma), ("sigma_next", sigma_next))]
+    pair = [per_row(n, x, device) for n, x in (("sigma", sigma), ("sigma_next", sigma_next))]
     if isinstance(sigma_max, Tensor):
-        sigma_max = _flat("sigma_max", sigma_max, device)
+        sigma_max = per_row("sigma_max", sigma_max, device)
     counter = integer("step_index", step_index) or None
     made = transition_rows(law, *pair, eta, sigma_max=sigma_max, noise_step=counter)
     count = made.num_steps
@@ -116,10 +116,3 @@ def patch(*strategies: type | ModuleType, **options) -> Patch:
                 )
             made.append((strategy, name, replacement(strategy, name, denoise, options)))
     return Patch(made)
-
-
-def _flat(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of 1 or B values, 0-dim or [N]."""
-    check_tensor(name, x)
-    check_device(name, x, device)
-    return x if x.ndim < 2 else x.reshape(-1)

@@ -31,12 +31,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, flag, number
-from ..checks import check_device
+from ..arguments import flag, number
 from ..transition_rows import transition_rows
 from .patch import Patch, owners, replacement
 from .steps import draw, latents, score, storage_dtype, take_step
-from .tables import cached, column, find_step, pair_at, rows_at, schedule
+from .tables import cached, column, find_step, pair_at, per_row, rows_at, schedule, second
 
 LAWS = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
 CLASS = "FlowMatchSDEDiscreteScheduler"
@@ -97,15 +96,14 @@ def sample_previous_step(
         step, rows = rows_at(table, found, batch)
         table = table.table
     else:
-        check_tensor("noise_level", noise_level)
-        check_device("noise_level", noise_level, device)
+        noise_level = per_row("noise_level", noise_level, device)
         if noise_level.numel() not in (1, batch):
             raise ValueError(
                 f"noise_level must hold 1 or {batch} values, got {list(noise_level.shape)}"
             )
         made = transition_rows(
-            law, *pair_at(sigmas, found, device), noise_level.reshape(-1),
-            sigma_max=_second(sigmas, device), noise_step=found, normalizer=normalizer,
+            law, *pair_at(sigmas, found, device), noise_level,
+            sigma_max=second(sigmas, device), noise_step=found, normalizer=normalizer,
         )  # fmt: skip
         table = rows = made.table
         step = made.row_numbers.expand(batch)
@@ -145,7 +143,3 @@ def patch(*schedulers: type | ModuleType, **options) -> Patch:
             raise ValueError(f"{getattr(owner, '__name__', owner)} must be, or have, {CLASS}")
         made.append((found, name, replacement(found, name, sample_previous_step, options)))
     return Patch(made)
-
-
-def _second(sigmas: Tensor, device: torch.device) -> Tensor:
-    return sigmas[1] if sigmas.device == device else sigmas[1].to(device)
