@@ -1,16 +1,18 @@
 """Suite `dropins`: a replay through each trainer's drop-in, beside its eager code and the bare op.
 
-    python benchmarks/bench_dropins.py              # this machine's CPU, a minute
-    python benchmarks/bench_dropins.py --smoke      # seconds; checks that everything runs
+    python benchmarks/bench_dropins.py                  # this machine's CPU, a minute
+    python benchmarks/bench_dropins.py --keep-memory    # the same without fresh pages
+    python benchmarks/bench_dropins.py --smoke          # seconds; checks that everything runs
 
 A replay scores a stored x' of 16 samples of 16 x 64 x 64 in float32, with autograd on for the
 velocity as in training: the forward alone (`replay`), and with the gradient to the velocity
 (`backward`). Providers: `ours` (the drop-in), `eager`
 (providers/peer_steps.py: the trainers' sequences of torch ops, written from their formulas; their
 own code does not run here), and `bare`, the op log_prob alone, without the mean and x0 that the
-trainers' functions return as well. Providers take turns, and every call works on the next of
-several buffer sets, together larger than the caches. `time` is the median and `best` the shortest
-call, the steadier of the two on a busy machine.
+trainers' functions return as well. Providers take turns, in another order each round (a call finds
+the caches as the one before it left them), and every call works on the next of several buffer sets,
+together larger than the caches. Times are the processor's, of the one thread that computes: what
+other processes take is not in them. `time` is the median, `best` the shortest.
 
 With --keep-memory the process keeps what it has freed (glibc's MALLOC_TRIM_THRESHOLD_ and
 MALLOC_MMAP_THRESHOLD_), for every provider: then no call is charged for fresh pages, which the
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import random
 import statistics
 import sys
 import time
@@ -186,16 +189,17 @@ def check(case: Case, b: Buffers) -> None:
 def in_turns(
     calls: dict[str, Callable[[Buffers], object]], sets: list[Buffers], rounds: int
 ) -> dict[str, list[float]]:
-    """Times calls in turns, each on the set that was used longest ago: seconds."""
+    """Times calls in turns, each on the set that was used longest ago: seconds of the processor."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    turn = itertools.cycle(sets)
+    turn, order, chance = itertools.cycle(sets), list(calls), random.Random(0)
     for i in range(rounds + 1):
-        for name, call in calls.items():
+        chance.shuffle(order)
+        for name in order:
             buffers = next(turn)
-            start = time.perf_counter()
-            call(buffers)
+            start = time.thread_time()
+            calls[name](buffers)
             if i > 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.thread_time() - start)
     return times
 
 
@@ -241,9 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
     shape = SMOKE_SHAPE if args.smoke else SHAPE
     rounds = 2 if args.smoke else args.rounds
     facts = {"backend": dispatch.backend_of("log_prob", "cpu")}
+    suite = "dropins-keep-memory" if args.keep_memory else "dropins"
     return records.record_cases(
         cases(shape[0]), lambda case: rows_of(case, shape, rounds),
-        records.output_path("dropins", args), "cpu", args.budget, **facts,
+        records.output_path(suite, args), "cpu", args.budget, **facts,
     )  # fmt: skip
 
 
