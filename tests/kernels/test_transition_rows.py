@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from flowgrpo_kernels import Transitions, cps, dance_sde, flow_sde, log_prob, ode, sde_step
+from flowgrpo_kernels import (
+    Transitions,
+    cps,
+    dance_sde,
+    flow_sde,
+    grpo_loss,
+    log_prob,
+    ode,
+    sde_step,
+)
 from flowgrpo_kernels import transition_rows as rows_of
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.row_laws import LAWS, exp_of, log_of, sin_of
@@ -151,6 +160,22 @@ def test_a_score_without_noise(backend):
     (score * b.weight).sum().backward()
     want = b.weight.view(-1, 1, 1, 1) * 2 * dt * d / 105
     torch.testing.assert_close(v.grad.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_of_a_score_without_noise(backend):
+    """Ratio, clip and gradient as of any other row; rows that are not scored stay silent."""
+    b = oracle.batch(4, (3, 5, 7))
+    scored, silent = (rows_of("ode", *PAIR, score_quiet=on) for on in (True, False))
+    both, step = Transitions.cat(scored, silent), b.step + torch.tensor([0, 9, 0, 9])
+    v = b.velocity.clone().requires_grad_()
+    lp = log_prob(v, b.sample, b.old, both, step)
+    old = lp.detach() - 0.001
+    out = grpo_loss(v, b.sample, b.old, old, b.advantages, both, step, clip_range=0.5)
+    (got,) = torch.autograd.grad(out.loss, v)
+    assert torch.equal(out.log_prob, lp.detach()) and lp[1::2].eq(0).all()
+    (want,) = torch.autograd.grad((-(lp - old).exp() * b.advantages).mean(), v)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-9)
+    assert got[1::2].eq(0).all() and got[::2].ne(0).any(1).any()
 
 
 BAD = {

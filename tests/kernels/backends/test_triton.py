@@ -23,6 +23,7 @@ from flowgrpo_kernels import (
     transition_rows,
 )
 from flowgrpo_kernels.backends import dispatch, triton
+from flowgrpo_kernels.compat.steps import score, take_step
 from flowgrpo_kernels.grpo_loss import grpo_loss_totals_kernel
 from flowgrpo_kernels.row_laws import LAWS
 from flowgrpo_kernels.transition_rows import transition_rows_op
@@ -108,6 +109,18 @@ def test_mean_and_x0(shape):
         return out, lp, mean, x0, dv
 
     same(run)
+
+
+@pytest.mark.slow
+def test_storage_of_another_dtype():
+    """x' in bfloat16 of a float32 sample, as drop-ins store it; scored as it is stored."""
+    b, table = oracle.batch(1, (3, 5, 7)), oracle.make("flow_sde").table
+    result = same(lambda: take_step(
+        b.velocity, b.sample, table, b.step, seeds=b.seeds, storage=torch.bfloat16, with_x0=True
+    ))  # fmt: skip
+    assert result[0].dtype == torch.bfloat16
+    replay = same(lambda: score(b.velocity, b.sample, result[0], table, b.step)[:3])
+    assert torch.equal(replay[1], result[1])
 
 
 @pytest.mark.slow
