@@ -439,14 +439,16 @@ LINES = [
     line
     for page in PAGES
     for block in fences(page, "sh")
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if shlex.split(line, comments=True)
 ]
 INLINE = [
     text for page in PAGES for text in names(prose(page)) if re.match(r"flowgrpo [a-z-]+", text)
 ]
+# Of a command that torchrun starts, what it starts.
+LAUNCHER = r"^torchrun .* -m (?=flowgrpo )"
 COMMANDS = [
-    command
+    re.sub(LAUNCHER, "", command)
     for line in LINES + INLINE
     for command in re.split(r" && ", line.partition("  #")[0])
     if "..." not in command
@@ -504,7 +506,8 @@ def test_other_commands_parse():
     for line in COMMANDS:
         words = shlex.split(line, comments=True)
         if words[0] == "flowgrpo" and words[1] != "train":
-            assert words[1] in (*classes, "doctor"), line
+            assert words[1] in (*classes, "doctor", "plan"), line
+            assert words[1] != "plan" or entry_point()(words[1:]) == 0, line
             if words[1] in classes:
                 assert options.parse(classes[words[1]], words[2:], line)
 
