@@ -150,13 +150,15 @@ def patch(*modules: ModuleType, **options) -> Patch:
     options: seeds, storage, fixed for every call.
     """
     ours = {"flow_grpo_step": flow_grpo_step, "dance_grpo_step": dance_grpo_step}
-    made = []
+    entries = []
     for module in owners(modules, " and ".join(NAMES)):
         names = [name for name in NAMES if callable(getattr(module, name, None))]
         if not names:
             raise ValueError(f"{getattr(module, '__name__', module)} has none of {NAMES}")
-        made += [(module, name, replacement(module, name, ours[name], options)) for name in names]
-    return Patch(made)
+        entries += [
+            (module, name, replacement(module, name, ours[name], options)) for name in names
+        ]
+    return Patch(entries)
 
 
 def _level(sde_type: str, eta: float, noise_level: float | None) -> float:

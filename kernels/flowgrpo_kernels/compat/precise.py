@@ -69,8 +69,8 @@ def sde_step_with_logprob(
         sigmas, (law, "gaussian", level, str(device)),
         lambda: schedule(sigmas, law, level, device, gaussian=True),
     )  # fmt: skip
-    found = find_step(timestep, self.timesteps, sample.shape[0], device)
-    step, _ = rows_at(table, found, sample.shape[0])
+    index = find_step(timestep, self.timesteps, sample.shape[0], device)
+    step, _ = rows_at(table, index, sample.shape[0])
     if prev_sample is None:
         noise = None if seeds is not None else draw(model_output, generator)
         result = take_step(

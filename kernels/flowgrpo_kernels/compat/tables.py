@@ -80,8 +80,8 @@ def second(sigmas: Tensor, device: torch.device) -> Tensor:
 def pair_at(sigmas: Tensor, step: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Takes (sigma, the next one) of steps: [1] for an int, else [N]; NaN where there is none."""
     known = pairs(sigmas, device)
-    found = known[step : step + 1] if isinstance(step, int) else known.index_select(0, step)
-    return found.unbind(1)
+    chosen = known[step : step + 1] if isinstance(step, int) else known.index_select(0, step)
+    return chosen.unbind(1)
 
 
 def per_row(name: str, value: Tensor, device: torch.device) -> Tensor:
