@@ -20,7 +20,8 @@ return tuple, noise from the same torch generator. What differs:
    theirs returns NaN for "sde" and minus the squared error for "cps".
 3. No host synchronisation: timesteps on a GPU are compared with the scheduler's there. A timestep
    that the scheduler does not have raises on the CPU and gives a row of NaN on a GPU.
-4. The coefficients are computed in float64 and rounded once; results agree to float32 rounding.
+4. The coefficients are computed in float64 and rounded once, at the first step of a schedule, which
+   reads its sigmas then; results agree to float32 rounding.
 5. `sample` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
 6. prev_sample_mean comes from the same pass, differentiable in model_output.
 

@@ -12,7 +12,7 @@ differs:
    float32 latents, which is what MixGRPO feeds).
 2. Arithmetic is float32 throughout. theirs multiplies a bfloat16 model_output in bfloat16.
 3. No host synchronisation: theirs reads sigmas[1] at each step; here the table for `sigmas` is made
-   once and kept with the tensor.
+   once, by reading them, and kept with the tensor.
 4. A step without noise has log_prob 0 and no gradient. theirs is NaN for "sde".
 5. `latents` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
    pred_original and the mean come from the same pass, differentiable in model_output.
