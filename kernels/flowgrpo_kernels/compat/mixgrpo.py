@@ -93,7 +93,7 @@ def flow_grpo_step(
     else:
         result = score(model_output, latents, prev_sample, table, step, with_x0=True)
     if one is not None:
-        spread = table[one, COLUMNS.index("C")]
+        spread = table[one, COLUMNS.index("C")].clone()
     else:
         spread = column(table.index_select(0, step), "C", latents.ndim)
     return result.prev_sample, result.x0, result.log_prob, result.mean, spread
