@@ -63,11 +63,8 @@ def scores(*values) -> tuple[int, bytes]:
     ],
 )
 def test_a_server_that_answers_badly(answer, words, capsys, folder, monkeypatch):
-    answers = [answer]
-    if isinstance(answer, list):
-        # Before, training's and evaluation's rewards look if it is there.
-        answers = [(200, b"")] * 2 + answer
-    else:
+    answers = answer if isinstance(answer, list) else [answer]
+    if not isinstance(answer, list):
         monkeypatch.setattr("flowgrpo.evaluation.evaluate.generate_images", None)
     with running(Answers(*answers)) as url:
         told = refused(capsys, "--reward.weights", url, "1", "--run.eval-samples", "2")
