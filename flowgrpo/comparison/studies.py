@@ -246,7 +246,7 @@ STUDIES = {
                 # sampler of few steps as well, and make them larger with each iteration: with the
                 # six steps and the pull of nano_awm they forget how to draw. (Where images of a
                 # group are weighed against each other, what all of them share cancels.) More steps
-                # or a stronger pull to the base hold that, and then the rate may be high.
+                # and a stronger pull to the base hold that, and then the rate may be high.
                 "SFT": {
                     "optim.objective": "sft",
                     **FORWARD,
@@ -280,7 +280,8 @@ STUDIES = {
                     "optim.objective": "orw",
                     **FORWARD,
                     "sample.batch_size": 144,
-                    "optim.beta": 1.0,
+                    "sample.steps": 12,
+                    "optim.beta": 0.3,
                     # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
                     "optim.tau": 0.1,
                     "optim.levels": 2,
