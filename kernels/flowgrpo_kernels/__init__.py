@@ -9,6 +9,7 @@
 The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
 """
 
+from .backends.compiled import warm_up
 from .backends.info import backend_info
 from .grpo_loss import GrpoLoss, grpo_loss
 from .log_prob import log_prob
@@ -32,5 +33,6 @@ __all__ = [
     "nft_loss",
     "ode",
     "sde_step",
+    "warm_up",
     "window",
 ]

@@ -145,7 +145,7 @@ def log_prob_backward_kernel(
 
 
 @triton.launcher("log_prob")
-def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
+def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     log_prob = table.new_empty(rows)
@@ -155,7 +155,7 @@ def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        log_prob_kernel[(rows * blocks,)](
+        launch(log_prob_kernel, rows * blocks)(
             velocity, uncond, sample, prev_sample, sums, table, step, scale, *sizes,
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
@@ -163,14 +163,16 @@ def _launch(velocity, uncond, scale, sample, prev_sample, table, step):
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            triton.finish_kernel[(rows,)](
+            launch(triton.finish_kernel, rows)(
                 sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
     return log_prob
 
 
 @triton.launcher("log_prob_backward")
-def _launch_backward(grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad):
+def _launch_backward(
+    launch, grad, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad
+):
     """One launch."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     dv, du = reference.empty_gradients(velocity, uncond, uncond_grad)
@@ -178,7 +180,7 @@ def _launch_backward(grad, velocity, uncond, scale, sample, prev_sample, table, 
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        log_prob_backward_kernel[(rows * blocks,)](
+        launch(log_prob_backward_kernel, rows * blocks)(
             grad, velocity, uncond, sample, prev_sample, dv, du if uncond_grad else None, table,
             step, scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks,
             ALIGN=triton.alignment(rows, elements),

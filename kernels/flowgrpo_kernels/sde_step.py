@@ -108,7 +108,9 @@ def sde_step_kernel(
 
 
 @triton.launcher("sde_step")
-def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob):
+def _launch(
+    launch, velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob
+):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     if rows == 0:
@@ -122,7 +124,7 @@ def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sam
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        sde_step_kernel[(rows * blocks,)](
+        launch(sde_step_kernel, rows * blocks)(
             velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, scale, *sizes,
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
@@ -131,7 +133,7 @@ def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sam
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            triton.finish_kernel[(rows,)](
+            launch(triton.finish_kernel, rows)(
                 sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
 
