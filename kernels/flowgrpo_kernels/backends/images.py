@@ -66,6 +66,7 @@ KINDS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float64: "fp64",
     torch.int64: "i64",
 }
 """Triton's names of the dtypes that kernels read and write."""
