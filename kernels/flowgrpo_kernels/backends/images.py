@@ -36,9 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import philox
-from ..reference import BLOCK, LANES
-from ..transitions import COLUMNS
+from .. import philox, reference, transitions
 
 FORMAT = 1
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -57,11 +55,8 @@ SOURCES = (
     "noise.py",
     "sde_step.py",
 )
-# Numbers that they take from other files.
-CONSTANTS = (
-    BLOCK, LANES, COLUMNS, philox.INITIAL_STEP, philox.PHILOX_M0, philox.PHILOX_M1,
-    philox.PHILOX_ROUNDS, philox.PHILOX_W0, philox.PHILOX_W1,
-)  # fmt: skip
+# Those whose numbers they take.
+NUMBERS = (philox, reference, transitions)
 KINDS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -235,9 +230,19 @@ def _cuda(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def _numbers() -> list[tuple]:
+    """Lists the constants of NUMBERS: what is in capitals, and columns by their names."""
+    return [
+        (name, value)
+        for module in NUMBERS
+        for name, value in sorted(vars(module).items())
+        if name.isupper() and isinstance(value, (int, float, tuple))
+    ]
+
+
 def text_digest(package: Path = PACKAGE) -> str:
     """Computes the digest of the kernels' files, and of the numbers that they take from others."""
-    digest = hashlib.sha256(repr(CONSTANTS).encode())
+    digest = hashlib.sha256(repr(_numbers()).encode())
     for name in SOURCES:
         digest.update((package / name).read_bytes())
     return digest.hexdigest()
@@ -248,7 +253,7 @@ def code_digest(package: Path = PACKAGE) -> str:
 
     Takes the tokens of all functions under @jit, and of the constants that they read.
     """
-    digest = hashlib.sha256(repr(CONSTANTS).encode())
+    digest = hashlib.sha256(repr(_numbers()).encode())
     for name in SOURCES:
         source = (package / name).read_text()
         lines = source.splitlines(keepends=True)

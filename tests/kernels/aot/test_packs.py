@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from flowgrpo_kernels import sde_step
 from flowgrpo_kernels.aot import elf, table
-from flowgrpo_kernels.backends import images, triton
+from flowgrpo_kernels.backends import images
 from flowgrpo_kernels.backends.images import FOLDER, Manifest
 from support import torch_fork
 
@@ -42,8 +43,9 @@ def test_the_table_is_what_the_ops_launch(manifest):
 
 
 def launched() -> set[str]:
-    """Names of the functions that are launched: those that end in _kernel."""
-    return {name for name in triton.specialised if name.endswith("_kernel")}
+    """Names of the kernels that the launchers name."""
+    sources = [(images.PACKAGE / name).read_text() for name in images.SOURCES]
+    return {name for text in sources for name in re.findall(r"\blaunch\((?:triton\.)?(\w+),", text)}
 
 
 def test_a_new_option_is_found_in_the_table():
