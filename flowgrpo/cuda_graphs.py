@@ -265,7 +265,8 @@ def prepare(policy: Policy, config: Config) -> None:
                 f"{name}.capture is on with policy.device {policy.device}, but CUDA graphs need a "
                 f"CUDA device; set {name}.capture to off, or policy.device to cuda."
             )
-    capture = cuda and config.sample.capture != "off"
+    # Config refuses "on" for a sharded transformer, whose weights have no address to stay at.
+    capture = cuda and config.sample.capture != "off" and not policy.sharded
     policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if capture else None
 
 

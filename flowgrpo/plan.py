@@ -7,7 +7,9 @@ the largest of what comes and goes.
                             encoders; the encoders not if they are offloaded
                adapters     20 bytes a parameter: itself, its gradient, AdamW's two moments and the
                             average; 4 more where it starts from policy.init_adapter
-               trajectory   T + 1 latents of each of the K G rows in float32; with Guard the
+               sums         4 bytes a parameter of the adapters for each partial sum of gradients
+                            (distributed/gradients.py), and as much for what processes exchange
+               trajectory   T + 1 latents of each row of the process in float32; with Guard the
                             velocities too
                rewards      float32 weights of the reward models that run in this process
                overhead     CUDA context and workspaces of the libraries, 1.5 GiB
@@ -32,9 +34,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from flowgrpo.config import Config, replace
+from flowgrpo.config.config import parts_of
 from flowgrpo.policies.families import FAMILIES
 from flowgrpo.policies.family import Architecture
 
@@ -106,8 +110,9 @@ def _parameters(folder: Path, variant: str) -> int:
     return count
 
 
-def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
-    """GiB of each component at its largest, and under "total" the expected peak."""
+def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[str, float]:
+    """GiB of each component at its largest on one of `gpus` GPUs, and under "total" the expected
+    peak."""
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
     resolution = policy.resolution or arch.resolution
@@ -118,17 +123,22 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     rank = policy.lora_rank
     rows = sample.batch_size * (2 if sample.guidance_scale != 1 else 1)
     encoders = size * arch.encoders
+    trained = sum(rank * (i + o) for i, o in arch.adapted)
+    # The largest share of an optimizer step's leaves, and of the rows.
+    leaves = parts_of(config.chunks_per_update, config.run.leaves)
+    own = -(-leaves // gpus)
+    rows_here = min(-(-own * sample.rows // leaves), sample.rows)
     always = {
         "weights": size * (arch.parameters + arch.vae)
         + (0 if policy.offload_text_encoders else encoders),
-        "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter))
-        * sum(rank * (i + o) for i, o in arch.adapted),
-        "trajectory": sample.rows * latent * 4 * (sample.steps + 1),
+        "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter)) * trained,
+        "sums": 4 * trained * partial_sums(config.reduction, own, gpus),
+        "trajectory": rows_here * latent * 4 * (sample.steps + 1),
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,
     }
     if optim.keeps_velocities:
-        always["trajectory"] += sample.rows * latent * size * sample.steps
+        always["trajectory"] += rows_here * latent * size * sample.steps
     copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
     stored, count = 0.0, 0
     for kind, number in arch.blocks:
@@ -155,9 +165,158 @@ def expected_memory(config: Config, arch: Architecture) -> dict[str, float]:
     return {**memory, "total": (sum(always.values()) + max(moving.values())) / GIB}
 
 
+def partial_sums(reduction: str, leaves: int, gpus: int = 1) -> int:
+    """Count the sums of gradients that a process holds at most, beside the parameters' own.
+
+    Args:
+        reduction: "tree" or "all_reduce".
+        leaves: chunks of an optimizer step that it has.
+    """
+    # What is sent, what is received, and the sum of all.
+    exchanged = 3 if gpus > 1 else 0
+    if reduction != "tree":
+        return min(exchanged, 1)
+    return exchanged + math.ceil(math.log2(leaves)) if leaves > 1 else exchanged
+
+
+def traffic(config: Config, trained: int, gpus: int) -> dict[str, float]:
+    """Count the bytes that each of `gpus` processes sends in an iteration, by what they are.
+
+    Args:
+        trained: trained parameters, whose gradients are float32.
+    """
+    others = (gpus - 1) / gpus
+    # One slice of its sums to each other process, then its slice of the total.
+    gradients = config.optim.updates_per_iteration * 2 * 4 * trained * others
+    scores = 8 * config.sample.rows / gpus * len(config.reward.weights) * (gpus - 1)
+    return {"gradients": gradients, "scores": scores}
+
+
+def gathered(config: Config, parameters: int, gpus: int, micro_steps: int) -> tuple[float, float]:
+    """Count how often a process gathers the weights of a sharded transformer in an iteration, and
+    the bytes that it receives by that, without evaluations.
+
+    Args:
+        parameters: of the transformer.
+        micro_steps: of an iteration, of all processes.
+    """
+    sample = config.sample
+    full, size = config.policy.adapter == "full", 4 if config.policy.dtype == "float32" else 2
+    if full and config.policy.dtype == "auto":
+        size = 4
+    # Forward and backward; the reference of LoRA is the same weights without the matrices.
+    passes = 2 + (config.optim.beta > 0)
+    gathers = (sample.chunks * sample.steps + micro_steps * passes) / gpus
+    pieces = config.run.shard_size or gpus
+    return gathers, gathers * parameters * size * (1 - 1 / pieces)
+
+
+def process_lines(config: Config, gpus: int) -> dict[str, str]:
+    """Describe how an iteration is dealt to `gpus` processes, a line each.
+
+    Raises:
+        ConfigError: they cannot share it.
+    """
+    from flowgrpo.distributed.dealing import deal
+    from flowgrpo.objectives import objective_of
+
+    sample, objective = config.sample, objective_of(config)
+    micro_steps = objective.micro_steps(config, sample.rows)
+    dealing = deal(
+        micro_steps,
+        config.optim.updates_per_iteration,
+        sample.rows,
+        sample.batch_size,
+        gpus,
+        by_rows=objective.by_rows,
+        most_leaves=config.run.leaves,
+    )
+    leaves, rows = _counts(map(len, dealing.runs)), _counts(map(len, dealing.rows))
+    lines = {
+        "processes": f"{gpus}, each with {leaves} of the {dealing.leaves} parts of an update and "
+        f"{rows} of {sample.rows} images",
+        "idle": f"{dealing.idle:.1%} of their time"
+        + (
+            f", as {gpus} do not divide {dealing.leaves}{_advice(config, gpus)}"
+            if dealing.idle
+            else ""
+        ),
+    }
+    arch = sizes_of(config.policy.model, config.policy.variant)
+    if arch is not None and config.policy.adapter == "lora":
+        trained = sum(config.policy.lora_rank * (i + o) for i, o in arch.adapted)
+        sent = traffic(config, trained, gpus)
+        words = ", ".join(f"{name} {_bytes(count)}" for name, count in sent.items())
+        lines["traffic"] = f"each sends {words} an iteration"
+    if arch is not None and config.run.parallel == "fsdp":
+        gathers, received = gathered(config, arch.parameters, gpus, len(micro_steps))
+        lines["weights"] = (
+            f"in {config.run.shard_size or gpus} pieces; each process gathers all of them "
+            f"{gathers:g} times an iteration and receives {_bytes(received)}"
+        )
+    same = "the same to the bit as on one"
+    if config.reduction != "tree":
+        same = "that of one up to the order in which gradients are added (run.reduction)"
+    lines["run"] = same
+    return lines
+
+
+def _advice(config: Config, gpus: int) -> str:
+    """Name the numbers of rows a forward, nearest to the present one, that so many processes
+    share without waiting; "" if there are none."""
+    share = config.sample.rows // config.optim.updates_per_iteration
+    fitting = [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and parts_of(share // size, config.run.leaves) % gpus == 0
+    ]
+    nearest = sorted(fitting, key=lambda size: abs(size - config.sample.batch_size))[:2]
+    return f"; sample.batch_size {' or '.join(map(str, sorted(nearest)))} would" if nearest else ""
+
+
+def _counts(counts: Iterable[int]) -> str:
+    """Write the smallest and the largest of some counts, or the one that all are."""
+    counts = sorted(set(counts))
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 def _reward_models(config: Config) -> dict[str, float]:
     names = (*config.reward.weights, *config.reward.report)
-    return {model: n for name in names for model, n in REWARD_MODELS.get(name, {}).items()}
+    here = [name for name in names if not _elsewhere(config, name)]
+    return {model: n for name in here for model, n in REWARD_MODELS.get(name, {}).items()}
+
+
+def _elsewhere(config: Config, name: str) -> bool:
+    """Tell if a reward's model is put on another device than the policy."""
+    reward, first = config.reward, {"auto": "cuda:0", "cuda": "cuda:0"}
+    device = reward.options.get(
+        f"{name}.device", reward.devices.get(name, reward.devices.get("all", "auto"))
+    )
+    on = config.policy.device
+    return device != "auto" and first.get(device, device) != first.get(on, on)
+
+
+def reward_servers(config: Config) -> dict[str, list[str]]:
+    """List the addresses of the remote rewards, by name; if they answer is seen in the run."""
+    from flowgrpo.rewards.remote.servers import addresses
+    from flowgrpo.rewards.table import is_remote, is_users, load, options_of
+
+    names = dict.fromkeys((*config.reward.weights, *config.reward.report))
+    options = options_of(config.reward.options, names)
+    # The user's own are not imported for a plan.
+    rewards = {name: load(name, options[name]) for name in names if not is_users(name)}
+    return {
+        name: addresses(reward.options["url"])
+        for name, reward in rewards.items()
+        if is_remote(name, reward)
+    }
 
 
 def fit_batch_size(config: Config, available: float | None = None) -> Config:
@@ -184,10 +343,15 @@ def gpu_memory() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
-def plan_lines(config: Config, available: float | None = None) -> dict[str, str]:
-    """Describe the group arithmetic and the expected memory of a run, a line each."""
+def plan_lines(config: Config, available: float | None = None, gpus: int = 1) -> dict[str, str]:
+    """Describe the group arithmetic and the expected memory of a run on `gpus` GPUs, a line each.
+
+    Raises:
+        ConfigError: so many processes cannot share an iteration.
+    """
     # Objectives come with torch, which the command line's help does without.
     from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
@@ -197,10 +361,18 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{looked_at(config)}",
     }
+    if gpus > 1:
+        lines |= process_lines(config, gpus)
+    if servers := reward_servers(config):
+        lines["servers"] = "; ".join(
+            ("" if is_address(name) else f"{name}: ") + ", ".join(urls)
+            for name, urls in servers.items()
+        )
     arch = sizes_of(config.policy.model, config.policy.variant)
-    if arch is None or config.policy.adapter == "full":
+    # The estimate is for one GPU that has the whole model.
+    if arch is None or config.policy.adapter == "full" or config.run.parallel == "fsdp":
         return lines
-    memory = expected_memory(config, arch)
+    memory = expected_memory(config, arch, gpus)
     total = memory.pop("total")
     components = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.items() if gib >= 0.05)
     text = f"about {total:.0f} GiB"
@@ -208,5 +380,7 @@ def plan_lines(config: Config, available: float | None = None) -> dict[str, str]
         text += f" of {available:.0f}"
         if total > available:
             text += ", which is more than there is: lower sample.batch_size"
+    if gpus > 1:
+        text += " a GPU"
     lines["memory"] = f"{text} ({components}; of update, rollout and encode the largest counts)"
     return lines

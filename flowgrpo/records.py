@@ -209,6 +209,15 @@ class Draws:
     velocities: Tensor | None = None
     """[L, B, C, H, W]: velocities at the rollout, after guidance, for a loss that compares them."""
 
+    def take(self, rows: Tensor) -> Draws:
+        """Choose the draws of these rows, int64 [b]."""
+        chosen = {
+            f.name: value[:, rows.to(value.device)]
+            for f in fields(self)
+            if (value := getattr(self, f.name)) is not None
+        }
+        return Draws(**chosen)
+
     def to(self, device: torch.device) -> Draws:
         """Copy levels and seeds to `device`, where they are not there."""
         return replace(self, sigmas=self.sigmas.to(device), seeds=self.seeds.to(device))
@@ -231,6 +240,9 @@ class Experience:
     """Iterations completed before this one: the index of its draws."""
     prompts: Prompts | None = None
     """K prompts with their metadata, for an objective that asks the rewards itself."""
+    rows: Tensor | None = None
+    """int64 [b]: the rows of the iteration that these are, where they are not all; on the CPU. B
+    is b then, here and in the trajectory."""
     draws: Draws | None = None
     """Noise levels of the results, for objectives that re-noise them."""
 

@@ -29,6 +29,10 @@ Deliberate departures from the paper and from flow_grpo (each objective has its 
 5. Every random number is a hash of (seed, purpose, iteration, index): no generator has a state, so
    a resumed run goes on with the same numbers.
 6. Images of a chunk are decoded and scored while the next chunk is sampled (rewards/background.py).
+
+Several processes (torchrun) share an iteration by chunks of rows, and add gradients in an order
+that does not depend on their number, so that 1, 2, 4 or 8 of them write the same run
+(flowgrpo/distributed).
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +49,15 @@ from torch import Tensor
 
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
+from flowgrpo.distributed import sharding
+from flowgrpo.distributed.dealing import Dealing, deal
+from flowgrpo.distributed.world import ALONE, World, join
 from flowgrpo.objectives import Objective, objective_of
 from flowgrpo.objectives.curated import Curated
 from flowgrpo.objectives.curated import load as load_curated
+from flowgrpo.objectives.curated import results as results_of
 from flowgrpo.policies import Conditioning, Policy
+from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.load import load_policy
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.batches import check_count, prompt_batch, row_seeds
@@ -56,13 +66,14 @@ from flowgrpo.records import Experience, Prompts, Scores, Trajectory
 from flowgrpo.rewards import Scorer
 from flowgrpo.rewards.background import BackgroundScoring, RewardThread
 from flowgrpo.rewards.differentiable import differentiable_rewards
+from flowgrpo.runs.directory import fields_by_name, settle_resume
 from flowgrpo.runs.monitor import Monitor
-from flowgrpo.runs.process import prepare_process, stoppable
+from flowgrpo.runs.process import Stop, prepare_process, stoppable, versions
 from flowgrpo.runs.state import State
 from flowgrpo.sampling import finite
 from flowgrpo.sampling.rollout import rollout
 from flowgrpo.sampling.schedule import Schedule, table_rows, training_schedule, windows
-from flowgrpo.sampling.shared_prefix import rollout_shared_prefix
+from flowgrpo.sampling.shared_prefix import Leaders, rollout_shared_prefix
 from flowgrpo.update import MicroStep, update
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -86,6 +97,10 @@ class Components:
     micro_step: MicroStep
     curated: Curated | None = None
     """The curated set, in place of rollouts or beside them."""
+    world: World = ALONE
+    """The processes of the run."""
+    dealing: Dealing | None = None
+    """What this process has of an iteration."""
 
 
 def run(
@@ -101,33 +116,42 @@ def run(
     Returns:
         The content of summary.json in the run directory.
     """
+    config = settle_resume(config, join(config.run.rank_timeout))
     components = setup(config, pipeline=pipeline, encode=encode)
-    policy, state, group_size = components.policy, components.state, config.sample.group_size
+    policy, state, world = components.policy, components.state, components.world
     if components.objective.rollout == "none":
         return run_on_set(components, config)
-    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+    with running(components, config) as (monitor, stop):
         while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
-            with clock("rollout"):
+            with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
                 conditioning = policy.encode(batch.texts)
-                scoring = BackgroundScoring(
-                    components.scorer, batch, group_size, components.reward_thread
-                )
+                scoring = background_scoring(components, batch, config)
                 trajectory = collect(components, conditioning, config, scoring)
             with clock("reward"):
-                scores = scoring.finish()
-                check_finite(components, trajectory, conditioning, config)
-                rewards = scores.total.view(-1, group_size)
+                scores = share_scores(components, scoring, trajectory, conditioning, config)
+                rewards = scores.total.view(-1, config.sample.group_size)
                 advantages, weights = components.objective.weigh(rewards, config.optim)
             with clock("update"):
                 learned = (trajectory, conditioning, components.uncond, advantages, weights)
-                experience = Experience(*learned, state.iteration, batch).to(policy.device)
+                experience = own_experience(components, *learned, batch)
                 inputs = (components.schedule, state, components.micro_step, experience, config)
-                metrics = update(*inputs, components.curated)
+                metrics = update(*inputs, components.curated, world, components.dealing)
             state.iteration += 1
             monitor.iteration({**describe(scores), **metrics}, clock.seconds)
         return monitor.finish(interrupted=stop.requested)
+
+
+@contextmanager
+def running(components: Components, config: Config) -> Iterator[tuple[Monitor, Stop]]:
+    """Open the run directory and take requests to stop."""
+    policy, state, world = components.policy, components.state, components.world
+    with (
+        stoppable(not world.joined) as stop,
+        Monitor.open(config, policy, state, stop, world) as monitor,
+    ):
+        yield monitor, stop
 
 
 def run_on_set(components: Components, config: Config) -> dict[str, Any]:
@@ -136,15 +160,17 @@ def run_on_set(components: Components, config: Config) -> dict[str, Any]:
     Returns:
         The content of summary.json in the run directory.
     """
-    policy, state = components.policy, components.state
-    with stoppable() as stop, Monitor.open(config, policy, state, stop) as monitor:
+    policy, state, world = components.policy, components.state, components.world
+    # Pairs are encoded by every process, as are results of whole groups.
+    own = components.dealing.own if components.objective.by_rows and world.size > 1 else None
+    with running(components, config) as (monitor, stop):
         while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
-            with clock("rollout"):
-                experience = components.curated.experience(config, state.iteration)
+            with clock("rollout"), world.together():
+                experience = components.curated.experience(config, state.iteration, own)
             with clock("update"):
-                schedule, micro_step = components.schedule, components.micro_step
-                metrics = update(schedule, state, micro_step, experience, config)
+                inputs = (components.schedule, state, components.micro_step, experience, config)
+                metrics = update(*inputs, world=world, dealing=components.dealing)
             state.iteration += 1
             monitor.iteration(metrics, clock.seconds)
         return monitor.finish(interrupted=stop.requested)
@@ -157,15 +183,49 @@ def setup(
 
     `pipeline` and `encode` are those of `run`.
     """
+    world = join(config.run.rank_timeout)
+    config = settle_resume(config, world)
+    check_processes(world, config)
+    with world.together():
+        return _setup(config, pipeline, encode, world)
+
+
+def check_processes(world: World, config: Config) -> None:
+    """Raise ConfigError unless all processes have the same configuration and versions."""
+    fields = {**fields_by_name(config), "the version of": versions()}
+    advice = "start all with the same command and the same environment"
+    world.check_same("the configuration", fields, advice)
+
+
+def _setup(
+    config: Config, pipeline: object | None, encode: Encode | None, world: World
+) -> Components:
     objective = objective_of(config)
+    sample, updates = config.sample, config.optim.updates_per_iteration
+    dealing = deal(
+        objective.micro_steps(config, sample.rows),
+        updates,
+        sample.rows,
+        sample.batch_size,
+        world.size,
+        world.rank,
+        objective.by_rows,
+        config.run.leaves,
+    )
+    mesh = None
+    if config.run.parallel == "fsdp":
+        # Before what may fail in one process alone: the mesh is made by all.
+        sharding.check_even(world, dealing, sample.rows, updates, sample.batch_size)
+        mesh = sharding.make_mesh(world, choose_device(config.policy.device), config.run.shard_size)
     prepare_process(config.run)
     prompts = load_prompts(config.sample.prompts, "train")
     check_count(prompts, config.sample.prompts_per_iteration)
-    scorer = Scorer.of(config.reward)
+    # Each process asks another of several servers first.
+    scorer = Scorer.of(config.reward, offset=world.rank)
     scorer.prepare(prompts)
     if objective.differentiable:
         differentiable_rewards(config.reward)
-    policy = load_policy(config, pipeline, encode, reference=objective.reference)
+    policy = load_policy(config, pipeline, encode, reference=objective.reference, mesh=mesh)
     cuda_graphs.prepare(policy, config)
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.
@@ -180,7 +240,7 @@ def setup(
     return Components(
         objective=objective,
         policy=policy,
-        state=State.create(policy.transformer, config.optim, objective.old_policy),
+        state=State.create(policy.transformer, config.optim, objective.old_policy, world),
         schedule=training_schedule(policy, config.sample, config.optim.kl),
         prompts=prompts,
         scorer=scorer,
@@ -188,6 +248,8 @@ def setup(
         reward_thread=RewardThread(policy.device, overlap) if overlap else None,
         micro_step=MicroStep(policy, objective, graphs),
         curated=None if records is None else Curated(policy, records, uncond),
+        world=world,
+        dealing=dealing,
     )
 
 
@@ -197,7 +259,7 @@ def collect(
     config: Config,
     scoring: BackgroundScoring | None = None,
 ) -> Trajectory:
-    """Sample the K x G rows of one iteration, each with its seeds and its window, if any.
+    """Sample this process's rows of one iteration, each with its seeds and its window, if any.
 
     The images of each chunk go to `scoring` as soon as they are there.
     """
@@ -213,25 +275,80 @@ def collect(
     if components.objective.rollout == "deterministic":
         trained_steps = trained_steps[:0]
     seeds, noise_seeds = row_seeds(count, config, iteration)
+    table = table_rows(trained_steps, options.steps)
+    own = torch.arange(len(seeds)) if components.dealing is None else components.dealing.own
     # Without noise in common, or with all windows at the first step, there is nothing to share.
-    shared = options.share_prefix and options.shared_noise and options.last_start > 0
-    sampler = rollout_shared_prefix if shared else rollout
+    if options.share_prefix and options.shared_noise and options.last_start > 0:
+        leaders = Leaders.of(table, trained_steps, seeds, noise_seeds, options.group_size)
+        sampler = partial(rollout_shared_prefix, leaders=leaders)
+    else:
+        sampler = partial(rollout, noise_seeds=noise_seeds[own])
     with components.state.rollout_weights():
         return sampler(
             policy,
             conditioning,
             components.schedule,
-            table_rows(trained_steps, options.steps),
-            groups=torch.arange(count).repeat_interleave(options.group_size),
-            seeds=seeds,
-            noise_seeds=noise_seeds,
-            batch_size=options.batch_size,
+            table[:, own],
+            groups=own // options.group_size,
+            seeds=seeds[own],
+            batch_size=min(options.batch_size, len(seeds)),
             uncond=components.uncond,
             guidance_scale=options.guidance_scale,
-            trained_steps=trained_steps,
+            trained_steps=trained_steps[:, own],
             keep_velocities=config.optim.keeps_velocities,
             on_chunk=score,
         )
+
+
+def background_scoring(components: Components, batch: Prompts, config: Config) -> BackgroundScoring:
+    """Make what scores this process's images of one iteration, while they come."""
+    thread, own = components.reward_thread, components.dealing.own
+    return BackgroundScoring(components.scorer, batch, config.sample.group_size, thread, own)
+
+
+def share_scores(
+    components: Components,
+    scoring: BackgroundScoring,
+    trajectory: Trajectory,
+    conditioning: Conditioning,
+    config: Config,
+) -> Scores:
+    """Wait for the scores, check that the images are of finite numbers, and put together the scores
+    of all processes."""
+    scorer, world = components.scorer, components.world
+    with world.together():
+        own = scoring.rewards()
+        check_finite(components, trajectory, conditioning, config)
+    shares = world.gather((own, scorer.problems))
+    for _, problems in shares:
+        scorer.problems = {**problems, **scorer.problems}
+    in_order = components.dealing.in_order
+    rewards = {name: in_order([share[name] for share, _ in shares]) for name in own}
+    return scorer.combine(rewards, config.sample.group_size)
+
+
+def own_experience(
+    components: Components,
+    trajectory: Trajectory,
+    conditioning: Conditioning,
+    uncond: Conditioning | None,
+    advantages: Tensor,
+    weights: Tensor,
+    prompts: Prompts,
+) -> Experience:
+    """Build what this process learns from: its own rows, or the results of all processes for an
+    objective that looks at whole groups. `advantages` and `weights` are of all rows."""
+    world, dealing, rows = components.world, components.dealing, None
+    if world.size > 1 and components.objective.by_rows:
+        rows = dealing.own
+        advantages, weights = advantages[rows], weights[rows]
+    elif world.size > 1:
+        results = dealing.in_order(world.all_rows(trajectory.latents[-1].contiguous()))
+        groups = torch.arange(len(conditioning), device=results.device)
+        trajectory = results_of(results, groups.repeat_interleave(len(results) // len(groups)))
+    learned = (trajectory, conditioning, uncond, advantages, weights)
+    experience = Experience(*learned, components.state.iteration, prompts, rows)
+    return experience.to(components.policy.device)
 
 
 def check_finite(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
+from flowgrpo.distributed import sharding
+from flowgrpo.distributed.dealing import Dealing, deal
+from flowgrpo.distributed.gradients import GradientSum
+from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.objectives import Loss, Objective
 from flowgrpo.objectives.curated import Curated
 from flowgrpo.objectives.sft import supervise
@@ -39,50 +44,135 @@ def update(
     experience: Experience,
     config: Config,
     curated: Curated | None = None,
+    world: World = ALONE,
+    dealing: Dealing | None = None,
 ) -> dict[str, Any]:
     """Take the optimizer steps of one iteration, each over an equal share of the micro-steps and,
     with `optim.sft_weight`, one more on images of the set `curated`.
+
+    Of several processes each runs the micro-steps that `dealing` gives it (None: all), `experience`
+    being of its own rows, and the last one those on curated images.
 
     Returns:
         The means of the objective's metrics over all micro-steps, the gradient norm of each
         optimizer step before clipping, and the largest |ratio - 1| before the first.
     """
     policy, objective, optim = micro_step.policy, micro_step.objective, config.optim
-    micro_steps = objective.micro_steps(config)
-    share = len(micro_steps) // optim.updates_per_iteration
-    with state.rollout_weights():
-        schedule, experience = objective.prepare(policy, schedule, experience, config)
-    # None without a weight: the set may be all that there is to learn from.
-    supervision = curated.supervision(config, state.iteration) if optim.sft_weight else None
-    sums: dict[str, Tensor] = {}
-    error, norms = torch.zeros((), device=policy.device), []
-    for number in range(optim.updates_per_iteration):
-        with micro_step.accumulating():
-            for rows, numbers in micro_steps[number * share : (number + 1) * share]:
-                batch = objective.gather(schedule, experience, rows, numbers)
-                metrics, deviation = micro_step(batch, config, share)
-                # Sums are new tensors: what a graph returned is overwritten by its next replay.
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0) + value
-                if number == 0:
-                    error = torch.maximum(error, deviation)
+    if dealing is None:
+        sample = config.sample
+        micro_steps = objective.micro_steps(config, sample.rows)
+        dealing = deal(
+            micro_steps,
+            optim.updates_per_iteration,
+            sample.rows,
+            sample.batch_size,
+            most_leaves=config.run.leaves,
+        )
+    share = sum(map(len, dealing.order)) // optim.updates_per_iteration
+    figures = Figures(policy.device)
+    supervised, norms = bool(optim.sft_weight), []
+    with world.together(lockstep=policy.sharded):
+        with state.rollout_weights():
+            schedule, experience = objective.prepare(policy, schedule, experience, config)
+        # None without a weight: the set may be all that there is to learn from.
+        supervision = None
+        if supervised and world.rank == world.size - 1:
+            supervision = curated.supervision(config, state.iteration)
+    for number, leaves in enumerate(dealing.steps):
+        with micro_step.accumulating(world, dealing, config, supervised) as gradients:
+            for leaf in leaves:
+                for rows, numbers in leaf.micro_steps:
+                    batch = objective.gather(schedule, experience, rows, numbers)
+                    metrics, deviation = micro_step(batch, config, share)
+                    figures.add(metrics, deviation if number == 0 else None)
+                gradients.add(leaf.number)
             if supervision is not None:
                 batch, weight = supervision.batch(number), optim.sft_weight * share
-                metrics, _ = micro_step(batch, config, share, supervise, weight)
-                for name, value in metrics.items():
-                    # Of fewer micro-steps than the others, and so of as many more each.
-                    sums[name] = sums.get(name, 0) + value * share
+                figures.add_supervised(micro_step(batch, config, share, supervise, weight)[0])
+                gradients.add_extra()
         norms.append(state.step())
     state.follow()
-    parameters = [p.detach() for p in state.parameters.values()]
-    weight = torch.stack(torch._foreach_norm(parameters, math.inf)).amax()
+    weight = sharding.largest(state.parameters.values())
     # The only read from the device since the rewards: it waits for all of the above.
-    worst, weight, *values = torch.stack([error, weight, *sums.values(), *norms]).tolist()
+    own, (weight, *grad_norms) = figures.read([weight, *norms])
+    reads, weights = zip(*world.gather((own, weight)), strict=True)
+    means, worst = mean_figures(reads, dealing)
     check_ratio(worst, optim.ratio_tolerance)
-    totals, grad_norms = values[: len(sums)], values[len(sums) :]
-    check_weights(weight, [*totals, *grad_norms])
-    means = {name: total / len(micro_steps) for name, total in zip(sums, totals, strict=True)}
+    # Written so that a NaN of any process stays one.
+    weight = next(filter(math.isnan, weights), max(weights))
+    check_weights(weight, [*means.values(), *grad_norms])
     return {**means, "grad_norm": grad_norms, "max_ratio_error": worst}
+
+
+@dataclass(frozen=True)
+class Read:
+    """Figures of the micro-steps of one process."""
+
+    metrics: list[dict[str, float]]
+    """Of each micro-step."""
+    deviations: list[float]
+    """Largest |ratio - 1| of each micro-step of the first optimizer step."""
+    supervised: list[dict[str, float]]
+    """Of each micro-step on curated images."""
+
+
+class Figures:
+    """Collects the figures of micro-steps on the device, to be read at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._names: list[list[str]] = [[], []]
+        self._metrics: list[Tensor] = []
+        self._deviations: list[Tensor] = []
+        self._supervised: list[Tensor] = []
+
+    def add(self, metrics: dict[str, Tensor], deviation: Tensor | None) -> None:
+        """Add those of one micro-step; `deviation` only in the first optimizer step."""
+        self._names[0] = list(metrics)
+        # New tensors: what a graph returned is overwritten by its next replay.
+        self._metrics.append(torch.stack(list(metrics.values())))
+        if deviation is not None:
+            self._deviations.append(deviation.clone())
+
+    def add_supervised(self, metrics: dict[str, Tensor]) -> None:
+        """Add those of a micro-step on curated images."""
+        self._names[1] = list(metrics)
+        self._supervised.append(torch.stack(list(metrics.values())))
+
+    def read(self, others: Sequence[Tensor]) -> tuple[Read, list[float]]:
+        """Read all figures, and `others`, 0-dim each, by one copy."""
+        groups = (self._metrics, self._deviations, self._supervised, others)
+        # In float32, as which all of them are computed but a reward's own.
+        values = (value for group in groups for value in group)
+        # Norms of weights that are kept in host memory lie there.
+        flat = [value.to(self.device).reshape(-1).float() for value in values]
+        values = iter(torch.cat(flat).tolist())
+
+        def take(names: Sequence[str], count: int) -> list[dict[str, float]]:
+            return [{name: next(values) for name in names} for _ in range(count)]
+
+        metrics = take(self._names[0], len(self._metrics))
+        deviations = [next(values) for _ in self._deviations]
+        supervised = take(self._names[1], len(self._supervised))
+        return Read(metrics, deviations, supervised), list(values)
+
+
+def mean_figures(reads: Sequence[Read], dealing: Dealing) -> tuple[dict[str, float], float]:
+    """Average the figures of all processes in the order of the micro-steps, and find the largest
+    |ratio - 1|."""
+    steps: dict[int, dict[str, float]] = {}
+    for places, read in zip(dealing.order, reads, strict=True):
+        steps |= zip(places.tolist(), read.metrics, strict=True)
+    # One after the other, so that the order does not depend on the processes.
+    means = _means([steps[number] for number in range(len(steps))])
+    means |= _means([step for read in reads for step in read.supervised])
+    deviations = [value for read in reads for value in read.deviations]
+    nan = any(map(math.isnan, deviations))
+    return means, math.nan if nan else max(deviations, default=0.0)
+
+
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(step[name] for step in steps) / len(steps) for name in (steps or [{}])[0]}
 
 
 def run_micro_step(
@@ -136,15 +226,23 @@ class MicroStep:
         self._scale = 1.0
 
     @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Add up gradients from 0 while no parameter changes; then take out `loss_scale`."""
+    def accumulating(
+        self, world: World, dealing: Dealing, config: Config, supervised: bool = False
+    ) -> Iterator[GradientSum]:
+        """Add up gradients of all processes from 0 while no parameter changes; then take out
+        `loss_scale`. `supervised`: the last process adds those of curated images."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient.zero_()
-        with self.policy.frozen_weights(fixed=self.graphs is not None):
-            yield
+        parameters = self.parameters or list(self.policy.parameters())
+        fixed, tree = self.graphs is not None, config.reduction == "tree"
+        summed = any(map(sharding.is_sharded, parameters))
+        gradients = GradientSum(parameters, world, dealing, fixed, tree, summed)
+        with world.together(lockstep=self.policy.sharded), self.policy.frozen_weights(fixed=fixed):
+            yield gradients
+        gradients.finish(supervised)
         if self._scale != 1:
-            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self._scale)
+            reached = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(reached, 1 / self._scale)
 
     def __call__(
         self,

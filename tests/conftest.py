@@ -30,6 +30,7 @@ if ANOTHER_CPU:
 
 import torch  # noqa: E402
 
+from support import fork_server  # noqa: E402
 from support.poison import poisoned_empty as poisoned_empty  # noqa: E402
 
 # Triton reads this when its own library functions are decorated, so it comes before any test
@@ -91,6 +92,7 @@ def pytest_runtestloop():
     # Nor do tests leave so much that a look at every 700 new objects would find any.
     gc.set_threshold(20_000, 50, 100)
     gc.enable()
+    fork_server.start()
 
 
 def pytest_terminal_summary(terminalreporter):

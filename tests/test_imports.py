@@ -44,7 +44,7 @@ STAGES = (
     "cli",
 )
 # Tools of all stages, which know none of them.
-TOOLS = ("records", "seeds", "files", "config")
+TOOLS = ("records", "seeds", "files", "config", "distributed")
 # Rooms beside the stages -> the stages that may use them. Evaluation is sampling and rewards once
 # more; runs/ saves, shows and evaluates for update and train.
 BESIDE = {
@@ -54,7 +54,7 @@ BESIDE = {
     "comparison": {"cli"},
     "recipes": {"cli"},
 }
-ENTRIES = 23
+ENTRIES = 24
 """Files and folders on the first level of flowgrpo/, at most: what one look takes in."""
 
 # What `import transformers, diffusers` reach only when a model is imported.

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,13 +294,21 @@ def row(case: str, metric: str, value: float) -> dict:
 class Drill:
     """Runs in a folder, killed by one generator of random numbers."""
 
-    def __init__(self, folder: Path, seed: int, each: int = 0) -> None:
-        """each: least number of kills in each stage of `STRATA`."""
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        each: int = 0,
+        configure: Callable[[Path], Config] = tiny,
+    ) -> None:
+        """each: least number of kills in each stage of `STRATA`; configure: makes the run in a
+        folder."""
         self.folder, self.random, self.each = folder, random.Random(seed), each
+        self.configure = configure
         self.tally = Tally()
         self.hits: Counter[str] = Counter()
         """Kills so far by the stage that they fell in."""
-        config = tiny(folder / "whole")
+        config = configure(folder / "whole")
         start = time.perf_counter()
         code, self.whole = self._process(config, Aim("none"))
         self.seconds = time.perf_counter() - start
@@ -340,7 +348,7 @@ class Drill:
         """Kill until there have been `kills`, and `each` in each stage of `STRATA`."""
         aims = self.aims()
         while (left := max(kills - self.hits.total(), self.missing())) > 0:
-            config = tiny(self.folder / f"run-{self.tally.runs}")
+            config = self.configure(self.folder / f"run-{self.tally.runs}")
             self.tally.runs += 1
             stages: list[tuple[str, str]] = []
             # The last process of a run is left alone.
@@ -387,10 +395,16 @@ def prepare_forkserver() -> None:
     _context.set_forkserver_preload(list(PRELOAD))
 
 
-def drill(kills: int, seed: int, folder: Path, each: int = 0) -> Tally:
+def drill(
+    kills: int,
+    seed: int,
+    folder: Path,
+    each: int = 0,
+    configure: Callable[[Path], Config] = tiny,
+) -> Tally:
     """Kill runs in `folder`, which is empty, `kills` times, and `each` in each of `STRATA`."""
     prepare_forkserver()
-    return Drill(folder, seed, each).run(kills)
+    return Drill(folder, seed, each, configure).run(kills)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

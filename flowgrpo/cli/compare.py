@@ -44,7 +44,10 @@ def compare(argv: list[str]) -> int:
     from flowgrpo.comparison.compare import Comparison, run
     from flowgrpo.runs import process
 
-    process.check_one_process()
+    process.check_one_process(
+        "flowgrpo compare",
+        "start it by itself, and give --jobs as many runs at once as this machine has room for",
+    )
     return run(
         Comparison(
             study=study,

@@ -179,14 +179,15 @@ def _reward_state(name: str) -> str:
 
 
 def _answer(name: str) -> str:
-    """Ask the server of a remote reward for an answer."""
+    """Ask the servers of a remote reward for an answer."""
     from flowgrpo import rewards
 
     try:
-        rewards.load(name).build().reach()
+        reward = rewards.load(name).build()
+        reward.reach()
     except rewards.RewardError as error:
         return f"off: {error}"
-    return "can run: its server answers"
+    return f"can run: {reward.servers.describe()}"
 
 
 def at_hand(model: str) -> bool:

@@ -191,6 +191,7 @@ def _benchmarks(
         config.reward.retries,
         options=quality,
         timeout=config.reward.timeout,
+        devices=config.reward.devices,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
     return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]
@@ -318,6 +319,11 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         if name.rpartition(".")[0] not in alone
     }
     if options.rewards:
+        changes["reward.devices"] = {
+            name: device
+            for name, device in config.reward.devices.items()
+            if name in ("all", *options.rewards)
+        }
         changes["reward.report"] = options.rewards
         changes["reward.weights"] = dict.fromkeys(options.rewards, 1.0)
     if options.batch_size is not None:

@@ -1,4 +1,4 @@
-"""The command line: flowgrpo train, compare, evaluate, sample, curate, serve-reward, doctor.
+"""The command line: flowgrpo train, compare, evaluate, sample, curate, plan, doctor, ...
 
 A mistake of the user's is one sentence on stderr and exit code 2; a model whose numbers are none,
 or a run that cannot go on, is one sentence and code 1. A run that was stopped by Ctrl-C and saved
@@ -33,6 +33,7 @@ usage: flowgrpo train [RECIPE] [--section.field value ...]   train
        flowgrpo sample PROMPT ... [options]                  write pictures
        flowgrpo curate SOURCE ... --out DIR [options]        choose image-text pairs by rewards
        flowgrpo serve-reward NAME [options]                  serve a reward by HTTP
+       flowgrpo plan [RECIPE] [--gpus N]                     show a run's arithmetic and memory
        flowgrpo doctor                                       show what this machine offers
 
 RECIPE is nano, module:function or file.py:function of your own, or one of
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "sample": sample,
         "curate": curate,
         "serve-reward": serve_reward,
+        "plan": plan,
         "doctor": doctor,
     }
     try:
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
                 sys.path.append(os.getcwd())
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
-        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
+        if not _is_said_elsewhere(error):
+            print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output, such as `| head`, has enough. Python writes the rest of it when
@@ -136,6 +139,14 @@ def serve_reward(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    """Run ``flowgrpo plan [RECIPE] [--gpus N]``."""
+    from flowgrpo.cli.plan import show_plan
+
+    show_plan(argv)
+    return 0
+
+
 def doctor(argv: list[str]) -> int:
     """Run ``flowgrpo doctor``."""
     if argv and argv[0] not in ("-h", "--help"):
@@ -161,6 +172,13 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_said_elsewhere(error: BaseException) -> bool:
+    """Tell if another process of the run says this: rank 0 what all know, and the first process of
+    a machine what is wrong with the command."""
+    shared = hasattr(error, "told_by")
+    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") != "0"
 
 
 def _on_one_line(text: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 from flowgrpo.cli.options import TrainOptions, option_value, parse
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.config import AUTO
 from flowgrpo.recipes import describe, recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -17,17 +19,23 @@ def train(argv: list[str]) -> int:
     config = parse_train(argv)
     from flowgrpo import train as flowgrpo_train
     from flowgrpo import update
-    from flowgrpo.runs import directory, loggers, monitor, process
+    from flowgrpo.distributed import world
+    from flowgrpo.runs import directory, loggers, monitor
     from flowgrpo.sampling.finite import NotFiniteError
 
-    process.check_one_process()
-    directory.check_directory(config)
-    loggers.check(config.run)
-    show_plan(config)
+    processes = world.join(config.run.rank_timeout)
+    config = directory.settle_resume(config, processes)
+    with processes.together():
+        if processes.first:
+            directory.check_directory(config)
+            loggers.check(config.run)
+            show_plan(config)
     try:
-        summary = flowgrpo_train.run(config)
-    except (update.RatioError, monitor.DivergedError, NotFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with world.reporting():
+            summary = flowgrpo_train.run(config)
+    except (*(update.RatioError, monitor.DivergedError, NotFiniteError, world.PeerError),) as error:
+        if processes.first or not hasattr(error, "told_by"):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.
     except Exception as error:
@@ -51,7 +59,8 @@ def show_plan(config: Config) -> None:
     policy = config.policy
     if config.run.progress == "none" or plan.sizes_of(policy.model, policy.variant) is None:
         return
-    for name, text in plan.plan_lines(config, plan.gpu_memory()).items():
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    for name, text in plan.plan_lines(config, plan.gpu_memory(), gpus).items():
         print(f"{name}: {text}")
 
 
@@ -60,6 +69,9 @@ def parse_train(argv: list[str]) -> Config:
     named = bool(argv) and not argv[0].startswith("-")
     name, options = (argv[0], argv[1:]) if named else ("nano", argv)
     folder = option_value(options, "--run.resume")
+    if folder == AUTO:
+        # Whether there is a run to go on with is the first process's to say.
+        folder = None
     if folder is not None:
         from flowgrpo.runs import directory
 

@@ -208,7 +208,7 @@ def folder_name(label: str) -> str:
     return re.sub(r"[ ,]+", "-", label)
 
 
-# Of those that learn from re-noised results: the numbers of `nano_awm`. Their rollouts are
+# Of those that learn from the results of a rollout: the numbers of `nano_awm`. Their rollouts are
 # deterministic, so images of a group that begin from equal noise would be equal.
 FORWARD = {
     "sample.shared_noise": False,
@@ -224,8 +224,9 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
-# A rate that falls by the number of updates would be read at another height in each arm.
-STEADY = {"optim.decay": 0}
+# A rate that falls by the number of updates would be read at another height in each arm. Half of
+# the recipe's held-out prompts, as many runs are evaluated many times.
+STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
 
 STUDIES = {
     study.name: study
@@ -236,13 +237,57 @@ STUDIES = {
             "equal seconds?",
             recipe="nano",
             common=STEADY,
+            # Rates, pulls and groups but for those of the recipes nano and nano_awm: the best of a
+            # few runs of forty iterations on the tuning prompts (benchmarks/LOG.md).
             arms={
+                # The recipe's own.
                 "GRPO": {"optim.objective": "grpo"},
-                "SFT": {"optim.objective": "sft", **FORWARD},
-                "DPO": {"optim.objective": "dpo", **FORWARD},
-                "ReFL": {"optim.objective": "refl", **FORWARD},
-                "ORW": {"optim.objective": "orw", **FORWARD},
-                # Large errors count less, as in nano_awm.
+                # Those that only imitate their own results, SFT and ORW, learn the errors of a
+                # sampler of few steps as well, and make them larger with each iteration: with the
+                # six steps and the pull of nano_awm they forget how to draw. (Where images of a
+                # group are weighed against each other, what all of them share cancels.) More steps
+                # and a stronger pull to the base hold that, and then the rate may be high.
+                "SFT": {
+                    "optim.objective": "sft",
+                    **FORWARD,
+                    "sample.steps": 12,
+                    "optim.beta": 0.3,
+                    # One image of a group is learnt from: small groups give more of them, and draws
+                    # cost less than images.
+                    "sample.group_size": 4,
+                    "sample.prompts_per_iteration": 72,
+                    "sample.batch_size": 144,
+                    "optim.levels": 4,
+                    "optim.lr": 3e-3,
+                },
+                "DPO": {
+                    "optim.objective": "dpo",
+                    **FORWARD,
+                    "optim.levels": 3,
+                    "optim.lr": 6e-3,
+                },
+                # The verifier has no gradient: the reward is a network that imitates it.
+                "ReFL": {
+                    "optim.objective": "refl",
+                    **FORWARD,
+                    "reward.weights": {"nano_classifier": 1.0},
+                    # Images are not compared with each other, so most come from another prompt.
+                    "sample.group_size": 2,
+                    "sample.prompts_per_iteration": 96,
+                    "optim.lr": 3e-3,
+                },
+                "ORW": {
+                    "optim.objective": "orw",
+                    **FORWARD,
+                    "sample.batch_size": 144,
+                    "sample.steps": 12,
+                    "optim.beta": 0.3,
+                    # A right image has reward 1, a wrong one 0.28 on average, and counts exp(-7).
+                    "optim.tau": 0.1,
+                    "optim.levels": 2,
+                    "optim.lr": 6e-3,
+                },
+                # As nano_awm, where large errors count less.
                 "AWM": {
                     "optim.objective": "awm",
                     "optim.level_weight": "normalized",
@@ -251,8 +296,10 @@ STUDIES = {
                 },
                 "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
-            images=19_200,
-            seconds=480.0,
+            # Forty iterations of most, and as long as they take GRPO on one core.
+            images=11_520,
+            seconds=80.0,
+            evaluations=4,
         ),
         Study(
             name="kl",
@@ -274,7 +321,7 @@ STUDIES = {
                 "default": {},
                 "beta 0.4": {"optim.beta": 0.4},
             },
-            images=19_200,
+            images=11_520,
             panels=("images", "seconds", "quality", "diversity"),
         ),
         Study(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.config import parallel
 from flowgrpo.config.sections import (
     OptimConfig,
     PolicyConfig,
@@ -23,6 +24,9 @@ from flowgrpo.config.sections import (
     SampleConfig,
 )
 from flowgrpo.config.validation import ConfigError, build, check_types, require
+
+AUTO = "auto"
+"""Value of `run.resume` that goes on with the run in the run directory, if one has begun."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,16 @@ class Config:
             "a row; change one.",
         )
         require(
-            per == 1 or self.optim.anchor == "replay" or self.optim.ratio_tolerance > 0,
+            per == 1
+            or self.optim.split_forward
+            or self.optim.anchor == "replay"
+            or self.optim.ratio_tolerance > 0,
             f"optim.steps_per_forward is {per} with optim.anchor rollout, but velocities of a "
             "larger batch may differ in the last bits from the rollout's, and "
-            "optim.ratio_tolerance is 0; set optim.anchor to replay, or allow a deviation.",
+            "optim.ratio_tolerance is 0; turn optim.split_forward on, set optim.anchor to replay, "
+            "or allow a deviation.",
         )
+        parallel.check(self.policy, self.sample, self.optim, self.run)
         require(
             not (self.optim.guard and self.sample.transition == "cps"),
             "optim.guard is on with sample.transition cps, but GRPO-Guard needs a Gaussian "
@@ -82,9 +91,26 @@ class Config:
         return self.run.steps * self.optim.updates_per_iteration
 
     @property
+    def reduction(self) -> str:
+        """Order in which gradients are added, "tree" or "all_reduce"; see `run.reduction`."""
+        if self.run.reduction != "auto":
+            return self.run.reduction
+        return "tree" if self.policy.adapter == "lora" else "all_reduce"
+
+    @property
     def out_dir(self) -> Path:
         """The run directory."""
-        return Path(self.run.resume or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
+        resumed = None if self.run.resume == AUTO else self.run.resume
+        return Path(resumed or self.run.out or f"runs/{self.recipe}-{self.run.seed}")
+
+
+def parts_of(chunks: int, most: int) -> int:
+    """Choose the number of leaves (distributed/dealing.py) of so many chunks: the largest divisor
+    up to `most`, or `most` itself where that is less than half of it."""
+    if chunks <= most:
+        return chunks
+    divisor = max(n for n in range(1, most + 1) if chunks % n == 0)
+    return divisor if 2 * divisor >= most else most
 
 
 def to_dict(config: Config) -> dict[str, Any]:

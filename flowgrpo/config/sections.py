@@ -14,7 +14,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowgrpo.config.validation import check_positive, check_types, require, settle_paths
+from flowgrpo.config.validation import (
+    check_positive,
+    check_types,
+    require,
+    settle_paths,
+    similar,
+)
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,9 @@ class RewardConfig:
     # Tokens are better kept in FLOWGRPO_REWARD_NAME_TOKEN: this dictionary is written to files.
     options: dict[str, str] = field(default_factory=dict)
     """Options of rewards: NAME.OPTION VALUE, for example geneval.batch_size 16."""
+    devices: dict[str, str] = field(default_factory=dict)
+    """Devices of reward models: NAME DEVICE, or all DEVICE, for example all cuda:1; an option
+    NAME.device counts before it."""
     # group is GDPO's (arXiv 2601.05242); with optim.advantage_std global the whole of it.
     normalize: Literal["none", "std", "group"] = "none"
     """Before the weighted sum, divide each reward by its std inside the groups of the iteration
@@ -255,6 +264,14 @@ class RewardConfig:
             f"reward.weights is {self.weights}, but at least one reward with a finite weight other "
             "than 0 is expected; name one, for example --reward.weights nano_strict 1.0.",
         )
+        names = (*self.weights, *self.report)
+        for name in self.devices:
+            require(
+                name == "all" or name in names,
+                f"reward.devices has {name!r}, but all or one of the rewards of this run, "
+                f"{', '.join(dict.fromkeys(names))}{similar(name, names)}, is expected; correct "
+                "the name.",
+            )
 
 
 @dataclass(frozen=True)
@@ -313,6 +330,9 @@ class OptimConfig:
     # More rows may mean other kernels, and then the first ratios are not 1: see anchor.
     steps_per_forward: int = 1
     """Trained steps of a chunk in one forward of the update; it must divide their number."""
+    # Weights that run.parallel fsdp gathers serve all steps; products are as many and as large.
+    split_forward: bool = False
+    """Compute such a forward module by module in parts of one step each: the rollout's bits."""
     capture: Literal["on", "off"] = "off"
     """Replay forward and backward as one CUDA graph; pays where launches take longer than work."""
     levels: int = 1
@@ -405,11 +425,28 @@ class RunConfig:
     checkpoint_every: int = 50
     """Iterations between two checkpoints; 0: only at the end."""
     resume: str | None = None
-    """Run directory to go on with; its configuration is taken from there."""
+    """Run directory to go on with; its configuration is taken from there. auto: run.out if a run
+    has begun there, else a new one."""
     accept_changes: bool = False
     """Go on though prompts or model weights are others than the run began with; recorded."""
     threads: int = 0
     """CPU threads; 0: what torch chooses."""
+    rank_timeout: float = 1800.0
+    """Seconds that one of several processes waits for the others."""
+    reduction: Literal["auto", "tree", "all_reduce"] = "auto"
+    """Order in which gradients are added: in a tree, the same for any number of processes; or as
+    they come and by torch.distributed's all-reduce, in less memory. auto: the tree for LoRA."""
+    leaves: int = 128
+    """Parts that the gradients of an optimizer step are added in by the tree, at most: as many
+    processes may share it. Each doubling holds one more copy of the gradients."""
+    # Gradients of what is sharded are summed by FSDP; `reduction` is then of LoRA's matrices alone.
+    parallel: Literal["replicate", "fsdp"] = "replicate"
+    """Each of several processes holds the whole transformer, or a piece of it by FSDP2 (fsdp)."""
+    shard_size: int = 0
+    """Processes that share one copy of the transformer with fsdp, such as those of a machine; it
+    divides their number. 0: all."""
+    cpu_offload: bool = False
+    """With fsdp, keep the pieces in host memory, and the optimizer there too."""
     wandb: str = ""
     """Weights & Biases project that numbers and samples also go to; empty: none."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
@@ -418,8 +455,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         settle_paths(self, "out", "resume")
         check_types("run.", self)
-        check_positive("run", self, "steps", "eval_samples", "eval_guidance")
-        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads")
+        check_positive(
+            "run", self, "steps", "eval_samples", "eval_guidance", "rank_timeout", "leaves"
+        )
+        counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads", "shard_size")
         seconds = ("min_seconds", "eval_seconds")
         check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)
         require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")

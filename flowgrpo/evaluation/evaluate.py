@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from flowgrpo import files, rewards
+from flowgrpo.distributed.dealing import runs_of
+from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.evaluation.quality import Quality
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
 from flowgrpo.policies import Policy
-from flowgrpo.sampling.rollout import sample_images
+from flowgrpo.sampling.rollout import chunks, sample_images
 
 OnProgress = Callable[[str, int], None]
 """Progress of an evaluation: f("sampling", images so far), then f("scoring", all of them)."""
@@ -125,8 +127,12 @@ def evaluate(
     guidance_scale: float = 1.0,
     quality: Quality | None = None,
     on_progress: OnProgress | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Sample and score the held-out prompts with the policy's present weights.
+
+    Several processes sample and score a share each, in whole chunks of `batch_size` images, and
+    get the same result. With a sharded model those with a chunk less run as many forwards.
 
     Args:
         scorer: rewards that are reported; the first is the accuracy, and weights do not count.
@@ -134,22 +140,92 @@ def evaluate(
         batch_size: rows of one forward (2 x rows with guidance).
         quality: further figures of all images, see quality.py.
         on_progress: called with the progress, for example a `display.EvaluationProgress`.
+        world: the processes.
     """
     started = time.perf_counter()
+    total = len(evaluation_set.seeds)
+    own = rows_of(total, batch_size, world)
+    # Forwards of a sharded model are those of all processes.
+    number = -(-total // batch_size)
+    forwards = -(-number // world.size) if policy.sharded else None
+
+    def progress(stage: str, count: int) -> None:
+        if on_progress is not None:
+            # Those of the other processes come as fast.
+            on_progress(stage, min(count * world.size, total))
+
+    with world.together(lockstep=policy.sharded):
+        images = generate_images(
+            policy,
+            evaluation_set.prompts.texts,
+            evaluation_set.seeds,
+            evaluation_set.samples,
+            steps=steps,
+            batch_size=batch_size,
+            guidance_scale=guidance_scale,
+            on_progress=None if on_progress is None else progress,
+            rows=own,
+            forwards=forwards,
+        )
+    with world.together():
+        progress("scoring", len(images))
+        scores = score_images(scorer, images, evaluation_set, own, batch_size)
+    shares = world.gather((scores, scorer.problems))
+    for _, problems in shares:
+        scorer.problems = {**problems, **scorer.problems}
+    per_reward = {name: torch.cat([share[name] for share, _ in shares]) for name in scores}
+    # Raises, in all processes, if a reward failed everywhere.
+    scorer.combine(per_reward, evaluation_set.samples)
+    parts = world.collect_rows(images)
+
+    def summary() -> Evaluation:
+        return summarize(
+            torch.cat(parts), per_reward, evaluation_set, steps, guidance_scale, quality, started
+        )
+
+    return world.from_first(summary)
+
+
+def rows_of(total: int, batch_size: int, world: World) -> range:
+    """Find the images, of `total`, that this process samples: a run of whole chunks."""
+    number = -(-total // batch_size)
+    own = runs_of(number, world.size)[world.rank]
+    return range(min(own.start * batch_size, total), min(own.stop * batch_size, total))
+
+
+def score_images(
+    scorer: rewards.Scorer,
+    images: Tensor,
+    evaluation_set: EvaluationSet,
+    rows: range,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Score the images of these rows, chunk by chunk, float64 [len(rows)] by each reward."""
+    scored = []
+    for chunk in chunks(len(rows), batch_size):
+        entries = [row // evaluation_set.samples for row in rows[chunk]]
+        counts = {entry: entries.count(entry) for entry in dict.fromkeys(entries)}
+        prompts = evaluation_set.prompts.take(list(counts))
+        scored.append(scorer.score_each(images[chunk], prompts, list(counts.values())))
+    empty = torch.empty(0, dtype=torch.float64)
+    return {name: torch.cat([empty, *(s[name] for s in scored)]) for name in scorer.weights}
+
+
+def summarize(
+    images: Tensor,
+    per_reward: dict[str, Tensor],
+    evaluation_set: EvaluationSet,
+    steps: int,
+    guidance_scale: float,
+    quality: Quality | None,
+    started: float,
+) -> Evaluation:
+    """Compute the figures of an evaluation from all images and their scores.
+
+    Args:
+        started: time.perf_counter() when it began.
+    """
     prompts, samples, tags = evaluation_set.prompts, evaluation_set.samples, evaluation_set.tags
-    images = generate_images(
-        policy,
-        prompts.texts,
-        evaluation_set.seeds,
-        samples,
-        steps=steps,
-        batch_size=batch_size,
-        guidance_scale=guidance_scale,
-        on_progress=on_progress,
-    )
-    if on_progress is not None:
-        on_progress("scoring", len(images))
-    per_reward = scorer(images, prompts, samples).rewards
     per_prompt = {
         name: scores.view(len(prompts), samples).mean(dim=1).numpy()
         for name, scores in per_reward.items()
@@ -192,15 +268,32 @@ def generate_images(
     batch_size: int,
     guidance_scale: float = 1.0,
     on_progress: OnProgress | None = None,
+    rows: range | None = None,
+    forwards: int | None = None,
 ) -> Tensor:
     """Sample `samples` images of each of N texts by the deterministic sampler.
 
+    Args:
+        rows: those of the N * samples images that are sampled, whole chunks of `batch_size`; None:
+            all.
+        forwards: chunks that are run, of which those behind the last of `rows` repeat an image, and
+            are dropped; None: those of `rows`.
+
     Returns:
-        uint8 [N * samples, 3, H, W].
+        uint8 [N * samples, 3, H, W], or those of `rows`.
     """
-    texts = list(texts)
-    conditioning = policy.encode(texts[:batch_size])
-    for start in range(batch_size, len(texts), batch_size):
+    total = len(texts) * samples
+    rows = range(total) if rows is None else rows
+    size = min(batch_size, total)
+    repeated = max((forwards or 0) * size - len(rows), 0)
+    if not rows and not repeated:
+        return torch.empty(0, 3, policy.height, policy.width, dtype=torch.uint8)
+    sampled = [*rows, *[rows[-1] if rows else 0] * repeated]
+    # Embeddings of whole portions of texts, which may give others than their parts.
+    first = sampled[0] // samples // batch_size * batch_size
+    texts = list(texts)[: sampled[-1] // samples // batch_size * batch_size + batch_size]
+    conditioning = policy.encode(texts[first : first + batch_size])
+    for start in range(first + batch_size, len(texts), batch_size):
         conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
 
     def count_images(count: int) -> None:
@@ -209,14 +302,15 @@ def generate_images(
             torch.cuda.synchronize(policy.device)
         on_progress("sampling", count)
 
-    return sample_images(
+    images = sample_images(
         policy,
         conditioning,
         steps=steps,
-        groups=torch.arange(len(texts)).repeat_interleave(samples),
-        seeds=seeds,
-        batch_size=batch_size,
+        groups=torch.tensor([row // samples - first for row in sampled]),
+        seeds=seeds[torch.tensor(sampled)],
+        batch_size=size,
         uncond=policy.encode([""]) if guidance_scale != 1 else None,
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )
+    return images[: len(rows)]

@@ -63,7 +63,7 @@ def path_kl(
             table_rows(trained_steps, STEPS),
             groups=torch.arange(count),
             seeds=evaluation_set.seeds[::samples][:count],
-            batch_size=batch_size,
+            batch_size=min(batch_size, count),
             uncond=uncond,
             guidance_scale=guidance_scale,
             keep_velocities=True,

@@ -4,6 +4,8 @@ scenes.py    the world: shapes, colours, positions; painting
 prompts.py   the six GenEval tasks in miniature; splits; the parser
 draw.py      prompts -> pictures that fulfil them, or that are mistaken
 verify.py    pictures -> objects, scores and quality figures
+cells.py     probabilities of what cells show -> that of a prompt, differentiable
+classifier.py  a small network that gives them, for learning by the reward's gradient
 model.py     the networks, of SD3.5's classes; model/ holds the weights
 pretrain.py  the training of the weights
 muon.py      its optimizer for matrices

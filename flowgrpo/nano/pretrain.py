@@ -407,7 +407,7 @@ def run_stages(
     held-out prompts; returns the last record of the log."""
     config.out.mkdir(parents=True, exist_ok=True)
     if config.init is not None:
-        _load_weights(pipeline, config.init)
+        load_weights(pipeline, config.init)
     with (config.out / "pretrain.jsonl").open("w") as log:
         for stage in config.stages:
             if stage != "autoencoder":
@@ -428,7 +428,7 @@ def run_stages(
         return write(log, {"config": settings, "heldout, 40 steps": held_out})
 
 
-def _load_weights(pipeline, folder: Path) -> None:
+def load_weights(pipeline, folder: Path) -> None:
     """Load the networks' weights, and the VAE's shift and scale, from a stage's folder."""
     for name in ("vae", "transformer", "text_encoder"):
         module = getattr(pipeline, name)

@@ -52,7 +52,7 @@ def prepare(
         return schedule, experience
     log_probs = torch.zeros_like(experience.draws.sigmas)
     table = schedule.transitions
-    micro_steps = matching.chunks_by_levels(config)
+    micro_steps = matching.chunks_by_levels(config, len(experience.advantages))
     with policy.frozen_weights():
         for old in matching.old_forwards(policy, schedule, experience, micro_steps):
             batch, values = old.batch, (old.velocity, old.uncond, config)

@@ -46,14 +46,14 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
     return relative, weights / weights.mean().clamp(min=1 / weights.numel())
 
 
-def micro_steps(config: Config) -> list[tuple[slice, range]]:
+def micro_steps(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair chunks of groups, two rows of each, with each of their draws."""
-    return matching.groups_by_levels(config, config.sample.prompts_per_iteration, 2)
+    return matching.groups_by_levels(config, rows // config.sample.group_size, 2)
 
 
-def micro_steps_of_pairs(config: Config) -> list[tuple[slice, range]]:
+def micro_steps_of_pairs(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair chunks of a curated set's pairs, B / 2 an iteration, with each of their draws."""
-    return matching.groups_by_levels(config, config.sample.rows // 2, 2)
+    return matching.groups_by_levels(config, rows // 2, 2)
 
 
 def gather_pairs(schedule: Schedule, experience: Experience, rows: slice, numbers: range) -> Batch:
@@ -109,6 +109,7 @@ OFFLINE = Objective(
     rollout="none",
     reference=True,
     options=(*OPTIONS, "sample.curated"),
+    by_rows=False,
     pairs=True,
 )
 """With `sample.curated`: the pairs of a curated set."""
@@ -123,4 +124,5 @@ OBJECTIVE = Objective(
     reference=True,
     options=OPTIONS,
     offline=OFFLINE,
+    by_rows=False,
 )

@@ -45,13 +45,13 @@ from flowgrpo_kernels import grpo_loss, log_prob
 from flowgrpo_kernels.transitions import COLUMNS
 
 
-def chunks_by_trained_steps(config: Config) -> list[tuple[slice, range]]:
+def chunks_by_trained_steps(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair the rollout's chunks of rows, in its order, with the trained steps 0 to W - 1 of a row,
     `optim.steps_per_forward` of them a micro-step."""
     steps, size = range(config.sample.trained_steps), config.optim.steps_per_forward
     return [
-        (rows, steps[i : i + size])
-        for rows in chunks(config.sample.rows, config.sample.batch_size)
+        (chunk, steps[i : i + size])
+        for chunk in chunks(rows, config.sample.batch_size)
         for i in steps[::size]
     ]
 
@@ -90,12 +90,13 @@ def replay(
     trajectory, scale = experience.trajectory, config.sample.guidance_scale
     log_probs = trajectory.log_probs.clone()
     old_velocities = None if trajectory.velocities is None else trajectory.velocities.clone()
-    for rows, numbers in chunks_by_trained_steps(config):
+    for rows, numbers in chunks_by_trained_steps(config, len(experience.advantages)):
         batch = gather_trained_steps(schedule, experience, rows, numbers)
         # With gradients, which nothing uses: without them a forward may take other kernels.
-        velocity, uncond = velocities(
-            policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond
-        )
+        with policy.in_parts(len(numbers)):
+            velocity, uncond = velocities(
+                policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond
+            )
         velocity, uncond = velocity.detach(), None if uncond is None else uncond.detach()
         index, step = _rows_and_steps(experience, rows, numbers)
         log_probs[step, index] = log_prob(
@@ -170,10 +171,11 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     optim = config.optim
     inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
-    if optim.beta > 0:
-        with torch.no_grad(), policy.reference():
-            reference = velocities(policy, *inputs)
-    velocity, uncond = velocities(policy, *inputs)
+    with policy.in_parts(optim.steps_per_forward):
+        if optim.beta > 0:
+            with torch.no_grad(), policy.reference():
+                reference = velocities(policy, *inputs)
+        velocity, uncond = velocities(policy, *inputs)
     weights, clip_range = batch.weights, optim.clip_range
     row_weight = weights * batch.step_weights if optim.step_weighting == "std" else weights
     if optim.dppo:
@@ -221,6 +223,7 @@ OBJECTIVE = Objective(
         "optim.dppo",
         "optim.dppo_threshold",
         "optim.steps_per_forward",
+        "optim.split_forward",
         *MIXTURE,
     ),
 )

@@ -35,11 +35,11 @@ class Objective:
 
     weigh: Callable[[Tensor, OptimConfig], tuple[Tensor, Tensor]]
     """Rewards float64 [K, G], NaN where they failed -> advantages and weights, float32 [B] each."""
-    micro_steps: Callable[[Config], list[tuple[slice, range]]]
-    """All micro-steps of an iteration in their order, each with the rows and numbers for `gather`.
+    micro_steps: Callable[[Config, int], list[tuple[slice, range]]]
+    """Micro-steps of so many rows in their order, each with the rows and numbers for `gather`.
 
-    The optimizer steps take equal shares of them, so `optim.updates_per_iteration` divides their
-    number. Rows may also number pairs or groups: only `gather` reads them.
+    The optimizer steps take equal shares of those of an iteration, so `optim.updates_per_iteration`
+    divides their number. Rows may also number pairs or groups, see `by_rows`.
     """
     prepare: Callable[[Policy, Schedule, Experience, Config], tuple[Schedule, Experience]]
     """Called once, before the first micro-step, with the weights and the schedule of the rollout.
@@ -64,5 +64,8 @@ class Objective:
     well, so it cannot be captured."""
     offline: Objective | None = None
     """The row in its place where `sample.curated` is set: one without a rollout."""
+    by_rows: bool = True
+    """Micro-steps are of chunks of rows, in the order of the rollout, so that a process needs its
+    own rows alone. Else they number groups or pairs, and it gets the results of all."""
     pairs: bool = False
     """Without a rollout: results are pairs, row p the better and row B/2 + p the worse of one."""

@@ -52,11 +52,11 @@ PURPOSES = (seeds.LEVEL, seeds.LEVEL_NOISE)
 """Purposes of the draws of levels and of noise."""
 
 
-def chunks_by_levels(config: Config) -> list[tuple[slice, range]]:
+def chunks_by_levels(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair the rollout's chunks of rows, in its order, with each of the draws 0 to L - 1."""
     return [
-        (rows, range(draw, draw + 1))
-        for rows in chunks(config.sample.rows, config.sample.batch_size)
+        (chunk, range(draw, draw + 1))
+        for chunk in chunks(rows, config.sample.batch_size)
         for draw in range(config.optim.levels)
     ]
 
@@ -118,6 +118,8 @@ def prepare(
     any other target of it, with weight 1. Weights of kind "normalized" are not known yet, and 1.
     """
     draws = draw_levels(policy, config, experience.iteration, purposes)
+    if experience.rows is not None:
+        draws = draws.take(experience.rows)
     device = policy.device
     sigmas = draws.sigmas.flatten()
     weight = sigmas if config.optim.level_weight == "sigma" else 1.0

@@ -51,7 +51,7 @@ def prepare(
     # Guidance is computed in float32; without it a velocity is what the model returned.
     dtype = policy.dtype if experience.uncond is None else torch.float32
     old_velocities = torch.empty(shape, dtype=dtype, device=policy.device)
-    micro_steps = matching.chunks_by_levels(config)
+    micro_steps = matching.chunks_by_levels(config, len(experience.advantages))
     with policy.frozen_weights():
         for old in matching.old_forwards(policy, schedule, experience, micro_steps):
             old_velocities[old.draw, old.rows] = guide(old.velocity, old.uncond, scale)

@@ -51,26 +51,28 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weights), weights
 
 
-def micro_steps(config: Config) -> list[tuple[slice, range]]:
+def micro_steps(config: Config, rows: int) -> list[tuple[slice, range]]:
     """List the rollout's chunks of rows, in its order."""
     steps, trained = config.sample.steps, config.optim.refl_steps
     require(
         trained <= steps,
         f"optim.refl_steps is {trained}, but a rollout has {steps} steps (sample.steps); lower it.",
     )
-    return [(rows, range(1)) for rows in chunks(config.sample.rows, config.sample.batch_size)]
+    return [(chunk, range(1)) for chunk in chunks(rows, config.sample.batch_size)]
 
 
 def prepare(
     policy: Policy, schedule: Schedule, experience: Experience, config: Config
 ) -> tuple[Schedule, Experience]:
-    """Draw the step of each row, in place of trained steps, and prepare the conditioning."""
+    """Draw the step of each row, in place of trained steps, give each its prompt, and prepare the
+    conditioning."""
     trajectory, last = experience.trajectory, config.optim.refl_steps
-    rows = np.arange(config.sample.rows)
+    rows = np.arange(config.sample.rows) if experience.rows is None else experience.rows.numpy()
     place = (config.run.seed, seeds.LEVEL, experience.iteration, rows)
     steps = torch.from_numpy(config.sample.steps - 1 - seeds.below(last, *place))[None]
     trajectory = replace(trajectory, trained_steps=steps.to(policy.device))
-    experience = replace(experience, trajectory=trajectory)
+    prompts = experience.prompts.take(rows // config.sample.group_size)
+    experience = replace(experience, trajectory=trajectory, prompts=prompts)
     return schedule, grpo.with_prepared_conditioning(policy, schedule, experience)
 
 
@@ -79,7 +81,7 @@ def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: ran
     trajectory = experience.trajectory
     index = torch.arange(rows.start, rows.stop, device=trajectory.trained_steps.device)
     step, groups = trajectory.trained_steps[0, rows], trajectory.groups[rows]
-    uncond, group_size = experience.uncond, len(experience.weights) // len(experience.prompts)
+    uncond = experience.uncond
     return Batch(
         sample=trajectory.latents[step, index],
         prev_sample=trajectory.latents[step + 1, index],
@@ -91,10 +93,7 @@ def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: ran
         uncond=None if uncond is None else uncond.rows_at(torch.zeros_like(step), step),
         advantages=experience.advantages[rows],
         weights=experience.weights[rows],
-        # Not by `groups`, which are on the device.
-        prompts=experience.prompts.take(
-            [row // group_size for row in range(rows.start, rows.stop)]
-        ),
+        prompts=experience.prompts.take(range(rows.start, rows.stop)),
     )
 
 

@@ -42,9 +42,9 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
     return chosen.to(torch.float32).flatten(), weights
 
 
-def micro_steps(config: Config) -> list[tuple[slice, range]]:
+def micro_steps(config: Config, rows: int) -> list[tuple[slice, range]]:
     """Pair chunks of groups with each of their draws."""
-    return matching.groups_by_levels(config, config.sample.prompts_per_iteration, 1)
+    return matching.groups_by_levels(config, rows // config.sample.group_size, 1)
 
 
 def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: range) -> Batch:
@@ -94,4 +94,5 @@ OBJECTIVE = Objective(
     rollout="deterministic",
     options=OPTIONS,
     offline=OFFLINE,
+    by_rows=False,
 )

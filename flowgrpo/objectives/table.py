@@ -119,7 +119,10 @@ def check_rollout(name: str, objective: Objective, config: Config) -> None:
 
 def check_shares(name: str, objective: Objective, config: Config) -> None:
     """Raise unless every optimizer step gets the same number of micro-steps."""
-    count, updates = len(objective.micro_steps(config)), config.optim.updates_per_iteration
+    count, updates = (
+        len(objective.micro_steps(config, config.sample.rows)),
+        config.optim.updates_per_iteration,
+    )
     require(
         count % updates == 0,
         f"optim.updates_per_iteration is {updates} with optim.objective {name}, but it must divide "

@@ -14,6 +14,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
-from flowgrpo.policies import lora, modulation, pipelines, surgery, vae
+from flowgrpo.policies import lora, modulation, pipelines, split_forward, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
@@ -70,6 +71,11 @@ class Policy(ABC):
     """True: a function of the caller's embeds the texts."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
+    sharded: bool = False
+    """True: this process has a piece of the transformer's weights (`shard`), so that a forward is
+    one of all processes."""
+    parts: split_forward.Parts | None = None
+    """How forwards of several steps are split (`split`); None: they are not."""
     _frozen: nn.Module | None = None
     _teacher: nn.Module | None = None
 
@@ -81,6 +87,8 @@ class Policy(ABC):
         dtype: str | torch.dtype = "auto",
         config: PolicyConfig | None = None,
         encode: Callable[[Sequence[str]], Conditioning] | None = None,
+        masters: bool = False,
+        on_host: bool = False,
     ) -> Policy:
         """Load the diffusers pipeline in the folder or Hub repository `model` as a policy.
 
@@ -94,12 +102,16 @@ class Policy(ABC):
 
         `encode` takes the place of the text encoders, which the pipeline then need not have: texts
         -> Conditioning of as many rows, on the device and in the dtype of the policy.
+
+        `masters` and `on_host` are for a transformer that `shard` comes to: its weights are float32
+        whatever `dtype` is, and stay in host memory till then.
         """
         device, config, model = choose_device(device), config or PolicyConfig(), path_text(model)
         if isinstance(model, str):
-            source = pipelines.load(model, dtype, device, config.variant)
+            source = pipelines.load(model, dtype, device, config.variant, masters)
         else:
-            source = pipelines.adopt(model, dtype, device)
+            source = pipelines.adopt(model, dtype, device, masters)
+        source = replace(source, on_host=on_host)
         encode = None if encode is None else _checked(encode, source)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
@@ -131,9 +143,18 @@ class Policy(ABC):
         """List the tokenizers that texts go through, each with the tokens after which it cuts."""
         return []
 
-    def velocity(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(
+        self, sample: Tensor, sigma: Tensor, conditioning: Conditioning, halves: int = 1
+    ) -> Tensor:
         """Velocity [B, *latent_shape] in the policy's dtype, for float32 samples of that shape at
-        float32 sigma [B]: the same bits with gradients and without."""
+        float32 sigma [B]: the same bits with gradients and without.
+
+        halves: 2 for rows that are twice those of a step, as under guidance; see `in_parts`.
+        """
+        with split_forward.rows(self.parts, len(sample), halves):
+            return self._velocity_of(sample, sigma, conditioning)
+
+    def _velocity_of(self, sample: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if not self.compiled or torch.is_grad_enabled():
             return self._velocity(sample, sigma, conditioning)
         with as_training_forward():
@@ -146,6 +167,8 @@ class Policy(ABC):
         """Reason why each forward computes what `prepare` would; None: it does not."""
         if self.compiled:
             return "policy.compile is on"
+        if self.sharded:
+            return "run.parallel is fsdp"
         return modulation.why_not(self.transformer, self.family)
 
     def describe(self) -> str:
@@ -260,6 +283,29 @@ class Policy(ABC):
         finally:
             self.transformer = trained
 
+    def shard(self, mesh: Any, offload: bool = False) -> None:
+        """Leave this process a piece of the weights of the transformer, and of the copy that is the
+        reference, see distributed/sharding.py. With adapters these stay whole everywhere.
+
+        Args:
+            mesh: of `sharding.make_mesh`.
+            offload: keep the pieces in host memory.
+        """
+        for model in filter(None, (self.transformer, self._frozen)):
+            surgery.shard(model, self.family, mesh, self.device, self.dtype, offload)
+        self.sharded = True
+
+    def split(self) -> None:
+        """Prepare the transformer, and the copy that is the reference, for `in_parts`."""
+        self.parts = split_forward.Parts()
+        for model in filter(None, (self.transformer, self._frozen)):
+            surgery.split(model, self.family, self.parts)
+
+    def in_parts(self, count: int) -> AbstractContextManager[None]:
+        """Compute velocities of `count` steps, inside, as `count` velocities of one step each, to
+        their bits, if `split` has been called: each module runs once for each step."""
+        return nullcontext() if self.parts is None else self.parts.of(count)
+
     def frozen_weights(self, fixed: bool = False) -> AbstractContextManager[None]:
         """Merge the adapters' matrices once for all velocities inside: no parameter may change.
 
@@ -267,6 +313,9 @@ class Policy(ABC):
         inside read them there. Graphs that enter `frozen_weights` themselves merge them anew in
         each replay.
         """
+        if self.sharded:
+            # They would be a copy of all weights; blocks merge while they have theirs.
+            return nullcontext()
         layers = lora.lora_layers(self.transformer)
         return lora.merged_matrices(layers, fixed or self.graphs is not None)
 

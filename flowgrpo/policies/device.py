@@ -6,15 +6,17 @@ import torch
 
 from flowgrpo.config import ConfigError
 from flowgrpo.config.validation import require
+from flowgrpo.distributed.world import launched, local_rank
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Find the torch device that "auto" or a name stands for."""
+    """Find the torch device that "auto" or a name stands for; of several processes each has the GPU
+    of its own number on the machine."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
@@ -24,7 +26,16 @@ def choose_device(device: str | torch.device) -> torch.device:
             f"({str(error).splitlines()[0][:160]}), but a device that torch sees is expected; use "
             "auto, cpu or cuda."
         ) from error
-    return device
+    if device.type != "cuda" or not launched():
+        return device
+    own = torch.device("cuda", local_rank())
+    require(
+        device.index in (None, own.index),
+        f"policy.device is {str(device)!r} in the process of LOCAL_RANK {own.index}, but each of "
+        "several processes has a GPU of its own; use auto.",
+    )
+    # With its number, as other threads have another default.
+    return own
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

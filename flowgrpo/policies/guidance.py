@@ -23,6 +23,7 @@ def velocities(
         torch.cat([sample, sample]),
         torch.cat([sigma, sigma]),
         uncond.expand(sample.shape[0]).then(conditioning),
+        **({} if policy.parts is None else {"halves": 2}),
     )
     unconditional, conditional = both.chunk(2)
     return conditional, unconditional

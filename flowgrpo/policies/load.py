@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flowgrpo import seeds
 from flowgrpo.config import Config, ConfigError
@@ -20,6 +21,7 @@ def load_policy(
     *,
     trainable: bool = True,
     reference: bool = False,
+    mesh: Any = None,
 ) -> Policy:
     """Load the model of a run and make its adapters, or all of its weights, trainable.
 
@@ -28,9 +30,12 @@ def load_policy(
         encode: texts -> embeddings, in place of its text encoders. See `Policy.load`.
         trainable: False: the base model as it is, without adapters.
         reference: keep the model before training whatever optim.beta is.
+        mesh: of the processes that share the transformer, see `Policy.shard`; None: each has it.
     """
     full = config.policy.adapter == "full"
-    if full and config.policy.dtype not in ("auto", "float32"):
+    # float32 masters of what is computed in another type.
+    masters = full and config.run.parallel == "fsdp" and config.policy.dtype == "bfloat16"
+    if full and not masters and config.policy.dtype not in ("auto", "float32"):
         raise ConfigError(
             f"policy.dtype is {config.policy.dtype} with policy.adapter full, but weights that are "
             "trained are float32; set policy.dtype to auto, or policy.adapter to lora."
@@ -38,9 +43,11 @@ def load_policy(
     policy = Policy.load(
         config.policy.model if pipeline is None else pipeline,
         device=config.policy.device,
-        dtype="float32" if full else config.policy.dtype,
+        dtype="float32" if full and not (masters and mesh) else config.policy.dtype,
         config=config.policy,
         encode=encode,
+        masters=masters and mesh is not None,
+        on_host=mesh is not None,
     )
     if not trainable:
         return policy
@@ -52,8 +59,12 @@ def load_policy(
     add_adapter(policy.transformer, config.policy, seed)
     if config.policy.init_adapter:
         start_from(policy, config.policy, _initial_adapter(config))
+    if config.optim.split_forward:
+        policy.split()
     if config.policy.gradient_checkpointing:
-        surgery.recompute(policy.transformer)
+        surgery.recompute(policy.transformer, policy.parts)
+    if mesh is not None:
+        policy.shard(mesh, config.run.cpu_offload)
     return policy
 
 

@@ -54,6 +54,8 @@ class Product:
     """Memory of merged matrices that stays where it is."""
     initial: bool = False
     """True inside `initial_adapters`: A and B are the layer's `initial_A` and `initial_B`."""
+    again: bool = False
+    """True: what a call merges is merged again for its backward, not kept (`merge_again`)."""
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
@@ -144,6 +146,16 @@ def keep_merged(layers: list[nn.Module]) -> None:
             product.matrices = product.fixed
 
 
+def merge_again(layers: list[nn.Module]) -> None:
+    """Let the backward of each call merge A and [W, s B] once more, in place of keeping them.
+
+    For weights that are there only while a block runs: what is kept would be a copy of them all.
+    """
+    for product in map(product_of, layers):
+        if product is not None:
+            product.again = True
+
+
 def share_input(module: nn.Module, *groups: tuple[str, ...]) -> None:
     """Say that `module` calls each of these groups of its layers by `joint_projection`.
 
@@ -218,7 +230,9 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
 def _multiply(group: tuple[nn.Module, ...], matrices: Matrices, x: Tensor) -> list[Tensor]:
     parameters = [w for layer in group for w in _parameters(layer)]
     scales = [_scale(layer) for layer in group]
-    outputs = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), *matrices, scales, *parameters)
+    again = group if product_of(group[0]).again else None
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = _LoraLinear.apply(rows, *matrices, scales, again, *parameters)
     return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
 
@@ -260,21 +274,22 @@ def merge(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrice
 
 class _LoraLinear(torch.autograd.Function):
     """The product of n layers: x [N, in], A [R, in] and [W, s B] [out, in + R] in x's dtype, bias
-    [out] or None, the n values of s, and A_1, B_1, A_2, ..., the parameters that get the gradients
-    -> n tensors [N, out_i]."""
+    [out] or None, the n values of s, the layers if the backward is to merge them again, and A_1,
+    B_1, A_2, ..., the parameters that get the gradients -> n tensors [N, out_i]."""
 
     @staticmethod
-    def forward(ctx, x, low_a, wide, bias, scales, *parameters):
+    def forward(ctx, x, low_a, wide, bias, scales, again, *parameters):
         low = torch.mm(x, low_a.t())
-        ctx.save_for_backward(x, low, low_a, wide)
-        ctx.scales, ctx.ranks = scales, [a.shape[0] for a in parameters[::2]]
+        ctx.save_for_backward(x, low, *(() if again else (low_a, wide)))
+        ctx.again, ctx.scales, ctx.ranks = again, scales, [a.shape[0] for a in parameters[::2]]
         y = F.linear(torch.cat((x, low), dim=1), wide, bias)
         return y.split([b.shape[0] for b in parameters[1::2]], dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, low, low_a, wide = ctx.saved_tensors
+        x, low, *matrices = ctx.saved_tensors
+        low_a, wide = matrices or merge(ctx.again)[:2]
         dim, outs = x.shape[1], [grad.shape[1] for grad in grads]
         dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
         if ctx.needs_input_grad[0]:
@@ -290,4 +305,4 @@ class _LoraLinear(torch.autograd.Function):
             for i, (b, s) in enumerate(zip(db, ctx.scales, strict=True))
         ]
         gradients = [gradient for pair in zip(da, db, strict=True) for gradient in pair]
-        return dx, None, None, None, None, *gradients
+        return dx, None, None, None, None, None, *gradients

@@ -44,14 +44,23 @@ class Pipeline:
     """Folder of its files; None: it came without them."""
     variant: str = ""
     """Which of its files were loaded, "fp16" for NAME.fp16.safetensors; empty: those without."""
+    on_host: bool = False
+    """True: the transformer stays in host memory until it is sharded."""
 
 
-def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: str = "") -> Pipeline:
+def load(
+    model: str,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    variant: str = "",
+    masters: bool = False,
+) -> Pipeline:
     """Load the pipeline in a folder or Hub repository; "nano" and "nano_text" are embedded.
 
     All of it is in `dtype`, except that the VAE is in float32 where that is float16: its decoder's
-    activations leave float16's range. A Hub repository is downloaded first, so the folder is the
-    snapshot that was loaded.
+    activations leave float16's range. With `masters` the transformer's weights are float32, to be
+    computed with in `dtype` (Policy.shard). A Hub repository is downloaded first, so the folder is
+    the snapshot that was loaded.
 
     Raises:
         ConfigError: it is not there, incomplete, of no known family, or its scheduler is refused.
@@ -72,7 +81,7 @@ def load(model: str, dtype: str | torch.dtype, device: torch.device, variant: st
     try:
         chosen = {"variant": variant} if variant else {}
         folder = Path(source if os.path.isdir(source) else cls.download(source, **chosen))
-        pipeline = _load_files(cls, folder, dtype, chosen)
+        pipeline = _load_files(cls, folder, dtype, chosen, masters)
     # Loading corrupt or foreign files raises whatever the reader of that file raises.
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -98,7 +107,9 @@ def _remedy(error: Exception) -> str:
     return "restore its files"
 
 
-def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipeline:
+def adopt(
+    pipeline: Any, dtype: str | torch.dtype, device: torch.device, masters: bool = False
+) -> Pipeline:
     """Take over a pipeline that somebody else has loaded, in the dtypes that `load` gives one;
     "auto" is that of its transformer. What its use has put on it is taken off (in_use.py).
 
@@ -112,11 +123,14 @@ def adopt(pipeline: Any, dtype: str | torch.dtype, device: torch.device) -> Pipe
     dtype = choose_dtype(pipeline.transformer.dtype if dtype == "auto" else dtype, device)
     for role, component in pipeline.components.items():
         target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
+        if masters and role == "transformer":
+            target = torch.float32
         if isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
             component.to(target)
     # What a module says of itself is the dtype of one weight. T5 keeps some of its in float32.
-    if any(parameter.dtype != dtype for parameter in pipeline.transformer.parameters()):
-        pipeline.transformer.to(dtype)
+    own = torch.float32 if masters else dtype
+    if any(parameter.dtype != own for parameter in pipeline.transformer.parameters()):
+        pipeline.transformer.to(own)
     return Pipeline(pipeline, family, dtype, name)
 
 
@@ -239,7 +253,9 @@ def _files_of(source: str) -> list[str]:
         return []
 
 
-def _load_files(cls: Any, folder: Path, dtype: torch.dtype, chosen: dict[str, str]) -> Any:
+def _load_files(
+    cls: Any, folder: Path, dtype: torch.dtype, chosen: dict[str, str], masters: bool
+) -> Any:
     """The pipeline of class `cls`, with None for the components that model_index.json has as
     null; `chosen`: the variant of its files, if any."""
     index = cls.load_config(folder)
@@ -248,6 +264,8 @@ def _load_files(cls: Any, folder: Path, dtype: torch.dtype, chosen: dict[str, st
     }
     apart = dtype == torch.float16 and "vae" in index and "vae" not in absent
     dtypes = {"default": dtype, "vae": torch.float32} if apart else dtype
+    if masters:
+        dtypes = {"default": dtype, "transformer": torch.float32}
     with warnings.catch_warnings():
         # Its new name, `dtype`, is ignored without a word by older versions of diffusers.
         warnings.simplefilter("ignore", FutureWarning)

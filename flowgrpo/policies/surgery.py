@@ -12,13 +12,18 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
                                                  their attention layers     _flowgrpo
     6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo
     7  recomputation    recompute                transformer and blocks     diffusers' own
+    8  parts of rows    split_forward.install    blocks, and what is        forward, _flowgrpo
+                                                 beside them
+    9  pieces           sharding.shard           blocks and transformer     their class, torch's own
 
 `rewrite` does 1 to 5 to a transformer that was just loaded. 6 belongs to the adapters and comes
-with them (`adapters.add_adapter`), 7 to training (`load.load_policy`).
+with them (`adapters.add_adapter`), 7 to 9 to training (`load.load_policy`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -26,7 +31,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flowgrpo.config import ConfigError, PolicyConfig
-from flowgrpo.policies import attention, blocks, compiled, deterministic, modulation
+from flowgrpo.distributed import sharding
+from flowgrpo.policies import (
+    attention,
+    blocks,
+    compiled,
+    deterministic,
+    lora,
+    modulation,
+    split_forward,
+)
 from flowgrpo.policies.family import Family, import_hook
 
 
@@ -63,14 +77,20 @@ def rewrite(
     return kernel
 
 
-def recompute(transformer: nn.Module) -> None:
-    """Keep only the inputs of the transformer's blocks for the backward pass."""
+def recompute(transformer: nn.Module, parts: split_forward.Parts | None = None) -> None:
+    """Keep only the inputs of the transformer's blocks for the backward pass.
+
+    parts: of `split`, if forwards may be split.
+    """
+    contexts = deterministic.checkpoint_contexts
+    if parts is not None:
+        contexts = partial(_both_contexts, contexts, parts.contexts)
     # Nothing in a block is random; and the state of a generator is read by waiting for the device.
     again = partial(
         checkpoint,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=deterministic.checkpoint_contexts,
+        context_fn=contexts,
     )
     try:
         transformer.enable_gradient_checkpointing(lambda module, *args: again(module, *args))
@@ -79,3 +99,71 @@ def recompute(transformer: nn.Module) -> None:
             f"policy.gradient_checkpointing is on, but {type(transformer).__name__} has none; "
             "turn it off."
         ) from error
+
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
+def _both_contexts(first: Callable[[], Contexts], second: Callable[[], Contexts]) -> Contexts:
+    """Enter the contexts of both, for a forward and for its second run."""
+    return tuple(_joined(*pair) for pair in zip(first(), second(), strict=True))
+
+
+@contextmanager
+def _joined(*contexts: AbstractContextManager[None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def split(transformer: nn.Module, family: Family, parts: split_forward.Parts) -> None:
+    """Let the transformer's modules run in parts of a step's rows. After 5 and 6, whose forwards
+    they call, and before 9."""
+    rows = family.blocks_of(transformer)
+    lists = {getattr(transformer, name) for name in family.blocks}
+    # What has no weights has nothing to say about a row that the number of rows could change.
+    others = [
+        m for m in transformer.children() if m not in lists and any(True for _ in m.parameters())
+    ]
+    split_forward.install([*rows, *others], parts)
+
+
+def shard(
+    transformer: nn.Module,
+    family: Family,
+    mesh: sharding.DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool,
+) -> None:
+    """Leave this process its pieces of the transformer's weights. The last rewrite: modules are of
+    other classes then, and weights are whole only while their block runs.
+
+    Args:
+        device: of the computation.
+        dtype: of the computation.
+        offload: keep the pieces in host memory.
+    """
+    layers = lora.lora_layers(transformer)
+    adapters = [p for p in transformer.parameters() if p.requires_grad] if layers else []
+    for parameter in adapters:
+        parameter.data = parameter.data.to(device)
+    lora.merge_again(layers)
+    compute = None if all(p.dtype == dtype for p in transformer.parameters()) else dtype
+    if layers:
+        # Frozen weights are of that type already.
+        compute = None
+    elif compute is not None and not any(p.requires_grad for p in transformer.parameters()):
+        # A copy that is never trained needs no master.
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(compute)
+        compute = None
+    sharding.shard(
+        transformer,
+        family.blocks_of(transformer),
+        mesh,
+        compute=compute,
+        offload=offload,
+        replicated=adapters,
+    )

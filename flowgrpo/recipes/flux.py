@@ -10,7 +10,7 @@ from typing import Any
 
 from flowgrpo.config import Config, OptimConfig, PolicyConfig, SampleConfig
 from flowgrpo.recipes.fit import fit
-from flowgrpo.recipes.tasks import GUARDS, RUN, SMALL_GUARDS, TASKS, reward_config
+from flowgrpo.recipes.tasks import FEW_PARTS, GUARDS, SMALL_GUARDS, TASKS, reward_config
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 TASK = "pickscore"
@@ -65,7 +65,7 @@ def paper(*, groups: int = 48, memory: float | None = None, **overrides: Any) ->
             ema_decay=0.9,  # C
             ema_every=8,  # C
         ),
-        run=RUN,
+        run=FEW_PARTS,
     )
     return fit(config, memory, overrides)
 
@@ -105,6 +105,6 @@ def window(*, groups: int = 48, memory: float | None = None, **overrides: Any) -
             ema_decay=0.9,  # C
             ema_every=8,  # C
         ),
-        run=RUN,
+        run=FEW_PARTS,
     )
     return fit(config, memory, overrides)

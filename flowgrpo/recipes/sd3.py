@@ -11,7 +11,7 @@ from typing import Any
 
 from flowgrpo.config import Config, OptimConfig, PolicyConfig, SampleConfig
 from flowgrpo.recipes.fit import fit
-from flowgrpo.recipes.tasks import GUARDS, RUN, SMALL_GUARDS, TASKS, Kl, reward_config
+from flowgrpo.recipes.tasks import FEW_PARTS, GUARDS, RUN, SMALL_GUARDS, TASKS, Kl, reward_config
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -73,7 +73,7 @@ def paper(
             ema_decay=0.9,  # C
             ema_every=8,  # C
         ),
-        run=RUN,
+        run=FEW_PARTS if small else RUN,
     )
     return fit(config, memory, overrides)
 
@@ -115,7 +115,7 @@ def window(task: str, *, groups: int = 0, memory: float | None = None, **overrid
             ema_decay=0.9,  # C
             ema_every=8,  # C
         ),
-        run=RUN,
+        run=FEW_PARTS if small else RUN,
     )
     return fit(config, memory, overrides)
 

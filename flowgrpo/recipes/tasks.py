@@ -13,6 +13,7 @@ Where numbers come from: P the paper (arXiv 2505.05470), C config/grpo.py of flo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -109,6 +110,9 @@ GUARDS = ("pickscore", "aesthetic", "imagereward")
 SMALL_GUARDS = ("aesthetic",)
 
 RUN = RunConfig(steps=2500, eval_every=50, eval_prompts=120, eval_samples=2, checkpoint_every=50)
+# Each doubling of the parts holds the adapters' gradients once more: for few GPUs, or for adapters
+# of FLUX.1-dev, which have 179 million numbers.
+FEW_PARTS = dataclasses.replace(RUN, leaves=8)
 
 
 def reward_config(task: str, guards: tuple[str, ...] = GUARDS) -> RewardConfig:

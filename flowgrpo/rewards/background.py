@@ -1,8 +1,8 @@
 """Rewards beside the rollout: images of one chunk are scored while the next is sampled.
 
-A reward compares nothing across images, but a group is scored or dropped as a whole, so images are
-handed on in whole groups: those that a chunk completes. That is so with and without a thread, and
-scores are concatenated in the order of the rows, so both give the same bits also where a reward's
+A reward compares nothing across images, so each chunk is handed on as it comes, also where its
+first or last group is cut. That is so with and without a thread and with any number of processes,
+and scores are put together in the order of the rows: all give the same bits, also where a reward's
 network computes other bits for another number of images.
 
 One thread computes the rewards. At most `waiting` portions of images are with it; then `add` waits,
@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -96,14 +97,24 @@ class BackgroundScoring:
     """
 
     def __init__(
-        self, scorer: Scorer, prompts: Prompts, group_size: int, thread: RewardThread | None = None
+        self,
+        scorer: Scorer,
+        prompts: Prompts,
+        group_size: int,
+        thread: RewardThread | None = None,
+        rows: Tensor | None = None,
     ) -> None:
-        """thread: computes the rewards; None: they are computed in `finish`."""
+        """
+        Args:
+            prompts: K of them, of `group_size` images each.
+            thread: computes the rewards; None: they are computed in `finish`.
+            rows: int64 [b], those of the K G rows whose images come here; None: all.
+        """
         self.scorer, self.prompts = scorer, prompts
         self.group_size, self.thread = group_size, thread
-        # Images of a group that is not complete yet.
-        self._pending: list[Tensor] = []
-        self._scored = 0
+        every = torch.arange(len(prompts) * group_size)
+        self._groups = ((every if rows is None else rows) // group_size).tolist()
+        self._added = 0
         self._portions: list[Callable[[], dict[str, Tensor]]] = []
         self._running: list[Future] = []
 
@@ -116,39 +127,40 @@ class BackgroundScoring:
         for future in self._running:
             if future.done():
                 future.result()
-        self._pending.append(images)
-        groups = sum(map(len, self._pending)) // self.group_size
-        if groups == 0:
-            return
-        images = torch.cat(self._pending)
-        count = groups * self.group_size
-        complete = images[:count]
-        self._pending = [images[count:]] if len(images) > count else []
-        prompts = self.prompts.take(range(self._scored, self._scored + groups))
-        self._scored += groups
+        groups = self._groups[self._added : self._added + len(images)]
+        self._added += len(images)
+        counts = {group: len(list(rows)) for group, rows in groupby(groups)}
+        prompts = self.prompts.take(list(counts))
 
         def score(images: Tensor) -> dict[str, Tensor]:
-            return self.scorer.score_each(images, prompts, self.group_size)
+            return self.scorer.score_each(images, prompts, list(counts.values()))
 
         if self.thread is None:
-            self._portions.append(partial(score, complete))
+            self._portions.append(partial(score, images))
         else:
-            future = self.thread.submit(score, complete)
+            future = self.thread.submit(score, images)
             self._running.append(future)
             self._portions.append(future.result)
 
-    def finish(self) -> Scores:
-        """Wait for the scores of all rows.
+    def rewards(self) -> dict[str, Tensor]:
+        """Wait for the scores of these rows, float64 [b] of each reward.
 
         Raises:
             ValueError: images are missing.
             Exception: what a reward raised.
         """
-        if self._scored != len(self.prompts) or self._pending:
+        if self._added != len(self._groups):
             raise ValueError(
-                f"{self._scored} groups of images were added and {sum(map(len, self._pending))} "
-                f"images beyond, but {len(self.prompts)} groups of {self.group_size} are expected"
+                f"{self._added} images were added, but {len(self._groups)} are expected"
             )
         scores = [portion() for portion in self._portions]
-        rewards = {name: torch.cat([portion[name] for portion in scores]) for name in scores[0]}
-        return self.scorer.combine(rewards, self.group_size)
+        return {name: torch.cat([portion[name] for portion in scores]) for name in scores[0]}
+
+    def finish(self) -> Scores:
+        """Wait for the scores of all rows, which are here.
+
+        Raises:
+            ValueError: images are missing.
+            Exception: what a reward raised.
+        """
+        return self.scorer.combine(self.rewards(), self.group_size)

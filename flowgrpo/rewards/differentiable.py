@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.rewards.interface import RewardError
-from flowgrpo.rewards.table import load, options_of
+from flowgrpo.rewards.table import load, on_device, options_of
 
 OfPixels = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 """Pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata -> B scores, differentiable."""
@@ -32,14 +32,15 @@ def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]
     options = options_of(config.options, dict.fromkeys((*config.weights, *config.report)))
     functions = []
     for name, weight in config.weights.items():
-        reward = load(name, options.get(name, {}))
+        reward = load(name, on_device(name, options.get(name, {}), config.devices))
         function = reward.build() if hasattr(reward, "build") else reward
         of_pixels = getattr(function, "of_pixels", None)
         if of_pixels is None:
             raise RewardError(
                 f"reward {name!r} passes no gradient on to the pixels, but optim.objective refl "
-                "learns by that gradient; take pickscore, clipscore or imagereward, or give your "
-                "function an attribute of_pixels (flowgrpo/rewards/differentiable.py)."
+                "learns by that gradient; take pickscore, clipscore, imagereward or, for nano, "
+                "nano_classifier, or give your function an attribute of_pixels "
+                "(flowgrpo/rewards/differentiable.py)."
             )
         functions.append((weight, of_pixels))
     return functions

@@ -161,3 +161,10 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
             )
             resized = resized.round_().clamp_(0, 255)
     return resized
+
+
+def comparison_picture(height: int, width: int) -> Tensor:
+    """Draw the picture that servers are compared by, uint8 [3, H, W]: no two columns, rows or
+    neighbours alike, and the same everywhere."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack((x * 255 // width, y * 255 // height, (x ^ y) % 256)).to(torch.uint8)

@@ -26,7 +26,14 @@ class RemoteError(RuntimeError):
 
 
 class ReplyError(RemoteError):
-    """A server's answer is none of the protocol; another server may be at the address."""
+    """A server's answer is none of the protocol; another server may be at the address.
+
+    `reason`: what it did, "answered '...'".
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def check_arguments(reward: Any, name: str) -> None:

@@ -19,6 +19,8 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
         # A device that torch has a name for may be none that is here.
         torch.empty(0, device=name)
         return torch.device(name)

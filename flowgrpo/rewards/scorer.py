@@ -27,7 +27,7 @@ import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -39,8 +39,10 @@ from torch import Tensor
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
 from flowgrpo.records import Prompts, Scores
+from flowgrpo.rewards import models
+from flowgrpo.rewards.images import comparison_picture
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
-from flowgrpo.rewards.table import Reward, is_users, load, options_of
+from flowgrpo.rewards.table import Reward, is_remote, is_users, load, on_device, options_of
 
 EPS = 1e-8
 """Added to a std before it divides."""
@@ -70,21 +72,27 @@ class Scorer:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         timeout: float = 0.0,
         normalize: str = "none",
+        devices: Mapping[str, str] | None = None,
+        offset: int = 0,
     ) -> None:
-        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs."""
+        """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs.
+        devices: reward name, or all -> the device of its model, unless `options` has it. offset: of
+        remote rewards, the server of several that is asked first."""
         self.weights = dict(weights)
         self.retries, self.normalize = retries, normalize
         self.rewards = {}
         for name in self.weights:
-            arguments = dict((options or {}).get(name, {}))
+            arguments = on_device(name, (options or {}).get(name, {}), devices or {})
             if timeout and "timeout" in getattr(load(name), "defaults", {}):
                 arguments.setdefault("timeout", timeout)
+            if offset and is_remote(name, load(name)):
+                arguments.setdefault("offset", offset)
             self.rewards[name] = load(name, arguments)
         self.problems: dict[str, str] = {}
         """Reward name -> its last error."""
 
     @classmethod
-    def of(cls, config: RewardConfig, reported: Iterable[str] = ()) -> Scorer:
+    def of(cls, config: RewardConfig, reported: Iterable[str] = (), *, offset: int = 0) -> Scorer:
         """Load the rewards that `config` trains with; or those `reported`, each by itself."""
         weights = dict.fromkeys(reported, 1.0) or config.weights
         names = dict.fromkeys((*config.weights, *config.report, *weights))
@@ -94,6 +102,8 @@ class Scorer:
             options=options_of(config.options, names),
             timeout=config.timeout,
             normalize=config.normalize,
+            devices=config.devices,
+            offset=offset,
         )
 
     def prepare(self, prompts: Prompts) -> None:
@@ -104,6 +114,8 @@ class Scorer:
                 server is missing.
         """
         self.check(prompts)
+        for name, device in self.devices().items():
+            call_users(partial(models.device, device), name, "use its device")
 
         def has_weights(entry: tuple[str, Any]) -> bool:
             return "url" not in getattr(entry[1], "defaults", {})
@@ -118,6 +130,16 @@ class Scorer:
                 if reach is not None:
                     call_users(reach, name, "reach what it needs")
 
+    def devices(self) -> dict[str, str]:
+        """List the devices of the models of this package's rewards, by name; "auto" is one too."""
+        options = {n: getattr(r, "options", {}) for n, r in self.rewards.items() if not is_users(n)}
+        return {name: values["device"] for name, values in options.items() if "device" in values}
+
+    def servers(self) -> dict[str, str]:
+        """Describe the servers of remote rewards, by name: which serve, what the others said."""
+        remote = {name: r for name, r in self.rewards.items() if is_remote(name, r)}
+        return {name: reward.build().servers.describe() for name, reward in remote.items()}
+
     def check(self, prompts: Prompts) -> None:
         """Raise RewardError unless the rewards can judge images of these prompts."""
         for name, reward in self.rewards.items():
@@ -129,16 +151,21 @@ class Scorer:
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
         """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
 
-        An error of which a blank image may be the reason, or that may pass, is only logged.
+        An error of which a blank image may be the reason, or that may pass, is only logged. Several
+        servers of one reward are compared by a picture that is not blank.
 
         Raises:
             RewardError: what a reward returns is not one number an image, or it failed by one of
-                the `CERTAIN` errors.
+                the `CERTAIN` errors; or two of its servers score differently.
         """
         images = torch.stack([blank] * BLANKS)
         for name, reward in self.rewards.items():
+            if is_remote(name, reward):
+                servers = reward.build().servers
+                picture = comparison_picture(*blank.shape[1:])
+                servers.compare(picture, prompts.texts[0], prompts.metadata[0])
             try:
-                answer = _ask(reward, name, images, prompts.take([0]), BLANKS)
+                answer = _ask(reward, name, images, prompts.take([0]), [BLANKS])
             except RewardError:
                 raise
             except CERTAIN as error:
@@ -171,13 +198,20 @@ class Scorer:
         """
         return self.combine(self.score_each(images, prompts, group_size), group_size)
 
-    def score_each(self, images: Tensor, prompts: Prompts, group_size: int) -> dict[str, Tensor]:
-        """Score images of some groups by each reward, float64 [b]; NaN in groups that failed.
+    def score_each(
+        self, images: Tensor, prompts: Prompts, counts: int | Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Score images by each reward, float64 [b]; NaN in groups that failed.
+
+        Args:
+            counts: images of each prompt, in turn; one number for all, or one each.
 
         Raises:
             RewardError: a reward returned a wrong number of scores.
         """
-        return {name: self._all_groups(name, images, prompts, group_size) for name in self.weights}
+        if isinstance(counts, int):
+            counts = [counts] * len(prompts)
+        return {name: self._all_groups(name, images, prompts, counts) for name in self.weights}
 
     def combine(self, rewards: dict[str, Tensor], group_size: int) -> Scores:
         """Sum the rewards of all groups, float64 [B] each, by their weights.
@@ -186,9 +220,10 @@ class Scorer:
             RewardError: a reward failed for every group.
         """
         for name, scores in rewards.items():
-            if len(_failed(scores, group_size)) * group_size == len(scores):
+            complete = scores.isfinite().view(-1, group_size).all(dim=1)
+            if not complete.any():
                 raise RewardError(
-                    f"reward {name!r} failed for all {len(scores) // group_size} groups after "
+                    f"reward {name!r} failed for all {len(complete)} groups after "
                     f"{self.retries} retries ({self.problems[name]}), but {len(scores)} finite "
                     "scores are expected; mend it."
                 )
@@ -203,16 +238,23 @@ class Scorer:
         total = total.masked_fill(dropped.repeat_interleave(group_size), torch.nan)
         return Scores(total, rewards, dropped)
 
-    def _all_groups(self, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Tensor:
+    def _all_groups(
+        self, name: str, images: Tensor, prompts: Prompts, counts: Sequence[int]
+    ) -> Tensor:
         """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
+        ends = np.cumsum(counts).tolist()
+        groups = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         problems = [NOT_FINITE]
 
-        def attempt(rows: slice, groups: Prompts) -> None:
+        def failed() -> list[int]:
+            return [i for i, rows in enumerate(groups) if not scores[rows].isfinite().all()]
+
+        def attempt(rows: slice, asked: Prompts, counts: Sequence[int]) -> None:
             try:
                 # All rows as the tensor itself: a reward may know it again.
-                chunk = images if groups is prompts else images[rows]
-                answer = _ask(self.rewards[name], name, chunk, groups, group_size)
+                chunk = images if asked is prompts else images[rows]
+                answer = _ask(self.rewards[name], name, chunk, asked, counts)
                 scores[rows] = _scores(answer, name, len(chunk))
             except RewardError:
                 raise
@@ -220,18 +262,17 @@ class Scorer:
             except Exception as error:
                 problems.append(describe_error(error))
 
-        attempt(slice(None), prompts)
+        attempt(slice(None), prompts, counts)
         for _ in range(self.retries):
-            for group in _failed(scores, group_size):
-                rows = slice(group * group_size, (group + 1) * group_size)
-                attempt(rows, prompts.take([group]))
-        failed = _failed(scores, group_size)
-        if failed:
+            for group in failed():
+                attempt(groups[group], prompts.take([group]), counts[group : group + 1])
+        dropped = failed()
+        if dropped:
             self.problems[name] = problems[-1]
             message = "reward %r failed for %d of %d groups, which are dropped (%s)"
-            log.warning(message, name, len(failed), len(prompts), problems[-1])
-        for group in failed:
-            scores[group * group_size : (group + 1) * group_size] = torch.nan
+            log.warning(message, name, len(dropped), len(prompts), problems[-1])
+        for group in dropped:
+            scores[groups[group]] = torch.nan
         return scores
 
 
@@ -259,12 +300,6 @@ def _divide(scores: Tensor, std: Tensor, largest: Tensor) -> Tensor:
     return torch.where(equal, scores * 0.0, scores / (std + EPS))
 
 
-def _failed(scores: Tensor, group_size: int) -> list[int]:
-    """List the groups with a score that is not finite."""
-    bad = ~scores.isfinite().view(-1, group_size).all(dim=1)
-    return bad.nonzero()[:, 0].tolist()
-
-
 def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
     """Call code of the reward `name` before there are images; an error names the reward, and one of
     the user's code is one sentence too, "... cannot `purpose`"."""
@@ -284,10 +319,10 @@ def call_users(call: Callable[[], Any], name: str, purpose: str) -> Any:
         ) from error
 
 
-def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, group_size: int) -> Any:
-    """Call a reward with G images of each prompt; the user's own gets copies."""
-    texts = [text for text in prompts.texts for _ in range(group_size)]
-    metadata = [entry for entry in prompts.metadata for _ in range(group_size)]
+def _ask(reward: Reward, name: str, images: Tensor, prompts: Prompts, counts: Sequence[int]) -> Any:
+    """Call a reward with so many images of each prompt; the user's own gets copies."""
+    texts = [t for text, n in zip(prompts.texts, counts, strict=True) for t in [text] * n]
+    metadata = [e for entry, n in zip(prompts.metadata, counts, strict=True) for e in [entry] * n]
     if is_users(name):
         images, metadata = images.clone(), [copy.deepcopy(entry) for entry in metadata]
     try:

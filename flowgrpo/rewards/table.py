@@ -21,6 +21,7 @@ from flowgrpo.rewards.interface import Reward, RewardError, check_arguments, des
 REWARDS = {
     "nano_strict": "flowgrpo.rewards.nano:strict",
     "nano_partial": "flowgrpo.rewards.nano:partial",
+    "nano_classifier": "flowgrpo.rewards.nano:classifier",
     "aesthetic": "flowgrpo.rewards.aesthetic:score",
     "clipscore": "flowgrpo.rewards.clipscore:score",
     "deqa": "flowgrpo.rewards.remote.judges:deqa",
@@ -40,7 +41,8 @@ REWARDS = {
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """Load the reward `name` with these options; an http:// or https:// address is a remote one.
+    """Load the reward `name` with these options; an http:// or https:// address is a remote one,
+    several with commas between them are servers of one.
 
     The same name and options give the same object, so what it loads is loaded once.
     """
@@ -98,6 +100,11 @@ def is_users(name: str) -> bool:
     return name not in REWARDS and not is_address(name)
 
 
+def is_remote(name: str, reward: Any) -> bool:
+    """Tell a reward of this package that servers compute; a user's own may have any options."""
+    return not is_users(name) and "url" in getattr(reward, "defaults", {})
+
+
 def _unusable(reward: Any) -> str | None:
     """Describe what is no function of images; None for one."""
     if inspect.isclass(reward):
@@ -107,6 +114,25 @@ def _unusable(reward: Any) -> str | None:
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
         return "an async function"
     return None
+
+
+def on_device(name: str, options: Mapping[str, Any], devices: Mapping[str, str]) -> dict[str, Any]:
+    """Add the device of `reward.devices` to the options of a reward that has one and none given.
+
+    Raises:
+        RewardError: `devices` names the reward, and it has no device.
+    """
+    device = devices.get(name, devices.get("all"))
+    if device is None or "device" in options:
+        return dict(options)
+    if "device" in getattr(load(name), "defaults", {}):
+        return {**options, "device": device}
+    if name in devices:
+        raise RewardError(
+            f"reward.devices has {name!r}, but that reward has no model whose device can be set; "
+            "leave it out."
+        )
+    return dict(options)
 
 
 @cache

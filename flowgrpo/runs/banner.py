@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flowgrpo.config import Config
+from flowgrpo.distributed.sharding import original_class
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.objectives.describe import looked_at, sampled_by
 from flowgrpo.policies import Policy
 from flowgrpo.prompts.load import has_splits
+from flowgrpo.rewards.table import is_address
 from flowgrpo.runs.process import device_name, kernel_backends
 from flowgrpo.runs.state import State
 
 
 def banner(
-    config: Config, policy: Policy, state: State, evaluation_set: EvaluationSet
+    config: Config,
+    policy: Policy,
+    state: State,
+    evaluation_set: EvaluationSet,
+    servers: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Describe a run, as name -> one line."""
+    """Describe a run, as name -> one line; servers: of remote rewards, `Scorer.servers`."""
     sample, optim = config.sample, config.optim
     lora = config.policy.adapter == "lora"
     trained = sum(p.numel() for p in state.parameters.values())
@@ -22,10 +30,11 @@ def banner(
     if lora:
         # Those of the model alone.
         parameters -= trained
+    kind = original_class(policy.transformer)
     rank = f"LoRA of rank {config.policy.lora_rank}, " if lora else ""
     return {
-        "model": f"{policy.name}, {type(policy.transformer).__name__}, {count(parameters)} "
-        f"parameters, {str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
+        "model": f"{policy.name}, {kind.__name__}, {count(parameters)} parameters, "
+        f"{str(policy.dtype).removeprefix('torch.')} on {device_name(policy.device)}, "
         f"{_size(policy)}",
         "trained": f"{rank}{count(trained)} parameters",
         "kernels": kernel_backends(policy.device),
@@ -38,7 +47,15 @@ def banner(
         "length": length(config, state.iteration),
         "directory": str(config.out_dir),
         "evaluation": evaluated(config, evaluation_set),
+        **servers_lines(servers or {}),
     }
+
+
+def servers_lines(servers: Mapping[str, str]) -> dict[str, str]:
+    """Describe the servers of remote rewards on one line, if there are any."""
+    # A reward that is named by its addresses has them in its description.
+    texts = [text if is_address(name) else f"{name}: {text}" for name, text in servers.items()]
+    return {"servers": "; ".join(texts)} if texts else {}
 
 
 def _size(policy: Policy) -> str:

@@ -7,9 +7,12 @@
       old.safetensors         the policy that samples, by name, where it is another (nft)
       state.json              format, iteration, counters, SHA-256 of each file, versions
       pytorch_lora_weights.safetensors   what diffusers' `load_lora_weights` reads (LoRA runs)
+      pieces/                 in place of all .safetensors, where parameters are sharded: a file of
+                              each process, "<file stem>/<name>", by torch.distributed.checkpoint
 
 A checkpoint is complete or absent: files are written and synced in a hidden folder beside it, which
-is then renamed. Reading checks every file against its SHA-256 before anything is restored.
+is then renamed. Reading checks every file against its SHA-256 before anything is restored. Pieces
+are read by any number of processes, and by one without others.
 """
 
 from __future__ import annotations
@@ -19,18 +22,23 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flowgrpo.config import ConfigError
+from flowgrpo.distributed import pieces
+from flowgrpo.distributed.world import World
 from flowgrpo.files import read_tensors, remove_folder, replacing_folder, save_tensors
 
 log = logging.getLogger("flowgrpo")
 FORMAT = "flowgrpo-checkpoint-1"
 STATE = "state.json"
 PREFIX = "step-"
+PIECES = "pieces"
+"""Folder of a checkpoint that several processes wrote."""
 
 
 def save(
@@ -60,6 +68,71 @@ def save(
         state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return final
+
+
+def save_pieces(
+    folder: Path,
+    iteration: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    record: dict[str, Any],
+    world: World,
+) -> Path:
+    """Write a checkpoint as `save` does, each process of `world` its pieces of the tensors.
+
+    To be called by all. `folder` is one that all see.
+    """
+    final = folder / f"{PREFIX}{iteration:06d}"
+    with ExitStack() as stack:
+        temporary = world.from_first(lambda: stack.enter_context(replacing_folder(final)))
+        named = {f"{stem}/{name}": t for stem, ts in tensors.items() for name, t in ts.items()}
+        with world.together(lockstep=True):
+            pieces.write(temporary / PIECES, named, world)
+        with world.together():
+            own = pieces.own_files(temporary / PIECES, world)
+            sums = {f"{PIECES}/{path.name}": _sha256(path) for path in own}
+        everywhere = world.gather(sums)
+        with world.together():
+            if world.first:
+                sums = {name: value for sums in everywhere for name, value in sums.items()}
+                state = {"format": FORMAT, "iteration": iteration, "sha256": sums, "record": record}
+                text = json.dumps(state, indent=2) + "\n"
+                (temporary / STATE).write_text(text, encoding="utf-8")
+                # Renames it.
+                stack.close()
+    return final
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Tell a checkpoint in pieces from one in whole files."""
+    return (checkpoint / PIECES).is_dir()
+
+
+def load_pieces(
+    checkpoint: Path,
+    empty: Callable[[str, torch.Size, torch.dtype], torch.Tensor],
+    world: World,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the tensors of a checkpoint in pieces by file stem and name, each process its own.
+
+    Args:
+        empty: f(name, shape, dtype), makes the tensor that one of that name is read into.
+        world: all its processes call this. Each compares its share of the files with their SHA-256.
+    """
+    sums = sorted(read_state(checkpoint)["sha256"].items())
+    with world.together():
+        for name, expected in sums[world.rank :: world.size]:
+            _compare(checkpoint / name, expected)
+        named = {
+            key: empty(key.partition("/")[2], *kind)
+            for key, kind in pieces.describe(checkpoint / PIECES).items()
+        }
+    with world.together(lockstep=True):
+        pieces.read(checkpoint / PIECES, named, world)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in named.items():
+        stem, _, name = key.partition("/")
+        tensors.setdefault(stem, {})[name] = tensor
+    return tensors
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -113,7 +186,17 @@ def verify(checkpoint: Path) -> None:
 
 
 def load(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of `<stem>.safetensors`, after comparing the file with its SHA-256."""
+    """Read the tensors of `<stem>.safetensors`, or those of that stem in pieces, after comparing
+    the files with their SHA-256."""
+    if is_sharded(checkpoint):
+        verify(checkpoint)
+        named = {
+            key: torch.empty(shape, dtype=dtype)
+            for key, (shape, dtype) in pieces.describe(checkpoint / PIECES).items()
+            if key.startswith(f"{stem}/")
+        }
+        pieces.read(checkpoint / PIECES, named)
+        return {key.partition("/")[2]: tensor for key, tensor in named.items()}
     path = checkpoint / f"{stem}.safetensors"
     _compare(path, read_state(checkpoint)["sha256"].get(path.name))
     return read_tensors(path)

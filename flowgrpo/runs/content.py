@@ -34,6 +34,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import source_of
 from flowgrpo.config.validation import path_text
 from flowgrpo.curation import dataset
+from flowgrpo.distributed import sharding
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.objectives import curated, objective_of
 from flowgrpo.policies import Policy
@@ -145,7 +146,8 @@ def weights_digest(module: nn.Module) -> str:
     are float16 and cannot be compared with those, "float16:..."."""
     weights = [p.detach() for name, p in module.named_parameters() if ".lora_" not in name]
     half = any(weight.dtype == torch.float16 for weight in weights)
-    digests = sorted(_digest(weight) for weight in weights)
+    # A sharded one is put together, which all processes do.
+    digests = sorted(_digest(sharding.whole(weight)) for weight in weights)
     total = hashlib.sha256("".join(digests).encode()).hexdigest()
     return f"{'float16' if half else 'bfloat16'}:{total}"
 

@@ -31,7 +31,10 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, ConfigError, from_json, replace, to_dict, to_json
+from flowgrpo.config.config import AUTO
 from flowgrpo.config.validation import path_text, shown
+from flowgrpo.distributed.world import ALONE, World
+from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.policies.adapters import INITIAL
 from flowgrpo.runs import checkpoints, content, loggers, model_card
 from flowgrpo.runs.export import export
@@ -48,8 +51,13 @@ MAY_CHANGE = {
     "run.eval_seconds",
     "run.checkpoint_every",
     "run.threads",
+    "run.rank_timeout",
     "run.wandb",
     "run.progress",
+    # Of a model trained whole the last bits change, as they do with the number of processes.
+    "run.parallel",
+    "run.shard_size",
+    "run.cpu_offload",
     # Cached embeddings are the fresh ones to the bit.
     "policy.text_cache",
     "policy.offload_text_encoders",
@@ -66,11 +74,14 @@ MAY_CHANGE = {
     # Services; their addresses and tokens, see `_without_services`.
     "reward.timeout",
     "reward.retries",
+    # Where their models are, as the option device.
+    "reward.devices",
 }
 """Fields in which a continuation may differ: they do not change its numbers."""
 
 SERVICE_OPTIONS = (
     *("url", "token", "timeout", "retries", "backoff", "concurrency", "device", "workers"),
+    *("wait", "tolerance", "offset"),
     # What lies there is compared by content.py.
     *content.PLACE_OPTIONS,
 )
@@ -201,6 +212,12 @@ class RunDirectory:
         files.sync(self._metrics.fileno())
         record = {**files.plain(state.counters()), "score": score, "versions": versions()}
         lora = self.config.policy.adapter == "lora"
+        if state.sharded:
+            path = checkpoints.save_pieces(
+                self.checkpoints, state.iteration, state.tensors(), record, state.world
+            )
+            checkpoints.prune(self.checkpoints)
+            return path
 
         def adapter(folder: Path) -> None:
             export(transformer, state.ema, self.config.policy, folder)
@@ -218,6 +235,10 @@ class RunDirectory:
         """Copy the adapter that the run starts from: a resumed run and `evaluate` read it here."""
         with files.replacing_folder(self.path / INITIAL) as folder:
             export(transformer, state.ema, self.config.policy, folder)
+
+    def save_evaluation(self, evaluation: Evaluation, name: str) -> None:
+        """Write an evaluation into the folder evaluations/`name`."""
+        evaluation.save(self.path / "evaluations" / name)
 
     def restore(self, state: State) -> bool:
         """Bring `state` back from the newest checkpoint and metrics.jsonl to its iteration.
@@ -246,7 +267,7 @@ class RunDirectory:
         """Write summary.json, and the weights that `state.ema` shows for diffusers."""
         final = self.path / ("adapter" if self.config.policy.adapter == "lora" else "transformer")
         with files.replacing_folder(final) as folder:
-            export(transformer, state.ema, self.config.policy, folder)
+            export(transformer, state.ema, self.config.policy, folder, state.world)
             iteration, weights = state.iteration, state.ema.weights
             model_card.write(folder, self.config, transformer, iteration, summary, weights=weights)
         files.write_json(self.path / "summary.json", summary)
@@ -301,6 +322,56 @@ class RunDirectory:
         os.truncate(path, size)
 
 
+class Follower(RunDirectory):
+    """The run directory in another process than the first: read for a checkpoint, never written."""
+
+    def __init__(self, config: Config, checkpoint: Path | None) -> None:
+        """checkpoint: the one that the first process goes on from.
+
+        Raises:
+            ConfigError: this process does not see it.
+        """
+        self.config, self.path = config, Path(os.path.abspath(config.out_dir))
+        self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+        self.checkpoint = checkpoint
+        if checkpoint is not None and not (checkpoint / checkpoints.STATE).is_file():
+            raise ConfigError(
+                f"the checkpoint {str(checkpoint)!r} is not seen on {os.uname().nodename}, but all "
+                "processes of a run read it; put the run directory on a file system that all "
+                "machines share."
+            )
+        self.loggers = loggers.NoLoggers()
+
+    def log(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+    def save(self, state: State, transformer: nn.Module, score: float | None = None) -> None:
+        """Write this process's pieces of a sharded model, and else nothing."""
+        if state.sharded:
+            tensors = state.tensors()
+            checkpoints.save_pieces(self.checkpoints, state.iteration, tensors, {}, state.world)
+
+    def save_initial(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+    def save_evaluation(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+    def finish(self, summary: Mapping[str, Any], state: State, transformer: nn.Module) -> None:
+        """Hand the first process the pieces of a sharded model, and write nothing."""
+        if state.sharded:
+            export(transformer, state.ema, self.config.policy, self.path, state.world)
+
+    def restore(self, state: State) -> bool:
+        """Bring `state` back from the checkpoint; False if there is none."""
+        if self.checkpoint is not None:
+            state.restore(self.checkpoint)
+        return self.checkpoint is not None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _metrics_line(line: bytes) -> dict[str, Any] | None:
     """Read a line of metrics.jsonl; None for one that is not whole, or of something else."""
     try:
@@ -326,6 +397,23 @@ def resume_config(folder: str | Path) -> Config:
         ) from error
     # A change is accepted each time anew.
     return replace(from_json(text), **{"run.resume": str(folder), "run.accept_changes": False})
+
+
+def settle_resume(config: Config, world: World = ALONE) -> Config:
+    """Decide what `run.resume` "auto" means, the first process for all: the run directory if a run
+    has begun there, or a new run. Any other value stays."""
+    if config.run.resume != AUTO:
+        return config
+    folder = world.from_first(lambda: _begun(config.out_dir))
+    return replace(config, **{"run.resume": folder})
+
+
+def _begun(folder: Path) -> str | None:
+    """Name `folder` if it holds a run with a checkpoint; None if there is nothing to go on from."""
+    saved = checkpoints.list_checkpoints(folder / "checkpoints")
+    # One that a process set aside when it was killed while replacing it comes back later.
+    aside = any((folder / "checkpoints").glob(f".{checkpoints.PREFIX}*.old"))
+    return str(folder) if (folder / "config.json").is_file() and (saved or aside) else None
 
 
 def _check_same(config: Config, stored: Config) -> None:

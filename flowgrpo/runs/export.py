@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config, OptimConfig, PolicyConfig
+from flowgrpo.distributed import sharding
+from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import (
     ADAPTER,
@@ -22,15 +25,24 @@ from flowgrpo.runs import checkpoints
 from flowgrpo.runs.state import EMA, shown_weights
 
 
-def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path) -> None:
+def export(
+    transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path, world: World = ALONE
+) -> None:
     """Write the weights that `ema` shows for diffusers.
 
     A file for `pipe.load_lora_weights(folder)`, or for full fine-tuning a folder for
     `from_pretrained(folder)` of the transformer's class.
+
+    Args:
+        world: the processes that have pieces of the weights, if they do: all call this, and rank 0
+            gets them together in host memory and writes.
     """
     with ema.swapped():
         if config.adapter == "full":
-            transformer.save_pretrained(folder)
+            if any(map(sharding.is_sharded, transformer.parameters())):
+                _export_pieces(transformer, folder, world)
+            else:
+                transformer.save_pretrained(folder)
             return
         from peft.utils import get_peft_model_state_dict
 
@@ -44,6 +56,17 @@ def export(transformer: nn.Module, ema: EMA, config: PolicyConfig, folder: Path)
             transformer_lora_adapter_metadata=metadata,
         )
         files.order_metadata(folder / LORA_FILE)
+
+
+def _export_pieces(transformer: nn.Module, folder: Path, world: World) -> None:
+    """Write a sharded transformer as its class would write it whole."""
+    state = sharding.gather(transformer, world)
+    if state is None:
+        return
+    with torch.device("meta"):
+        whole = sharding.original_class(transformer).from_config(transformer.config)
+    whole.load_state_dict(state, assign=True)
+    whole.save_pretrained(folder)
 
 
 def load_trained(transformer: nn.Module, optim: OptimConfig, checkpoint: Path) -> None:

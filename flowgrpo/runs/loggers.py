@@ -35,6 +35,19 @@ class Logger:
     close: Callable[[], None]
 
 
+class NoLoggers:
+    """The loggers of a process that writes nothing."""
+
+    def open(self, iteration: int) -> None:
+        """Open nothing."""
+
+    def write(self, line: Mapping[str, Any], kind: str, pictures: Pictures) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Loggers:
     """All loggers of the run in `folder`."""
 

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 
 from flowgrpo import rewards
-from flowgrpo.config import Config, ConfigError
+from flowgrpo.config import Config, ConfigError, replace
+from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
@@ -38,7 +39,7 @@ from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import content
 from flowgrpo.runs.advice import Advice
 from flowgrpo.runs.banner import banner, slow_start
-from flowgrpo.runs.directory import RunDirectory, is_address, is_file
+from flowgrpo.runs.directory import Follower, RunDirectory, is_address, is_file
 from flowgrpo.runs.display import Display
 from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
@@ -83,12 +84,17 @@ class Monitor:
     """Logs, evaluates, draws and saves one run. Opened by `Monitor.open`; a context manager."""
 
     def __init__(
-        self, config: Config, policy: Policy, state: State, stop: Stop | None = None
+        self,
+        config: Config,
+        policy: Policy,
+        state: State,
+        stop: Stop | None = None,
+        world: World = ALONE,
     ) -> None:
         self.config, self.policy, self.state = config, policy, state
-        self.stop = stop or Stop()
+        self.stop, self.world = stop or Stop(), world
         self.evaluation_set = load_evaluation_set(config)
-        self.scorer = rewards.Scorer.of(config.reward, config.reported)
+        self.scorer = rewards.Scorer.of(config.reward, config.reported, offset=world.rank)
         self.scorer.prepare(self.evaluation_set.prompts)
         self.quality = quality_of(config.sample.prompts)
         self.tolerances = tolerances_of(config.sample.prompts)
@@ -110,7 +116,12 @@ class Monitor:
 
     @classmethod
     def open(
-        cls, config: Config, policy: Policy, state: State, stop: Stop | None = None
+        cls,
+        config: Config,
+        policy: Policy,
+        state: State,
+        stop: Stop | None = None,
+        world: World = ALONE,
     ) -> Monitor:
         """Open or create the run directory, restore `state`, show the banner, and evaluate the
         untrained model (or read its evaluation).
@@ -120,31 +131,59 @@ class Monitor:
             policy: the model, with `state.parameters` in its transformer.
             state: restored in place when the run is resumed; `state.totals` is updated here.
             stop: once it is requested, evaluations of trained weights are left for the next start.
+            world: the processes of the run. Only the first writes; all call the same methods.
 
         Raises:
-            ConfigError: as `RunDirectory.open`, `RunDirectory.restore` and `Loggers.open`; nothing
-                is left behind then.
+            ConfigError: as `RunDirectory.open`, `RunDirectory.restore` and `Loggers.open`, or the
+                processes differ in what they are to do; nothing is left behind then.
         """
-        monitor = cls(config, policy, state, stop)
-        # The weights are still those that were loaded; `restore` may replace them.
-        now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
-        monitor.directory = RunDirectory.open(config, now)
+        with world.together(lockstep=policy.sharded):
+            if not world.first:
+                config = replace(config, **{"run.progress": "none"})
+            monitor = cls(config, policy, state, stop, world)
+            # The weights are still those that were loaded; `restore` may replace them.
+            now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
+        world.check_same(
+            "what the run is computed from",
+            {**now["prompts"], **now["model"], **now["rewards"], **now["code"]},
+            "give all processes the same files",
+        )
+        with world.together():
+            if world.first:
+                monitor.directory = RunDirectory.open(config, now)
+        checkpoint = world.from_first(lambda: monitor.directory.checkpoint)
         try:
-            restored = monitor.directory.restore(state)
-            monitor._open_loggers(restored)
-            monitor.display.banner(banner(config, policy, state, monitor.evaluation_set))
+            with world.together():
+                if not world.first:
+                    monitor.directory = Follower(config, checkpoint)
+            with world.together():
+                restored = monitor.directory.restore(state)
+                monitor._open_loggers(restored)
+            servers = monitor.scorer.servers()
+            monitor.display.banner(banner(config, policy, state, monitor.evaluation_set, servers))
             if reason := slow_start(policy):
                 monitor.display.note(reason)
             monitor._begin(restored)
+            monitor._agree({})
         except BaseException:
             monitor.close()
             raise
         return monitor
 
+    def _agree(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
+        """Take the first process's seconds, and a request to stop from any, so that all processes
+        decide alike."""
+        if self.stop.alone:
+            return seconds
+        everywhere = self.world.gather((self.stop.asked, dict(seconds)))
+        self.stop.requested = any(asked for asked, _ in everywhere)
+        return everywhere[0][1]
+
     def close(self) -> None:
         """Take the progress bar down and release the directory."""
         self.display.pause()
-        self.directory.close()
+        if hasattr(self, "directory"):
+            self.directory.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -182,16 +221,22 @@ class Monitor:
             scales["guided"] = self.config.run.eval_guidance
         for name, guidance_scale in scales.items():
             self.untrained[name] = self._evaluate_untrained(name, guidance_scale, restored)
-        self.latest = (0, self.untrained["base"])
+        self.latest = self.world.from_first(self._newest)
+        before = self.world.from_first(self._last_seconds)
+        if not restored:
+            self._save(self.untrained["base"].accuracy)
+        elif self.world.from_first(lambda: self._was_left(self._training() - before)):
+            self._evaluate_and_save(self._training() - before)
+        self._draw()
+
+    def _newest(self) -> tuple[int, Evaluation]:
+        """Find the newest evaluation of the run so far, and its iteration."""
+        newest = (0, self.untrained["base"])
         for line in self.directory.metrics("eval"):
             evaluation = self._load(_step(line["iteration"]))
             if evaluation is not None and 0 < line["iteration"] <= self.state.iteration:
-                self.latest = (line["iteration"], evaluation)
-        if not restored:
-            self._save(self.untrained["base"].accuracy)
-        elif self._was_left(before := self._training() - self._last_seconds()):
-            self._evaluate_and_save(before)
-        self._draw(self._samples())
+                newest = (line["iteration"], evaluation)
+        return newest
 
     def _was_left(self, before: float) -> bool:
         """Tell if the evaluation of the present iteration is due and was not made: the process that
@@ -212,8 +257,10 @@ class Monitor:
         Args:
             metrics: its figures; "max_ratio_error" and "dropped_groups" are also added to totals.
                 Logged beside them is "lr", the learning rate of the last update.
-            seconds: its phases, as {"rollout", "reward", "update"}.
+            seconds: its phases, as {"rollout", "reward", "update"}; of several processes the
+                first's count.
         """
+        seconds = self._agree(seconds)
         totals, iteration = self.state.totals, self.state.iteration
         before = self._training()
         self._add(seconds)
@@ -297,10 +344,11 @@ class Monitor:
             self._save(evaluation.accuracy if evaluated == iteration else None)
         summary = self.summary(interrupted)
         self.directory.finish(summary, self.state, self.policy.transformer)
-        rows = {"before": self.untrained["base"], "after": evaluation}
-        with _drawing("before-after.png"):
-            picture = pictures.evaluation_grid(rows, self.evaluation_set)
-            pictures.save(picture, self.directory.samples / "before-after.png")
+        if self.world.first:
+            rows = {"before": self.untrained["base"], "after": evaluation}
+            with _drawing("before-after.png"):
+                picture = pictures.evaluation_grid(rows, self.evaluation_set)
+                pictures.save(picture, self.directory.samples / "before-after.png")
         columns = {_label(name, e.guidance_scale): e for name, e in self.untrained.items()}
         self.display.table({**columns, f"iteration {evaluated}": evaluation}, self.tolerances)
         self.display.note(
@@ -353,7 +401,7 @@ class Monitor:
     def _evaluate_untrained(self, name: str, guidance_scale: float, restored: bool) -> Evaluation:
         """Read the untrained model's evaluation if the run is resumed, or make and log it."""
         folder, label = _step(0) if name == "base" else name, _label(name, guidance_scale)
-        evaluation = self._load(folder) if restored else None
+        evaluation = self.world.from_first(lambda: self._load(folder) if restored else None)
         if evaluation is not None:
             return evaluation
         count = len(self.evaluation_set.seeds)
@@ -365,12 +413,16 @@ class Monitor:
             evaluation = self._measure(label, guidance_scale)
         if name == "base":
             self.advice.std = self.policy.decoded.read().std
-        evaluation.save(self.directory.path / "evaluations" / folder)
+        self.directory.save_evaluation(evaluation, folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}
             kind = "eval" if name == "base" else "guided"
-            samples = pictures.evaluation_grid({label: evaluation}, self.evaluation_set)
-            self.directory.log(0, evaluation.to_dict(), seconds, kind, {"samples": samples})
+            shown = {}
+            if self.world.first:
+                shown["samples"] = pictures.evaluation_grid(
+                    {label: evaluation}, self.evaluation_set
+                )
+            self.directory.log(0, evaluation.to_dict(), seconds, kind, shown)
             self._add({"evaluate": evaluation.seconds})
         self.display.evaluation(0, label, evaluation)
         return evaluation
@@ -405,8 +457,12 @@ class Monitor:
 
             def on_progress(stage: str, images: int) -> None:
                 progress(stage, images)
+                asked = self.stop.asked
+                if self.policy.sharded:
+                    # All leave at the same forward, or none.
+                    asked = self.world.any(asked)
                 # Before the first iteration there is nothing to save.
-                if self.stop.requested and self.state.iteration:
+                if asked and self.state.iteration:
                     raise EvaluationStopped
 
             return evaluate.evaluate(
@@ -418,6 +474,7 @@ class Monitor:
                 guidance_scale=guidance_scale,
                 quality=self.quality,
                 on_progress=on_progress,
+                world=self.world,
             )
 
     def _measure_kl(self, evaluation: Evaluation) -> Evaluation:
@@ -440,16 +497,16 @@ class Monitor:
             evaluation = self._measure(f"iteration {iteration}", self.config.sample.guidance_scale)
             evaluation = self._measure_kl(evaluation)
         self.latest = (iteration, evaluation)
-        evaluation.save(self.directory.path / "evaluations" / _step(iteration))
+        self.directory.save_evaluation(evaluation, _step(iteration))
         self._add({"evaluate": evaluation.seconds})
         values = evaluation.to_dict()
         if final:
             values["final"] = True
         seconds = {"evaluate": evaluation.seconds, "training": self._training()}
-        samples = self._samples()
-        self.directory.log(iteration, values, seconds, "eval", {"samples": samples})
+        shown = {"samples": self._samples()} if self.world.first else {}
+        self.directory.log(iteration, values, seconds, "eval", shown)
         self.display.evaluation(iteration, "trained", evaluation)
-        self._draw(samples)
+        self._draw(shown.get("samples"))
         return evaluation
 
     def _samples(self) -> Image.Image:
@@ -460,8 +517,10 @@ class Monitor:
             rows[f"iteration {iteration}"] = evaluation
         return pictures.evaluation_grid(rows, self.evaluation_set)
 
-    def _draw(self, samples: Image.Image) -> None:
-        """Write curve.png, and `samples` as the latest evaluation's."""
+    def _draw(self, samples: Image.Image | None = None) -> None:
+        """Write curve.png, and `samples` as the latest evaluation's; None: they are drawn."""
+        if not self.world.first:
+            return
         lines = [
             {**line, "elapsed": line["seconds"]["training"]}
             for line in self.directory.metrics("eval")
@@ -473,7 +532,9 @@ class Monitor:
             label = self.untrained["base"].label
             with _drawing("curve.png"):
                 pictures.curve(self.directory.path / "curve.png", lines, level, title, label)
-        pictures.save(samples, self.directory.samples / f"{_step(self.latest[0])}.png")
+        pictures.save(
+            samples or self._samples(), self.directory.samples / f"{_step(self.latest[0])}.png"
+        )
 
     def _save(self, score: float | None) -> None:
         """Write a checkpoint; `score` is the accuracy of this iteration's evaluation, if any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import signal
@@ -16,6 +17,7 @@ import torch
 
 from flowgrpo import __version__
 from flowgrpo.config import ConfigError, RunConfig
+from flowgrpo.distributed.world import is_first
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
 
@@ -26,14 +28,19 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "flowgrpo": __version__,
     }
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = None
+    installed |= {name: _version(name) for name in PACKAGES}
     # The package's version does not always name the build, such as +cu130; the module's does.
     installed["torch"] = str(torch.__version__)
     return installed
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    """Read the version of a package, which takes milliseconds, once a process."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def kernel_backends(device: torch.device) -> str:
@@ -60,24 +67,23 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def check_one_process() -> None:
-    """Raise ConfigError in a process that a launcher started as one of several."""
+def check_one_process(command: str, advice: str) -> None:
+    """Raise ConfigError in a process that a launcher started as one of several.
+
+    Args:
+        command: one that is a single process, as "flowgrpo compare".
+        advice: what to do instead.
+    """
     size = os.environ.get("WORLD_SIZE", "")
     if size.isdecimal() and int(size) > 1:
         raise ConfigError(
             f"the environment variable WORLD_SIZE is {size}, as launchers such as torchrun and "
-            "accelerate set it, but a run is one process on one device; start `flowgrpo` by "
-            "itself, or unset WORLD_SIZE."
+            f"accelerate set it, but {command} is one process; {advice}."
         )
 
 
 def prepare_process(run: RunConfig) -> None:
-    """Set threads, deterministic algorithms, and an allocator that keeps its memory.
-
-    Raises:
-        ConfigError: this process is one of several.
-    """
-    check_one_process()
+    """Set threads, deterministic algorithms, and an allocator that keeps its memory."""
     quiet_loading()
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -104,8 +110,13 @@ class Stop:
     """A request to stop, from a signal to the loop."""
 
     requested: bool = False
+    """The loop is to end. Of several processes all have the same value, see `Monitor.iteration`."""
+    asked: bool = False
+    """A signal has come to this process."""
     signal: int = 0
     """Number of the signal that asked first."""
+    alone: bool = True
+    """There are no other processes, so what is asked for is requested at once."""
 
 
 def _leave_terminal() -> None:
@@ -117,7 +128,7 @@ def _leave_terminal() -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(alone: bool = True) -> Iterator[Stop]:
     """Let the first Ctrl-C, the end of the terminal, or a signal by which a scheduler of a cluster
     says that the time is nearly up, only set `stop.requested`; a second Ctrl-C aborts.
 
@@ -127,24 +138,27 @@ def stoppable() -> Iterator[Stop]:
     at its next chunk, and made when the run goes on. Outside the main thread, where
     Python delivers no signals, nothing is changed.
     """
-    stop = Stop()
+    stop = Stop(alone=alone)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: object) -> None:
-        if stop.requested:
+        if stop.asked:
             # `kill` after a Ctrl-C is the same person, who wants the end now.
             impatient = stop.signal == signal.SIGINT and number == signal.SIGTERM
             if number == signal.SIGINT or impatient:
                 raise KeyboardInterrupt
             return
-        stop.requested, stop.signal = True, number
+        stop.asked, stop.signal = True, number
+        stop.requested = stop.requested or stop.alone
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
         # os.write, because print may be the very call that the signal interrupted; and the reader
         # may be gone.
         with suppress(OSError):
+            if not is_first():
+                return
             again = b"once more" if number == signal.SIGINT else b"Ctrl-C"
             os.write(2, b"\nFinishing this iteration, then saving; %s to abort at once.\n" % again)
 

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from flowgrpo.config import ConfigError, OptimConfig
+from flowgrpo.distributed import sharding
+from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.policies.adapters import trained_parameters
 from flowgrpo.runs import checkpoints
 
@@ -105,7 +107,8 @@ class EMA:
         if self.shadow and self.updates % self.interval == 0:
             decay = _decay(self.decay, self.updates)
             for name, parameter in self.parameters.items():
-                self.shadow[name].lerp_(parameter.detach().float(), 1.0 - decay)
+                now = sharding.piece(parameter.detach()).float()
+                sharding.piece(self.shadow[name]).lerp_(now, 1.0 - decay)
 
     @property
     def weights(self) -> Weights:
@@ -166,7 +169,8 @@ class OldPolicy:
         decay = min(self.rise * updates, self.largest)
         for name, parameter in self.parameters.items():
             # eta = 0 gives the parameter's own bits, which lerp at weight 1 does too.
-            self.weights[name].lerp_(parameter.detach().float(), 1.0 - decay)
+            now = sharding.piece(parameter.detach()).float()
+            sharding.piece(self.weights[name]).lerp_(now, 1.0 - decay)
 
 
 @dataclass
@@ -186,13 +190,22 @@ class State:
     """Completed optimizer steps."""
     totals: dict[str, Any] = field(default_factory=dict)
     """JSON values that a run sums up (seconds, dropped groups, the largest ratio error, ...)."""
+    world: World = ALONE
+    """The processes of the run."""
 
     @classmethod
-    def create(cls, transformer: nn.Module, config: OptimConfig, old_policy: bool = False) -> State:
+    def create(
+        cls,
+        transformer: nn.Module,
+        config: OptimConfig,
+        old_policy: bool = False,
+        world: World = ALONE,
+    ) -> State:
         """Create the state before the first iteration of a transformer with its adapter in it.
 
         Args:
             old_policy: rollouts are those of an `OldPolicy`.
+            world: the processes, which may have pieces of the parameters.
         """
         parameters = trained_parameters(transformer)
         full = not hasattr(transformer, "peft_config")
@@ -201,7 +214,13 @@ class State:
         old = None
         if old_policy:
             old = OldPolicy(parameters, config.old_decay, config.old_decay_rise)
-        return cls(parameters, optimizer, config, ema, old)
+        return cls(parameters, optimizer, config, ema, old, world=world)
+
+    @property
+    def sharded(self) -> bool:
+        """True: each process has a piece of the trained parameters, and of all that moves with
+        them, so that saving and restoring is a matter of all."""
+        return any(map(sharding.is_sharded, self.parameters.values()))
 
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Put the weights of the rollout into the model: those of `old`, if there is one."""
@@ -221,7 +240,10 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.updates)
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = sharding.whole(norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -248,7 +270,7 @@ class State:
     def restore(self, checkpoint: Path) -> None:
         """Go back to `checkpoint`: every tensor in place, every counter; all or nothing."""
         state = checkpoints.read_state(checkpoint)
-        files = {stem: checkpoints.load(checkpoint, stem) for stem in self.tensors()}
+        files = self._read(checkpoint)
         weights = {name: p.detach() for name, p in self.parameters.items()}
         targets = {"weights": weights, "ema": self.ema.shadow}
         if self.old is not None:
@@ -263,6 +285,36 @@ class State:
         record = state["record"]
         self.iteration, self.updates = state["iteration"], record["updates"]
         self.ema.updates, self.totals = record["ema_updates"], record["totals"]
+
+    def _read(self, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """Read the tensors of a checkpoint by file stem and name, each cut as its parameter is."""
+        if self.sharded and checkpoints.is_sharded(checkpoint):
+            files = checkpoints.load_pieces(checkpoint, self._empty, self.world)
+            return {stem: files.get(stem, {}) for stem in self.tensors()}
+        files = {stem: checkpoints.load(checkpoint, stem) for stem in self.tensors()}
+        if not self.sharded:
+            return files
+        return {
+            stem: {name: self._cut(name, value) for name, value in values.items()}
+            for stem, values in files.items()
+        }
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        """Find the parameter that a tensor of a checkpoint belongs to, by its name or its name with
+        a slot of the optimizer."""
+        return self.parameters.get(name.partition("|")[0])
+
+    def _cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        parameter = self._parameter(name)
+        fits = parameter is not None and value.shape == parameter.shape
+        return sharding.like(value, parameter.detach()) if fits else value
+
+    def _empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Make a tensor for one of a checkpoint, cut as its parameter is."""
+        parameter = self._parameter(name)
+        if parameter is not None and parameter.shape == shape:
+            return torch.empty_like(parameter.detach(), dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
 
     def _moments(self, stored: dict[str, torch.Tensor], checkpoint: Path) -> dict[int, dict]:
         """Sort the optimizer's tensors of a file by the number of their parameter."""

@@ -65,6 +65,8 @@ def explain(
     Returns:
         The sentence; None if nothing is wrong with these rows.
     """
+    if policy.sharded:
+        return not_looked_for(sampler)
     for texts, embeddings in (("a prompt", conditioning), ("the empty prompt", uncond)):
         if embeddings is not None and not (_good(embeddings.embeds) and _good(embeddings.pooled)):
             return _explain_text(policy, texts, embeddings, sampler)
@@ -90,6 +92,16 @@ def explain(
         if not _good(pixels):
             return _explain_pixels(policy, pixels, trace, sampler)
     return None
+
+
+def not_looked_for(sampler: str) -> str:
+    """Say that something of a sharded model's is no number; the other processes run no forwards
+    now, without which there is nothing to look at."""
+    return (
+        f"latents or pixels of {sampler} are no finite numbers or beyond {LARGEST:g}, but "
+        f"{EXPECTED}; go on with run.parallel replicate to be told which layer makes them, or "
+        f"{TRAIN_ANEW}."
+    )
 
 
 def _explain_text(policy: Policy, texts: str, embeddings: Conditioning, sampler: str) -> str:

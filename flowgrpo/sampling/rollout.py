@@ -113,7 +113,7 @@ def rollout(
         table_rows: int64 [T, B], the row of the transition table that each step of a row takes.
         seeds: int64 [B], seeds of the steps' noise.
         noise_seeds: int64 [B], seeds of the initial noise; default: `seeds`.
-        batch_size: rows of one forward.
+        batch_size: rows of one forward, also of a chunk that has fewer.
         uncond: embeddings of the empty prompt, for guidance.
         trained_steps: int64 [W, B], the trained steps, recorded in the result.
         keep_states: store all states; otherwise `latents` has two, and latents[-1] is the result.
@@ -130,9 +130,9 @@ def rollout(
     if keep_states:
         # Of all prompts at once, as the update does; an evaluation may have too many for that.
         conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
-    offsets = torch.arange(min(batch_size, total), device=device)
+    offsets = torch.arange(batch_size, device=device)
     for rows in chunks(total, batch_size):
-        # A short last chunk repeats its last row, also without a graph: fewer may mean other bits.
+        # A short chunk repeats its last row, also without a graph: fewer may mean other bits.
         index = (offsets + rows.start).clamp(max=total - 1)
         chunk = Chunk(
             *prepare_both(policy, schedule, conditioning.rows(groups[index]), uncond),
@@ -341,6 +341,8 @@ def sample_images(
 
     def explain() -> str | None:
         """Sample chunk by chunk once more, with all states, up to the one with the fault."""
+        if policy.sharded:
+            return finite.not_looked_for(DETERMINISTIC)
         # A graph of all these steps would be recorded for nothing.
         policy.graphs = None
         for rows in chunks(seeds.numel(), batch_size):

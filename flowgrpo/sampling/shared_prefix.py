@@ -3,7 +3,7 @@
 Rows of one group that start from the same noise (sample.shared_noise) are one row until the first
 stochastic step. With start_k the first step of group k's window and W its length:
 
-    1. prefix    steps before start_k: one row for each group, the first (its leader)
+    1. prefix    steps before start_k: one row for each group, its leader
     2. window    whole chunks, row b at step start_b + w in forward w
     3. suffix    steps after the window: the rows that have left theirs, all at the same step
 
@@ -11,7 +11,8 @@ Forward w of a chunk's window has the same rows at the same steps as the update'
 w, so the first ratios are exactly 1 even with kernels whose results for a row depend on the rest of
 the batch. Prefix and suffix are deterministic and not trained: the number of rows in their forwards
 is free. It decides the last bits of the images, so this is another rollout than `rollout.rollout`,
-bit for bit, of the same distribution.
+bit for bit, of the same distribution. Of several processes each computes the prefixes of all groups
+of the iteration, so that the forwards are the same in all.
 
 The number of forwards changes with the windows, and so would the number of rows in those of prefix
 and suffix. They are padded to one of a few sizes by repetitions of their last row, with graphs and
@@ -51,6 +52,36 @@ SIZES = 4
 """Numbers of rows that a forward may have: sample.batch_size, its half, quarter and eighth."""
 
 
+class Leaders(NamedTuple):
+    """One row for each of the K groups of an iteration."""
+
+    starts: Tensor
+    """int64 [K]: the first step of its window."""
+    table_rows: Tensor
+    """int64 [T, K]."""
+    seeds: Tensor
+    """int64 [K]."""
+    noise_seeds: Tensor
+    """int64 [K]."""
+
+    @classmethod
+    def of(
+        cls,
+        table_rows: Tensor,
+        trained_steps: Tensor,
+        seeds: Tensor,
+        noise_seeds: Tensor,
+        size: int,
+    ) -> Leaders:
+        """Take the first row of each group of `size` rows; the arguments are of all rows."""
+        rows = slice(None, None, size)
+        return cls(trained_steps[0, rows], table_rows[:, rows], seeds[rows], noise_seeds[rows])
+
+    def to(self, device: torch.device) -> Leaders:
+        """Copy to `device`."""
+        return Leaders(*(values.to(device) for values in self))
+
+
 class Forward(NamedTuple):
     """One step of n rows, each at its own step of the schedule."""
 
@@ -71,7 +102,7 @@ def rollout_shared_prefix(
     *,
     groups: Tensor,
     seeds: Tensor,
-    noise_seeds: Tensor,
+    leaders: Leaders,
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
@@ -79,17 +110,19 @@ def rollout_shared_prefix(
     keep_velocities: bool = False,
     on_chunk: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
-    """Sample one latent for each row. Arguments as for `rollout.rollout`.
+    """Sample one latent for each row. Arguments as for `rollout.rollout`, and:
 
-    Rows of a group follow each other, and share window (consecutive steps) and initial noise.
+        leaders: of all groups, also of those that have no rows here.
+
+    Rows of a group share window (consecutive steps) and initial noise.
     """
     steps, total, device = len(table_rows), seeds.numel(), policy.device
     # Compiled blocks are compiled for each size anew, so then there is only one.
-    sizes = forward_sizes(min(batch_size, total), 1 if policy.compiled else SIZES)
-    windows, leaders = trained_steps.cpu(), _leaders(groups.cpu())
+    sizes = forward_sizes(batch_size, 1 if policy.compiled else SIZES)
+    windows, end = trained_steps.cpu(), int(leaders.starts.max())
     prefix, *stages = _to_device(
         [
-            _prefix_forwards(windows[0], leaders, sizes),
+            _prefix_forwards(leaders.starts.cpu(), sizes),
             *(
                 _window_and_suffix_forwards(windows, rows, steps, sizes)
                 for rows in chunks(total, batch_size)
@@ -98,15 +131,20 @@ def rollout_shared_prefix(
         device,
     )
     groups, seeds, table_rows = groups.to(device), seeds.to(device), table_rows.to(device)
-    buffers = make_buffers(policy, steps, total, uncond is not None, True, keep_velocities)
+    leaders = leaders.to(device)
+    kept = (uncond is not None, True, keep_velocities)
+    buffers = make_buffers(policy, steps, total, *kept)
+    before = make_buffers(policy, end, len(leaders.starts), *kept)
     conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
-    latents, step = buffers.latents, step_function(policy)
+    step = step_function(policy)
 
-    def run(forward: Forward) -> None:
+    def run(
+        forward: Forward, buffers: Buffers, groups: Tensor, table_rows: Tensor, seeds: Tensor
+    ) -> None:
         b, i, valid = forward.rows, forward.steps, slice(forward.valid)
         result = step(
             policy,
-            latents[i, b],
+            buffers.latents[i, b],
             schedule.sigmas[i],
             conditioning.rows_at(groups[b], i),
             None if uncond is None else uncond.rows_at(torch.zeros_like(i), i),
@@ -121,16 +159,17 @@ def rollout_shared_prefix(
             if buffer is not None:
                 buffer[index[valid], b[valid]] = values[valid]
 
-    latents[0] = initial_noise(noise_seeds.to(device), policy.latent_shape)
+    before.latents[0] = initial_noise(leaders.noise_seeds, policy.latent_shape)
+    number = torch.arange(len(leaders.starts), device=device)
     with policy.frozen_weights():
         for forward in prefix:
-            run(forward)
-        _copy_from_leaders(buffers, int(windows[0].max()), leaders.to(device))
+            run(forward, before, number, leaders.table_rows, leaders.seeds)
+        _copy_from_leaders(before, buffers, groups)
         for rows, forwards in zip(chunks(total, batch_size), stages, strict=True):
             for forward in forwards:
-                run(forward)
+                run(forward, buffers, groups, table_rows, seeds)
             if on_chunk is not None:
-                on_chunk(latents[-1, rows])
+                on_chunk(buffers.latents[-1, rows])
     return make_trajectory(buffers, table_rows, trained_steps, groups, seeds)
 
 
@@ -139,12 +178,11 @@ def forward_sizes(batch_size: int, count: int) -> list[int]:
     return sorted({-(-batch_size // 2**k) for k in range(count)})
 
 
-def _prefix_forwards(starts: Tensor, leaders: Tensor, sizes: list[int]) -> list[Forward]:
+def _prefix_forwards(starts: Tensor, sizes: list[int]) -> list[Forward]:
     """List the forwards that bring the leader of each group to its window."""
-    unique = leaders.unique()
     forwards = []
     for i in range(int(starts.max())):
-        rows = unique[starts[unique] > i]
+        rows = (starts > i).nonzero()[:, 0]
         forwards += _padded(rows, torch.full_like(rows, i), sizes)
     return forwards
 
@@ -174,13 +212,13 @@ def _padded(rows: Tensor, steps: Tensor, sizes: list[int]) -> list[Forward]:
     return forwards
 
 
-def _copy_from_leaders(buffers: Buffers, end: int, leaders: Tensor) -> None:
-    """Give all rows of a group what its leader has, up to `end`, the latest start of a window."""
-    for buffer in buffers:
-        if buffer is not None:
+def _copy_from_leaders(before: Buffers, buffers: Buffers, groups: Tensor) -> None:
+    """Give all rows what the leader of their group has, up to the latest start of a window."""
+    for source, into in zip(before, buffers, strict=True):
+        if source is not None:
             # What lies behind a group's own start here is overwritten later.
-            for values in buffer[: end + 1]:
-                values.copy_(values[leaders])
+            for values, copies in zip(source, into, strict=False):
+                copies.copy_(values[groups])
 
 
 def _to_device(stages: list[list[Forward]], device: torch.device) -> list[list[Forward]]:
@@ -192,10 +230,3 @@ def _to_device(stages: list[list[Forward]], device: torch.device) -> list[list[F
     moved = (values.split(counts) for values in torch.stack([rows, steps]).to(device))
     pairs = zip(*moved, strict=True)
     return [[Forward(*next(pairs), forward.valid) for forward in stage] for stage in stages]
-
-
-def _leaders(groups: Tensor) -> Tensor:
-    """Find the first row of each row's group, int64 [B]."""
-    _, counts = torch.unique_consecutive(groups, return_counts=True)
-    first = counts.cumsum(0) - counts
-    return first.repeat_interleave(counts)

@@ -248,5 +248,34 @@ def test_the_plan_is_printed_before_anything_is_loaded(capsys, monkeypatch, tmp_
     assert shown.err.count("\n") == 1 and "cannot be loaded" in shown.err
 
 
+def test_reward_models_on_other_devices_are_not_counted():
+    base = recipe("sd35m_geneval", memory=80.0)
+    arch = plan.sizes_of(base.policy.model)
+
+    def counted(**changes):
+        fields = {f"reward.{name}": value for name, value in changes.items()}
+        return plan.expected_memory(replace(base, **fields), arch)["rewards"]
+
+    assert counted(devices={"all": "cuda:1"}) == 0.0
+    assert counted(devices={"all": "cuda"}) == counted(devices={"all": "cuda:0"}) == counted()
+    # CLIP-H's 986 million and ImageReward's 446 are elsewhere; CLIP-L and Mask2Former here.
+    some = {"pickscore": "cuda:1", "imagereward": "cpu"}
+    assert counted(devices=some) == pytest.approx(4 * 0.497e9 / 2**30, rel=1e-3)
+    options = {"pickscore.device": "cuda:0"}
+    with_option = counted(devices=some, options=options)
+    assert with_option == pytest.approx(4 * 1.483e9 / 2**30, rel=1e-3)
+    away = replace(base, **{"policy.device": "cuda:1", "reward.devices": {"all": "cuda:1"}})
+    assert plan.expected_memory(away, arch)["rewards"] == counted()
+
+
+def test_the_plan_names_the_servers_of_rewards(monkeypatch):
+    reward = {"http://a:1,http://b:2/score": 1.0, "unifiedreward": 0.5, "no.such:reward": 1.0}
+    options = {"unifiedreward.url": "http://c:3/v1, http://d:4/v1"}
+    config = replace(Config(), **{"reward.weights": reward, "reward.options": options})
+    assert plan.plan_lines(config)["servers"] == (
+        "http://a:1, http://b:2/score; unifiedreward: http://c:3/v1, http://d:4/v1"
+    )
+
+
 def test_a_model_of_unknown_size_has_arithmetic_only():
     assert set(plan.plan_lines(Config())) == {"images", "updates"}

@@ -173,7 +173,7 @@ def test_the_loop_fits_one_screen():
     stages = (
         "prompt_batch(",
         "collect(",
-        "scoring.",
+        "share_scores(",
         ".weigh(",
         "update(",
         "monitor.iteration",

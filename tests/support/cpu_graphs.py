@@ -8,9 +8,9 @@ and what lies in host memory or needs an answer from the device cannot be captur
 
 from __future__ import annotations
 
+import functools
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,33 +72,52 @@ class Operations(TorchDispatchMode):
         if packet in FROM_HOST:
             raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
         result = operation(*args, **(kwargs or {}))
-        # Aliases keep the memory, whatever becomes of the tensor object.
-        call = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result))
-        self.list.append((operation, *call))
+        replay = _replay_of(operation)
+        if replay is not None:
+            # Aliases keep the memory, whatever becomes of the tensor object.
+            args, kwargs, kept = tree_map_only(
+                torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result)
+            )
+            self.list.append((replay, operation, args, kwargs, _tensors(kept)))
         return result
 
     @torch.no_grad()
     def run(self) -> None:
-        for operation, args, kwargs, result in self.list:
-            if isinstance(operation, partial):
-                _write(result, operation(list(args)))
-                continue
-            returns = operation._schema.returns
-            if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-                # A view: its memory is that of its operand.
-                continue
-            if operation.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty):
-                if result.is_floating_point():
-                    result.fill_(torch.nan)
-                continue
-            _write(result, operation(*args, **kwargs))
+        for replay, *call in self.list:
+            replay(*call)
 
 
-def _write(result, found) -> None:
-    """What was found anew, into the memory of the first result."""
-    for old, new in zip(tree_leaves(result), tree_leaves(found), strict=True):
-        if isinstance(old, torch.Tensor) and old is not new:
-            old.copy_(new)
+@functools.cache
+def _replay_of(operation):
+    """How an operation is run again; None for a view, whose memory is that of its operand."""
+    if operation.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty):
+        return _forget
+    aliases = [r.alias_info for r in operation._schema.returns]
+    if any(alias is not None and not alias.is_write for alias in aliases):
+        return None
+    return _in_place if aliases and all(aliases) else _anew
+
+
+def _forget(operation, args, kwargs, kept) -> None:
+    for tensor in kept:
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+
+
+def _in_place(operation, args, kwargs, kept) -> None:
+    operation(*args, **kwargs)
+
+
+def _anew(operation, args, kwargs, kept) -> None:
+    """What is found anew goes into the memory of the first result."""
+    found = operation(*args, **kwargs)
+    found = [found] if isinstance(found, torch.Tensor) else _tensors(found)
+    for old, new in zip(kept, found, strict=True):
+        old.copy_(new)
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager
@@ -113,7 +132,8 @@ def _compiled(operations: Operations):
         with _disable_current_modes():
             result = own(self, inputs)
         kept = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
-        operations.list.append((partial(own, self), given, {}, kept))
+        again = lambda *values: own(self, list(values))  # noqa: E731
+        operations.list.append((_anew, again, given, {}, _tensors(kept)))
         return result
 
     CompiledFxGraph.__call__ = call
@@ -123,10 +143,15 @@ def _compiled(operations: Operations):
         CompiledFxGraph.__call__ = own
 
 
+@functools.cache
+def _parts(path: str) -> tuple[str, ...]:
+    return Path(path).parts
+
+
 def _called_from(folder: str) -> bool:
     frame = sys._getframe()
     while frame is not None:
-        if folder in Path(frame.f_code.co_filename).parts:
+        if folder in _parts(frame.f_code.co_filename):
             return True
         frame = frame.f_back
     return False

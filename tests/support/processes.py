@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -46,37 +47,47 @@ def red_until_killed(images, prompts, metadata):
     return red(images, prompts, metadata)
 
 
-def make(folder: Path, **changes) -> Config:
-    """A pipeline and prompts under `folder`, and the configuration of a run of a second or two."""
+SMALL = {
+    "recipe": "tiny",
+    "policy.device": "cpu",
+    "policy.lora_rank": 4,
+    "sample.prompts_per_iteration": 2,
+    "sample.group_size": 4,
+    "sample.batch_size": 4,
+    "sample.steps": 4,
+    "sample.eval_steps": 3,
+    "sample.window_size": 2,
+    "reward.weights": {"support.processes:red": 1.0},
+    "optim.lr": 1e-2,
+    "optim.warmup": 3,
+    "optim.ema_every": 1,
+    "run.steps": 6,
+    "run.eval_every": 2,
+    "run.eval_prompts": 6,
+    "run.checkpoint_every": 2,
+    "run.threads": 1,
+}
+"""Fields of a run of a second or two."""
+
+
+def small() -> Config:
+    """A recipe without model and prompts."""
+    return replace(Config(), **SMALL)
+
+
+def save_inputs(folder: Path) -> dict[str, str]:
+    """Write a pipeline and prompts under `folder`, and return the fields that name them."""
     model = folder / "model"
     if not model.exists():
         pipelines.save_pixel_pipeline(model)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": p, "tag": t}) for p, t in PROMPTS.items()))
-    base = {
-        "recipe": "tiny",
-        "policy.model": str(model),
-        "policy.device": "cpu",
-        "policy.lora_rank": 4,
-        "sample.prompts": str(prompts),
-        "sample.prompts_per_iteration": 2,
-        "sample.group_size": 4,
-        "sample.batch_size": 4,
-        "sample.steps": 4,
-        "sample.eval_steps": 3,
-        "sample.window_size": 2,
-        "reward.weights": {"support.processes:red": 1.0},
-        "optim.lr": 1e-2,
-        "optim.warmup": 3,
-        "optim.ema_every": 1,
-        "run.out": str(folder / "run"),
-        "run.steps": 6,
-        "run.eval_every": 2,
-        "run.eval_prompts": 6,
-        "run.checkpoint_every": 2,
-        "run.threads": 1,
-    }
-    return replace(Config(), **{**base, **changes})
+    return {"policy.model": str(model), "sample.prompts": str(prompts)}
+
+
+def make(folder: Path, **changes) -> Config:
+    """A pipeline and prompts under `folder`, and the configuration of a run of a second or two."""
+    return replace(small(), **{"run.out": str(folder / "run"), **save_inputs(folder), **changes})
 
 
 def environment() -> dict[str, str]:
@@ -117,6 +128,7 @@ class Fork:
     _context = multiprocessing.get_context("forkserver")
 
     def __init__(self, log: Path, function, *arguments) -> None:
+        # Where the server is not forked from pytest's process, it looks there for what it imports.
         os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
         self._context.set_forkserver_preload(["support.process_imports"])
         self.log = log
@@ -179,6 +191,20 @@ def _flowgrpo(words: list[str], env: dict[str, str]) -> None:
     os.environ.update(env)
     sys.argv = ["flowgrpo", *words]
     sys.exit(main.main(words))
+
+
+def run_script(path: Path, folder: Path, *words: str) -> None:
+    """An installed command, called in `folder`."""
+    os.chdir(folder)
+    sys.argv = [str(path), *words]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_module(name: str, *words: str) -> None:
+    """`python -m NAME WORDS`."""
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run(config: Config) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from flowgrpo.rewards.remote.serve import bind
@@ -31,11 +34,12 @@ def running(app: Any) -> Iterator[str]:
 
 class Answers:
     """An ASGI application that gives prepared answers in turn, the last one for ever, and keeps
-    what it is sent: (headers, body) of each request."""
+    what it is sent: (headers, body) of each request. A GET, by which it is looked at, is counted in
+    `looks` and answered 200."""
 
     def __init__(self, *answers: tuple[int, bytes] | tuple[int, bytes, dict[str, str]]) -> None:
         self.answers, self.requests, self.paths = list(answers), [], []
-        self.active = self.most = 0
+        self.active = self.most = self.looks = 0
         self.delay = 0.0
         self._lock = threading.Lock()
 
@@ -44,6 +48,11 @@ class Answers:
 
         if scope["type"] != "http":
             raise NotImplementedError
+        if scope["method"] == "GET":
+            self.looks += 1
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+            return
         body, more = b"", True
         while more:
             message = await receive()
@@ -62,3 +71,96 @@ class Answers:
         await send({"type": "http.response.body", "body": content})
         with self._lock:
             self.active -= 1
+
+
+class FaultyServer:
+    """A reward server on the standard library that scores an image by `metadata["n"]` and can be
+    told how to fail, by the functions `score` and `health`, of status, reply and perhaps headers,
+    or None for no answer. `kill` cuts its connections, and `start` listens at the same address
+    again."""
+
+    def __init__(self, name: str = "n") -> None:
+        self.name, self.port = name, 0
+        self.requests: list[list[int]] = []
+        """`metadata["n"]` of the images of each request."""
+        self.looks: list[float] = []
+        """Seconds of time.monotonic() at each GET."""
+        self.active = self.most = 0
+        self.score: Callable[[list[dict]], tuple | None] = self.right
+        self.health: Callable[[], tuple | None] = lambda: (200, {"reward": self.name})
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def right(self, metadata: list[dict]) -> tuple[int, Any]:
+        return 200, {"scores": [entry.get("n", 0.5) for entry in metadata]}
+
+    def start(self) -> None:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def setup(self):
+                owner._open.add(self.request)
+                super().setup()
+
+            def finish(self):
+                with contextlib.suppress(OSError):
+                    super().finish()
+                owner._open.discard(self.request)
+
+            def do_GET(self):
+                owner.looks.append(time.monotonic())
+                self._answer(owner.health())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with owner._lock:
+                    metadata = body.get("metadata", [])
+                    owner.requests.append([entry.get("n") for entry in metadata])
+                    owner.active += 1
+                    owner.most = max(owner.most, owner.active)
+                try:
+                    answer = owner.score(metadata)
+                finally:
+                    with owner._lock:
+                        owner.active -= 1
+                self._answer(answer)
+
+            def _answer(self, answer):
+                if answer is None:
+                    # As a process does that ends.
+                    return
+                status, reply, *fields = answer
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                with contextlib.suppress(OSError):
+                    self.send_response(status)
+                    for name, value in dict(*fields).items():
+                        self.send_header(name, value)
+                    self.send_header("content-length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server.daemon_threads, self._server.block_on_close = True, False
+        self.port = self._server.server_port
+        serve = self._server.serve_forever
+        self._thread = threading.Thread(target=serve, kwargs={"poll_interval": 0.005}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)

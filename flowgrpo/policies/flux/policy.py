@@ -84,7 +84,10 @@ class FluxPolicy(Policy):
         self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
-        pipelines.place(self.pipeline, device, encoders if offload else ())
+        stay = encoders if offload else []
+        if source.on_host:
+            stay = [*stay, self.pipeline.transformer]
+        pipelines.place(self.pipeline, device, stay)
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler

@@ -47,7 +47,10 @@ class SD3Policy(Policy):
         encoders = self._find_encoders(needed=encode is None)
         self._check_components(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
-        pipelines.place(self.pipeline, device, encoders if offload else ())
+        stay = encoders if offload else []
+        if source.on_host:
+            stay = [*stay, self.pipeline.transformer]
+        pipelines.place(self.pipeline, device, stay)
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler

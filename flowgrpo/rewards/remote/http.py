@@ -6,12 +6,15 @@
 
 one prompt, metadata and score for each image, all images of one size. PNG keeps every bit, and JSON
 runs nothing on either side. `flowgrpo.rewards.remote.serve` is the other end for any reward of this
-package. An address without a path gets /score.
+package. An address without a path gets /score. Several addresses with commas between them are
+servers of one reward that share the requests (servers.py); GET of `health` beside the path says
+whether one serves, and in {"reward": name} which reward.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +25,7 @@ from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import check_numbers, configurable
 from flowgrpo.rewards.remote.server import RemoteError, Server
+from flowgrpo.rewards.remote.servers import Servers, addresses
 
 
 @configurable("http")
@@ -34,42 +38,67 @@ def score(
     timeout: float = 60.0,
     retries: int = 3,
     backoff: float = 0.5,
+    wait: float = 300.0,
+    tolerance: float = 1e-3,
+    offset: int = 0,
 ):
-    """Build a remote reward: `batch_size` images a request, `concurrency` requests at once."""
+    """Build a remote reward: `batch_size` images a request, `concurrency` requests to a server.
+
+    url: one address, or several with commas between them. retries, backoff, wait, tolerance and
+    offset: see servers.py.
+    """
     check_numbers("http", positive={"batch_size": batch_size})
-    # One that cannot be read is refused by Server.
-    with suppress(ValueError):
-        if url and not urlsplit(url).path.strip("/"):
-            url = urlsplit(url)._replace(path="/score").geturl()
-    server = Server(
+
+    def score_one(server: Server, image: Tensor, prompt: str, metadata: dict[str, Any]) -> float:
+        return score_batch(server, image[None], [prompt], [metadata], finite=False)[0]
+
+    servers = Servers(
         "http",
-        url,
+        [_with_path(address) for address in addresses(url)],
+        score_one,
         token=token,
         timeout=timeout,
         retries=retries,
         backoff=backoff,
         concurrency=concurrency,
+        wait=wait,
+        tolerance=tolerance,
+        offset=offset,
     )
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-        def score_batch(start: int) -> list[float]:
+        def ask(server: Server, start: int) -> list[float]:
             rows = slice(start, start + batch_size)
-            payload = {
-                "images": [to_png(image) for image in images[rows]],
-                "prompts": list(prompts[rows]),
-                "metadata": list(metadata[rows]),
-            }
-            return scores_in(server, server.post(payload), len(payload["images"]))
+            return score_batch(server, images[rows], prompts[rows], metadata[rows])
 
-        batches = server.each(score_batch, range(0, len(images), batch_size))
+        servers.compare_by_first(images, prompts, metadata)
+        batches = servers.each(ask, range(0, len(images), batch_size))
         return [value for values in batches for value in values]
 
-    rate.reach = server.reach
+    rate.reach, rate.servers = servers.reach, servers
     return rate
 
 
-def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
-    """Read the scores of a reply.
+def score_batch(
+    server: Server,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    finite: bool = True,
+) -> list[float]:
+    """Score images, uint8 [b, 3, H, W], by one request; see `scores_in`."""
+    payload = {
+        "images": [to_png(image) for image in images],
+        "prompts": list(prompts),
+        "metadata": list(metadata),
+    }
+    return scores_in(server, server.post(payload), len(images), finite)
+
+
+def scores_in(
+    server: Server, reply: dict[str, Any], count: int, finite: bool = True
+) -> list[float]:
+    """Read the scores of a reply; with `finite` False NaN for those that are no finite numbers.
 
     Raises:
         RewardError: there are not `count` of them.
@@ -80,7 +109,8 @@ def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
     if not isinstance(scores, list):
         raise ReplyError(
             f"{where} answered {str(reply)[:80]!r}, but a list under the key 'scores' is expected; "
-            "correct the server."
+            "correct the server.",
+            f"answered {str(reply)[:80]!r}",
         )
     if len(scores) != count:
         raise RewardError(
@@ -88,12 +118,21 @@ def scores_in(server: Server, reply: dict[str, Any], count: int) -> list[float]:
             "expected; correct the server."
         )
     bad = [i for i, value in enumerate(scores) if not _finite(value)]
-    if bad:
+    if bad and finite:
         raise RemoteError(
             f"{where} returned {scores[bad[0]]!r} for {len(bad)} of {count} images, but finite "
             "numbers are expected; correct the server."
         )
-    return [float(value) for value in scores]
+    return [math.nan if i in bad else float(value) for i, value in enumerate(scores)]
+
+
+def _with_path(url: str) -> str:
+    """Add /score to an address without a path."""
+    # One that cannot be read is refused by Server.
+    with suppress(ValueError):
+        if url and not urlsplit(url).path.strip("/"):
+            return urlsplit(url)._replace(path="/score").geturl()
+    return url
 
 
 def _finite(value: Any) -> bool:

@@ -37,6 +37,7 @@ from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import configurable
 from flowgrpo.rewards.remote.server import Server
+from flowgrpo.rewards.remote.servers import Servers, addresses
 
 log = logging.getLogger("flowgrpo")
 
@@ -88,20 +89,23 @@ def unifiedreward(
     timeout: float = 120.0,
     retries: int = 3,
     backoff: float = 0.5,
+    wait: float = 300.0,
+    tolerance: float = 0.05,
+    offset: int = 0,
 ):
     """Build UnifiedReward.
 
-    url: of the API, for example http://127.0.0.1:8000/v1. style: final or acs.
+    url: of the API, for example http://127.0.0.1:8000/v1, or several with commas between them.
+    style: final or acs. concurrency: requests to a server. The others: see servers.py.
     """
     if style not in STYLES:
         raise RewardError(
             f"the style of reward 'unifiedreward' is {style!r}, but one of {', '.join(STYLES)} is "
             "expected; name one of these."
         )
-    server = _server("unifiedreward", url, token, timeout, retries, backoff, concurrency)
     question, grade = STYLES[style]
 
-    def judge(image: Tensor, prompt: str) -> float:
+    def judge(server: Server, image: Tensor, prompt: str) -> float:
         payload = {
             "model": model,
             "messages": [_user(image, question.format(prompt=prompt), image_first=True)],
@@ -110,7 +114,19 @@ def unifiedreward(
         }
         return grade(answer(server, server.post(payload))) / 5
 
-    return _as_reward(server, judge)
+    return _as_reward(
+        "unifiedreward",
+        url,
+        judge,
+        token=token,
+        timeout=timeout,
+        retries=retries,
+        backoff=backoff,
+        concurrency=concurrency,
+        wait=wait,
+        tolerance=tolerance,
+        offset=offset,
+    )
 
 
 @configurable("deqa")
@@ -123,11 +139,13 @@ def deqa(
     timeout: float = 120.0,
     retries: int = 3,
     backoff: float = 0.5,
+    wait: float = 300.0,
+    tolerance: float = 0.05,
+    offset: int = 0,
 ):
-    """Build DeQA-Score. url: of the API, for example http://127.0.0.1:8000/v1."""
-    server = _server("deqa", url, token, timeout, retries, backoff, concurrency)
+    """Build DeQA-Score. The options are those of `unifiedreward`."""
 
-    def judge(image: Tensor, prompt: str) -> float:
+    def judge(server: Server, image: Tensor, prompt: str) -> float:
         payload = {
             "model": model,
             "messages": [
@@ -143,7 +161,19 @@ def deqa(
         }
         return expected_level(server, server.post(payload)) / 5
 
-    return _as_reward(server, judge)
+    return _as_reward(
+        "deqa",
+        url,
+        judge,
+        token=token,
+        timeout=timeout,
+        retries=retries,
+        backoff=backoff,
+        concurrency=concurrency,
+        wait=wait,
+        tolerance=tolerance,
+        offset=offset,
+    )
 
 
 def answer(server: Server, reply: dict[str, Any]) -> str:
@@ -191,34 +221,37 @@ def expected_level(server: Server, reply: dict[str, Any]) -> float:
     return sum(LEVELS[w] * weights[w] for w in LEVELS) / total if total else math.nan
 
 
-def _server(
-    name: str, url: str, token: str | None, timeout: float, retries: int, backoff: float, n: int
-) -> Server:
-    if url:
-        url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    return Server(
-        name, url, token=token, timeout=timeout, retries=retries, backoff=backoff, concurrency=n
-    )
+def _as_reward(name: str, url: str, judge: Callable[[Server, Tensor, str], float], **options: Any):
+    """Build a reward that asks `judge` about all images at once; options: of `Servers`."""
 
+    def score_one(server: Server, image: Tensor, prompt: str, metadata: dict[str, Any]) -> float:
+        return judge(server, image, prompt)
 
-def _as_reward(server: Server, judge: Callable[[Tensor, str], float]):
-    """Build a reward that asks `judge` about all images at once."""
+    urls = [_completions(address) for address in addresses(url)]
+    servers = Servers(name, urls, score_one, health="../models", **options)
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-        pairs = list(zip(images.cpu(), prompts, strict=True))
-        scores = server.each(lambda pair: judge(*pair), pairs)
+        images = images.cpu()
+        servers.compare_by_first(images, prompts, metadata)
+        pairs = list(zip(images, prompts, strict=True))
+        scores = servers.each(lambda server, pair: judge(server, *pair), pairs)
         without = sum(math.isnan(value) for value in scores)
         if without:
             log.warning(
                 "reward %r: %d of %d answers have no grade where one is expected",
-                server.reward,
+                name,
                 without,
                 len(scores),
             )
         return scores
 
-    rate.reach = server.reach
+    rate.reach, rate.servers = servers.reach, servers
     return rate
+
+
+def _completions(url: str) -> str:
+    """Add the path of completions to the address of an API."""
+    return url and url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
 
 
 def _user(image: Tensor, question: str, *, image_first: bool) -> dict[str, Any]:
@@ -241,6 +274,7 @@ def _first_choice(server: Server, reply: dict[str, Any], *path: str, kind: Any =
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ReplyError(
             f"the endpoint {server.url} of reward {server.reward!r} answered {str(reply)[:80]!r}, "
-            f"but a chat completion with choices[0].{'.'.join(path)} is expected; check the url."
+            f"but a chat completion with choices[0].{'.'.join(path)} is expected; check the url.",
+            f"answered {str(reply)[:80]!r}",
         ) from error
     return value

@@ -1,28 +1,38 @@
-"""JSON over HTTP with bearer token, time-outs, bounded retries and bounded concurrency.
+"""One address that takes JSON by POST, with bearer token and time-outs; a request is one try.
 
-What may pass by itself (no connection, time-out, 429, 5xx) is tried again, after `backoff` seconds,
-then twice as long, and so on, or as long as the server's Retry-After says, never more than
-`MAX_WAIT`. What remains, and a reply that makes no sense, raises RemoteError, which the trainer
-treats as the failure of some groups. What will not pass (token refused, wrong address, request
-refused) raises RewardError, which ends the run.
+What may pass by itself (no connection, time-out, 408, 429, 500, 502, 503, 504) raises
+UnavailableError, and an answer that is none of the protocol ReplyError: another server, or another
+time, may do better (servers.py). What will not pass (token refused, wrong address, request refused)
+raises RewardError, which ends the run.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from flowgrpo.rewards.interface import RemoteError as RemoteError
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import check_numbers, library
 
-MAX_WAIT = 30.0
 PASSING = (408, 429, 500, 502, 503, 504)
-"""Statuses that are tried again."""
+"""Statuses of a request that may pass another time."""
+AWAY = (502, 503, 504)
+"""Statuses by which a server, or a proxy in front of it, says that it does not serve."""
+LOOK = 10.0
+"""Seconds for a connection, and for an answer whether a server is there, at most."""
+KEEP = 4.0
+"""Seconds that an idle connection is kept: less than the 5 after which uvicorn closes it."""
 
-T = TypeVar("T")
+
+class UnavailableError(RemoteError):
+    """A server did not do a request, for a reason that may pass.
+
+    `reason`: what it said, "answered 503 (...)". `retry_after`: seconds that it asks for, or None.
+    """
+
+    def __init__(self, message: str, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after
 
 
 class Server:
@@ -35,10 +45,10 @@ class Server:
         *,
         token: str | None = None,
         timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
         concurrency: int = 8,
+        health: str = "health",
     ) -> None:
+        """concurrency: connections at once. health: where GET says if it serves, from `url`."""
         httpx = library("httpx", reward)
         _check_address(httpx, reward, url)
         if token is not None and not (token.isascii() and token.isprintable()):
@@ -47,17 +57,17 @@ class Server:
                 f"printed, but a header takes no others; set FLOWGRPO_REWARD_{reward.upper()}_TOKEN"
                 " to the token alone, without a line break."
             )
-        positive = {"timeout": timeout, "concurrency": concurrency}
-        check_numbers(reward, positive, {"retries": retries, "backoff": backoff})
-        self.reward, self.url = reward, url
-        self.retries, self.backoff, self.timeout = retries, backoff, timeout
-        self.concurrency, self.has_token = concurrency, bool(token)
-        self._failures = httpx.TransportError
+        check_numbers(reward, {"timeout": timeout, "concurrency": concurrency})
+        self.reward, self.url, self.timeout = reward, url, timeout
+        self.has_token = bool(token)
+        self._health = httpx.URL(url).join(health)
+        self._failures = httpx.RequestError
         try:
             self._client = httpx.Client(
                 headers={"Authorization": f"Bearer {token}"} if token else {},
-                timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-                limits=httpx.Limits(max_connections=concurrency),
+                timeout=httpx.Timeout(timeout, connect=min(timeout, LOOK)),
+                # One more, so that a look at it never waits for requests that hang.
+                limits=httpx.Limits(max_connections=concurrency + 1, keepalive_expiry=KEEP),
             )
         # Proxies and certificates of the environment are read here.
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
@@ -71,48 +81,41 @@ class Server:
         """Send JSON and return the JSON object that the server answers.
 
         Raises:
-            RemoteError: no answer after all tries, or one that is no JSON object.
+            UnavailableError: no answer, or one of `PASSING`.
+            ReplyError: the answer is no JSON object.
             RewardError: the server refuses the request or the token.
         """
-        problem = ""
-        for attempt in range(self.retries + 1):
-            wait = self.backoff * 2**attempt
-            try:
-                response = self._client.post(self.url, json=payload)
-            except self._failures as error:
-                problem = f"gave no answer ({type(error).__name__}: {error})"
-            else:
-                if response.status_code not in PASSING:
-                    return self._read(response)
-                problem = f"answered {response.status_code} ({_detail(response)})"
-                wait = _retry_after(response, wait)
-            if attempt < self.retries:
-                time.sleep(min(wait, MAX_WAIT))
-        raise RemoteError(
-            f"the server {self.url} of reward {self.reward!r} {problem} after {self.retries + 1} "
-            f"tries of at most {self.timeout:g} s; check that it runs and can be reached."
-        )
-
-    def reach(self) -> None:
-        """Raise RewardError unless something answers at the address, whatever it answers."""
         try:
-            self._client.get(self.url)
+            response = self._client.post(self.url, json=payload)
         except self._failures as error:
-            raise RewardError(
-                f"the server {self.url} of reward {self.reward!r} cannot be reached "
-                f"({type(error).__name__}: {error}), but one that answers is expected; start it or "
-                "correct the address."
-            ) from error
+            raise self._unavailable(_no_answer(error)) from error
+        if response.status_code in PASSING:
+            raise self._unavailable(_answered(response), _retry_after(response))
+        return self._read(response)
 
-    def each(self, call: Callable[[T], Any], values: Sequence[T]) -> list[Any]:
-        """Call `call` with each value, at most `concurrency` at once; the first error is raised."""
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.reward) as pool:
-            calls = [pool.submit(call, value) for value in values]
-            try:
-                return [future.result() for future in calls]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def look(self) -> str:
+        """Ask if it serves, without a request; return the name of its reward, "" if it has none.
+
+        Any answer but those of `AWAY` counts: the protocol does not ask for a place of health.
+
+        Raises:
+            UnavailableError: it does not serve.
+        """
+        try:
+            response = self._client.get(self._health, timeout=min(self.timeout, LOOK))
+        except self._failures as error:
+            raise self._unavailable(_no_answer(error)) from error
+        if response.status_code in AWAY:
+            raise self._unavailable(_answered(response), _retry_after(response))
+        try:
+            name = response.json().get("reward")
+        except (ValueError, AttributeError, RecursionError):
+            name = None
+        return name if response.is_success and isinstance(name, str) else ""
+
+    def _unavailable(self, reason: str, retry_after: float | None = None) -> UnavailableError:
+        message = f"the server {self.url} of reward {self.reward!r} {reason}; see what it logs."
+        return UnavailableError(message, reason, retry_after)
 
     def _read(self, response: Any) -> dict[str, Any]:
         status = response.status_code
@@ -145,7 +148,8 @@ class Server:
         if not isinstance(reply, dict):
             raise ReplyError(
                 f"the server {self.url} of reward {self.reward!r} answered {response.text[:80]!r}, "
-                "but a JSON object is expected; check that the address is that of a reward server."
+                "but a JSON object is expected; check that the address is that of a reward server.",
+                f"answered {response.text[:80]!r}",
             )
         return reply
 
@@ -173,6 +177,14 @@ def _check_address(httpx: Any, reward: str, url: str) -> None:
         )
 
 
+def _no_answer(error: Exception) -> str:
+    return f"gave no answer ({type(error).__name__}: {error})"
+
+
+def _answered(response: Any) -> str:
+    return f"answered {response.status_code} ({_detail(response)})"
+
+
 def _detail(response: Any) -> str:
     """Read the server's account of an error, on one line."""
     try:
@@ -183,9 +195,9 @@ def _detail(response: Any) -> str:
     return " ".join(str(detail).split())[:300]
 
 
-def _retry_after(response: Any, default: float) -> float:
-    """Read the seconds of the header Retry-After."""
+def _retry_after(response: Any) -> float | None:
+    """Read the seconds of the header Retry-After; None without one."""
     try:
         return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):
-        return default
+        return None

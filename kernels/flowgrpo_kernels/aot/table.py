@@ -28,6 +28,8 @@ from .. import grpo_loss, initial_noise, log_prob, nft_loss, sde_step
 from ..backends import dispatch, triton
 from ..backends.images import KINDS, launch_key
 from ..blocks import gated_residual, joint_heads, norm_modulate
+from ..row_laws import GAUSSIAN, LAWS, NORMALIZER
+from ..transition_rows import transition_rows_op
 from ..transitions import flow_sde, ode
 from .variants import Variant
 
@@ -69,6 +71,7 @@ def grid() -> Iterator[Callable[[], Any]]:
         seeds = torch.zeros(ROWS, dtype=torch.int64)
         yield functools.partial(initial_noise, seeds, (ONE_BLOCK,), dtype=dtype)
     yield from _second_passes()
+    yield from _row_calls()
     for model, dtype in itertools.product(MODELS, BLOCK_DTYPES):
         yield from _block_calls(dtype, *MODELS[model])
 
@@ -131,6 +134,13 @@ def _rollout_calls(v_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[Callabl
                 yield functools.partial(sde_step, v, x, _TRANSITIONS, 0, **drawn, **guided)
             yield functools.partial(sde_step, v, x, _ODE, 0, **guided)
             yield functools.partial(_score, v, x, x_next, guided)
+        # Trainers that ask for the mean guide before they call.
+        mean, x0 = _latents(2, elements, torch.float32)
+        for moments in ({"mean_out": mean}, {"mean_out": mean, "x0_out": x0}):
+            for drawn in noises:
+                yield functools.partial(sde_step, v, x, _TRANSITIONS, 0, **drawn, **moments)
+            with_x0 = "x0_out" in moments
+            yield functools.partial(_score_and_mean, v, x, x_next, with_x0)
 
 
 def _score(v: Tensor, x: Tensor, x_next: Tensor, guided: dict[str, Any]) -> None:
@@ -144,6 +154,31 @@ def _score(v: Tensor, x: Tensor, x_next: Tensor, guided: dict[str, Any]) -> None
                 "uncond_grad": True,
             }
         log_prob(_leaf(v), x, x_next, _TRANSITIONS, 0, **own).sum().backward()
+
+
+def _score_and_mean(v: Tensor, x: Tensor, x_next: Tensor, with_x0: bool) -> None:
+    """log_prob with the mean, and x0, from one pass, and the gradient of all of them."""
+    options = {"return_mean": True, "return_x0": with_x0}
+    log_prob(v, x, x_next, _TRANSITIONS, 0, **options)
+    outputs = log_prob(_leaf(v), x, x_next, _TRANSITIONS, 0, **options)
+    sum(output.sum() for output in outputs).backward()
+
+
+def _row_calls() -> Iterator[Callable[[], Any]]:
+    """Lists rows of a table from tensors: laws, normaliser, noise levels of the host or a row."""
+    sigma, pair = torch.full((ROWS,), 0.5), torch.full((ROWS,), 0.25)
+    number, steps = torch.zeros((), dtype=torch.float64), torch.zeros(ROWS, dtype=torch.int64)
+    for law, name in enumerate(LAWS):
+        gaussian = 0 if name == "cps" else GAUSSIAN
+        choices = [gaussian + NORMALIZER, gaussian]
+        choices += [GAUSSIAN + NORMALIZER] if name == "cps" else []
+        largest = [number, sigma[:1]] if name in ("flow_sde", "sigma_linear") else [number]
+        for level, m, counter, flags in itertools.product(
+            (number, sigma), largest, (None, steps), choices
+        ):
+            yield functools.partial(
+                transition_rows_op, sigma, pair, level, m, counter, ROWS, law, flags, 0.0
+            )
 
 
 def _leaf(x: Tensor) -> Tensor:

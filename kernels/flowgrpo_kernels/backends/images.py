@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import philox, reference, transitions
+from .. import philox, reference, row_laws, transitions
 
 FORMAT = 1
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -54,9 +54,10 @@ SOURCES = (
     "nft_loss.py",
     "noise.py",
     "sde_step.py",
+    "transition_rows.py",
 )
 # Those whose numbers they take.
-NUMBERS = (philox, reference, transitions)
+NUMBERS = (philox, reference, row_laws, transitions)
 KINDS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

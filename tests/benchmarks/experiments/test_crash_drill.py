@@ -10,11 +10,20 @@ from collections import Counter
 import pytest
 
 from experiments import crash_drill
+from flowgrpo.config import replace
+from support import processes
 
 
 @pytest.mark.slow
 def test_five_kills(tmp_path):
-    tally = crash_drill.drill(5, 1, tmp_path, each=1)
+    """Runs of a model that is smaller than the embedded one, which the drill itself takes."""
+    shared = processes.save_inputs(tmp_path)
+    changes = {"run.steps": 3, "run.checkpoint_every": 1, "run.progress": "plain"}
+
+    def configure(folder):
+        return replace(processes.small(), **shared, **changes, **{"run.out": str(folder / "run")})
+
+    tally = crash_drill.drill(5, 1, tmp_path, each=1, configure=configure)
     assert tally.kills.total() >= 5 and tally.losses == []
     stages = {stage for stage, _ in tally.kills}
     assert {*crash_drill.STRATA} <= stages
@@ -59,6 +68,12 @@ def test_rows_count_each_kill_once_by_stage_and_once_by_aim():
         ("aim moment", "kills"): 3,
         ("aim moment", "lost"): 1,
     }
+
+
+def test_the_drills_own_run_is_of_the_embedded_model(tmp_path):
+    config = crash_drill.tiny(tmp_path)
+    assert config.policy.model == "nano" and config.run.steps == 3
+    assert config.run.checkpoint_every == 1 and config.out_dir == tmp_path / "run"
 
 
 def test_aims_go_where_kills_are_missing():

@@ -20,19 +20,28 @@ from support import processes
 
 STUDY = """
 question: Which rate?
-recipe: nano
+recipe: support.processes:small
 images: 32
 evaluations: 2
 common:
-  policy.dtype: float32
+  policy.model: MODEL
+  sample.prompts: PROMPTS
+  reward.weights: {support.processes:red_until_killed: 1}
+arms:
+  fast: {optim.lr: 1e-2}
+  slow: {optim.lr: 1e-4}
+"""
+
+EMBEDDED = """
+recipe: nano
+images: 100000
+common:
   sample.prompts_per_iteration: 2
   sample.group_size: 4
   sample.batch_size: 4
-  sample.steps: 4
+  sample.steps: 2
   sample.eval_steps: 2
-  run.eval_prompts: 6
-  # Not the recipe's own reward, which so few steps of the sampler leave at 0.
-  reward.weights: {support.processes:red_until_killed: 1}
+  run.eval_prompts: 2
   optim.decay: 0
 arms:
   fast: {optim.lr: 1e-2}
@@ -73,7 +82,7 @@ def test_an_objective_that_is_not_there_is_named_and_the_others_can_be_chosen(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    study = STUDY.replace("slow: {optim.lr: 1e-4}", "slow: {optim.objective: nosuch}")
+    study = EMBEDDED.replace("slow: {optim.lr: 1e-4}", "slow: {optim.objective: nosuch}")
     Path("s.yaml").write_text(study)
     assert main.main(["compare", "s.yaml"]) == 2
     assert (
@@ -148,13 +157,15 @@ def without_times(out: Path, *seeds: int) -> dict:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    (folder / "s.yaml").write_text(STUDY)
+    inputs = processes.save_inputs(folder)
+    text = STUDY.replace("MODEL", inputs["policy.model"])
+    (folder / "s.yaml").write_text(text.replace("PROMPTS", inputs["sample.prompts"]))
     return folder / "s.yaml"
 
 
 @pytest.fixture(scope="module")
 def whole(study):
-    """Two arms x two seeds at four iterations of the embedded model, undisturbed."""
+    """Two arms x two seeds at four iterations, undisturbed."""
     out = study.parent / "whole"
     return out, *compare(study, out, 0, 1)
 
@@ -207,24 +218,21 @@ def test_finished_runs_are_not_run_again(whole, study):
 
 @pytest.mark.slow
 def test_a_killed_process_is_resumed_to_the_same_numbers(whole, study, monkeypatch):
-    """The command itself, with processes of its own; one is killed by a signal on its way."""
+    """One of the processes is killed by a signal on its way."""
     out = study.parent / "killed"
     monkeypatch.setenv("FLOWGRPO_TEST_KILL", str(out / "runs" / "fast-seed0"))
-    line = ["compare", str(study), "--out", str(out), "--seeds", "0", "--jobs", "2"]
-    first = processes.command(*line)
-    assert first.returncode == 1, first.stderr
-    assert "fast-seed0 failed with exit code -9" in first.stdout
-    assert "slow-seed0 finished (1/2)" in first.stdout
+    code, shown = compare(study, out, 0)
+    assert code == 1, shown
+    assert "fast-seed0 failed with exit code -9" in shown
+    assert "slow-seed0 finished (1/2)" in shown
     values = json.loads((out / "comparison.json").read_text())
     assert values["runs"]["runs/fast-seed0"]["state"] == "failed"
     assert not [row for row in values["rows"] if row["provider"] == "fast"]
     text = (out / "table.md").read_text()
     assert "| fast | failed |" in text and "fast-seed0 failed: " in text
-    second = processes.command(*line)
-    assert second.returncode == 0, second.stderr
-    assert (
-        "goes on after 2 iterations" in second.stdout and "slow-seed0 begins" not in second.stdout
-    )
+    code, shown = compare(study, out, 0)
+    assert code == 0, shown
+    assert "goes on after 2 iterations" in shown and "slow-seed0 begins" not in shown
     assert json.loads((out / "comparison.json").read_text())["complete"]
     # The same study, undisturbed.
     undisturbed = without_times(whole[0], 0)
@@ -232,9 +240,10 @@ def test_a_killed_process_is_resumed_to_the_same_numbers(whole, study, monkeypat
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(study, tmp_path):
-    out, text = tmp_path / "out", STUDY.replace("images: 32", "images: 100000")
-    (tmp_path / "long.yaml").write_text(text)
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path):
+    """The command line, whose run is a real process, of the embedded model."""
+    out = tmp_path / "out"
+    (tmp_path / "long.yaml").write_text(EMBEDDED)
     words = ["compare", str(tmp_path / "long.yaml"), "--out", str(out), "--seeds", "0"]
     words += ["--jobs", "1", "--run.threads", "1"]
     fork = processes.Fork(tmp_path / "log", _main, words, processes.environment())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from flowgrpo.cli import doctor
+from support.servers import FaultyServer
 
 
 @pytest.mark.slow
@@ -56,7 +58,16 @@ def test_doctor_asks_the_server_of_a_remote_reward(monkeypatch):
         port = free.getsockname()[1]
     monkeypatch.setenv("FLOWGRPO_REWARD_HTTP_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setattr("flowgrpo.rewards.remote.http.score._reward", None)
-    assert "cannot be reached" in doctor.reward_states()["http"]
+    assert "no server of reward 'http' can be reached" in doctor.reward_states()["http"]
+    with contextlib.closing(FaultyServer("geneval")) as server:
+        absent = f"http://127.0.0.1:{port}"
+        monkeypatch.setenv("FLOWGRPO_REWARD_HTTP_URL", f"{absent},{server.url}")
+        monkeypatch.setattr("flowgrpo.rewards.remote.http.score._reward", None)
+        state = doctor.reward_states()["http"]
+        serves = (
+            f"can run: 1 of 2 serve: {server.url}/score (geneval); {absent}/score gave no answer"
+        )
+        assert state.startswith(serves)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from flowgrpo import train, update
 from flowgrpo.cli import main
-from flowgrpo.runs import monitor, process
+from flowgrpo.distributed import world
+from flowgrpo.runs import monitor
 from support import processes
 
 MISTAKES = [
@@ -67,27 +68,31 @@ def test_a_mistake_is_one_sentence_and_code_2(line, words, capsys, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("line", ["train --run.out there", "evaluate nano", "sample x"])
-def test_several_processes_are_one_sentence_on_each(line, capsys, tmp_path, monkeypatch):
-    """A rank that comes later finds the directory of the first, which is not what is wrong."""
+def test_half_of_what_a_launcher_sets_is_one_sentence(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert main.main(line.split()) == 2
-        shown = capsys.readouterr()
-        assert shown.err == (
-            "error: the environment variable WORLD_SIZE is 2, as launchers such as torchrun and "
-            "accelerate set it, but a run is one process on one device; start `flowgrpo` by "
-            "itself, or unset WORLD_SIZE.\n"
-        )
-        assert list(tmp_path.iterdir()) == [] and shown.out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert main.main(["train", "--run.out", "there"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "error: the environment has RANK, WORLD_SIZE and no LOCAL_RANK, MASTER_ADDR, MASTER_PORT, "
+        "but a launcher sets all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start "
+        "with torchrun, or unset WORLD_SIZE and RANK for one process.\n"
+    )
+    assert list(tmp_path.iterdir()) == [] and shown.out == ""
 
 
-@pytest.mark.parametrize("size", ["1", "", "many"])
-def test_one_process_of_a_launcher_may_train(size, monkeypatch):
+def test_several_processes_do_not_compare(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main.main(["compare", "kl"]) == 2
+    shown = capsys.readouterr()
+    assert "WORLD_SIZE is 2" in shown.err and "flowgrpo compare is one process" in shown.err
+
+
+@pytest.mark.parametrize("size", ["1", ""])
+def test_one_process_may_have_the_variable(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
-    process.check_one_process()
+    assert world.join() is world.ALONE
 
 
 def test_a_module_of_the_user_that_cannot_be_imported(capsys, tmp_path, monkeypatch):

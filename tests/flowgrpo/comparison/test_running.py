@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from flowgrpo.comparison.running import (
 )
 from flowgrpo.config import ConfigError, replace
 from flowgrpo.runs.process import Stop
-from support import comparisons
+from support import comparisons, processes
 
 FINISH = "echo '{\"interrupted\": false}' > %s/summary.json"
 ON_SIGNAL = "trap 'echo saved; exit 130' INT; echo ready > %s/ready; while :; do sleep 0.02; done"
@@ -186,20 +185,17 @@ def test_a_process_takes_ctrl_c_that_its_parent_ignores(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_process_ends_with_its_parent(tmp_path):
     """Also one that is killed, and can tell nobody."""
-    script = (
-        "import sys, time\n"
-        "from flowgrpo.comparison.running import start_process\n"
-        "text = 'trap \"echo ended; exit\" TERM; echo ready; while :; do sleep 0.02; done'\n"
-        f"start_process(['sh', '-c', text], open({str(tmp_path / 'log')!r}, 'wb'), None)\n"
-        "time.sleep(60)\n"
-    )
-    from support.processes import environment
-
-    parent = subprocess.Popen([sys.executable, "-c", script], env=environment())
+    parent = processes.Fork(tmp_path / "parent", start_and_wait, tmp_path / "log")
     wait_for(lambda: "ready" in read(tmp_path / "log"))
-    parent.kill()
-    parent.wait()
+    parent.kill(signal.SIGKILL)
+    parent.wait(code=-signal.SIGKILL)
     wait_for(lambda: "ended" in read(tmp_path / "log"))
+
+
+def start_and_wait(log: Path) -> None:
+    script = "trap 'echo ended; exit' TERM; echo ready; while :; do sleep 0.02; done"
+    start_process(["sh", "-c", script], open(log, "wb"), None)  # noqa: SIM115
+    time.sleep(60)
 
 
 def read(path: Path) -> str:

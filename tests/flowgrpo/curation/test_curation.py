@@ -4,10 +4,8 @@ is stopped goes on to the same bytes."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -26,6 +24,7 @@ from flowgrpo.curation.options import CurateOptions
 from flowgrpo.curation.splits import prompt_key, split_of
 from flowgrpo.nano import draw, prompts
 from flowgrpo.rewards import RewardError
+from support import processes
 from support.grey_pictures import captioned, grey, tree
 
 ALL_TRAIN = (1.0, 0.0, 0.0)
@@ -453,50 +452,43 @@ def test_two_processes_do_not_write_one_set(photos, tmp_path):
     first.close()
 
 
-SCRIPT = """
-import sys, time
-from flowgrpo.cli.main import main
-from flowgrpo.curation import pictures
+def curate_slowly(*words):
+    """The command line, with time to be killed in."""
+    from flowgrpo.cli import main
 
-write = pictures.write
-def slow(path, image):
-    time.sleep(0.1)
-    write(path, image)
-pictures.write = slow
-sys.exit(main(sys.argv[1:]))
-"""
+    write = pictures.write
+
+    def slow(path, image):
+        time.sleep(0.05)
+        write(path, image)
+
+    pictures.write = slow
+    sys.exit(main.main(list(words)))
 
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle(tmp_path, rewards):
-    """A real process, killed twice; what the third one writes is what one run writes."""
+    """A process of its own, killed twice; what the third one writes is what one run writes."""
     pairs = {f"{i:02d}.png": (9 * i, f"prompt {i // 2}") for i in range(26)}
     source = captioned(tmp_path / "photos", pairs)
     name = rewards["brightness"]
 
-    def start(out):
+    def start(out, log):
         words = f"curate {source} --out {out} --resolution 8 --batch-size 4 --pairs"
         thresholds = ["--rewards", name, "1", "--min", name, "20", "--top", name, "0.8"]
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *words.split(), *thresholds],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return processes.Fork(tmp_path / log, curate_slowly, *words.split(), *thresholds)
 
     for images in (6, 15):
-        process = start(tmp_path / "out")
+        process = start(tmp_path / "out", f"log{images}")
         while len(list((tmp_path / "out" / "images").glob("*/*.png"))) < images:
-            assert process.poll() is None, process.stdout.read()
+            assert process.process.is_alive(), process.log.read_text()
             time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.kill(signal.SIGKILL)
+        process.wait(code=-signal.SIGKILL)
     assert not (tmp_path / "out" / "dataset.json").exists()
-    running = [start(tmp_path / out) for out in ("out", "whole")]
+    running = [start(tmp_path / out, f"{out}.log") for out in ("out", "whole")]
     for process in running:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+        process.wait()
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert len(load_pairs(tmp_path / "out")) > 5
 

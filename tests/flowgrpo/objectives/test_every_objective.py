@@ -21,6 +21,7 @@ SMALL = {
     "sample.prompts_per_iteration": 2,
     "sample.group_size": 6,
     "sample.batch_size": 3,
+    "sample.steps": 4,
     "sample.share_prefix": False,
     "optim.lr": 1e-3,
 }

@@ -139,3 +139,25 @@ def test_held_lets_go_after_an_error():
     with pytest.raises(RuntimeError, match="inside"), lora.merged_matrices([layer]):
         raise RuntimeError("inside")
     assert layer._flowgrpo.matrices is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_again_for_the_backward(dtype):
+    """The bits of the gradients stay, and no copy of the weights is kept."""
+    kept = model(dtype)
+    lora.install(kept)
+    again = copy.deepcopy(kept)
+    lora.merge_again(lora.lora_layers(again))
+    x, saved = torch.randn(6, 20).to(dtype), {}
+    for name, net in (("kept", kept), ("again", again)):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            own = x.clone().requires_grad_()
+            net(own).sum().backward()
+        grads = [own.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
+        saved[name] = sum(sizes), grads
+    assert all(map(torch.equal, saved["kept"][1], saved["again"][1]))
+    # A [3, 20] and [W, s B] [24, 20 + 3].
+    assert saved["kept"][0] - saved["again"][0] == 3 * 20 + 24 * 23

@@ -52,7 +52,7 @@ def test_order_and_bits_are_those_of_the_serial_form(scorer, chunk):
     for other in found[1:]:
         assert torch.equal(found[0].total, other.total)
     alone = IMAGES.float().mean((1, 2, 3)) + 1000 * torch.arange(4).repeat_interleave(6)
-    assert ((found[0].total / 2 - alone - 127).abs() < 30).all()
+    assert ((found[0].total / 2 - alone - 127).abs() < 60).all()
     whole = scorer(lambda i, p, m: i.float().mean((1, 2, 3)))
     assert torch.equal(score(whole, 2, chunk).total, whole(IMAGES, PROMPTS, 6).total)
 
@@ -136,7 +136,7 @@ def test_the_thread_ends_with_its_worker():
 def test_missing_images_are_noticed(scorer):
     scoring = BackgroundScoring(scorer(lambda i, p, m: [1.0] * len(i)), PROMPTS, 6)
     scoring.add(IMAGES[:15])
-    with pytest.raises(ValueError, match="2 groups of images were added and 3 images beyond"):
+    with pytest.raises(ValueError, match="15 images were added, but 24 are expected"):
         scoring.finish()
 
 

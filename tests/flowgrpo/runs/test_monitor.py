@@ -18,8 +18,9 @@ from flowgrpo.config import replace
 from flowgrpo.policies.load import load_policy
 from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs import display, monitor
-from flowgrpo.runs.banner import slow_start
+from flowgrpo.runs.banner import servers_lines, slow_start
 from support import processes
+from support.servers import running
 
 
 @pytest.fixture
@@ -59,6 +60,45 @@ def test_a_reward_that_ends_the_run_loses_nothing(tmp_path, monkeypatch, shown):
             == processes.bits_of(whole.out_dir / folder)
             != {}
         )
+
+
+@pytest.mark.slow
+def test_servers_of_a_reward_train_as_the_reward_itself(tmp_path, shown):
+    """Bit for bit, with one server and with two, of which one fails in the first iteration."""
+    pytest.importorskip("fastapi")
+    from flowgrpo.rewards.remote.serve import app
+
+    calls = []
+
+    def fails(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) > 3:
+            raise RuntimeError("CUDA error")
+        return processes.red(images, prompts, metadata)
+
+    def bits(name, reward):
+        changes = {"run.steps": 2, "run.eval_every": 0, "run.out": str(tmp_path / name)}
+        options = {f"{reward}.batch_size": "2"} if reward.startswith("http") else {}
+        config = processes.make(
+            tmp_path, **changes, **{"reward.weights": {reward: 1.0}, "reward.options": options}
+        )
+        train.run(config)
+        return processes.bits_of(config.out_dir / "adapter")
+
+    local = bits("local", "support.processes:red")
+    with running(app(processes.red, "red")) as one, running(app(fails, "red")) as two:
+        assert bits("one", one) == local
+        assert bits("two", f"{one},{two}") == local
+    assert len(calls) > 3
+    text = shown.export_text()
+    assert f"2 of 2 serve: {one}/score (red), {two}/score (red)" in text
+
+
+def test_the_banner_tells_which_servers_serve():
+    assert servers_lines({}) == {}
+    servers = {"http://a,http://b": "1 of 2 serve: http://a; http://b hangs", "deqa": "http://c"}
+    text = "1 of 2 serve: http://a; http://b hangs; deqa: http://c"
+    assert servers_lines(servers) == {"servers": text}
 
 
 @pytest.mark.slow

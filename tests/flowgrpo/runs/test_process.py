@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from flowgrpo.config import Config
 from support import processes
 
 pytestmark = pytest.mark.slow
+
+
+def make(folder: Path, **changes) -> Config:
+    """Evaluations at the start, half-way and at the end: they take most of such a run."""
+    return processes.make(folder, **{"run.eval_every": 3, **changes})
 
 
 def wait_for_line(metrics: Path, iteration: int, run: processes.Fork) -> None:
@@ -30,7 +38,7 @@ def wait_for_line(metrics: Path, iteration: int, run: processes.Fork) -> None:
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of 6 iterations."""
     folder = tmp_path_factory.mktemp("whole")
-    assert "6/6" in processes.Fork(folder / "log", processes.run, processes.make(folder)).wait()
+    assert "6/6" in processes.Fork(folder / "log", processes.run, make(folder)).wait()
     return folder
 
 
@@ -48,7 +56,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_two_equal_runs_are_equal(whole, tmp_path):
-    processes.Fork(tmp_path / "log", processes.run, processes.make(tmp_path)).wait()
+    processes.Fork(tmp_path / "log", processes.run, make(tmp_path)).wait()
     same(whole / "run", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["max_ratio_error"] == 0.0 and not summary["interrupted"]
@@ -58,7 +66,7 @@ def test_two_equal_runs_are_equal(whole, tmp_path):
 
 @pytest.mark.parametrize("iteration", [1, 3])
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, iteration):
-    run = processes.Fork(tmp_path / "log", processes.run, processes.make(tmp_path))
+    run = processes.Fork(tmp_path / "log", processes.run, make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", iteration, run)
     run.kill(signal.SIGKILL)
     run.wait(code=-signal.SIGKILL)
@@ -70,7 +78,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, iteration):
 
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
     """In `flowgrpo train | tee log` Ctrl-C ends tee before the run has saved."""
-    run = processes.Fork(tmp_path / "log", processes.run_unread, processes.make(tmp_path))
+    run = processes.Fork(tmp_path / "log", processes.run_unread, make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", 1, run)
     run.kill(signal.SIGINT)
     run.wait()
@@ -80,7 +88,7 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
 
 
 def test_ctrl_c_saves_and_resumes(whole, tmp_path):
-    run = processes.Fork(tmp_path / "log", processes.run, processes.make(tmp_path))
+    run = processes.Fork(tmp_path / "log", processes.run, make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", 3, run)
     run.kill(signal.SIGINT)
     assert "Finishing this iteration" in run.wait()
@@ -95,7 +103,7 @@ def test_ctrl_c_saves_and_resumes(whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_scheduler_that_ends_the_run_finds_it_saved(whole, tmp_path, number):
-    run = processes.Fork(tmp_path / "log", processes.run, processes.make(tmp_path))
+    run = processes.Fork(tmp_path / "log", processes.run, make(tmp_path))
     wait_for_line(tmp_path / "run" / "metrics.jsonl", 3, run)
     run.kill(number)
     run.kill(signal.SIGTERM)
@@ -111,14 +119,10 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
     changes = {"run.eval_every": 4, "run.checkpoint_every": 0}
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
-    processes.Fork(
-        one / "log", processes.run, processes.make(one, **changes, **{"run.steps": 5})
-    ).wait()
+    processes.Fork(one / "log", processes.run, make(one, **changes, **{"run.steps": 5})).wait()
     assert processes.untimed(one / "run" / "metrics.jsonl")[-1]["final"]
     processes.Fork(one / "log2", processes.resume, one / "run", "--run.steps", "8").wait()
-    processes.Fork(
-        other / "log", processes.run, processes.make(other, **changes, **{"run.steps": 8})
-    ).wait()
+    processes.Fork(other / "log", processes.run, make(other, **changes, **{"run.steps": 8})).wait()
     lines = [processes.untimed(folder / "run" / "metrics.jsonl") for folder in (one, other)]
     assert lines[0] == lines[1]
 
@@ -136,13 +140,9 @@ def test_full_fine_tuning_goes_on_with_the_same_numbers(tmp_path):
     changes = {"policy.adapter": "full", "optim.lr": 1e-3, "optim.beta": 0.1}
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
-    processes.Fork(
-        one / "log", processes.run, processes.make(one, **changes, **{"run.steps": 2})
-    ).wait()
+    processes.Fork(one / "log", processes.run, make(one, **changes, **{"run.steps": 2})).wait()
     processes.Fork(one / "log2", processes.resume, one / "run", "--run.steps", "4").wait()
-    processes.Fork(
-        other / "log", processes.run, processes.make(other, **changes, **{"run.steps": 4})
-    ).wait()
+    processes.Fork(other / "log", processes.run, make(other, **changes, **{"run.steps": 4})).wait()
     lines = [processes.untimed(folder / "run" / "metrics.jsonl") for folder in (one, other)]
     assert lines[0] == lines[1] and lines[0][-2]["kl"] > 0
     for part in ("checkpoints/step-000004", "transformer"):
@@ -150,9 +150,17 @@ def test_full_fine_tuning_goes_on_with_the_same_numbers(tmp_path):
         assert found[0] == found[1] != {}
 
 
-def test_the_command_in_a_process_of_its_own(whole, tmp_path):
-    """By the command line, the finished run has nothing left to do and keeps its numbers."""
+def resume_apart(folder: Path, stdout: Path) -> None:
+    """Resume with standard output in a file of its own, apart from the log."""
+    sys.stdout = open(stdout, "w")  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)
+    processes.resume(folder, "--run.progress", "none")
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
+    """By the command line, which says nothing and keeps the run's numbers. In a process that was
+    not forked, test_compare.py and test_mistakes.py call it."""
     run = shutil.copytree(whole / "run", tmp_path / "run")
-    done = processes.command("train", "--run.resume", run, "--run.progress", "none")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    processes.Fork(tmp_path / "log", resume_apart, run, tmp_path / "stdout").wait()
+    assert (tmp_path / "stdout").read_text() == ""
     same(whole / "run", run)

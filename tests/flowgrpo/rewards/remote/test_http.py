@@ -19,7 +19,7 @@ METADATA = [{"tag": "colors", "n": i} for i in range(5)]
 
 
 def ask(url, **options):
-    fast = {"timeout": 5.0, "retries": 2, "backoff": 0.01, "batch_size": 5}
+    fast = {"timeout": 5.0, "retries": 2, "backoff": 0.01, "batch_size": 5, "wait": 0.3}
     return load("http").configured(url=url, **{**fast, **options})(IMAGES, PROMPTS, METADATA)
 
 
@@ -77,11 +77,12 @@ def test_tries_are_bounded_and_back_off():
     app = Answers((503, b'{"detail": "out of memory"}'))
     with running(app) as url:
         started = time.monotonic()
-        with pytest.raises(RemoteError, match=r"answered 503 \(out of memory\) after 3 tries"):
+        with pytest.raises(RemoteError, match=r"after 3 tries .*answered 503 \(out of memory\)"):
             ask(url, backoff=0.1)
     # 0.1 s, then 0.2 s.
     assert 0.3 <= time.monotonic() - started < 3
     assert len(app.requests) == 3
+    assert app.looks == 2
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,11 @@ def test_a_slow_server_times_out():
 def test_an_unreachable_server():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(RemoteError, match=r"gave no answer .ConnectError.*check that it runs"):
-        ask(f"http://127.0.0.1:{port}")
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(
+        RewardError, match=rf"0\.3 s .{url}/score gave no answer .ConnectError.*start"
+    ):
+        ask(url)
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://there/score"])
@@ -184,6 +188,9 @@ def test_a_token_that_no_header_takes(token):
         ({"timeout": 0.0}, "timeout of reward 'http' is 0.0"),
         ({"timeout": float("nan")}, "timeout of reward 'http' is nan"),
         ({"backoff": -1.0}, "backoff of reward 'http' is -1.0"),
+        ({"wait": -1.0}, "wait of reward 'http' is -1.0"),
+        ({"tolerance": float("nan")}, "tolerance of reward 'http' is nan"),
+        ({"offset": -1}, "offset of reward 'http' is -1"),
     ],
 )
 def test_options_out_of_range(options, words):

@@ -8,10 +8,11 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.options import configurable
 from flowgrpo.rewards.remote import serve as server
 from flowgrpo.rewards.remote.serve import app, bind, is_loopback, serve
+from support import processes
 from support.servers import running
 
 pytest.importorskip("fastapi")
@@ -226,26 +228,22 @@ def test_errors_before_it_listens():
 
 
 @pytest.mark.slow
-def test_serve_in_a_process_of_its_own(monkeypatch):
+def test_serve_in_a_process_of_its_own(tmp_path):
     """It tells its address, which with port 0 nobody else knows."""
-    code = "from flowgrpo.rewards.remote.serve import serve; serve('jpeg_compressibility', port=0)"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    served = processes.Fork(tmp_path / "log", partial(serve, port=0), "jpeg_compressibility")
     try:
-        told = process.stdout.readline()
-        [url] = re.findall(r"'jpeg_compressibility' on (http://127\.0\.0\.1:\d+)/score\n", told)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                status, reply = post(url, body())
-                break
-            except ConnectionError:
-                assert process.poll() is None
-                time.sleep(0.2)
+        deadline, status = time.monotonic() + 120, 0
+        while not status:
+            assert served.process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.02)
+            told = served.log.read_text() if served.log.exists() else ""
+            url = re.fullmatch(r".*'jpeg_compressibility' on (http://[\d.]+:\d+)/score\n", told)
+            if url:
+                with suppress(ConnectionError):
+                    status, reply = post(url[1], body())
         local = load("jpeg_compressibility")(IMAGES, ["a"] * 3, [{}] * 3)
         assert (status, reply["scores"]) == (200, local)
     finally:
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=20)
-    # Ctrl-C is how it ends.
-    assert (process.returncode, *rest) == (0, "", "")
+        served.kill(signal.SIGINT)
+    # Ctrl-C is how it ends, and nothing more is said.
+    assert served.wait() == told

@@ -1,7 +1,5 @@
 """UnifiedReward behind a real `transformers serve` with a tiny vision-language model."""
 
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +9,7 @@ import torch
 
 from flowgrpo.rewards import load
 from flowgrpo.rewards.remote.serve import bind
+from support import processes
 
 pytest.importorskip("openai", reason="`transformers serve` needs transformers[serving]")
 pytest.importorskip("uvicorn", reason="`transformers serve` needs transformers[serving]")
@@ -76,15 +75,14 @@ def endpoint(tmp_path_factory):
     save_judge(folder)
     with bind("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
-    log = (folder / "log.txt").open("w")
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    words = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    module = "transformers.cli.transformers"
+    process = processes.Fork(folder / "log.txt", processes.run_module, module, *words).process
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 180
         while True:
-            assert process.poll() is None, (folder / "log.txt").read_text()[-2000:]
+            assert process.is_alive(), (folder / "log.txt").read_text()[-2000:]
             assert time.monotonic() < deadline, (folder / "log.txt").read_text()[-2000:]
             try:
                 urllib.request.urlopen(url + "/health", timeout=5).close()
@@ -94,8 +92,9 @@ def endpoint(tmp_path_factory):
         yield url + "/v1", str(folder)
     finally:
         process.terminate()
-        process.wait(timeout=20)
-        log.close()
+        process.join(20)
+        if process.is_alive():
+            process.kill()
 
 
 @pytest.mark.slow
