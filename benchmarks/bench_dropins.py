@@ -91,7 +91,7 @@ def cases(batch: int) -> list[Case]:
     t, t_next = scheduler.timesteps[steps], SIGMAS[steps + 1] * 1000
     s, p, second = SIGMAS[steps], SIGMAS[steps + 1], SIGMAS[1].expand(batch)
     strategy, backend = SimpleNamespace(canonical_name="flow"), miles.FlowSdeStepBackend()
-    given = {"sigmas": s, "next_sigmas": p, "sigma_max": second}
+    pair = {"sigmas": s, "next_sigmas": p, "sigma_max": second}
     step = flow_grpo.sde_step_with_logprob
     return [
         Case(
@@ -145,7 +145,7 @@ def cases(batch: int) -> list[Case]:
         Case(
             "miles-diffusion",
             lambda b: backend.sde_step_logprob(
-                *b[:2], prev_sample=b[2], noise_level=LEVEL, **given
+                *b[:2], prev_sample=b[2], noise_level=LEVEL, **pair
             ), 1,
             lambda b: peer_steps.miles(*b, LEVEL, s, p, second), 1,
         ),

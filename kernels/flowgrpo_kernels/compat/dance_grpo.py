@@ -8,7 +8,8 @@ or `with patch(train_grpo_flux): ...`. Same arguments, same return tuple. What d
    float32 latents, which is what DanceGRPO feeds).
 2. Arithmetic is float32 throughout. theirs multiplies a bfloat16 model_output in bfloat16.
 3. eta = 0 gives log_prob 0 and no gradient; theirs fails in the logarithm of 0.
-4. No host synchronisation: the table for `sigmas` is made once and kept with the tensor.
+4. No host synchronisation: the table for `sigmas` is made once, by reading them, and kept with the
+   tensor.
 5. `latents` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
 6. pred_original and the mean come from the same pass, differentiable in model_output.
 

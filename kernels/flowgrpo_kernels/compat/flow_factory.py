@@ -143,13 +143,13 @@ def patch(*schedulers: type | ModuleType, **options) -> Patch:
     """
     classes: list[type] = []
     for owner in owners(schedulers, "step"):
-        found = [owner] if isinstance(owner, type) else []
+        candidates = [owner] if isinstance(owner, type) else []
         if isinstance(owner, ModuleType):
-            found = [c for n in CLASSES if isinstance(c := getattr(owner, n, None), type)]
-        if not found or not any(n in CLASSES for c in found for n in _class_names(c)):
+            candidates = [c for n in CLASSES if isinstance(c := getattr(owner, n, None), type)]
+        if not candidates or not any(n in CLASSES for c in candidates for n in _class_names(c)):
             name = getattr(owner, "__name__", owner)
             raise ValueError(f"{name} must be, or have, one of {CLASSES} of Flow-Factory")
-        classes += [c for c in found if c not in classes]
+        classes += [c for c in candidates if c not in classes]
     return Patch((c, "step", _method(c, options)) for c in classes)
 
 
@@ -177,8 +177,8 @@ def _output_class(scheduler: type) -> type:
         module = sys.modules.get(owner.__module__)
         prefix = owner.__name__.removesuffix("Scheduler")
         for name in (f"{prefix}SchedulerOutput", "SDESchedulerOutput"):
-            if isinstance(found := getattr(module, name, None), type):
-                return found
+            if isinstance(result_class := getattr(module, name, None), type):
+                return result_class
     return StepOutput
 
 
@@ -190,18 +190,18 @@ def _rows(
     level_a_row = isinstance(noise_level, Tensor)
     if not level_a_row and noise_level is not None:
         noise_level = number("noise_level", noise_level)
-    found = None
+    step = None
     if timestep_next is None or noise_level is None:
         if type(timestep) is int or _is_integer(timestep):
             # Theirs takes an integer for the number of the step.
-            found = int(timestep)
-            if not 0 <= found < len(self.timesteps):
+            step = int(timestep)
+            if not 0 <= step < len(self.timesteps):
                 raise ValueError(
                     f"timestep must be in [0, {len(self.timesteps) - 1}] as the number of a step, "
-                    f"got {found}"
+                    f"got {step}"
                 )
         else:
-            found = find_step(timestep, self.timesteps, batch, device)
+            step = find_step(timestep, self.timesteps, batch, device)
     number_max = None
     if not isinstance(sigma_max, Tensor) and sigma_max is not None:
         number_max = number("sigma_max", sigma_max)
@@ -215,11 +215,11 @@ def _rows(
             return schedule(self.sigmas, law, level, device, **more)
 
         table = cached(self.sigmas, key, make)
-        index, rows = rows_at(table, found, batch)
+        index, rows = rows_at(table, step, batch)
         return table.table, rows, index
 
     if timestep_next is None:
-        sigma, sigma_next = pair_at(self.sigmas, found, device)
+        sigma, sigma_next = pair_at(self.sigmas, step, device)
     else:
         sigma, sigma_next = (
             _sigma("timestep", timestep, device),
@@ -229,18 +229,18 @@ def _rows(
         known = (*_levels(self), float("nan"))
         key = ("levels", known[:-1], str(device))
         levels = cached(self.sigmas, key, lambda: torch.tensor(known, device=device))
-        noise_level = levels[found] if isinstance(found, int) else levels.index_select(0, found)
+        noise_level = levels[step] if isinstance(step, int) else levels.index_select(0, step)
     elif level_a_row:
         noise_level = per_row("noise_level", noise_level, device)
     if isinstance(sigma_max, Tensor):
         sigma_max = per_row("sigma_max", sigma_max, device)
     else:
         sigma_max = number_max or second(self.sigmas, device)
-    made = transition_rows(law, sigma, sigma_next, noise_level, sigma_max=sigma_max)
-    count = made.num_steps
+    transitions = transition_rows(law, sigma, sigma_next, noise_level, sigma_max=sigma_max)
+    count = transitions.num_steps
     if count not in (1, batch):
         raise ValueError(f"timestep and noise_level must hold 1 or {batch} values, got {count}")
-    return made.table, made.table, made.row_numbers.expand(batch)
+    return transitions.table, transitions.table, transitions.row_numbers.expand(batch)
 
 
 def _is_integer(timestep) -> bool:

@@ -20,7 +20,8 @@ return tuple, noise from the same torch generator. What differs:
    theirs returns NaN for "sde" and minus the squared error for "cps".
 3. No host synchronisation: timesteps on a GPU are compared with the scheduler's there. A timestep
    that the scheduler does not have raises on the CPU and gives a row of NaN on a GPU.
-4. The coefficients are computed in float64 and rounded once; results agree to float32 rounding.
+4. The coefficients are computed in float64 and rounded once, at the first step of a schedule, which
+   reads its sigmas then; results agree to float32 rounding.
 5. `sample` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
 6. prev_sample_mean comes from the same pass, differentiable in model_output.
 
@@ -138,8 +139,8 @@ def ode_step_with_logprob(
     table = cached(
         self.sigmas, key, lambda: schedule(self.sigmas, "ode", 0.0, device, score_quiet=True)
     )
-    found = find_step(timestep, self.timesteps, sample.shape[0], device)
-    step, rows = rows_at(table, found, sample.shape[0])
+    index = find_step(timestep, self.timesteps, sample.shape[0], device)
+    step, rows = rows_at(table, index, sample.shape[0])
     if prev_sample is None:
         with torch.no_grad():
             prev_sample = take_step(
@@ -147,7 +148,7 @@ def ode_step_with_logprob(
             ).prev_sample
     result = score(mean_model_output, sample, prev_sample, table.table, step)
     noisy = _transitions(self.sigmas, "sde", noise_level, device)
-    std_dev = column(rows_at(noisy, found, sample.shape[0])[1], "std_dev", sample.ndim)
+    std_dev = column(rows_at(noisy, index, sample.shape[0])[1], "std_dev", sample.ndim)
     return _results(result, std_dev, rows, return_sqrt_dt)
 
 
@@ -186,8 +187,8 @@ def wan_step_with_logprob(
         sigmas, ("wan", str(device)),
         lambda: schedule(sigmas, "sigma_linear", sigmas[-1], device),
     )  # fmt: skip
-    found = find_step(timestep, self.timesteps, sample.shape[0], device)
-    step, rows = rows_at(table, found, sample.shape[0])
+    index = find_step(timestep, self.timesteps, sample.shape[0], device)
+    step, rows = rows_at(table, index, sample.shape[0])
     storage = storage_dtype(storage)
     if determistic:
         ode = cached(sigmas, ("ode", str(device)), lambda: schedule(sigmas, "ode", 0.0, device))
@@ -216,15 +217,15 @@ def patch(*modules: ModuleType, **options) -> Patch:
     options: seeds, storage, peer_log_prob, fixed for every call.
     """
     name, ode = "sde_step_with_logprob", "ode_step_with_logprob"
-    made = []
+    entries = []
     for module in owners(modules, name):
         ours, theirs = sde_step_with_logprob, getattr(module, name, None)
         if callable(theirs) and differs(theirs, ours):
             ours = ours if differs(theirs, wan_step_with_logprob) else wan_step_with_logprob
-        made.append((module, name, replacement(module, name, ours, options)))
+        entries.append((module, name, replacement(module, name, ours, options)))
         if callable(getattr(module, ode, None)):
-            made.append((module, ode, replacement(module, ode, ode_step_with_logprob, {})))
-    return Patch(made)
+            entries.append((module, ode, replacement(module, ode, ode_step_with_logprob, {})))
+    return Patch(entries)
 
 
 def _check_scheduler(scheduler) -> None:

@@ -63,9 +63,9 @@ class _Backend:
             transition: sample, beside sigmas, next_sigmas and sigma_max ([B] or 0-dim); or
                 timesteps, next_timesteps, sample.
         """
-        wanted = 1 if sigmas is not None else 3
-        if len(transition) != wanted:
-            names = "sample" if wanted == 1 else "timesteps, next_timesteps, sample"
+        count = 1 if sigmas is not None else 3
+        if len(transition) != count:
+            names = "sample" if count == 1 else "timesteps, next_timesteps, sample"
             raise TypeError(
                 f"sde_step_logprob takes model_output and then {names}, got "
                 f"{len(transition)} tensors after model_output"
@@ -93,13 +93,13 @@ class _Backend:
 
     def _from_pairs(self, sigma, sigma_next, sigma_max, noise_level, batch: int):
         """(step int64 [B], rows [N, 10], table)."""
-        made = transition_rows(
+        transitions = transition_rows(
             self.law, sigma, sigma_next, noise_level, near_one=NEAR_ONE,
             sigma_max=sigma_max if self.law == "flow_sde" else None,
         )  # fmt: skip
-        if made.num_steps not in (1, batch):
-            raise ValueError(f"sigmas must hold 1 or {batch} values, got {made.num_steps}")
-        return made.row_numbers.expand(batch), made.table, made.table
+        if transitions.num_steps not in (1, batch):
+            raise ValueError(f"sigmas must hold 1 or {batch} values, got {transitions.num_steps}")
+        return transitions.row_numbers.expand(batch), transitions.table, transitions.table
 
     def _from_timesteps(self, timesteps, next_timesteps, noise_level, batch: int, device):
         """The same."""
@@ -121,13 +121,13 @@ class FlowSdeStepBackend(_Backend):
         level = (
             noise_level if isinstance(noise_level, Tensor) else number("noise_level", noise_level)
         )
-        found = find_step(timesteps, self.scheduler.timesteps, batch, device)
+        index = find_step(timesteps, self.scheduler.timesteps, batch, device)
         if not isinstance(level, Tensor):
             key = (self.law, level, str(device))
             table = cached(sigmas, key, lambda: schedule(sigmas, self.law, level, device))
-            step, rows = rows_at(table, found, batch)
+            step, rows = rows_at(table, index, batch)
             return step, rows, table.table
-        pair = pair_at(sigmas, found, device)
+        pair = pair_at(sigmas, index, device)
         return self._from_pairs(*pair, second(sigmas, device), level, batch)
 
 

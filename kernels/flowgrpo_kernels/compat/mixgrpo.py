@@ -12,7 +12,7 @@ differs:
    float32 latents, which is what MixGRPO feeds).
 2. Arithmetic is float32 throughout. theirs multiplies a bfloat16 model_output in bfloat16.
 3. No host synchronisation: theirs reads sigmas[1] at each step; here the table for `sigmas` is made
-   once and kept with the tensor.
+   once, by reading them, and kept with the tensor.
 4. A step without noise has log_prob 0 and no gradient. theirs is NaN for "sde".
 5. `latents` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
    pred_original and the mean come from the same pass, differentiable in model_output.
@@ -93,7 +93,7 @@ def flow_grpo_step(
     else:
         result = score(model_output, latents, prev_sample, table, step, with_x0=True)
     if one is not None:
-        spread = table[one, COLUMNS.index("C")]
+        spread = table[one, COLUMNS.index("C")].clone()
     else:
         spread = column(table.index_select(0, step), "C", latents.ndim)
     return result.prev_sample, result.x0, result.log_prob, result.mean, spread
@@ -150,13 +150,15 @@ def patch(*modules: ModuleType, **options) -> Patch:
     options: seeds, storage, fixed for every call.
     """
     ours = {"flow_grpo_step": flow_grpo_step, "dance_grpo_step": dance_grpo_step}
-    made = []
+    entries = []
     for module in owners(modules, " and ".join(NAMES)):
         names = [name for name in NAMES if callable(getattr(module, name, None))]
         if not names:
             raise ValueError(f"{getattr(module, '__name__', module)} has none of {NAMES}")
-        made += [(module, name, replacement(module, name, ours[name], options)) for name in names]
-    return Patch(made)
+        entries += [
+            (module, name, replacement(module, name, ours[name], options)) for name in names
+        ]
+    return Patch(entries)
 
 
 def _level(sde_type: str, eta: float, noise_level: float | None) -> float:

@@ -86,14 +86,14 @@ def check_signature(owner: Any, name: str, ours: Callable) -> None:
 def differs(theirs: Callable, ours: Callable) -> str:
     """Says how the arguments of theirs differ from what ours takes; empty where they do not."""
     try:
-        given = list(inspect.signature(theirs).parameters.values())
+        parameters = list(inspect.signature(theirs).parameters.values())
     except (TypeError, ValueError):
         return "its signature cannot be read"
     mine = inspect.signature(ours).parameters
     places = [n for n, p in mine.items() if p.kind is not p.KEYWORD_ONLY]
     required = [n for n in places if mine[n].default is inspect.Parameter.empty]
-    names = [p.name for p in given]
-    for i, parameter in enumerate(given):
+    names = [p.name for p in parameters]
+    for i, parameter in enumerate(parameters):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return f"it takes {parameter}"
         if parameter.name not in mine:
@@ -101,9 +101,9 @@ def differs(theirs: Callable, ours: Callable) -> str:
         expected = places[i] if i < len(places) else "none"
         if parameter.kind is not parameter.KEYWORD_ONLY and parameter.name != expected:
             return f"argument {i + 1} is {parameter.name}, expected {expected}"
-    for wanted in required:
-        if wanted not in names:
-            return f"it has no argument {wanted}"
+    for name in required:
+        if name not in names:
+            return f"it has no argument {name}"
     return ""
 
 

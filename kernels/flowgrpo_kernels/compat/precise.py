@@ -12,8 +12,9 @@ every sde_type, cps too. What differs:
    float32 samples).
 2. A step without noise (noise_level 0, a step to sigma 0) has log_prob 0, no gradient and no noise.
    theirs draws and scores noise of 1e-6.
-3. No host synchronisation: theirs computes the schedule's deviations at each step. A timestep that
-   the scheduler does not have raises on the CPU and gives a row of NaN on a GPU.
+3. No host synchronisation: theirs looks each timestep up on the host, and computes the deviations
+   of the whole schedule at each step. A timestep that the scheduler does not have raises on the CPU
+   and gives a row of NaN on a GPU.
 4. The coefficients are computed in float64 and rounded once; results agree to float32 rounding.
 5. `sample` and `prev_sample` are constants for the gradient; one that requires a gradient raises.
 """
@@ -69,8 +70,8 @@ def sde_step_with_logprob(
         sigmas, (law, "gaussian", level, str(device)),
         lambda: schedule(sigmas, law, level, device, gaussian=True),
     )  # fmt: skip
-    found = find_step(timestep, self.timesteps, sample.shape[0], device)
-    step, _ = rows_at(table, found, sample.shape[0])
+    index = find_step(timestep, self.timesteps, sample.shape[0], device)
+    step, _ = rows_at(table, index, sample.shape[0])
     if prev_sample is None:
         noise = None if seeds is not None else draw(model_output, generator)
         result = take_step(

@@ -80,8 +80,8 @@ def second(sigmas: Tensor, device: torch.device) -> Tensor:
 def pair_at(sigmas: Tensor, step: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Takes (sigma, the next one) of steps: [1] for an int, else [N]; NaN where there is none."""
     known = pairs(sigmas, device)
-    found = known[step : step + 1] if isinstance(step, int) else known.index_select(0, step)
-    return found.unbind(1)
+    chosen = known[step : step + 1] if isinstance(step, int) else known.index_select(0, step)
+    return chosen.unbind(1)
 
 
 def per_row(name: str, value: Tensor, device: torch.device) -> Tensor:
@@ -161,9 +161,11 @@ def _find_on_device(timestep, known: Tensor, device: torch.device) -> Tensor:
 
 
 def rows_at(transitions: Transitions, step: int | Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Takes rows of a table: (step int64 [B], the rows [N, 10]), N = 1 for one step."""
+    """Takes rows of a table: (step int64 [B], a copy of the rows [N, 10]), N = 1 for one step."""
     if not isinstance(step, Tensor):
-        return transitions.row_numbers[step].expand(batch), transitions.table[step : step + 1]
+        # What is handed out may be written to; the table serves the next step.
+        rows = transitions.table[step : step + 1].clone()
+        return transitions.row_numbers[step].expand(batch), rows
     return step.expand(batch), transitions.table.index_select(0, step)
 
 

@@ -71,23 +71,23 @@ def denoise(
     if isinstance(sigma_max, Tensor):
         sigma_max = per_row("sigma_max", sigma_max, device)
     counter = integer("step_index", step_index) or None
-    made = transition_rows(law, *pair, eta, sigma_max=sigma_max, noise_step=counter)
-    count = made.num_steps
+    transitions = transition_rows(law, *pair, eta, sigma_max=sigma_max, noise_step=counter)
+    count = transitions.num_steps
     if count not in (1, batch):
         raise ValueError(f"sigma must hold 1 or {batch} values, got {count}")
-    step = made.row_numbers.expand(batch)
+    step = transitions.row_numbers.expand(batch)
     silent = eta < LEAST_ETA
     if prev_sample is None:
         noise = None if seeds is not None else draw(noise_pred, generator)
         result = take_step(
-            noise_pred, sample, made.table, step, seeds=seeds, noise=noise,
+            noise_pred, sample, transitions.table, step, seeds=seeds, noise=noise,
             storage=torch.float32 if silent else None,
         )  # fmt: skip
     else:
         # As theirs, which rounds a given x', too.
         if not silent and prev_sample.dtype != sample.dtype:
             prev_sample = prev_sample.to(sample.dtype)
-        result = score(noise_pred, sample, prev_sample, made.table, step)
+        result = score(noise_pred, sample, prev_sample, transitions.table, step)
     return result.prev_sample.float(), None if silent else result.log_prob, result.mean
 
 
@@ -99,20 +99,20 @@ def patch(*strategies: type | ModuleType, **options) -> Patch:
     options: seeds, fixed for every call.
     """
     name = "denoise"
-    made = []
+    entries = []
     for owner in owners(strategies, name):
-        found = [owner]
+        classes = [owner]
         if isinstance(owner, ModuleType):
-            found = [
+            classes = [
                 getattr(owner, n) for n in CLASSES if isinstance(getattr(owner, n, None), type)
             ]
-            if not found:
+            if not classes:
                 raise ValueError(f"{owner.__name__} has none of {CLASSES}")
-        for strategy in found:
+        for strategy in classes:
             if getattr(strategy, "canonical_name", None) not in LAWS:
                 raise ValueError(
                     f"{getattr(strategy, '__name__', strategy)} must be one of {CLASSES}, with a "
                     f"canonical_name of {tuple(LAWS)}"
                 )
-            made.append((strategy, name, replacement(strategy, name, denoise, options)))
-    return Patch(made)
+            entries.append((strategy, name, replacement(strategy, name, denoise, options)))
+    return Patch(entries)

@@ -81,11 +81,11 @@ def sample_previous_step(
     return_sqrt_dt = flag("return_sqrt_dt", return_sqrt_dt)
     batch, device, law = sample.shape[0], sample.device, LAWS[sde_type]
     if timestep is None:
-        found = self.step_index
-        if found is None:
+        index = self.step_index
+        if index is None:
             raise ValueError("timestep must be given before the scheduler has a step_index")
     else:
-        found = find_step(timestep, self.timesteps, batch, device)
+        index = find_step(timestep, self.timesteps, batch, device)
     sigmas = self.sigmas
     if not isinstance(noise_level, Tensor):
         level = number("noise_level", noise_level)
@@ -93,7 +93,7 @@ def sample_previous_step(
             sigmas, (law, level, normalizer, str(device)),
             lambda: schedule(sigmas, law, level, device, normalizer=normalizer),
         )  # fmt: skip
-        step, rows = rows_at(table, found, batch)
+        step, rows = rows_at(table, index, batch)
         table = table.table
     else:
         noise_level = per_row("noise_level", noise_level, device)
@@ -101,12 +101,12 @@ def sample_previous_step(
             raise ValueError(
                 f"noise_level must hold 1 or {batch} values, got {list(noise_level.shape)}"
             )
-        made = transition_rows(
-            law, *pair_at(sigmas, found, device), noise_level,
-            sigma_max=second(sigmas, device), noise_step=found, normalizer=normalizer,
+        transitions = transition_rows(
+            law, *pair_at(sigmas, index, device), noise_level,
+            sigma_max=second(sigmas, device), noise_step=index, normalizer=normalizer,
         )  # fmt: skip
-        table = rows = made.table
-        step = made.row_numbers.expand(batch)
+        table = rows = transitions.table
+        step = transitions.row_numbers.expand(batch)
     if prev_sample is None:
         noise = None
         if seeds is None:
@@ -136,10 +136,12 @@ def patch(*schedulers: type | ModuleType, **options) -> Patch:
     options: seeds, storage, fixed for every call.
     """
     name = "sample_previous_step"
-    made = []
+    entries = []
     for owner in owners(schedulers, name):
-        found = getattr(owner, CLASS, None) if isinstance(owner, ModuleType) else owner
-        if not isinstance(found, type):
+        scheduler = getattr(owner, CLASS, None) if isinstance(owner, ModuleType) else owner
+        if not isinstance(scheduler, type):
             raise ValueError(f"{getattr(owner, '__name__', owner)} must be, or have, {CLASS}")
-        made.append((found, name, replacement(found, name, sample_previous_step, options)))
-    return Patch(made)
+        entries.append(
+            (scheduler, name, replacement(scheduler, name, sample_previous_step, options))
+        )
+    return Patch(entries)

@@ -394,6 +394,21 @@ def test_mixgrpo_in_a_window():
         mixgrpo.flow_grpo_step(*given, 4, b.old, torch.Generator())
 
 
+def test_what_is_returned_may_be_written_to():
+    """No result is a view of a table that serves the next step."""
+    b, own = oracle.batch(2), FlowMatchSDEDiscreteScheduler()
+    calls = (
+        lambda: flow_grpo_step(b.velocity, TIMESTEPS[3], b.sample, b.old, return_sqrt_dt=True)[3:],
+        lambda: verl_omni.sample_previous_step(own, b.sample, b.velocity, prev_sample=b.old)[3:],
+        lambda: mixgrpo.flow_grpo_step(b.velocity, b.sample, 0.7, SIGMAS, 3, b.old)[4:],
+    )
+    for call in calls:
+        before = [x.clone() for x in call()]
+        for x in call():
+            x.zero_()
+        assert all(torch.equal(x, y) for x, y in zip(call(), before, strict=True))
+
+
 def test_every_drop_in_says_what_differs():
     for compat in (flow_grpo, flow_factory, verl_omni, unirl, mixgrpo, miles, precise):
         assert "differs" in compat.__doc__ and "\n1. " in compat.__doc__
