@@ -27,7 +27,6 @@ from measuring import stub_triton
 from measuring.stub_driver import Stub
 from support.kernels import launch_cases
 
-
 # Cases that call a launcher themselves: below, with the launch that is compared.
 OWN_LAUNCH = ("70000 blocks", "70000 blocks, 2 rows", "past 2^31")
 
