@@ -218,6 +218,8 @@ def process_lines(config: Config, gpus: int) -> dict[str, str]:
         ConfigError: they cannot share it.
     """
     from flowgrpo.distributed.dealing import deal
+    from flowgrpo.distributed.sharding import check_even
+    from flowgrpo.distributed.world import World
     from flowgrpo.objectives import objective_of
 
     sample, objective = config.sample, objective_of(config)
@@ -231,6 +233,10 @@ def process_lines(config: Config, gpus: int) -> dict[str, str]:
         by_rows=objective.by_rows,
         most_leaves=config.run.leaves,
     )
+    if config.run.parallel == "fsdp":
+        updates = config.optim.updates_per_iteration
+        world = World(0, gpus, joined=True)
+        check_even(world, dealing, sample.rows, updates, sample.batch_size)
     leaves, rows = _counts(map(len, dealing.runs)), _counts(map(len, dealing.rows))
     lines = {
         "processes": f"{gpus}, each with {leaves} of the {dealing.leaves} parts of an update and "

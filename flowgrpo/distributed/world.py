@@ -269,6 +269,7 @@ def join(timeout: float = TIMEOUT) -> World:
                 timeout=timedelta(seconds=timeout),
                 rank=rank,
                 world_size=size,
+                store=_store_of_restart(size, timeout),
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
             raise ConfigError(
@@ -301,6 +302,25 @@ def reporting() -> Iterator[None]:
 
             get_error_handler().record_exception(error)
         raise
+
+
+def _store_of_restart(size: int, timeout: float) -> dist.Store | None:
+    """Make the store for processes that torchrun has started again; None: torch makes it.
+
+    By default torchrun on one machine keeps its store through restarts (torch 2.13), where the
+    addresses of the processes before still lie; so each start has names of its own.
+    """
+    environment = os.environ
+    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Agents of several machines may count differently, and make a new store each time.
+    one_machine = environment.get("GROUP_WORLD_SIZE") == "1"
+    agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restart == "0" or not one_machine or not agents:
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    wait = timedelta(seconds=timeout)
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=wait)
+    return dist.PrefixStore(f"restart-{restart}", store)
 
 
 def _numbers() -> dict[str, int]:

@@ -100,8 +100,9 @@ def test_whole_files_into_pieces(alone, tmp_path):
 @pytest.mark.slow
 def test_masters(alone, tmp_path):
     """Forwards in bfloat16 with float32 masters: exact ratios, a KL of 0 at the start, and updates
-    smaller than bfloat16's steps stay."""
+    smaller than bfloat16's steps stay; with blocks that run again for their backward, in parts."""
     changes = {"run.out": str(tmp_path / "run"), "policy.dtype": "bfloat16", "run.steps": 2}
+    changes |= {"optim.steps_per_forward": 2, "optim.split_forward": True}
     config = replace(alone, **changes, **FSDP, **{"policy.gradient_checkpointing": True})
     rank_processes.run(tmp_path / "two", 2, processes.run, config)
     lines = train_lines(config.out_dir)
