@@ -81,7 +81,7 @@ def test_help(capsys):
 def test_weights_in_pieces():
     """Gathered once a forward and once a backward, of rollout, reference and update."""
     options = ["sd35m_geneval", "--memory=80", "--run.parallel", "fsdp"]
-    options += ["--sample.share-prefix", "False", "--gpus"]
+    options += ["--sample.no-share-prefix", "--gpus"]
     eight = show_plan([*options, "8"], QUIET)
     config = recipe("sd35m_geneval", memory=80.0)
     sample, chunks = config.sample, config.sample.chunks / 8
