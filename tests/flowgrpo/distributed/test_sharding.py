@@ -149,6 +149,23 @@ def test_an_old_policy_of_pieces(tmp_path):
     assert ends[1]["kl"] == pytest.approx(ends[0]["kl"], rel=1e-3) and ends[0]["kl"] > 0
 
 
+@pytest.mark.slow
+def test_a_reward_that_fails_in_one_process(tmp_path):
+    """All end with its sentence, and the iterations before are saved, in pieces, by all."""
+    changes = {
+        **FULL,
+        **FSDP,
+        "reward.weights": {"support.rank_processes:red_until_rank_one_errs": 1.0},
+    }
+    config = processes.make(tmp_path, **changes)
+    forks = rank_processes.start(tmp_path / "two", 2, rank_processes.run_watched, config)
+    for fork in forks:
+        assert "one score an image" in fork.wait(code=1)
+    last = checkpoints.latest(config.out_dir)
+    assert checkpoints.is_sharded(last) and checkpoints.read_state(last)["iteration"] == 1
+    checkpoints.verify(last)
+
+
 def fields(config: Config) -> tuple:
     sample, updates = config.sample, config.optim.updates_per_iteration
     steps = [
