@@ -303,7 +303,15 @@ def collect(
 def background_scoring(components: Components, batch: Prompts, config: Config) -> BackgroundScoring:
     """Make what scores this process's images of one iteration, while they come."""
     thread, own = components.reward_thread, components.dealing.own
-    return BackgroundScoring(components.scorer, batch, config.sample.group_size, thread, own)
+    return BackgroundScoring(
+        components.scorer,
+        batch,
+        config.sample.group_size,
+        thread,
+        own,
+        # The others' forwards need this process till the end of the rollout.
+        late=components.policy.sharded,
+    )
 
 
 def share_scores(

@@ -103,15 +103,17 @@ class BackgroundScoring:
         group_size: int,
         thread: RewardThread | None = None,
         rows: Tensor | None = None,
+        late: bool = False,
     ) -> None:
         """
         Args:
             prompts: K of them, of `group_size` images each.
             thread: computes the rewards; None: they are computed in `finish`.
             rows: int64 [b], those of the K G rows whose images come here; None: all.
+            late: an error of a reward waits for `rewards`; else the next `add` raises it.
         """
         self.scorer, self.prompts = scorer, prompts
-        self.group_size, self.thread = group_size, thread
+        self.group_size, self.thread, self.late = group_size, thread, late
         every = torch.arange(len(prompts) * group_size)
         self._groups = ((every if rows is None else rows) // group_size).tolist()
         self._added = 0
@@ -122,9 +124,9 @@ class BackgroundScoring:
         """Add the images of the next b rows, uint8 [b, 3, H, W].
 
         Raises:
-            Exception: what a reward raised for earlier images.
+            Exception: what a reward raised for earlier images, unless `late`.
         """
-        for future in self._running:
+        for future in () if self.late else self._running:
             if future.done():
                 future.result()
         groups = self._groups[self._added : self._added + len(images)]

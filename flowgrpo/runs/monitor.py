@@ -192,7 +192,9 @@ class Monitor:
         try:
             # A reward fails before the state changes, so the iterations before it are saved, and
             # the run goes on from there once the reward is mended.
-            if isinstance(error, rewards.RewardError):
+            # Pieces are saved by all processes, which must know of the error.
+            shared = not self.state.sharded or hasattr(error, "told_by")
+            if isinstance(error, rewards.RewardError) and shared:
                 iteration = self.state.iteration
                 if not (self.directory.checkpoints / _step(iteration)).exists():
                     self._save(None)
