@@ -110,7 +110,7 @@ def deal(
     chunks = max(map(len, chunked))
     count = parts_of(chunks, most_leaves)
     if ranks > 1:
-        _check(chunks, count, {len(c) for c in chunked}, ranks, updates, batch_size)
+        _check(chunked, count, ranks, batch_size)
     steps = [_leaves(c, count) for c in chunked]
     runs = runs_of(count, ranks)
     own_steps = [leaves[runs[rank].start : runs[rank].stop] for leaves in steps]
@@ -191,10 +191,12 @@ def _processes(count: int) -> str:
 
 
 def _check(
-    chunks: int, leaves: int, counts: set[int], ranks: int, updates: int, batch_size: int
+    chunked: Sequence[Sequence[tuple[Numbered, ...]]], leaves: int, ranks: int, batch_size: int
 ) -> None:
     """Raise ConfigError unless the leaves of optimizer steps can be dealt to so many ranks."""
-    if len(counts) > 1:
+    updates, chunks = len(chunked), max(map(len, chunked))
+    starts = [chunk[0][0].start for step in chunked for chunk in step]
+    if len(set(starts)) < len(starts):
         raise ConfigError(
             f"optim.updates_per_iteration is {updates}, which ends an optimizer step inside of a "
             f"chunk, but with WORLD_SIZE {ranks} a chunk belongs to one process; lower it, or "
