@@ -38,6 +38,7 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
+from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
 from flowgrpo.rewards.table import Reward, is_users, load, options_of
@@ -243,7 +244,7 @@ class Scorer:
         if dropped:
             self.problems[name] = problems[-1]
             message = "reward %r failed for %d of %d groups, which are dropped (%s)"
-            log.warning(message, name, len(dropped), len(prompts), problems[-1])
+            log.warning(message, name, len(dropped), len(prompts), problems[-1], extra=SPECIFIC)
         for group in dropped:
             scores[groups[group]] = torch.nan
         return scores

@@ -193,8 +193,9 @@ class Monitor:
             # the run goes on from there once the reward is mended.
             if isinstance(error, rewards.RewardError):
                 iteration = self.state.iteration
-                if not (self.directory.checkpoints / _step(iteration)).exists():
-                    self._save(None)
+                with self.world.together():
+                    if not (self.directory.checkpoints / _step(iteration)).exists():
+                        self._save(None)
                 self.display.note(
                     f"Saved after {iteration} iterations; go on with --run.resume "
                     f"{self.config.out_dir}."
@@ -294,6 +295,7 @@ class Monitor:
                 score = self._evaluate(final=False).accuracy
             except EvaluationStopped:
                 self.display.note(LEFT)
+                self._agree({})
                 due = True
         if due:
             self._save(score)

@@ -33,6 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import configurable
@@ -214,6 +215,7 @@ def _as_reward(server: Server, judge: Callable[[Tensor, str], float]):
                 server.reward,
                 without,
                 len(scores),
+                extra=SPECIFIC,
             )
         return scores
 
