@@ -76,6 +76,8 @@ from flowgrpo.sampling.schedule import Schedule, table_rows, training_schedule, 
 from flowgrpo.sampling.shared_prefix import Leaders, rollout_shared_prefix
 from flowgrpo.update import MicroStep, update
 
+PATIENCE = 0.8
+"""Share of `run.rank_timeout` that one of several processes waits for the rewards of a chunk."""
 Encode = Callable[[Sequence[str]], Conditioning]
 """Texts -> embeddings, one row each; in place of a pipeline's text encoders."""
 
@@ -150,6 +152,8 @@ def running(components: Components, config: Config) -> Iterator[tuple[Monitor, S
     with (
         stoppable(not world.joined) as stop,
         Monitor.open(config, policy, state, stop, world) as monitor,
+        # What fails in one process is told to the others, and none ends before the first is done.
+        world.together(),
     ):
         yield monitor, stop
 
@@ -192,7 +196,8 @@ def setup(
 
 def check_processes(world: World, config: Config) -> None:
     """Raise ConfigError unless all processes have the same configuration and versions."""
-    fields = {**fields_by_name(config), "the version of": versions()}
+    installed = {f"the version of {name}": value for name, value in versions().items()}
+    fields = {**fields_by_name(config), **installed}
     advice = "start all with the same command and the same environment"
     world.check_same("the configuration", fields, advice)
 
@@ -237,6 +242,11 @@ def _setup(
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
     uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
     records = load_curated(config, objective.pairs) if config.sample.curated else None
+    reward_thread = None
+    if overlap:
+        # Before the others give this process up.
+        limit = PATIENCE * world.timeout if world.joined else None
+        reward_thread = RewardThread(policy.device, overlap, limit)
     return Components(
         objective=objective,
         policy=policy,
@@ -245,7 +255,7 @@ def _setup(
         prompts=prompts,
         scorer=scorer,
         uncond=uncond,
-        reward_thread=RewardThread(policy.device, overlap) if overlap else None,
+        reward_thread=reward_thread,
         micro_step=MicroStep(policy, objective, graphs),
         curated=None if records is None else Curated(policy, records, uncond),
         world=world,
