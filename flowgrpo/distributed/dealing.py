@@ -38,7 +38,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Dealing:
-    """What one rank has of an iteration, and which rows the others have."""
+    """Share of one rank in an iteration, and the rows of the others."""
 
     rank: int
     rows: tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class Dealing:
     """Rank -> the places of its micro-steps among all of the iteration."""
 
     @property
-    def own(self) -> Tensor:
+    def own_rows(self) -> Tensor:
         """Rows of this rank, int64 [b]."""
         return self.rows[self.rank]
 
@@ -183,7 +183,7 @@ def _order(steps: Sequence[Sequence[Leaf]], runs: Sequence[range]) -> tuple[Tens
             rank = next(r for r, run in enumerate(runs) if leaf.number in run)
             places[rank] += range(position, position + len(leaf.micro_steps))
             position += len(leaf.micro_steps)
-    return tuple(torch.tensor(own, dtype=torch.int64) for own in places)
+    return tuple(torch.tensor(numbers, dtype=torch.int64) for numbers in places)
 
 
 def _processes(count: int) -> str:

@@ -172,10 +172,10 @@ class GradientSum:
         if extra:
             # Behind the leaves, so in no subtree.
             nodes[-1].append((root[1], root[1] + 1))
-        own = [values for _, values in self._parts]
+        sums = [values for _, values in self._parts]
         if self._extra is not None:
-            own.append(self._extra)
-        reached = self._reached(own)
+            sums.append(self._extra)
+        reached = self._reached(sums)
         if not reached:
             self._put([None] * len(self.parameters))
             return
@@ -186,7 +186,7 @@ class GradientSum:
         # Rank r gets the r-th part of each sum. What is missing is -0, which changes no number that
         # it is added to, not even the sign of a 0.
         send = like[0].detach().new_full((most, size * part), -0.0)
-        for row, values in zip(send, own, strict=False):
+        for row, values in zip(send, sums, strict=False):
             for i, place in zip(reached, _split(row[:count], like), strict=True):
                 if values[i] is not None:
                     place.copy_(values[i])
@@ -195,7 +195,9 @@ class GradientSum:
         with world.exchanging(send.nbytes * (1 - 1 / size)):
             dist.all_to_all_single(received, send)
         values = {
-            node: received[rank, i] for rank, own in enumerate(nodes) for i, node in enumerate(own)
+            node: received[rank, i]
+            for rank, parts in enumerate(nodes)
+            for i, node in enumerate(parts)
         }
         total = _total(root, values)
         if extra:
@@ -203,14 +205,14 @@ class GradientSum:
         whole = total.new_empty(size * part)
         with world.exchanging(total.nbytes * (size - 1)):
             all_gather(whole, total.contiguous())
-        sums: Values = [None] * len(self.parameters)
+        totals: Values = [None] * len(self.parameters)
         for i, value in zip(reached, _split(whole[:count], like), strict=True):
-            sums[i] = value
-        self._put(sums)
+            totals[i] = value
+        self._put(totals)
 
-    def _reached(self, own: Sequence[Values]) -> list[int]:
+    def _reached(self, sums: Sequence[Values]) -> list[int]:
         """List the parameters that the loss of any leaf reaches, in any rank."""
-        here = [i for i in range(len(self.parameters)) if any(v[i] is not None for v in own)]
+        here = [i for i in range(len(self.parameters)) if any(v[i] is not None for v in sums)]
         return sorted({i for there in self.world.gather(here) for i in there})
 
 

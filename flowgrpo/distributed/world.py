@@ -52,7 +52,7 @@ class PeerError(RuntimeError):
 
 @dataclass
 class Spent:
-    """What a process has spent on the others so far."""
+    """Seconds and bytes that a process has spent on the others so far."""
 
     seconds: float = 0.0
     """In collectives, waiting for the others among it."""
@@ -355,7 +355,7 @@ def join(timeout: float = TIMEOUT) -> World:
                 world_size=size,
             )
     except (RuntimeError, ValueError, dist.DistError) as error:
-        raise _own(
+        raise _of_this_rank(
             ConfigError(
                 f"the {size} processes of WORLD_SIZE did not find each other at "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within the {timeout:g} "
@@ -413,7 +413,7 @@ def _mark_told(error: Exception, rank: int) -> None:
     error.__dict__["told_by"] = rank
 
 
-def _own(error: ConfigError) -> ConfigError:
+def _of_this_rank(error: ConfigError) -> ConfigError:
     """Mark an error as one that the other processes of this machine need not have."""
     error.__dict__.update(SPECIFIC)
     return error
@@ -468,7 +468,7 @@ def _numbers() -> dict[str, int]:
     """
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
-        raise _own(
+        raise _of_this_rank(
             ConfigError(
                 f"the environment has {', '.join(n for n in VARIABLES if n not in missing)} and no "
                 f"{', '.join(missing)}, but a launcher sets all of {', '.join(VARIABLES)}; start "
@@ -479,7 +479,7 @@ def _numbers() -> dict[str, int]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ[name]
         if not text.isdecimal():
-            raise _own(
+            raise _of_this_rank(
                 ConfigError(
                     f"the environment variable {name} is {text!r}, but a launcher sets a whole "
                     "number; start with torchrun."
@@ -487,7 +487,7 @@ def _numbers() -> dict[str, int]:
             )
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
-        raise _own(
+        raise _of_this_rank(
             ConfigError(
                 f"the environment variable RANK is {numbers['RANK']} of WORLD_SIZE "
                 f"{numbers['WORLD_SIZE']}, but ranks are below the number of processes; start with "
@@ -509,7 +509,7 @@ def _check_devices(local: int, count: int) -> None:
         f"device{'' if count == 1 else 's'} there and each process needs its own; start at most "
         f"{count} on it (torchrun --nproc-per-node {count})."
     )
-    raise error if text.isdecimal() else _own(error)
+    raise error if text.isdecimal() else _of_this_rank(error)
 
 
 def _check_slurm() -> None:

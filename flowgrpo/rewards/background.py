@@ -140,8 +140,8 @@ class BackgroundScoring:
         """
         self.scorer, self.prompts = scorer, prompts
         self.group_size, self.thread, self.late = group_size, thread, late
-        every = torch.arange(len(prompts) * group_size)
-        self._groups = ((every if rows is None else rows) // group_size).tolist()
+        all_rows = torch.arange(len(prompts) * group_size)
+        self._groups = ((all_rows if rows is None else rows) // group_size).tolist()
         self._added = 0
         self._portions: list[Callable[[], dict[str, Tensor]]] = []
         self._running: list[Future] = []

@@ -37,13 +37,13 @@ def test_every_row_and_micro_step_belongs_to_one_rank(case):
     assert first.leaves * updates * window == len(micro_steps)
     # All know the same of each other.
     for rank, dealing in enumerate(dealings):
-        assert dealing.rank == rank and torch.equal(dealing.own, first.rows[rank])
+        assert dealing.rank == rank and torch.equal(dealing.own_rows, first.rows[rank])
         assert dealing.runs == first.runs and dealing.leaves == first.leaves
     assert sorted(torch.cat(first.rows).tolist()) == list(range(rows))
     assert sorted(torch.cat(first.order).tolist()) == list(range(len(micro_steps)))
     seen = []
     for rank, dealing in enumerate(dealings):
-        places, own = iter(first.order[rank].tolist()), dealing.own.tolist()
+        places, rows_here = iter(first.order[rank].tolist()), dealing.own_rows.tolist()
         assert len(dealing.steps) == updates
         for number, leaves in enumerate(dealing.steps):
             assert [leaf.number for leaf in leaves] == list(first.runs[rank])
@@ -53,7 +53,9 @@ def test_every_row_and_micro_step_belongs_to_one_rank(case):
                     place = next(places)
                     chunk, steps = micro_steps[place]
                     # The rows here are those of the chunk, and the step is one of this update.
-                    assert own[here] == list(range(chunk.start, chunk.stop)) and numbers == steps
+                    assert (
+                        rows_here[here] == list(range(chunk.start, chunk.stop)) and numbers == steps
+                    )
                     assert place // (first.leaves * window) == number
                     seen.append(place)
     assert sorted(seen) == list(range(len(micro_steps)))
@@ -80,7 +82,7 @@ def test_two_four_and_eight_ranks_get_halves_of_the_rows():
         dealing = deal(steps_of(32, 2, 1), 2, 32, 2, ranks, ranks - 1)
         size = 16 // ranks
         wanted = [*range(16 - size, 16), *range(32 - size, 32)]
-        assert dealing.own.tolist() == wanted and dealing.idle == 0
+        assert dealing.own_rows.tolist() == wanted and dealing.idle == 0
 
 
 def test_uneven_counts_and_the_idle_share():
