@@ -24,8 +24,6 @@ pytestmark = [
 ]
 # Cases of launch_cases.py that are not shipped, and why.
 UNSERVED = {
-    "sde_step odd": "sde_step_kernel is not shipped",
-    "sde_step odd, 16 rows": "sde_step_kernel is not shipped",
     "sde_step past 2^31": "a size or a stride needs more than 32 bits",
 }
 
