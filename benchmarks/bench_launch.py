@@ -162,8 +162,8 @@ def host_times(library: Path) -> dict[str, dict[str, float]]:
                         if turn:
                             times[case].setdefault(provider, []).append(1e6 * seconds)
     return {
-        case: {provider: statistics.median(values) for provider, values in found.items()}
-        for case, found in times.items()
+        case: {provider: statistics.median(values) for provider, values in figures.items()}
+        for case, figures in times.items()
     }
 
 
@@ -179,21 +179,21 @@ def main(argv: list[str] | None = None) -> int:
     library, rows = stub_driver.build(), []
     seconds = {}
     for provider in ("triton", "ours"):
-        found = cold_start(provider, library)
-        seconds[provider] = found["launcher"] + found["step"] + found["loss"]
+        figures = cold_start(provider, library)
+        seconds[provider] = figures["launcher"] + figures["step"] + figures["loss"]
         for part in ("launcher", "step", "loss"):
             case = f"cold start {part}"
-            rows.append(records.row("launch", case, provider, "seconds", found[part], "s"))
+            rows.append(records.row("launch", case, provider, "seconds", figures[part], "s"))
         for count in ("compiled", "loaded", "launched"):
-            row = records.row("launch", "cold start", provider, count, found[count], "kernels")
+            row = records.row("launch", "cold start", provider, count, figures[count], "kernels")
             rows.append(row)
     ratio = seconds["triton"] / seconds["ours"]
     rows.append(records.row("launch", "cold start", "ours", "times faster", ratio, "ratio"))
     print(f"cold start: {seconds['triton']:.2f} s by the JIT, {seconds['ours']:.4f} s compiled")
-    for case, found in host_times(library).items():
-        for provider, micros in found.items():
+    for case, figures in host_times(library).items():
+        for provider, micros in figures.items():
             rows.append(records.row("launch", case, provider, "host", micros, "us"))
-            ratio = found["triton"] / micros
+            ratio = figures["triton"] / micros
             if provider != "triton":
                 rows.append(records.row("launch", case, provider, "times faster", ratio, "ratio"))
             print(f"{case}: {provider} {micros:.2f} us, {ratio:.1f} times")

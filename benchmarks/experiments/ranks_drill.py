@@ -179,7 +179,7 @@ class Started:
         return codes, seconds
 
     def said(self) -> dict[int, list[str]]:
-        """What each rank has said of a fault."""
+        """Sentences of each rank about a fault."""
         texts = {rank: log.read_text() if log.exists() else "" for rank, log in self.logs.items()}
         return {rank: complaints(text) for rank, text in texts.items()}
 
@@ -241,13 +241,13 @@ class Drill:
                 none.
             silent: the other ranks say nothing.
         """
-        found, seconds = started.end(limit)
+        exits, seconds = started.end(limit)
         self.waited = max(self.waited, seconds)
         said = started.said()
-        wrong = {rank: code for rank, code in found.items() if code not in codes[rank]}
+        wrong = {rank: code for rank, code in exits.items() if code not in codes[rank]}
         if wrong:
-            return f"exit codes {found}, expected {dict(codes)}; {said}"
-        speaker = next((rank for rank, code in found.items() if code != -signal.SIGKILL), 0)
+            return f"exit codes {exits}, expected {dict(codes)}; {said}"
+        speaker = next((rank for rank, code in exits.items() if code != -signal.SIGKILL), 0)
         if len(said[speaker]) != bool(words) or words not in "".join(said[speaker]):
             return f"rank {speaker} says {said[speaker]}, expected one sentence with {words!r}"
         others = {rank: lines for rank, lines in said.items() if rank != speaker and lines}
@@ -255,9 +255,9 @@ class Drill:
 
     def same(self, config: Config) -> str:
         """Go on with a run, undisturbed, and compare what it ends with."""
-        found, _ = self.go_on(config).end(3 * START)
-        if any(found.values()):
-            return f"{AGAIN[0]}: exit codes {found}"
+        exits, _ = self.go_on(config).end(3 * START)
+        if any(exits.values()):
+            return f"{AGAIN[0]}: exit codes {exits}"
         problem = crash_drill.difference(config.out_dir, self.expected)
         return f"{AGAIN[1]}: {problem}" if problem else ""
 
@@ -286,16 +286,16 @@ class Drill:
                 continue
             # Before they have found each other it is the command that is wrong.
             survivor = 1 - rank
-            found, seconds = started.end(PATIENCE + START)
+            exits, seconds = started.end(PATIENCE + START)
             self.waited = max(self.waited, seconds)
             said = started.said()[survivor]
-            if found[survivor] not in (1, 2):
+            if exits[survivor] not in (1, 2):
                 # Its work was done.
-                if found[survivor] != 0 or (config.out_dir / "summary.json").exists() is False:
-                    return f"exit codes {found}; {said}"
+                if exits[survivor] != 0 or (config.out_dir / "summary.json").exists() is False:
+                    return f"exit codes {exits}; {said}"
             elif len(said) != 1 or "run.rank_timeout" not in said[0]:
                 return f"rank {survivor} says {said}, expected one sentence"
-            elif found[survivor] == 1 and f"rank {rank} of the {RANKS}" not in said[0]:
+            elif exits[survivor] == 1 and f"rank {rank} of the {RANKS}" not in said[0]:
                 return f"the rank is not named: {said}"
             return self.same(config)
         return "all kills came after the end"
@@ -339,11 +339,11 @@ class Drill:
         for number, *ranks in sent:
             started.kill(number, *ranks)
             time.sleep(0.05)
-        found, seconds = started.end(2 * START)
+        exits, seconds = started.end(2 * START)
         self.waited, said = seconds, started.said()
         # The end may have come before the signal.
-        if not all(code in (*codes, 0) for code in found.values()):
-            return f"exit codes {found}, expected {codes}; {said}"
+        if not all(code in (*codes, 0) for code in exits.values()):
+            return f"exit codes {exits}, expected {codes}; {said}"
         if any(line.startswith("Traceback") for lines in said.values() for line in lines):
             return f"a traceback: {said}"
         saved = [path.name for path in (config.out_dir / "checkpoints").glob("*")]
@@ -371,9 +371,9 @@ class Drill:
                 return problem
             config = replace(config, **{"run.resume": str(config.out_dir)})
             again = Started(config, self.folder / "disk.again.log")
-            found, _ = again.end(3 * START)
-            if any(found.values()):
-                return f"{AGAIN[0]}: exit codes {found}"
+            exits, _ = again.end(3 * START)
+            if any(exits.values()):
+                return f"{AGAIN[0]}: exit codes {exits}"
             return crash_drill.difference(config.out_dir, self.expected)
 
     def never_comes(self, rank: int) -> str:
@@ -422,14 +422,14 @@ class Drill:
             try:
                 act(launcher, log, config)
                 begin = time.monotonic()
-                found = launcher.wait(6 * START)
+                exits = launcher.wait(6 * START)
                 self.waited = time.monotonic() - begin
             finally:
                 launcher.kill()
         text = log.read_text()
         said = [line for line in text.splitlines() if line.startswith("error: ")]
-        if found != code:
-            return f"exit code {found}, expected {code}: {text[-600:]}"
+        if exits != code:
+            return f"exit code {exits}, expected {code}: {text[-600:]}"
         if len(said) != bool(words) or words not in "".join(said):
             return f"said {said}, expected one sentence with {words!r}"
         return self.same(config)
@@ -445,9 +445,9 @@ class Drill:
             started = self.start(first)
             self.wait_for(first, started)
             started.kill(signal.SIGTERM)
-            found, _ = started.end(2 * START)
-            if set(found.values()) != {130}:
-                raise RuntimeError(f"a run could not be stopped: {found}")
+            exits, _ = started.end(2 * START)
+            if set(exits.values()) != {130}:
+                raise RuntimeError(f"a run could not be stopped: {exits}")
         shutil.copytree(source, folder)
         return replace(config, **{"run.resume": str(folder)})
 
@@ -478,17 +478,17 @@ def mounted(folder: Path, size: str) -> Iterator[None]:
 
 def workers_of(launcher: subprocess.Popen) -> dict[int, int]:
     """Rank -> process id, of a launcher's workers."""
-    found = {}
+    pids = {}
     for entry in Path("/proc").iterdir():
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == launcher.pid:
                 pairs = (entry / "environ").read_bytes().split(b"\0")
                 values = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
-                found[int(values[b"RANK"])] = int(entry.name)
+                pids[int(values[b"RANK"])] = int(entry.name)
         except (OSError, ValueError, KeyError):
             continue
-    return found
+    return pids
 
 
 def second_iteration(config: Config) -> None:
@@ -565,11 +565,11 @@ def drill(kills: int, seed: int, folder: Path, torchrun: bool = False, only: str
     """Run the cases whose names contain `only` in `folder`, which is empty."""
     crash_drill.prepare_forkserver()
     _context.set_forkserver_preload([*crash_drill.PRELOAD, "experiments.ranks_drill"])
-    made = Drill(folder, seed)
-    for name, case in cases(made, kills, torchrun):
+    outcome = Drill(folder, seed)
+    for name, case in cases(outcome, kills, torchrun):
         if only in name:
-            made.run(name, case)
-    return made
+            outcome.run(name, case)
+    return outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -585,11 +585,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        made = drill(args.kills, args.seed, folder, args.torchrun, args.only)
-    lost = sum(row["value"] for row in made.rows if row["metric"] == "lost")
-    cases_run = sum(row["metric"] == "lost" for row in made.rows)
+        outcome = drill(args.kills, args.seed, folder, args.torchrun, args.only)
+    lost = sum(row["value"] for row in outcome.rows if row["metric"] == "lost")
+    cases_run = sum(row["metric"] == "lost" for row in outcome.rows)
     for metric, value in (("cases", cases_run), ("lost", lost)):
-        made.rows.append(records.row("ranks-drill", "all", "ours", metric, value, "1"))
-    records.write(records.record(made.rows, "cpu", losses=made.losses), args.out)
+        outcome.rows.append(records.row("ranks-drill", "all", "ours", metric, value, "1"))
+    records.write(records.record(outcome.rows, "cpu", losses=outcome.losses), args.out)
     print(f"{cases_run} cases, {lost:.0f} lost; wrote {args.out}")
-    return 1 if made.losses else 0
+    return 1 if outcome.losses else 0

@@ -104,16 +104,16 @@ class Stub:
 
     def last(self, number: int) -> list[Launch]:
         """Lists the last launches, `number` at most."""
-        count, found = self.library.stub_launches(), []
+        count, last_ones = self.library.stub_launches(), []
         for i in range(max(0, count - number), count):
             r = self.library.stub_launch(ctypes.c_int64(i)).contents
-            found.append(
+            last_ones.append(
                 Launch(
                     r.name.decode(), r.image, r.stream, r.device, tuple(r.grid), tuple(r.block),
                     r.shared, bytes(r.parameters[: r.bytes]),
                 )
             )  # fmt: skip
-        return found
+        return last_ones
 
     def modules(self) -> int:
         """Counts the binaries that were loaded since the last reset."""

@@ -78,7 +78,7 @@ def _sample(
 
     def images() -> torch.Tensor:
         """The images of all processes in the first, nothing in the others."""
-        own = evaluate.generate_images(
+        images_here = evaluate.generate_images(
             policy,
             texts,
             torch.from_numpy(drawn),
@@ -88,7 +88,7 @@ def _sample(
             guidance_scale=config.sample.guidance_scale,
             rows=evaluate.rows_of(len(drawn), config.sample.batch_size, world),
         )
-        return torch.cat(world.collect_rows(own) or [own.cpu()[:0]])
+        return torch.cat(world.collect_rows(images_here) or [images_here.cpu()[:0]])
 
     rows = {"base": images()}
     if checkpoint is not None:

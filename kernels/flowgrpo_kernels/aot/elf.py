@@ -15,7 +15,7 @@ def parameters(cubin: bytes, entry: str) -> tuple[list[tuple[int, int]], int]:
     if cubin[:4] != b"\x7fELF" or struct.unpack_from("<H", cubin, 18)[0] != _EM_CUDA:
         raise ValueError("this is no binary for an NVIDIA GPU")
     info = _section(cubin, f".nv.info.{entry}")
-    found: dict[int, tuple[int, int]] = {}
+    layout: dict[int, tuple[int, int]] = {}
     total, at = 0, 0
     while at < len(info):
         form, attribute, value = struct.unpack_from("<BBH", info, at)
@@ -27,9 +27,9 @@ def parameters(cubin: bytes, entry: str) -> tuple[list[tuple[int, int]], int]:
             continue
         if attribute == _KPARAM_INFO:
             _, ordinal, offset, flags = struct.unpack_from("<IHHI", info, at)
-            found[ordinal] = offset, flags >> 18
+            layout[ordinal] = offset, flags >> 18
         at += value
-    return [found[i] for i in range(len(found))], total
+    return [layout[i] for i in range(len(layout))], total
 
 
 def _section(elf: bytes, name: str) -> bytes:

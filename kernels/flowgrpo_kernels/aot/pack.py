@@ -247,23 +247,23 @@ def check(folder: Path = FOLDER) -> list[str]:
         manifest = Manifest(folder)
     except ImageError as error:
         return [str(error)]
-    found = []
+    faults = []
     for name in TARGETS:
         if name not in manifest.targets:
-            found.append(f"there is no pack for {name}")
+            faults.append(f"there is no pack for {name}")
             continue
         try:
             pack = manifest.pack(name)
             for key in manifest.kernels:
                 pack.image(key)
         except (ImageError, lzma.LZMAError) as error:
-            found.append(str(error))
+            faults.append(str(error))
     recorded = shipped()
-    found += [f"not shipped: {key}" for key in recorded if key not in manifest.kernels]
-    found += [
+    faults += [f"not shipped: {key}" for key in recorded if key not in manifest.kernels]
+    faults += [
         f"shipped, but not launched: {key}" for key in manifest.kernels if key not in recorded
     ]
-    return found
+    return faults
 
 
 def refresh(folder: Path = FOLDER) -> None:

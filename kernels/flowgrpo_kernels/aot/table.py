@@ -98,18 +98,18 @@ def _variant(key: str, kernel, args: tuple, constants: dict[str, Any]) -> Varian
     """Makes the variant of a launch, with the hints that Triton would derive from it."""
     names = triton.arguments(kernel)
     options = {name: constants[name] for name in ("num_warps", "enable_fp_fusion")}
-    given = {name: value for name, value in constants.items() if name not in options}
+    fixed = {name: value for name, value in constants.items() if name not in options}
     types = dict.fromkeys(names, "constexpr")
     for name, value in zip(names, args, strict=False):
         if value is None:
-            given[name] = None
+            fixed[name] = None
         elif isinstance(value, Tensor):
             types[name] = f"*{KINDS[value.dtype]}"
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
     chooses = triton.specialised[kernel.__name__]
     aligned = tuple(name for name in chooses if types[name] != "constexpr")
-    return Variant(key, kernel, "", "", types, given, aligned, options)
+    return Variant(key, kernel, "", "", types, fixed, aligned, options)
 
 
 def _latents(count: int, elements: int, dtype: torch.dtype) -> list[Tensor]:
@@ -147,13 +147,13 @@ def _score(v: Tensor, x: Tensor, x_next: Tensor, guided: dict[str, Any]) -> None
     """log_prob with its gradient, and under guidance with that of both halves."""
     log_prob(v, x, x_next, _TRANSITIONS, 0, **guided)
     for halves in (False, True) if guided else (False,):
-        own = guided
+        arguments = guided
         if halves:
-            own = guided | {
+            arguments = guided | {
                 "uncond_velocity": _leaf(guided["uncond_velocity"]),
                 "uncond_grad": True,
             }
-        log_prob(_leaf(v), x, x_next, _TRANSITIONS, 0, **own).sum().backward()
+        log_prob(_leaf(v), x, x_next, _TRANSITIONS, 0, **arguments).sum().backward()
 
 
 def _score_and_mean(v: Tensor, x: Tensor, x_next: Tensor, with_x0: bool) -> None:
@@ -189,10 +189,13 @@ def _with_gradients(loss: Callable[..., Any], v: Tensor, options: dict[str, Any]
     """A loss with its gradient, and under guidance with that of both halves."""
     guided = "uncond_velocity" in options
     for halves in (False, True) if guided else (False,):
-        own = dict(options)
+        arguments = dict(options)
         if halves:
-            own |= {"uncond_velocity": _leaf(own["uncond_velocity"]), "uncond_grad": True}
-        loss(_leaf(v), **own).loss.backward()
+            arguments |= {
+                "uncond_velocity": _leaf(arguments["uncond_velocity"]),
+                "uncond_grad": True,
+            }
+        loss(_leaf(v), **arguments).loss.backward()
 
 
 def _references(ref: Tensor, guided: dict[str, Any]) -> list[dict[str, Any]]:

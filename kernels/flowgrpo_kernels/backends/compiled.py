@@ -95,12 +95,12 @@ def serving() -> list[str]:
     """Describes, for each device, the image that serves it, or says why none does."""
     if _why_not_loaded():
         return []
-    found = _state()
+    present = _state()
     texts = []
-    for target, why in found.targets:
+    for target, why in present.targets:
         how = "by the driver's compiler, from " if target.startswith("ptx") else ""
-        kernels = f"{len(found.manifest.kernels)} kernels {how}{target}"
-        texts.append(f"{kernels} (Triton {found.manifest.versions['triton']})" if target else why)
+        kernels = f"{len(present.manifest.kernels)} kernels {how}{target}"
+        texts.append(f"{kernels} (Triton {present.manifest.versions['triton']})" if target else why)
     return texts
 
 
@@ -237,9 +237,9 @@ def _plan(kernel, device: int, args: tuple, constants: dict) -> _Plan:
     key = launch_key(kernel, args, constants)
     function, threads, shared, layout = _load(device, key)
     names = triton.arguments(kernel)
-    given = [(name, x) for name, x in zip(names, args, strict=False) if x is not None]
+    passed = [(name, x) for name, x in zip(names, args, strict=False) if x is not None]
     chooses = triton.specialised[kernel.__name__]
-    pointers = [name for name, x in given if isinstance(x, Tensor)]
+    pointers = [name for name, x in passed if isinstance(x, Tensor)]
     driver = _state().driver
     return _Plan(
         launch=driver.launch,

@@ -88,8 +88,8 @@ class Image(NamedTuple):
 
 def launch_key(kernel, args: tuple, constants: dict[str, Any]) -> str:
     """Names the code that a launch needs: kernel, dtypes of its tensors, constants, warps."""
-    given = [x for x in args if x is None or isinstance(x, Tensor)]
-    kinds = ["-" if x is None else KINDS.get(x.dtype, str(x.dtype)) for x in given]
+    tensors = [x for x in args if x is None or isinstance(x, Tensor)]
+    kinds = ["-" if x is None else KINDS.get(x.dtype, str(x.dtype)) for x in tensors]
     chosen = [
         f"{constant}={int(value) if isinstance(value, bool) else value}"
         for constant, value in constants.items()
@@ -99,7 +99,7 @@ def launch_key(kernel, args: tuple, constants: dict[str, Any]) -> str:
 
 
 class Manifest:
-    """What a folder of packs holds. Raises ImageError when it is not of this package."""
+    """Content of a folder of packs. Raises ImageError when it is not of this package."""
 
     def __init__(self, folder: Path = FOLDER, package: Path = PACKAGE) -> None:
         self.folder = folder
@@ -281,11 +281,11 @@ def _is_constant(node: ast.AST) -> bool:
 def _tokens(text: str) -> list[str]:
     """Lists the tokens of a function but for its comments, docstring and layout."""
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    found, previous = [], None
+    tokens, previous = [], None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         # A string that begins a line is a docstring.
         doc = token.type == tokenize.STRING and previous in (tokenize.INDENT, tokenize.NEWLINE)
         previous = token.type
         if token.type not in layout and not doc:
-            found.append(token.string)
-    return found
+            tokens.append(token.string)
+    return tokens
