@@ -80,9 +80,9 @@ def lines_of(metrics: Path, kind: str) -> int:
 
 
 def configuration(folder: Path, name: str, **changes: Any) -> Config:
-    """A run of a few seconds in the folder `name`, of two chunks an update."""
+    """A run of a few seconds in the folder `name`, of two chunks an update, each a group."""
     base = {
-        "sample.batch_size": 2,
+        "sample.prompts_per_iteration": 4,
         "reward.weights": {"experiments.ranks_drill:score": 1.0},
         "reward.report": ("experiments.ranks_drill:score", "nano_partial"),
         "reward.options": {},
