@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
-from flowgrpo.policies import components, pipelines, text_cache
+from flowgrpo.policies import pipelines, text_cache
 from flowgrpo.policies.base import (
     Policy,
     check_list,
@@ -133,16 +133,25 @@ class QwenImagePolicy(Policy):
         )
         self._check_vae(self.pipeline.vae, config.in_channels // PATCH**2)
         if set(TEXT_COMPONENTS) <= set(needed):
-            components.check_text_encoder(self.pipeline, *TEXT_COMPONENTS, [], self.name)
-            encoder = self.pipeline.text_encoder
-            width = encoder.config.get_text_config().hidden_size
-            require(
-                width == config.joint_attention_dim,
-                f"the text_encoder of policy.model {self.name!r} is a {type(encoder).__name__} "
-                f"with hidden_size {width}, but its transformer is made for "
-                f"{config.joint_attention_dim}; put back the one that the model was published "
-                "with.",
-            )
+            self._check_text_encoder(config.joint_attention_dim)
+
+    def _check_text_encoder(self, width: int) -> None:
+        """Raise ConfigError unless the text encoder gives vectors of `width` numbers and knows the
+        tokenizer's tokens."""
+        encoder, tokens = self.pipeline.text_encoder, len(self.pipeline.tokenizer)
+        # The sizes of the part that reads texts; the other one looks at pictures.
+        config = encoder.config.get_text_config()
+        back = "put back the one that the model was published with."
+        require(
+            config.hidden_size == width,
+            f"the text_encoder of policy.model {self.name!r} is a {type(encoder).__name__} with "
+            f"hidden_size {config.hidden_size}, but its transformer is made for {width}; {back}",
+        )
+        require(
+            tokens <= config.vocab_size,
+            f"the tokenizer of policy.model {self.name!r} has {tokens} tokens, but its "
+            f"text_encoder knows {config.vocab_size}; {back}",
+        )
 
     def _check_vae(self, vae: Any, channels: int) -> None:
         """Raise ConfigError unless `vae` decodes latents of `channels` channels to the size that
