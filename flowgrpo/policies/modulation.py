@@ -51,7 +51,7 @@ class Constant(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, *inputs: object) -> object:
+    def forward(self, *inputs: object, **named: object) -> object:
         return self.value
 
 

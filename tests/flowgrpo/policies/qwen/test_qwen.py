@@ -74,7 +74,7 @@ def test_sigmas_are_what_the_pipeline_sets_up(sizes, steps, monkeypatch):
         assert found.dtype == torch.float64 and found.shape == (steps + 1,)
         assert torch.equal(found.float(), own.sigmas) and found[-1] == 0
         # The terminal shift stretches them to end at 0.02.
-        assert found[0] == 1 and found[-2] == pytest.approx(0.02)
+        assert found[0] == 1 and found[-2] == pytest.approx(0.02, rel=1e-5)
         rows.append(found)
     # The shift depends on the number of tokens: more stay noisy for longer.
     assert (rows[2] >= rows[1]).all() and (rows[1] >= rows[0]).all()
@@ -252,7 +252,7 @@ def test_guidance_keeps_the_conditionals_norm_and_has_a_gradient(qwen):
     [
         {"policy.dtype": "bfloat16", "policy.fused": True},
         {"optim.guard": True, "optim.beta": 0.0, "policy.gradient_checkpointing": True},
-        {"optim.steps_per_forward": 2, "optim.split_forward": True, "sample.window_size": 0},
+        {"optim.steps_per_forward": 2, "optim.split_forward": True},
     ],
     ids=["bfloat16, fused", "guard, recomputed", "split forward"],
 )
