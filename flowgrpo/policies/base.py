@@ -189,10 +189,10 @@ class Policy(ABC):
             return conditioning
         names, (steps, rows) = self.family.modulation, (len(sigmas) - 1, len(conditioning))
         # One row for all prompts, where theirs would be equal.
-        own = rows if names.pooled else 1
-        sigma, pooled = sigmas[:-1].repeat_interleave(own), conditioning.pooled[:own]
+        prompts = rows if names.pooled else 1
+        sigma, pooled = sigmas[:-1].repeat_interleave(prompts), conditioning.pooled[:prompts]
         embedded = self._embed_time(sigma, pooled.repeat(steps, 1))
-        table = modulation.precompute(self.transformer, names, embedded).view(steps, own, -1)
+        table = modulation.precompute(self.transformer, names, embedded).view(steps, prompts, -1)
         embeds = conditioning.embeds
         for name in filter(None, (names.text_norm, names.text)):
             embeds = getattr(self.transformer, name)(embeds)

@@ -71,13 +71,13 @@ def using(model: nn.Module, **values: object) -> Iterator[None]:
 def layers(transformer: nn.Module, modulation: Modulation) -> list[tuple[nn.Module, nn.Module]]:
     """The silu and the linear layer of each modulation, in the order of their columns in the
     table."""
-    found = []
+    pairs = []
     for module in transformer.modules():
         if type(module).__name__ in modulation.norms:
-            found.append((module.silu, module.linear))
+            pairs.append((module.silu, module.linear))
         elif type(module).__name__ in modulation.blocks:
-            found += [tuple(getattr(module, name)) for name in modulation.layers]
-    return found
+            pairs += [tuple(getattr(module, name)) for name in modulation.layers]
+    return pairs
 
 
 def install(transformer: nn.Module, modulation: Modulation) -> None:

@@ -15,6 +15,5 @@ def guide(conditional: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     """
     conditional, uncond = conditional.float(), uncond.float()
     combined = uncond + guidance_scale * (conditional - uncond)
-    norms = (vector_norm(x, dim=-1, keepdim=True) for x in (conditional, combined))
-    own, guided = norms
-    return combined * (own / guided)
+    wanted, norm = (vector_norm(x, dim=-1, keepdim=True) for x in (conditional, combined))
+    return combined * (wanted / norm)

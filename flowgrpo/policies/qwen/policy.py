@@ -157,12 +157,12 @@ class QwenImagePolicy(Policy):
         """Raise ConfigError unless `vae` decodes latents of `channels` channels to the size that
         the pipeline was made for."""
         config, factor = getattr(vae, "config", None), self.pipeline.vae_scale_factor
-        own = f"the vae of policy.model {self.name!r} is a {type(vae).__name__}"
+        subject = f"the vae of policy.model {self.name!r} is a {type(vae).__name__}"
         back = "put back the one that the model was published with."
-        found = getattr(config, "z_dim", None)
+        channels_found = getattr(config, "z_dim", None)
         require(
-            found == channels,
-            f"{own} with z_dim {found}, but its transformer is made for {channels}; {back}",
+            channels_found == channels,
+            f"{subject} with z_dim {channels_found}, but its transformer is made for {channels}; {back}",
         )
         for name in ("latents_mean", "latents_std"):
             values = list(getattr(config, name, None) or ())
@@ -171,13 +171,13 @@ class QwenImagePolicy(Policy):
             )
             require(
                 good and (name == "latents_mean" or min(values) > 0),
-                f"{own} with {name} {values}, but {channels} finite numbers"
+                f"{subject} with {name} {values}, but {channels} finite numbers"
                 f"{' above 0' if name == 'latents_std' else ''} are expected; {back}",
             )
         enlarges = 2 ** len(config.temperal_downsample)
         require(
             enlarges == factor,
-            f"{own} that enlarges latents {enlarges} times, but the pipeline was made for {factor} "
+            f"{subject} that enlarges latents {enlarges} times, but the pipeline was made for {factor} "
             f"times; make the pipeline with it, or {back}",
         )
 
