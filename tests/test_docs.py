@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import flowgrpo_kernels as kernels
 from flowgrpo import nano, objectives, rewards, train
 from flowgrpo.cli import options
 from flowgrpo.cli.doctor import LIBRARIES
@@ -32,6 +33,7 @@ from flowgrpo.policies.family import Family
 from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
+from flowgrpo_kernels.compat import flow_grpo
 from support import grey_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,17 +173,124 @@ def forward_process_loss(text, monkeypatch, capsys):
     assert net.weight.grad.abs().sum() > 0
 
 
-@runs("flow_grpo.patch(")
-def drop_in(text, monkeypatch, capsys):
-    theirs = [types.ModuleType("pipeline"), types.ModuleType("script")]
-    for module in theirs:
-        module.sde_step_with_logprob = len
-    seen = []
-    scope = {"their_pipeline": theirs[0], "their_training_script": theirs[1]}
-    scope["train"] = lambda: seen.extend(module.sde_step_with_logprob for module in theirs)
+def patched(text: str, **theirs: dict) -> dict[str, object]:
+    """Runs a snippet that patches modules or classes; what it put there, by name.
+
+    theirs: of each name in the snippet, what the module or class has.
+    """
+    is_class = {name: name[0].isupper() for name in theirs}
+    scope = {
+        name: type(name, (), has) if is_class[name] else types.ModuleType(name)
+        for name, has in theirs.items()
+    }
+    for name, has in theirs.items():
+        if not is_class[name]:
+            vars(scope[name]).update(has)
+    owners = dict(scope)
+    exec(text, scope | {"torch": torch, "flow_grpo": flow_grpo})
+    found = {}
+    for name, has in theirs.items():
+        for key, value in has.items():
+            if isinstance(value, type):
+                found |= {key: vars(value)}
+            else:
+                found[f"{name}.{key}"] = getattr(owners[name], key)
+    return found
+
+
+def flow_grpo_step(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None):
+    """flow_grpo's, and Precise's."""
+
+
+def module_of(function) -> str:
+    return function.__module__.removeprefix("flowgrpo_kernels.compat.")
+
+
+@runs("flow_grpo.patch(their_pipeline")
+def drop_in_of_flow_grpo(text, monkeypatch, capsys):
+    has = {"sde_step_with_logprob": flow_grpo_step}
+    found = patched(text, their_pipeline=has, their_training_script=has)
+    assert [module_of(f) for f in found.values()] == ["flow_grpo"] * 2
+
+
+@runs("flow_grpo.patch(flux_pipeline")
+def drop_in_of_flux_pipelines(text, monkeypatch, capsys):
+    """What is stored in bfloat16 is what was scored."""
+    has = {"sde_step_with_logprob": flow_grpo_step}
+    step = patched(text, flux_pipeline=has, flux_script=has)["flux_script.sde_step_with_logprob"]
+    sigmas = torch.tensor([1.0, 0.7, 0.4, 0.0])
+    scheduler = SimpleNamespace(sigmas=sigmas, timesteps=sigmas[:-1] * 1000)
+    out = step(scheduler, torch.randn(2, 3), scheduler.timesteps[:2], torch.randn(2, 3))[0]
+    assert torch.equal(out.bfloat16().float(), out)
+
+
+@runs("dance_grpo.patch(")
+def drop_in_of_dance_grpo(text, monkeypatch, capsys):
+    def step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver):
+        """DanceGRPO's."""
+
+    found = patched(text, train_grpo_flux={"flux_step": step})
+    assert [module_of(f) for f in found.values()] == ["dance_grpo"]
+
+
+@runs("flow_factory.patch(")
+def drop_in_of_flow_factory(text, monkeypatch, capsys):
+    def step(self, noise_pred, timestep, latents, next_latents=None, timestep_next=None):
+        """Flow-Factory's."""
+
+    has = {"step": step}
+    found = patched(text, FlowMatchEulerDiscreteSDEScheduler=has, UniPCMultistepSDEScheduler=has)
+    assert [module_of(f) for f in found.values()] == ["flow_factory"] * 2
+
+
+@runs("verl_omni.patch(")
+def drop_in_of_verl_omni(text, monkeypatch, capsys):
+    def step(self, sample, model_output, timestep=None, generator=None):
+        """verl-omni's."""
+
+    found = patched(text, FlowMatchSDEDiscreteScheduler={"sample_previous_step": step})
+    assert [module_of(f) for f in found.values()] == ["verl_omni"]
+
+
+@runs("unirl.patch(")
+def drop_in_of_unirl(text, monkeypatch, capsys):
+    def denoise(self, noise_pred, sample, sigma, sigma_next, *, eta=1.0, prev_sample=None):
+        """UniRL's."""
+
+    strategy = type("CPSSDEStrategy", (), {"denoise": denoise, "canonical_name": "cps"})
+    found = patched(text, strategies={"CPSSDEStrategy": strategy})
+    assert module_of(found["CPSSDEStrategy"]["denoise"]) == "unirl"
+
+
+@runs("mixgrpo.patch(")
+def drop_in_of_mixgrpo(text, monkeypatch, capsys):
+    def flow(model_output, latents, eta, sigmas, index, prev_sample, generator=None):
+        """MixGRPO's."""
+
+    def dance(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver):
+        """MixGRPO's."""
+
+    both = {"flow_grpo_step": flow, "dance_grpo_step": dance}
+    found = patched(text, sampling_utils=both, train_grpo_flux={"dance_grpo_step": dance})
+    assert [module_of(f) for f in found.values()] == ["mixgrpo"] * 3
+
+
+@runs("precise.patch(")
+def drop_in_of_precise(text, monkeypatch, capsys):
+    has = {"sde_step_with_logprob": flow_grpo_step}
+    found = patched(text, their_pipeline=has, their_trainer=has)
+    assert [module_of(f) for f in found.values()] == ["precise"] * 2
+
+
+@runs("import transition_rows")
+def rows_from_tensors(text, monkeypatch, capsys):
+    sigmas = torch.tensor([1.0, 0.7, 0.4, 0.0])
+    scope = {"torch": torch, "log_prob": kernels.log_prob, "sigmas": sigmas}
+    scope |= {"sigma": sigmas[:2], "sigma_next": sigmas[1:3]}
+    scope["noise_level"] = torch.tensor([0.7, 0.3])
+    scope |= {name: torch.randn(2, 3) for name in ("velocity", "sample", "prev_sample")}
     exec(text, scope)
-    assert [function.__module__ for function in seen] == ["flowgrpo_kernels.compat.flow_grpo"] * 2
-    assert all(module.sde_step_with_logprob is len for module in theirs)
+    assert scope["log_p"].isfinite().all() and scope["mean"].shape == (2, 3)
 
 
 @runs("import gated_residual, joint_heads, norm_modulate")
@@ -751,6 +860,34 @@ def test_speeds_of_the_readme_are_those_of_the_record():
         best = {p: v["best"] for p, v in times(record, CASES[name], 16).items()}
         assert cells[:2] == [f"{best['eager']:.2f} ms", f"{best['ours']:.2f} ms"]
         assert cells[2] == f"{best['eager'] / best['ours']:.1f}"
+
+
+def test_speeds_of_the_drop_ins_are_those_of_the_records():
+    page = "docs/drop-ins.md"
+    medians = [
+        {
+            (row["case"], row["provider"]): row["value"]
+            for row in linked_record(page, name)["rows"]
+            if row["metric"] == "time"
+        }
+        for name in ("dropins-cpu.json", "dropins-keep-memory-cpu.json")
+    ]
+    lines = table(page, "| trainer |")
+    cases = {case for case, _ in medians[0] if case.endswith("replay")}
+    assert {f"{name} replay" for name, *_ in lines} == cases
+    for name, *cells in lines:
+        times = [
+            [values[f"{name} {kind}", p] for p in ("ours", "bare", "eager")]
+            for values in medians
+            for kind in ("replay", "backward")
+        ]
+        replay = times[0]
+        assert cells == [
+            f"{replay[0] / 1000:.2f}",
+            f"{replay[0] / replay[1]:.2f}",
+            f"{replay[2] / 1000:.2f}",
+            *(f"{eager / ours:.1f}" for ours, _, eager in times),
+        ]
 
 
 def test_speeds_of_the_performance_page_are_those_of_the_record():

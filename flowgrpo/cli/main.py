@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("aborted", file=sys.stderr)
         return 130
 
 
@@ -175,10 +176,12 @@ def _run(command: Callable[[Any], object], options: Any) -> int:
 
 
 def _is_said_elsewhere(error: BaseException) -> bool:
-    """Tell if another process of the run says this: rank 0 what all know, and the first process of
-    a machine what is wrong with the command."""
-    shared = hasattr(error, "told_by")
-    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") != "0"
+    """Tell if another process of the run says this."""
+    if "RANK" not in os.environ:
+        return False
+    from flowgrpo.distributed.world import is_said_elsewhere
+
+    return is_said_elsewhere(error)
 
 
 def _on_one_line(text: str) -> str:

@@ -16,6 +16,7 @@ gathered inside a machine, and only sums of gradients go between machines.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -129,6 +130,8 @@ def shard(
         else OffloadPolicy(),
         "ignored_params": set(replicated),
     }
+    # Nothing writes into what a transformer returns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for module in (*blocks, model):
         fully_shard(module, **options)
     for module in model.modules():

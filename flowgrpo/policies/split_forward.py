@@ -75,7 +75,7 @@ class Parts:
 
 @dataclass(eq=False)
 class Split:
-    """What a split module computes for a part; its `_flowgrpo`."""
+    """Forward of a split module for the rows of a part; its `_flowgrpo`."""
 
     parts: Parts
     forward: Callable[..., Any]

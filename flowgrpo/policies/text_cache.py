@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
 from flowgrpo.config.validation import path_text
+from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.files import replacing
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.records import Conditioning
@@ -121,7 +122,8 @@ class TextCache:
             if stored != _digest(row):
                 raise ValueError("its tensors are not those that were stored")
         except (OSError, ValueError, SafetensorError) as error:
-            log.warning("%s cannot be used (%s); its text is encoded again.", path, error)
+            message = "%s cannot be used (%s); its text is encoded again."
+            log.warning(message, path, error, extra=SPECIFIC)
             return None
         return row
 
@@ -138,7 +140,8 @@ class TextCache:
         except (OSError, SafetensorError) as error:
             # A full disk stops no run: embeddings are only computed more often.
             self._broken = True
-            log.warning("%s cannot be written (%s); no more text is cached.", path, error)
+            message = "%s cannot be written (%s); no more text is cached."
+            log.warning(message, path, error, extra=SPECIFIC)
 
 
 def open_cache(

@@ -288,8 +288,9 @@ class State:
 
     def _read(self, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
         """Read the tensors of a checkpoint by file stem and name, each cut as its parameter is."""
-        if self.sharded and checkpoints.is_sharded(checkpoint):
-            files = checkpoints.load_pieces(checkpoint, self._empty, self.world)
+        if checkpoints.is_sharded(checkpoint):
+            world = self.world if self.sharded else ALONE
+            files = checkpoints.load_pieces(checkpoint, self._empty, world)
             return {stem: files.get(stem, {}) for stem in self.tensors()}
         files = {stem: checkpoints.load(checkpoint, stem) for stem in self.tensors()}
         if not self.sharded:

@@ -5,7 +5,7 @@
 
 // Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
-#define FLOWGRPO_ABI 3
+#define FLOWGRPO_ABI 4
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
@@ -37,7 +37,10 @@ typedef struct {
   FgTensor ref_velocity;
   FgTensor ref_uncond_velocity;
   FgTensor old_velocity;
-  FgTensor x0;                    // what nft_loss compares with
+  FgTensor x0;                    // what nft_loss compares with; the others write it, if present
+  FgTensor mean;                  // written, or absent
+  FgTensor grad_mean;             // read by log_prob_mean_backward, or absent
+  FgTensor grad_x0;               // likewise
   FgTensor grad_velocity;         // written by the ops that give gradients
   FgTensor grad_uncond_velocity;  // likewise, or absent
   const float* old_log_prob;      // [rows]
@@ -69,6 +72,30 @@ typedef struct {
   float floor;  // nft_loss: the least normaliser, > 0
 } FgArgs;
 
+// Laws and flags of FgRows; their formulas are in flowgrpo_kernels/transition_rows.py.
+enum { FG_FLOW_SDE, FG_DANCE_SDE, FG_CPS, FG_ODE, FG_PRECISE, FG_DANCE_PRECISE, FG_SIGMA_LINEAR };
+enum { FG_GAUSSIAN = 1, FG_NORMALIZER = 2, FG_SCORE_QUIET = 4, FG_KL_GAUSSIAN = 8 };
+
+// Rows of a transition table from sigma pairs; a stride of 0 repeats one value.
+typedef struct {
+  int64_t rows;
+  int64_t law;
+  int64_t flags;
+  int64_t float64;    // bit i: the i-th of the next four is double, else float
+  const void* sigma;
+  const void* sigma_next;
+  const void* noise_level;
+  const void* sigma_max;
+  const int64_t* noise_step;  // NULL: from sigma
+  int64_t sigma_stride;
+  int64_t sigma_next_stride;
+  int64_t noise_level_stride;
+  int64_t sigma_max_stride;
+  int64_t noise_step_stride;
+  double near_one;  // flow_sde: how far below 1 a sigma still is 1
+  float* table;     // [rows, 10], written
+} FgRows;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -89,6 +116,9 @@ int32_t flowgrpo_native_openmp(void);
 int32_t flowgrpo_native_sde_step(const FgArgs*);
 int32_t flowgrpo_native_log_prob(const FgArgs*);
 int32_t flowgrpo_native_log_prob_backward(const FgArgs*);
+// log_prob with mean and x0, and its backward.
+int32_t flowgrpo_native_log_prob_mean(const FgArgs*);
+int32_t flowgrpo_native_log_prob_mean_backward(const FgArgs*);
 int32_t flowgrpo_native_grpo_loss_forward(const FgArgs*);
 int32_t flowgrpo_native_grpo_loss_backward(const FgArgs*);
 // Forward and backward in one pass over the memory, grad being known beforehand.
@@ -99,6 +129,7 @@ int32_t flowgrpo_native_nft_loss_backward(const FgArgs*);
 int32_t flowgrpo_native_nft_loss_gradient(const FgArgs*);
 // Normals of counter word noise_step into prev_sample.
 int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
+void flowgrpo_native_transition_rows(const FgRows*);
 
 #ifdef __cplusplus
 }
@@ -108,6 +139,8 @@ struct Kernels {
   int32_t (*sde_step)(const FgArgs*);
   int32_t (*log_prob)(const FgArgs*);
   int32_t (*log_prob_backward)(const FgArgs*);
+  int32_t (*log_prob_mean)(const FgArgs*);
+  int32_t (*log_prob_mean_backward)(const FgArgs*);
   int32_t (*grpo_loss_forward)(const FgArgs*);
   int32_t (*grpo_loss_backward)(const FgArgs*);
   int32_t (*grpo_loss_gradient)(const FgArgs*);

@@ -50,19 +50,27 @@ class FloatMode {
   const uint64_t before_;
 };
 
+// Ends what a thread has streamed.
+struct StreamFence {
+  ~StreamFence() { stream_fence(); }
+};
+
 struct Coefficients {
-  float A, B, C, k, c0, K, abs_dt, noise_step;
+  float A, B, C, k, c0, K, abs_dt, noise_step, std_dev, sigma;
 };
 
 static inline Coefficients coefficients(const FgArgs& a, int64_t row) {
   const int64_t step = a.step[row];
   if (step < 0 || step >= a.table_rows) {
     const float nan = NAN;
-    return {nan, nan, nan, nan, nan, nan, nan, 0.0f};
+    return {nan, nan, nan, nan, nan, nan, nan, 0.0f, nan, nan};
   }
   const float* t = a.table + step * a.table_columns;
-  return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
+  return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
 }
+
+// A row that has neither noise nor a score.
+FG_INLINE bool quiet(const Coefficients& c) { return c.C == 0.0f && c.k == 0.0f; }
 
 static inline int64_t blocks_of(const FgArgs& a) { return (a.elements + kBlock - 1) / kBlock; }
 
@@ -83,6 +91,7 @@ void for_rows(const FgArgs& a, Before before, Finish finish, After after) {
   {
     // Every element is computed as the calling thread would, whichever thread does.
     const FloatMode same(mode);
+    const StreamFence streamed;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < whole; ++row) {
       for (int64_t block = 0; block < blocks; ++block) before(row, block);
@@ -133,11 +142,18 @@ FG_INLINE Group guided(const Row& velocity, const Row& uncond, float w, int64_t 
   return v;
 }
 
-FG_INLINE Group mean(const Inputs& in, const Group& v, int64_t at, int n) {
-  const Group x = load_group(in.sample, at, n);
+FG_INLINE Group mean_of(const Inputs& in, const Group& v, const Group& x) {
   Group mu;
   for (int i = 0; i < kVectors; ++i) mu.v[i] = x.v[i] * in.c.A + v.v[i] * in.c.B;
   return mu;
+}
+FG_INLINE Group mean(const Inputs& in, const Group& v, int64_t at, int n) {
+  return mean_of(in, v, load_group(in.sample, at, n));
+}
+FG_INLINE Group x0_of(const Inputs& in, const Group& v, const Group& x) {
+  Group x0;
+  for (int i = 0; i < kVectors; ++i) x0.v[i] = x.v[i] - v.v[i] * in.c.sigma;
+  return x0;
 }
 
 FG_INLINE Group difference(const Group& a, const Group& b) {
@@ -148,7 +164,7 @@ FG_INLINE Group difference(const Group& a, const Group& b) {
 
 // log_prob of a row from the sum of its squared residuals.
 static inline float score(const Coefficients& c, float sum, int64_t elements) {
-  if (c.C == 0.0f) return 0.0f;
+  if (quiet(c)) return 0.0f;
   const float m = sum / (float)(elements > 0 ? elements : 1);
   return -(c.k * m) - c.c0;
 }

@@ -85,6 +85,12 @@ FG_EXPORT int32_t flowgrpo_native_log_prob(const FgArgs* a) { return kernels().l
 FG_EXPORT int32_t flowgrpo_native_log_prob_backward(const FgArgs* a) {
   return kernels().log_prob_backward(a);
 }
+FG_EXPORT int32_t flowgrpo_native_log_prob_mean(const FgArgs* a) {
+  return kernels().log_prob_mean(a);
+}
+FG_EXPORT int32_t flowgrpo_native_log_prob_mean_backward(const FgArgs* a) {
+  return kernels().log_prob_mean_backward(a);
+}
 FG_EXPORT int32_t flowgrpo_native_grpo_loss_forward(const FgArgs* a) {
   return kernels().grpo_loss_forward(a);
 }

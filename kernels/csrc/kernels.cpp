@@ -30,24 +30,55 @@ Counters block_counters(uint64_t seed, uint32_t step, const Span& span) {
 
 enum Noise { kNone, kSeeds, kGiven };
 
+// From so many elements on, mean and x0 are larger than what a core keeps for itself.
+constexpr int64_t kStreamElements = 1 << 19;
+
+// What is written beside x' and the score, where it is asked for; float32.
+struct Moments {
+  Row mean, x0;
+  bool streamed;
+
+  Moments(const FgArgs& a, int64_t row)
+      : mean(row_of(a.mean, row)),
+        x0(row_of(a.x0, row)),
+        streamed(a.rows * a.elements >= kStreamElements) {}
+
+  inline __attribute__((always_inline)) void store(const Inputs& in, int64_t e, int n, const Group& v, const Group& x,
+                              const Group& mu) const {
+    if (mean.data != nullptr) write(mean, e, n, mu);
+    if (x0.data != nullptr) write(x0, e, n, x0_of(in, v, x));
+  }
+
+ private:
+  inline __attribute__((always_inline)) void write(const Row& row, int64_t e, int n, const Group& g) const {
+    if (streamed)
+      stream_group(row, e, n, g);
+    else
+      store_group(row, e, n, g);
+  }
+};
+
 template <Noise kNoise>
 float step_block(const FgArgs& a, int64_t row, int64_t block) {
   const Inputs in(a, row);
+  const Moments moments(a, row);
   const Row noise = row_of(a.noise, row), prev = row_of(a.prev_sample, row);
   const Span span = span_of(a, block);
   Counters counters;
   if (kNoise == kSeeds)
     counters = block_counters((uint64_t)a.seeds[row], (uint32_t)(int64_t)in.c.noise_step, span);
   BlockSum sum;
-  for (int from = 0; from < span.count; from += kStride) {
+  for (int first = 0; first < span.count; first += kStride) {
     Group z[kStride / kGroup];
-    if (kNoise == kSeeds) stride_normals(counters, span.start + from, z);
+    if (kNoise == kSeeds) stride_normals(counters, span.start + first, z);
     for (int g = 0; g < kStride / kGroup; ++g) {
-      const int at = from + g * kGroup, left = span.count - at;
+      const int at = first + g * kGroup, left = span.count - at;
       if (left <= 0) break;
       const int n = left < kGroup ? left : kGroup;
       const int64_t e = span.start + at;
-      const Group mu = mean(in, guided(in.velocity, in.uncond, in.w, e, n), e, n);
+      const Group v = guided(in.velocity, in.uncond, in.w, e, n);
+      const Group from = load_group(in.sample, e, n), mu = mean_of(in, v, from);
+      moments.store(in, e, n, v, from, mu);
       Group x = mu;
       if (kNoise == kGiven) z[g] = load_group(noise, e, n);
       if (kNoise != kNone)
@@ -67,20 +98,27 @@ float step_block(const FgArgs& a, int64_t row, int64_t block) {
                                  : step_block<kSeeds>(a, row, block);
 }
 
-int32_t sde_step(const FgArgs* args) {
-  const FgArgs& a = *args;
+// Writes log_prob of the rows whose blocks' sums of squares `block_sum(a, row, block)` computes.
+template <class Work>
+int32_t scored(const FgArgs& a, Work block_sum) {
   const int64_t blocks = blocks_of(a);
   float* sums = (float*)malloc(sizeof(float) * (size_t)(a.rows * blocks + 1));
   if (sums == nullptr) return 1;
   for_rows(
       a,
-      [&](int64_t row, int64_t block) { sums[row * blocks + block] = step_block(a, row, block); },
+      [&](int64_t row, int64_t block) { sums[row * blocks + block] = block_sum(a, row, block); },
       [&](int64_t row) {
         const float sum = ordered_sum(sums + row * blocks, blocks);
         a.log_prob[row] = score(coefficients(a, row), sum, a.elements);
       });
   free(sums);
   return 0;
+}
+
+int32_t sde_step(const FgArgs* args) {
+  return scored(*args, [](const FgArgs& a, int64_t row, int64_t block) {
+    return step_block(a, row, block);
+  });
 }
 
 int32_t fill_normals(const FgArgs* args, uint32_t noise_step) {
@@ -118,6 +156,59 @@ int32_t log_prob(const FgArgs* args) {
   return 0;
 }
 
+float mean_block(const FgArgs& a, int64_t row, int64_t block) {
+  const Inputs in(a, row);
+  const Row prev = row_of(a.prev_sample, row);
+  const Moments moments(a, row);
+  const Span span = span_of(a, block);
+  BlockSum sum;
+  for (int at = 0; at < span.count; at += kGroup) {
+    const int n = span.count - at < kGroup ? span.count - at : kGroup;
+    const int64_t e = span.start + at;
+    const Group v = guided(in.velocity, in.uncond, in.w, e, n);
+    const Group x = load_group(in.sample, e, n), mu = mean_of(in, v, x);
+    moments.store(in, e, n, v, x, mu);
+    sum.add(at, n, difference(load_group(prev, e, n), mu));
+  }
+  return sum.finish(span.count);
+}
+
+int32_t log_prob_mean(const FgArgs* args) {
+  return scored(*args, mean_block);
+}
+
+int32_t log_prob_mean_backward(const FgArgs* args) {
+  const FgArgs& a = *args;
+  const float count = (float)(a.elements > 0 ? a.elements : 1);
+  for_blocks(a, [&](int64_t row, int64_t block) {
+    const Inputs in(a, row);
+    const Row prev = row_of(a.prev_sample, row);
+    const Row grad = row_of(a.grad_velocity, row), grad_uncond = row_of(a.grad_uncond_velocity, row);
+    const Row grad_mean = row_of(a.grad_mean, row), grad_x0 = row_of(a.grad_x0, row);
+    const float c_d = (a.grad[row] * (2.0f * (in.c.k * in.c.B))) / count;
+    const Span span = span_of(a, block);
+    for (int at = 0; at < span.count; at += kGroup) {
+      const int n = span.count - at < kGroup ? span.count - at : kGroup;
+      const int64_t e = span.start + at;
+      Group dv{};
+      if (c_d != 0.0f) {
+        const Group v = guided(in.velocity, in.uncond, in.w, e, n);
+        dv = term(difference(load_group(prev, e, n), mean(in, v, e, n)), c_d);
+      }
+      if (grad_mean.data != nullptr) {
+        const Group g = load_group(grad_mean, e, n);
+        for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] + g.v[i] * in.c.B;
+      }
+      if (grad_x0.data != nullptr) {
+        const Group g = load_group(grad_x0, e, n);
+        for (int i = 0; i < kVectors; ++i) dv.v[i] = dv.v[i] - g.v[i] * in.c.sigma;
+      }
+      store_gradient(a, grad, grad_uncond, e, n, dv);
+    }
+  });
+  return 0;
+}
+
 int32_t log_prob_backward(const FgArgs* args) {
   const FgArgs& a = *args;
   const float n = (float)(a.elements > 0 ? a.elements : 1);
@@ -133,6 +224,7 @@ int32_t log_prob_backward(const FgArgs* args) {
 extern const Kernels kernels;
 const Kernels kernels = {
     sde_step,           log_prob,           log_prob_backward,
+    log_prob_mean,      log_prob_mean_backward,
     grpo_loss_forward,  grpo_loss_backward, grpo_loss_gradient,
     nft_loss_forward,   nft_loss_backward,  nft_loss_gradient,
     fill_normals,

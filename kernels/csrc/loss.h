@@ -95,7 +95,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
 
   float policy = maximum(unclipped, clipped);
   float g = ((weight / rows) * (-adv * (active ? 1.0f : 0.0f))) * ratio;
-  if (c.C == 0.0f || weight == 0.0f) g = 0.0f;
+  if (quiet(c) || weight == 0.0f) g = 0.0f;
   if (guard) {
     policy = policy / c.abs_dt;
     g = (g * c.C) / c.abs_dt;

@@ -89,6 +89,13 @@ FG_INLINE void store_group(const Row& row, int64_t start, int n, const Group& g)
   std::memcpy(p, padded, (size_t)(n * size));
 }
 
+// For what is written once and not read soon: the line is not fetched first, nor kept.
+FG_INLINE void stream_group(const Row& row, int64_t start, int n, const Group& g) {
+  float* p = (float*)row.data + start;
+  if (n != kGroup || ((uintptr_t)p & 63) != 0) return store_group(row, start, n, g);
+  for (int i = 0; i < kVectors; ++i) stream(p + i * kLanes, g.v[i]);
+}
+
 // The values that storing and loading again would give.
 FG_INLINE Group rounded(const Group& g, int64_t dtype) {
   Group r = g;

@@ -179,6 +179,24 @@ FG_INLINE vu to_fp16_bits(vf x) {
 }
 
 FG_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+// Past the caches, to an address that is a multiple of a vector's size; visible to other threads
+// after a fence.
+FG_INLINE void stream(float* p, vf x) {
+#if FLOWGRPO_LANES == 16 && defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif FLOWGRPO_LANES == 8 && defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif FLOWGRPO_LANES == 4 && defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+FG_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 FG_INLINE void store(bf16* p, vf x) { narrow(p, to_bf16_bits(x)); }
 FG_INLINE void store(fp16* p, vf x) { narrow(p, to_fp16_bits(x)); }
 

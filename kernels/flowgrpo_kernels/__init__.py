@@ -15,6 +15,7 @@ from .log_prob import log_prob
 from .nft_loss import NftLoss, nft_loss
 from .noise import initial_noise
 from .sde_step import sde_step
+from .transition_rows import transition_rows
 from .transitions import Transitions, cps, dance_sde, flow_sde, matching, ode, window
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "nft_loss",
     "ode",
     "sde_step",
+    "transition_rows",
     "window",
 ]

@@ -49,10 +49,10 @@ def check_latents(sample: Tensor, **others: Tensor | None) -> None:
         check_device(name, value, device)
 
 
-def check_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Checks that a tensor is on the device of the sample."""
+def check_device(name: str, value: Tensor, device: torch.device, like: str = "sample") -> None:
+    """Checks that a tensor is on the device of the sample, or of the argument `like`."""
     if value.device != device:
-        raise ValueError(f"{name} must be on {device} like sample, got {value.device}")
+        raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
 
 
 def check_rows(name: str, value, sample: Tensor) -> None:

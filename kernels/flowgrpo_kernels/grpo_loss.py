@@ -197,7 +197,7 @@ def clipped_policy(ratio, adv, low, high, adv_clip):
 
 @jit
 def policy_term(
-    advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip,
+    advantages_ptr, weight_ptr, row, rows, ratio, c, k, abs_dt, low, high, adv_clip,
     OLD: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """(weighted policy term, its derivative in log_prob, whether the ratio is outside)."""
@@ -211,7 +211,7 @@ def policy_term(
         policy = tl.div_rn(policy, abs_dt)
         g = tl.div_rn(g * c, abs_dt)
     # abs_dt of a quiet row may be anything, and so may be what is multiplied by weight 0.
-    g = tl.where((c == 0.0) | (weight == 0.0), 0.0, g)
+    g = tl.where(((c == 0.0) & (k == 0.0)) | (weight == 0.0), 0.0, g)
     if WEIGHT:
         policy = tl.where(weight == 0.0, 0.0, weight * policy)
     return policy, g, outside
@@ -275,7 +275,7 @@ def grpo_loss_rows_kernel(
 
     abs_dt = coefficient(table_ptr, step, num_steps, COL_ABS_DT)
     policy, g, outside = policy_term(
-        advantages_ptr, weight_ptr, row, rows, ratio, c, abs_dt, low, high, adv_clip, OLD, WEIGHT
+        advantages_ptr, weight_ptr, row, rows, ratio, c, k, abs_dt, low, high, adv_clip, OLD, WEIGHT
     )
     c_d = tl.div_rn(g * (2.0 * (k * b)), n)
     kl, c_e, c_h = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g)

@@ -14,8 +14,9 @@ its own: **no fma, no contraction, no reassociation** (Triton: enable_fp_fusion=
     v    = velocity                              without uncond_velocity
     v    = u + w * (velocity - u)                u = uncond_velocity
     mu   = (A * x) + (B * v)
-    x'   = round_to_dtype_of_sample(mu + (C * eps))
+    x'   = round(mu + (C * eps))                 to the dtype of the buffer that takes it
     d    = x' - mu                               x' after its rounding
+    x0   = x - (sigma * v)                       sigma: column of the table
     e    = v - v_ref          v_ref likewise from ref_velocity, ref_uncond_velocity
     h    = v - v_old                             v_old = old_velocity
 
@@ -47,14 +48,14 @@ Per row, with n = float32(D), sums S_d, S_e, S_h, means m = S / n (0 when D = 0)
                policy_loss = sum_rows(row_weight * policy) / B, kl_loss = sum_rows(kl_row_weight *
                kl) / B
 
-Where C = 0, log_prob and kl are 0. Where a weight is 0 its row adds 0 (even if the row is NaN).
-B = 0 gives a loss of 0.
+Where C = 0, kl is 0, and so is log_prob where k = 0, too: a row may score its x' without drawing
+noise. Where a weight is 0 its row adds 0 (even if the row is NaN). B = 0 gives a loss of 0.
 
 Gradient, saved by the forward pass as coefs float32 [B, 3]:
 
     active = not ((ratio < lo or ratio > hi) and -adv * clamp(ratio) > -adv * ratio)
     g      = ((row_weight / B) * (-adv * active)) * ratio         times C / abs_dt with Guard;
-                                                                  0 where row_weight or C is 0
+                                                                  0 where row_weight or C = k = 0
     c_d    = (g * (2 * (k * B))) / n
     c_e    = (((kl_row_weight / B) * kl_weight) * (2 * (K * (B * B)))) / n
     c_h    = (g * (2 * (k * (B * B)))) / n
@@ -63,9 +64,10 @@ Gradient, saved by the forward pass as coefs float32 [B, 3]:
     grad velocity        = dv, or w * dv under guidance
     grad uncond_velocity = float32(1 - guidance_scale) * dv, only when asked for
 
-rounded once to the dtype of the velocity. log_prob's own gradient has c_d = (go * (2 * (k * B))) /
-n. exp and the per-row scalars after it agree to a few ulp between backends; everything above is
-exact.
+rounded once to the dtype of the velocity. log_prob's own gradient has
+c_d = (go * (2 * (k * B))) / n; those of mu and x0, where they are asked for, are added to dv:
+B * g_mu, then -(sigma * g_x0). exp and the per-row scalars after it agree to a few ulp between
+backends; everything above is exact.
 
 nft_loss
 --------
@@ -125,6 +127,8 @@ class Coefficients(NamedTuple):
     K: Tensor
     abs_dt: Tensor
     noise_step: Tensor
+    std_dev: Tensor
+    sigma: Tensor
 
 
 def coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coefficients:
@@ -208,7 +212,12 @@ def _mean(squares: Tensor) -> Tensor:
 def _score(c: Coefficients, d: Tensor) -> Tensor:
     """log_prob [B] of d = x' - mu."""
     log_prob = -(c.k * _mean(d * d)) - c.c0
-    return torch.where(c.C == 0, 0.0, log_prob)
+    return torch.where(_quiet(c), 0.0, log_prob)
+
+
+def _quiet(c: Coefficients) -> Tensor:
+    """Tells of each row, bool [B], whether it has neither noise nor a score."""
+    return (c.C == 0) & (c.k == 0)
 
 
 def sde_step(
@@ -222,12 +231,14 @@ def sde_step(
     noise: Tensor | None,
     prev_sample: Tensor,
     log_prob: Tensor,
+    mean: Tensor | None = None,
+    x0: Tensor | None = None,
 ) -> None:
-    """Writes x' into prev_sample (dtype of sample) and its log_prob (float32 [B]) into log_prob."""
+    """Writes x', rounded to the dtype of prev_sample, its log_prob (float32 [B]), mu and x0."""
     dtype = compute_dtype(sample)
     c = coefficients(table, step, dtype)
     v = _guided(velocity, uncond_velocity, guidance_scale, dtype)
-    mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
+    mu = _mu(c, sample, v)
     if noise is not None:
         eps = _flat(noise, dtype)
     elif seeds is not None:
@@ -236,17 +247,31 @@ def sde_step(
         eps = philox.normals(seeds, steps, mu.shape[1]).to(dtype)
     else:
         eps = torch.zeros_like(mu)
-    x_prev = (mu + _term(c.C, eps)).to(sample.dtype)
+    x_prev = (mu + _term(c.C, eps)).to(prev_sample.dtype)
+    clean = _x0(c, sample, v) if x0 is not None else None
     prev_sample.copy_(x_prev.view(prev_sample.shape))
     log_prob.copy_(_score(c, x_prev.to(dtype) - mu))
+    if mean is not None:
+        mean.copy_(mu.view(mean.shape))
+    if clean is not None:
+        x0.copy_(clean.view(x0.shape))
+
+
+def _mu(c: Coefficients, sample: Tensor, v: Tensor) -> Tensor:
+    """mu [B, D]."""
+    return c.A[:, None] * _flat(sample, v.dtype) + c.B[:, None] * v
+
+
+def _x0(c: Coefficients, sample: Tensor, v: Tensor) -> Tensor:
+    """x0 [B, D]."""
+    return _flat(sample, v.dtype) - c.sigma[:, None] * v
 
 
 def _residual(velocity, uncond, guidance_scale, sample, prev_sample, c) -> tuple[Tensor, Tensor]:
     """(v, d), each [B, D]: the velocity and x' - mu."""
     dtype = c.A.dtype
     v = _guided(velocity, uncond, guidance_scale, dtype)
-    mu = c.A[:, None] * _flat(sample, dtype) + c.B[:, None] * v
-    return v, _flat(prev_sample, dtype) - mu
+    return v, _flat(prev_sample, dtype) - _mu(c, sample, v)
 
 
 def log_prob(
@@ -262,6 +287,49 @@ def log_prob(
     c = coefficients(table, step, compute_dtype(sample))
     _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
     return _score(c, d)
+
+
+def log_prob_mean(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    with_x0: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes (log_prob [B], mu, x0) of a stored x', float32; x0 is empty unless asked for."""
+    c = coefficients(table, step, compute_dtype(sample))
+    v = _guided(velocity, uncond_velocity, guidance_scale, c.A.dtype)
+    mu = _mu(c, sample, v)
+    log_prob = _score(c, _flat(prev_sample, mu.dtype) - mu)
+    x0 = _x0(c, sample, v).view(sample.shape) if with_x0 else mu.new_empty(0)
+    return log_prob, mu.view(sample.shape), x0
+
+
+def log_prob_mean_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_x0: Tensor | None,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of log_prob_mean in velocity and uncond_velocity."""
+    c = coefficients(table, step, compute_dtype(sample))
+    _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
+    dv = _term(over(grad.to(d.dtype) * (2 * (c.k * c.B)), d.shape[1]), d)
+    if grad_mean is not None:
+        dv = dv + c.B[:, None] * _flat(grad_mean, d.dtype)
+    if grad_x0 is not None:
+        dv = dv - c.sigma[:, None] * _flat(grad_x0, d.dtype)
+    return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
 
 def _term(c: Tensor, x: Tensor) -> Tensor:
@@ -393,7 +461,7 @@ def grpo_loss_forward(
 
     weight = _row_gradient_weight(row_weight, adv)
     g = over(weight, rows) * slope * ratio
-    silent = c.C == 0 if row_weight is None else (c.C == 0) | (weight == 0)
+    silent = _quiet(c) if row_weight is None else _quiet(c) | (weight == 0)
     g = torch.where(silent, 0.0, g)
     if old_velocity is not None:
         policy = policy / c.abs_dt

@@ -2,10 +2,12 @@
 
     v    = u + w (velocity - u)                   under guidance, else velocity
     x'   = round(A x + B v + C eps)               round: to the dtype of sample
-    lp   = -k mean[(x' - A x - B v)^2] - c0       of the rounded x'; 0 where C = 0
+    lp   = -k mean[(x' - A x - B v)^2] - c0       of the rounded x'; 0 where C = k = 0
+    mean = A x + B v,  x0 = x - sigma v           float32, where they are asked for
 
 velocity, uncond_velocity, sample, x': [B, ...] float32, bfloat16 or float16 in any mix; arithmetic
-and log_prob are float32. Bytes moved per element: velocity (twice under guidance) + sample + x'.
+and log_prob are float32. Bytes moved per element: velocity (twice under guidance) + sample + x',
+and 4 for each of mean and x0.
 The float32 sequence and the order of the sum are in reference.py. For sampling only: no gradient.
 """
 
@@ -25,6 +27,7 @@ from .backends.triton import (
     COL_C0,
     COL_K,
     COL_NOISE_STEP,
+    COL_SIGMA,
     LANES_C,
     coefficient,
     guided,
@@ -36,6 +39,7 @@ from .backends.triton import (
     position,
     score,
     store,
+    store_moments,
     tl,
 )
 from .transitions import Transitions
@@ -43,7 +47,8 @@ from .transitions import Transitions
 sde_step_op = dispatch.define(
     "sde_step",
     "(Tensor velocity, Tensor? uncond_velocity, float guidance_scale, Tensor sample, Tensor table, "
-    "Tensor step, Tensor? seeds, Tensor? noise, Tensor(a!) prev_sample, Tensor(b!) log_prob) -> ()",
+    "Tensor step, Tensor? seeds, Tensor? noise, Tensor(a!) prev_sample, Tensor(b!) log_prob, "
+    "Tensor(c!)? mean=None, Tensor(d!)? x0=None) -> ()",
     reference.sde_step,
     fake=lambda *args: None,
 )
@@ -60,6 +65,8 @@ def sde_step_kernel(
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
     seeds_ptr,  # [B] if NOISE == "seeds"
+    mean_ptr,  # [B, D] if MEAN
+    x0_out_ptr,  # [B, D] if X0
     scale,
     elements,
     num_steps,
@@ -69,6 +76,8 @@ def sde_step_kernel(
     GUIDED: tl.constexpr,
     NOISE: tl.constexpr,  # "none", "seeds" or "tensor"
     SINGLE: tl.constexpr,
+    MEAN: tl.constexpr,
+    X0: tl.constexpr,
 ):
     """Writes a block of x' and its sum of squares, or the row's log_prob; one program per block."""
     row, start, base, remaining = position(elements, num_blocks, ALIGN)
@@ -76,6 +85,9 @@ def sde_step_kernel(
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
     c = coefficient(table_ptr, step, num_steps, COL_C)
+    sigma = 0.0
+    if X0:
+        sigma = coefficient(table_ptr, step, num_steps, COL_SIGMA)
     if NOISE == "seeds":
         seed = tl.load(seeds_ptr + row)
         noise_step = coefficient(table_ptr, step, num_steps, COL_NOISE_STEP)
@@ -84,8 +96,16 @@ def sde_step_kernel(
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(CHUNKS_C):
         o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+        if out_ptr.dtype.element_ty == tl.float32:
+            # Four a thread, as normals makes and float32 stores them: else a 16-bit velocity would
+            # be loaded eight a thread, and each chunk change its layout behind barriers.
+            o_lane = tl.max_contiguous(o_lane, 4)
         b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
+        b_from = load(x_ptr + base, o_lane, remaining)
+        b_mu = a * b_from + b * b_v
+        store_moments(
+            mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_from, b_mu, sigma, MEAN, X0
+        )
         if NOISE == "seeds":
             b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
         elif NOISE == "tensor":
@@ -108,7 +128,10 @@ def sde_step_kernel(
 
 
 @triton.launcher("sde_step")
-def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob):
+def _launch(
+    velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob, mean=None,
+    x0=None,
+):  # fmt: skip
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     if rows == 0:
@@ -123,11 +146,14 @@ def _launch(velocity, uncond, scale, sample, table, step, seeds, noise, prev_sam
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
         sde_step_kernel[(rows * blocks,)](
-            velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, scale, *sizes,
+            velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0, scale,
+            *sizes,
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             NOISE=source,
             SINGLE=blocks == 1,
+            MEAN=mean is not None,
+            X0=x0 is not None,
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
@@ -148,6 +174,8 @@ def sde_step(
     guidance_scale: float = 1.0,
     out: Tensor | None = None,
     log_prob_out: Tensor | None = None,
+    mean_out: Tensor | None = None,
+    x0_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Steps to (prev_sample, log_prob): [B, ...] in the dtype of sample, float32 [B].
 
@@ -159,12 +187,15 @@ def sde_step(
         seeds: int64 [B], the key of each sample's noise. Or noise: [B, ...] standard normals.
             Neither is needed when every row of the table is an ODE step.
         out, log_prob_out: contiguous buffers to write into, for example rows of a trajectory.
+        mean_out, x0_out: contiguous buffers [B, ...] of the dtype of log_prob, for the mean and for
+            the result that the velocity points to, sample - sigma v. Written in the same pass.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a gradient is asked for.
     """
     checks.check_latents(
-        sample, velocity=velocity, uncond_velocity=uncond_velocity, noise=noise, out=out
-    )
+        sample, velocity=velocity, uncond_velocity=uncond_velocity, noise=noise, out=out,
+        mean_out=mean_out, x0_out=x0_out,
+    )  # fmt: skip
     scale = checks.guidance(uncond_velocity, guidance_scale)
     checks.check_transitions(transitions, sample)
     rows = checks.resolve_step(step, transitions, sample)
@@ -178,10 +209,11 @@ def sde_step(
         "velocity": velocity, "uncond_velocity": uncond_velocity, "sample": sample, "noise": noise,
         "seeds": seeds, "step": rows, "transitions": transitions.table,
     }  # fmt: skip
-    out, log_prob_out = _outputs(sample, out, log_prob_out, inputs)
+    moments = {"mean_out": mean_out, "x0_out": x0_out}
+    out, log_prob_out = _outputs(sample, out, log_prob_out, moments, inputs)
     _no_gradient(
         velocity=velocity, uncond_velocity=uncond_velocity, sample=sample, noise=noise,
-        out=out, log_prob_out=log_prob_out,
+        out=out, log_prob_out=log_prob_out, **moments,
     )  # fmt: skip
     sde_step_op(
         velocity,
@@ -194,16 +226,25 @@ def sde_step(
         noise,
         out,
         log_prob_out,
+        mean_out,
+        x0_out,
     )
     return out, log_prob_out
 
 
 def _outputs(
-    sample: Tensor, out: Tensor | None, log_prob: Tensor | None, inputs: dict[str, Tensor | None]
+    sample: Tensor,
+    out: Tensor | None,
+    log_prob: Tensor | None,
+    moments: dict[str, Tensor | None],
+    inputs: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """Checks the buffers to write into, or allocates them."""
-    buffers = {"out": out, "log_prob_out": log_prob}
+    """Checks the buffers to write into; allocates the first two where they are not given."""
+    buffers = {"out": out, "log_prob_out": log_prob, **moments}
     dtype = reference.compute_dtype(sample)
+    for name, buffer in moments.items():
+        if buffer is not None and (buffer.dtype != dtype or not buffer.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous and {dtype}, got {buffer.dtype}")
     if out is None:
         out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     elif out.dtype != sample.dtype or not out.is_contiguous():

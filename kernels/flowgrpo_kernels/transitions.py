@@ -33,6 +33,7 @@ Departures from flow_grpo:
 1. The table is computed once, on the host, in float64, and rounded to float32.
 2. A row with C = 0 (an ODE step, a noise level of 0, the last cps step) has k = c0 = K = 0: its
    log_prob, KL and gradient are 0 by definition. flow_grpo's value is NaN or a plain squared error.
+   Only a table of your own, or transition_rows(score_quiet=True), scores rows without noise.
 3. A first sigma within 2^-22 of 1 is 1. In float32 DanceGRPO's shift t / (1 + (shift - 1) t) gives
    1 - 2^-23, 1 - 2^-24 or 1 + 2^-23 at t = 1 for one shift in twelve (of 1.01, 1.02 .. 12). With
    such a sigma inside 1 - s, as flow_grpo has it, S would be 3000 to 4000 times a.
@@ -74,7 +75,9 @@ class Transitions:
     """Coefficients of R steps.
 
     table: float32 [R, 10], columns as in `COLUMNS`. sigmas: float64 [R + 1] on the CPU, or None for
-    concatenated tables. kinds: the name of each row's transition.
+    concatenated tables. kinds: the name of each row's transition: one of `KINDS`, or a name of your
+    own. Names decide two things: rows of "ode" need no noise, and grpo_loss refuses Guard for rows
+    of "cps" and "matching", whose k is not 1 / 2C^2.
     """
 
     table: Tensor
@@ -100,8 +103,10 @@ class Transitions:
             raise ValueError(f"table must have 1 to {MAX_STEPS} rows, got {table.shape[0]}")
         if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
             raise TypeError(f"kinds must be a sequence of names, got {kinds!r:.60}")
-        if len(kinds) != table.shape[0] or not set(kinds) <= set(KINDS):
-            raise ValueError(f"kinds must name one of {KINDS} for each of {table.shape[0]} rows")
+        if len(kinds) != table.shape[0] or not all(kinds):
+            raise ValueError(
+                f"kinds must hold a name for each of {table.shape[0]} rows, got {kinds}"
+            )
         if sigmas is not None and not isinstance(sigmas, Tensor):
             raise TypeError(f"sigmas must be a tensor or None, got {type(sigmas).__name__}")
         if sigmas is not None and sigmas.shape != (table.shape[0] + 1,):
@@ -197,7 +202,7 @@ def cps(sigmas, noise_level: float = 0.8, kl: str = "std_dev") -> Transitions:
     a = _noise_level(noise_level)
     if a > 2.0:
         raise ValueError(f"noise_level of cps must be in [0, 2], got {noise_level}")
-    _check_kl(kl)
+    check_kl(kl)
     rows = []
     for i in range(len(s) - 1):
         std = s[i + 1] * math.sin(a * math.pi / 2.0)
@@ -280,7 +285,7 @@ def window(inside: Transitions, outside: Transitions, steps: Iterable[int]) -> T
 
 
 def _gaussian_sde(kind: str, s: list[float], std_dev, kl: str) -> Transitions:
-    _check_kl(kl)
+    check_kl(kl)
     rows = []
     for i in range(len(s) - 1):
         dt = s[i + 1] - s[i]
@@ -430,6 +435,7 @@ def _check_capture(action: str, *devices: torch.device) -> None:
         )
 
 
-def _check_kl(kl: str) -> None:
+def check_kl(kl: str) -> None:
+    """Checks the name of a convention of K."""
     if not isinstance(kl, str) or kl not in ("std_dev", "gaussian"):
         raise ValueError(f"kl must be 'std_dev' or 'gaussian', got {kl!r}")

@@ -7,7 +7,15 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flowgrpo_kernels import flow_sde, grpo_loss, initial_noise, log_prob, nft_loss, sde_step
+from flowgrpo_kernels import (
+    flow_sde,
+    grpo_loss,
+    initial_noise,
+    log_prob,
+    nft_loss,
+    sde_step,
+    transition_rows,
+)
 from flowgrpo_kernels.backends import dispatch
 from support.kernels import oracle
 
@@ -23,6 +31,9 @@ def arguments(dtype=torch.float32):
     table, step, old = TRANSITIONS.table, b.step, torch.zeros(3)
     loss = (old, b.advantages, table, step, b.ref, None, b.old, b.weight, None, 0.1, 0.1, 0.2, 5.0)
     buffers = (torch.zeros_like(b.sample), torch.zeros(3))
+    moments = (3, 2, 3, 5)
+    pair = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.5, 0.2, 0.1])
+    level = torch.tensor(0.7, dtype=torch.float64)
     n = oracle.nft_batch(3, (2, 3, 5), dtype)
     nft = (n.sample, n.x0, n.old, n.sigma, n.optimality, n.ref)
     rest = (None, n.weight, None, 0.7, 1e-5, 0.2)
@@ -52,6 +63,14 @@ def arguments(dtype=torch.float32):
             n.sigma, n.ref, n.uncond, 0.7, True,
         ),
         "initial_noise": (b.seeds, [2, 3], torch.bfloat16),
+        "sde_step mean": (
+            *plain, table, step, b.seeds, None, *buffers, torch.zeros(moments), torch.zeros(moments)
+        ),
+        "log_prob_mean": (*guided, x_prev, table, step, True),
+        "log_prob_mean_backward": (
+            torch.randn(3), torch.randn(moments), None, *guided, x_prev, table, step, True
+        ),
+        "transition_rows": (*pair, level, pair[0][1], None, 3, 0, 3, 0.0),
     }  # fmt: skip
 
 
@@ -115,6 +134,25 @@ def test_compile_without_recompiling(dynamic):
             grads.append(v.grad)
         assert torch.equal(*grads)
     assert [c.frame_count for c in counters] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_compile_of_rows_and_means():
+    """Rows made of tensors and a score with its mean, in one graph."""
+    torch._dynamo.reset()
+
+    def f(velocity, sample, x_prev, sigma, level):
+        made = transition_rows("flow_sde", sigma, sigma / 2, level, sigma_max=0.9)
+        lp, mean = log_prob(velocity * 1.5, sample, x_prev, made, torch.arange(3), return_mean=True)
+        return lp.sum() + (mean * x_prev).sum()
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    b, grads = oracle.batch(3, (2, 3, 5)), []
+    for call in (compiled, f):
+        v = b.velocity.clone().requires_grad_()
+        call(v, b.sample, b.old, torch.tensor([0.8, 0.5, 0.3]), torch.full((3,), 0.7)).backward()
+        grads.append(v.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.slow

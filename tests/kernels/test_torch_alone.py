@@ -33,7 +33,8 @@ import torch
 
 import flowgrpo_kernels as fk
 import flowgrpo_kernels.blocks as blocks
-from flowgrpo_kernels.compat import dance_grpo, flow_grpo
+from flowgrpo_kernels.compat import dance_grpo, flow_factory, flow_grpo, miles, mixgrpo, precise
+from flowgrpo_kernels.compat import unirl, verl_omni
 
 assert not [name for name in sys.argv[1].split(",") if name in sys.modules]
 transitions = fk.flow_sde([1.0, 0.7, 0.4, 0.0], noise_level=0.7)

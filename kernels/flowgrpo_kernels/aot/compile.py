@@ -109,6 +109,9 @@ def problems(report: Report) -> list[str]:
             "approximate division or root": r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\b",
             "local memory in the PTX": r"\b(?:ld|st)\.local\b",
         }
+        if variant.name == "transition_rows":
+            # Of a few numbers a row; float64 is its contract, and has a division of its own.
+            del checks["float64 arithmetic"]
         if variant.vectorised:
             checks["16-bit global access"] = r"\b(?:ld|st)\.global[\w.:]*\.b16\b"
             faults += _narrow_accesses(variant.name, text)
@@ -131,7 +134,7 @@ def _narrow_accesses(name: str, ptx: str) -> list[str]:
     """Lists the kinds of global access of latents that are never 128 bits wide."""
     reads = name != "initial_noise"
     writes = not name.startswith(
-        ("log_prob plain", "log_prob guided", "grpo_loss sums", "nft_loss sums")
+        ("log_prob plain", "log_prob guided", "grpo_loss sums", "nft_loss sums"),
     )
     kinds = [kind for kind, has in (("ld.global", reads), ("st.global", writes)) if has]
     return [f"no 128-bit {k}" for k in kinds if not re.search(rf"{k}[\w.:]*\.v4\.b32", ptx)]

@@ -35,14 +35,23 @@ from ..nft_loss import (
     nft_loss_totals_kernel,
 )
 from ..noise import initial_noise_kernel
+from ..row_laws import LAWS
 from ..sde_step import sde_step_kernel
+from ..transition_rows import transition_rows_kernel
 
 DTYPES = ("fp32", "bf16", "fp16")
 # Pointers of the velocity's dtype and of the sample's; every other pointer is float32 but two.
 _VELOCITY = ("v_ptr", "u_ptr", "ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr")
 _SAMPLE = ("x_ptr", "x0_ptr", "prev_ptr", "out_ptr")
 _INT64 = ("step_ptr", "seeds_ptr")
-_FLOATS = ("scale", "uncond_scale", "kl_weight", "low", "high", "adv_clip", "beta", "floor")
+_FLOATS = (
+    "scale", "uncond_scale", "kl_weight", "low", "high", "adv_clip", "beta", "floor", "near_one",
+)  # fmt: skip
+# Of a schedule in float32 with a noise level of the host.
+_ROW_INPUTS = {
+    "sigma_ptr": "*fp32", "next_ptr": "*fp32", "level_ptr": "*fp64", "max_ptr": "*fp32",
+    "counter_ptr": "*i64",
+}  # fmt: skip
 # Pointers of the blocks' kernels that are float32 whatever the dtype of x.
 _BLOCK_FLOAT32 = ("mean_ptr", "rstd_ptr", "cos_ptr", "sin_ptr")
 # (width, heads of it, whether there is a second output or branch, rotary)
@@ -95,6 +104,7 @@ def op_variants(dtypes: tuple[str, ...] = DTYPES, align: int = 16) -> Iterator[V
     for v, s in itertools.product(dtypes, dtypes):
         for guided in (False, True):
             yield from _streaming_variants(v, s, guided, align)
+        yield from _moment_variants(v, s, align)
     for s in dtypes:
         yield op_variant("initial_noise", initial_noise_kernel, s, s, {"ALIGN": align})
     # Rows of up to 32 blocks: every latent of SD3.5 and FLUX at 512 pixels.
@@ -110,6 +120,11 @@ def op_variants(dtypes: tuple[str, ...] = DTYPES, align: int = 16) -> Iterator[V
         yield op_variant(
             name, kernel, "fp32", "fp32", constants, options=ONE_WARP, vectorised=False
         )
+    yield op_variant(
+        "transition_rows", transition_rows_kernel, "fp32", "fp32",
+        {"LAW": LAWS.index("precise"), "FLAGS": 3}, types=_ROW_INPUTS, options=ONE_WARP,
+        vectorised=False,
+    )  # fmt: skip
 
 
 def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Variant]:
@@ -117,6 +132,7 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     tag = "guided" if guided else "plain"
     flags = {"ALIGN": align, "GUIDED": guided}
     grad = {**flags, "UNCOND_GRAD": guided}
+    no_moments = {"MEAN": False, "X0": False}
     # With the KL, both its halves under guidance; without, also Guard: the widest kernel.
     loss = {"REF": True, "REF_GUIDED": guided, "OLD": not guided}
     no_uncond = () if guided else ("u_ptr",)
@@ -129,16 +145,38 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     for name, kernel, constants, absent in (
         (
             "sde_step", sde_step_kernel,
-            {**flags, "NOISE": "seeds", "SINGLE": False}, (*no_uncond, "noise_ptr"),
+            {**flags, "NOISE": "seeds", "SINGLE": False, **no_moments},
+            (*no_uncond, "noise_ptr", "mean_ptr", "x0_out_ptr"),
         ),
-        ("log_prob", log_prob_kernel, {**flags, "SINGLE": False}, no_uncond),
-        ("log_prob_backward", log_prob_backward_kernel, grad, no_uncond_grad),
+        (
+            "log_prob", log_prob_kernel, {**flags, "SINGLE": False, **no_moments},
+            (*no_uncond, "mean_ptr", "x0_out_ptr"),
+        ),
+        (
+            "log_prob_backward", log_prob_backward_kernel, grad,
+            (*no_uncond_grad, "grad_mean_ptr", "grad_x0_ptr"),
+        ),
         ("grpo_loss sums", grpo_loss_sums_kernel, {**flags, **loss}, no_loss),
         ("grpo_loss backward", grpo_loss_backward_kernel, {**grad, **loss}, no_loss_grad),
         ("nft_loss sums", nft_loss_sums_kernel, {**flags, **nft}, no_nft),
         ("nft_loss backward", nft_loss_backward_kernel, {**grad, **nft}, no_nft_grad),
     ):  # fmt: skip
         yield op_variant(f"{name} {tag}", kernel, v, s, constants, absent)
+
+
+def _moment_variants(v: str, s: str, align: int) -> Iterator[Variant]:
+    """Lists the kernels that also write mean and x0, or read their gradients."""
+    flags = {"ALIGN": align, "GUIDED": False}
+    both = {**flags, "SINGLE": False, "MEAN": True, "X0": True}
+    for name, kernel, constants, absent in (
+        ("sde_step mean", sde_step_kernel, {**both, "NOISE": "seeds"}, ("u_ptr", "noise_ptr")),
+        ("log_prob mean", log_prob_kernel, both, ("u_ptr",)),
+        (
+            "log_prob_backward mean", log_prob_backward_kernel,
+            {**flags, "UNCOND_GRAD": False}, ("u_ptr", "du_ptr"),
+        ),
+    ):  # fmt: skip
+        yield op_variant(name, kernel, v, s, constants, absent)
 
 
 def op_variant(

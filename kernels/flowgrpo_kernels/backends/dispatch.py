@@ -84,6 +84,7 @@ def define(
     *,
     backends: tuple[str, ...] = tuple(BACKENDS),
     any_strides: bool = False,
+    in_float64: bool = False,
 ):
     """Registers an op and returns its overload.
 
@@ -92,10 +93,12 @@ def define(
     fake: the op on tensors without memory: shapes, dtypes and devices of the results.
     backends: those that are meant to implement it, beside the reference.
     any_strides: Triton's launcher, too, reads tensors as they are.
+    in_float64: every backend computes in float64, so that float64 tensors need no reference.
     """
     OPS[name] = Op(name, schema, reference, (*backends, "reference"))
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, _implementation(OPS[name], any_strides), "CompositeExplicitAutograd")
+    body = _implementation(OPS[name], any_strides, in_float64)
+    _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return op(name)
 
@@ -105,7 +108,7 @@ def op(name: str):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _implementation(op: Op, any_strides: bool) -> Callable:
+def _implementation(op: Op, any_strides: bool, in_float64: bool) -> Callable:
     """Makes the op's body for every device, which calls the chosen backend.
 
     Triton's kernels get contiguous tensors; the others take any strides, and the native one reads
@@ -121,7 +124,8 @@ def _implementation(op: Op, any_strides: bool) -> Callable:
 
     def contiguous(args: tuple) -> tuple:
         for i in copied:
-            x = args[i]
+            # Arguments left at their default are not handed on.
+            x = args[i] if i < len(args) else None
             if isinstance(x, Tensor) and not x.is_contiguous():
                 args = (*args[:i], x.contiguous(), *args[i + 1 :])
         return args
@@ -129,7 +133,7 @@ def _implementation(op: Op, any_strides: bool) -> Callable:
     def run(*args):
         x = args[chooser]
         backend, function = "reference", op.reference
-        if x.dtype != torch.float64:
+        if in_float64 or x.dtype != torch.float64:
             backend, function = _resolve(op.name, x.device.type)
         if written or (backend == "triton" and not any_strides):
             results = function(*contiguous(args))
@@ -138,7 +142,8 @@ def _implementation(op: Op, any_strides: bool) -> Callable:
         # Backends write through pointers: without this, autograd would take what a backward has
         # saved of a buffer for unchanged.
         if written:
-            torch.autograd.graph.increment_version([args[i] for i in written])
+            buffers = [args[i] for i in written if i < len(args) and args[i] is not None]
+            torch.autograd.graph.increment_version(buffers)
         return results
 
     run.__name__ = op.name

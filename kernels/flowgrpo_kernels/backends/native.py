@@ -19,12 +19,15 @@ from torch import Tensor
 
 from ..philox import INITIAL_STEP
 from ..reference import NftArguments
-from .native_library import NativeArgs, NativeTensor, library, select, state
+from ..transitions import NUM_COLUMNS
+from .native_library import NativeArgs, NativeRows, NativeTensor, library, select, state
 
 OPS = (
     "sde_step",
     "log_prob",
     "log_prob_backward",
+    "log_prob_mean",
+    "log_prob_mean_backward",
     "grpo_loss_forward",
     "grpo_loss_gradient",
     "grpo_loss_backward",
@@ -32,6 +35,7 @@ OPS = (
     "nft_loss_gradient",
     "nft_loss_backward",
     "initial_noise",
+    "transition_rows",
 )
 """The ops that this file has a function for, by their names."""
 
@@ -166,21 +170,30 @@ def sde_step(
     noise: Tensor | None,
     prev_sample: Tensor,
     log_prob: Tensor,
+    mean: Tensor | None = None,
+    x0: Tensor | None = None,
 ) -> None:
-    """Writes x' into prev_sample and its log_prob into log_prob (float32 [B])."""
+    """Writes x' into prev_sample, its log_prob into log_prob (float32 [B]), mu and x0."""
     call = _Call(sample)
-    out = prev_sample if prev_sample.is_contiguous() else torch.empty_like(sample)
-    score = log_prob if log_prob.is_contiguous() else torch.empty_like(log_prob).contiguous()
+    out, score = _contiguous(prev_sample), _contiguous(log_prob)
     call.latents(velocity=velocity, uncond_velocity=uncond_velocity, sample=sample)
     call.latents(noise=noise, prev_sample=out)
+    more = [(x, _contiguous(x)) for x in (mean, x0)]
+    call.latents(mean=more[0][1], x0=more[1][1])
     call.transitions(table, step, guidance_scale)
     call.integers(seeds=seeds)
     call.outputs(log_prob=score)
     call.run("sde_step")
-    if out is not prev_sample:
-        prev_sample.copy_(out)
-    if score is not log_prob:
-        log_prob.copy_(score)
+    for buffer, result in ((prev_sample, out), (log_prob, score), *more):
+        if result is not buffer:
+            buffer.copy_(result)
+
+
+def _contiguous(buffer: Tensor | None) -> Tensor | None:
+    """Returns a buffer that the library can write: itself, or one to be copied from."""
+    if buffer is None or buffer.is_contiguous():
+        return buffer
+    return torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
 
 def log_prob(
@@ -235,6 +248,54 @@ def log_prob_backward(
     call.vectors(grad=grad)
     gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
     call.run("log_prob_backward")
+    return gradients
+
+
+def log_prob_mean(
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    with_x0: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes (log_prob [B], mu, x0) of a stored x', float32; x0 is empty unless asked for."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
+    call.latents(sample=sample, prev_sample=prev_sample)
+    call.transitions(table, step, guidance_scale)
+    result = torch.empty(call.rows, dtype=torch.float32)
+    mean = torch.empty(sample.shape, dtype=torch.float32)
+    x0 = torch.empty(sample.shape if with_x0 else 0, dtype=torch.float32)
+    call.latents(mean=mean, x0=x0 if with_x0 else None)
+    call.outputs(log_prob=result)
+    call.run("log_prob_mean")
+    return result, mean, x0
+
+
+def log_prob_mean_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_x0: Tensor | None,
+    velocity: Tensor,
+    uncond_velocity: Tensor | None,
+    guidance_scale: float,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of log_prob_mean in velocity and uncond_velocity."""
+    call = _Call(sample)
+    call.latents(velocity=velocity, uncond_velocity=uncond_velocity)
+    call.latents(sample=sample, prev_sample=prev_sample, grad_mean=grad_mean, grad_x0=grad_x0)
+    call.transitions(table, step, guidance_scale)
+    call.vectors(grad=grad)
+    gradients = _gradients(call, velocity, uncond_velocity, uncond_grad)
+    call.run("log_prob_mean_backward")
     return gradients
 
 
@@ -409,3 +470,38 @@ def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor
     call.integers(seeds=seeds)
     call.run("normals", INITIAL_STEP)
     return result
+
+
+def transition_rows(
+    sigma: Tensor,
+    sigma_next: Tensor,
+    noise_level: Tensor,
+    sigma_max: Tensor,
+    noise_step: Tensor | None,
+    rows: int,
+    law: int,
+    flags: int,
+    near_one: float,
+) -> Tensor:
+    """Computes rows of a transition table: float32 [rows, 10]."""
+    table = torch.empty((rows, NUM_COLUMNS), dtype=torch.float32)
+    inputs = [sigma, sigma_next, noise_level, sigma_max]
+    wide = 0
+    for i, x in enumerate(inputs):
+        if x.dtype != torch.float32:
+            inputs[i] = x.to(torch.float64)
+            wide |= 1 << i
+    # By position: half the time of one assignment a field.
+    args = NativeRows(
+        rows, law, flags, wide, *(x.data_ptr() for x in inputs),
+        None if noise_step is None else noise_step.data_ptr(),
+        *(_row_stride(x) for x in inputs), 0 if noise_step is None else _row_stride(noise_step),
+        near_one, table.data_ptr(),
+    )  # fmt: skip
+    library().flowgrpo_native_transition_rows(ctypes.byref(args))
+    return table
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements between the values of two rows; 0 where one value serves all."""
+    return x.stride(0) if x.ndim and x.shape[0] > 1 else 0

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-ABI = 3
+ABI = 4
 ISAS = ("baseline", "avx2", "avx512")
 BUILD_INFO = "_native_build.json"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,7 +43,8 @@ class NativeTensor(ctypes.Structure):
 
 _LATENTS = (
     "velocity", "uncond_velocity", "sample", "prev_sample", "noise", "ref_velocity",
-    "ref_uncond_velocity", "old_velocity", "x0", "grad_velocity", "grad_uncond_velocity",
+    "ref_uncond_velocity", "old_velocity", "x0", "mean", "grad_mean", "grad_x0", "grad_velocity",
+    "grad_uncond_velocity",
 )  # fmt: skip
 _VECTORS = (
     "old_log_prob", "advantages", "row_weight", "kl_row_weight", "sigma", "optimality", "grad",
@@ -69,6 +70,21 @@ class NativeArgs(ctypes.Structure):
         *((name, NativeTensor) for name in _LATENTS),
         *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, ctypes.c_float) for name in _SCALARS),
+    )
+
+
+_ROW_INPUTS = ("sigma", "sigma_next", "noise_level", "sigma_max", "noise_step")
+
+
+class NativeRows(ctypes.Structure):
+    """FgRows of kernels/csrc/abi.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "law", "flags", "float64")),
+        *((name, ctypes.c_void_p) for name in _ROW_INPUTS),
+        *((f"{name}_stride", ctypes.c_int64) for name in _ROW_INPUTS),
+        ("near_one", ctypes.c_double),
+        ("table", ctypes.c_void_p),
     )
 
 

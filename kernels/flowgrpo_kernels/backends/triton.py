@@ -55,12 +55,16 @@ launchers: dict[str, Callable] = {}
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 ONE_WARP = {**LAUNCH, "num_warps": 1}
 # Integers that reach neither an address nor a mask: no new compilation for their values.
-PLAIN = ("num_steps", "step_stride", "num_blocks", "rows")
+PLAIN = (
+    "num_steps", "step_stride", "num_blocks", "rows",
+    "sigma_stride", "next_stride", "level_stride", "max_stride", "counter_stride",
+)  # fmt: skip
 # Pointers whose alignment decides the width of the accesses. The others are read element by
 # element, and a view of one step or row may start anywhere: no new compilation for that either.
 LATENTS = (
     "v_ptr", "u_ptr", "x_ptr", "x0_ptr", "prev_ptr", "out_ptr", "noise_ptr",
     "ref_ptr", "ref_u_ptr", "old_ptr", "dv_ptr", "du_ptr",
+    "mean_ptr", "x0_out_ptr", "grad_mean_ptr", "grad_x0_ptr",
 )  # fmt: skip
 
 
@@ -166,6 +170,7 @@ COL_C0 = constant(COLUMNS.index("c0"))
 COL_BIG_K = constant(COLUMNS.index("K"))
 COL_ABS_DT = constant(COLUMNS.index("abs_dt"))
 COL_NOISE_STEP = constant(COLUMNS.index("noise_step"))
+COL_SIGMA = constant(COLUMNS.index("sigma"))
 # The interpreter's own float32 -> bfloat16 conversion truncates; the GPU's rounds to nearest even.
 ROUND_BY_HAND = constant(interpreting())
 
@@ -295,9 +300,9 @@ def count(elements):
 
 @jit
 def score(sum_d, elements, k, c0, c):
-    """Returns log_prob from the sum of squares; 0 where C = 0."""
+    """Returns log_prob from the sum of squares; 0 where C and k are 0."""
     mean = tl.div_rn(sum_d, count(elements))
-    return tl.where(c == 0.0, 0.0, -(k * mean) - c0)
+    return tl.where((c == 0.0) & (k == 0.0), 0.0, -(k * mean) - c0)
 
 
 @jit
@@ -369,6 +374,18 @@ def residual(
     b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
     b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
     return b_v, load(prev_ptr + base, o_lane, remaining) - b_mu
+
+
+@jit
+def store_moments(
+    mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_x, b_mu, sigma,
+    MEAN: tl.constexpr, X0: tl.constexpr,
+):  # fmt: skip
+    """Stores mu and x0 in float32, those that are asked for."""
+    if MEAN:
+        store(mean_ptr + base, o_lane, remaining, b_mu)
+    if X0:
+        store(x0_out_ptr + base, o_lane, remaining, b_x - sigma * b_v)
 
 
 @jit

@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_the_dealing(gpus):
     one, many = (
         plan.expected_memory(config, plan.sizes_of(config.policy.model), n) for n in (1, gpus)
     )
-    rows = max(len(d.own) for d in dealings)
+    rows = max(len(d.own_rows) for d in dealings)
     assert many["trajectory"] == pytest.approx(one["trajectory"] * rows / sample.rows)
     assert many["total"] < one["total"]
 
@@ -81,13 +81,15 @@ def test_help(capsys):
 def test_weights_in_pieces():
     """Gathered once a forward and once a backward, of rollout, reference and update."""
     options = ["sd35m_geneval", "--memory=80", "--run.parallel", "fsdp"]
-    options += ["--sample.share-prefix", "False", "--gpus"]
+    options += ["--sample.no-share-prefix", "--gpus"]
     eight = show_plan([*options, "8"], QUIET)
     config = recipe("sd35m_geneval", memory=80.0)
     sample, chunks = config.sample, config.sample.chunks / 8
     passes = 3 if config.optim.beta else 2
     gathers = chunks * (sample.steps + passes * sample.trained_steps)
     assert f"8 pieces; each process gathers all of them {gathers:g} times" in eight["weights"]
+    with pytest.raises(ConfigError, match="all processes must run as many forwards"):
+        show_plan([*options, "5"], QUIET)
     arch = plan.sizes_of(config.policy.model)
     fewer = plan.gathered(config, arch.parameters, 8, 0)
     assert fewer[1] == pytest.approx(fewer[0] * arch.parameters * 2 * 7 / 8)

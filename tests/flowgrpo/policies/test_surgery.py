@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
-from flowgrpo.policies import lora, surgery
+from flowgrpo.distributed import sharding
+from flowgrpo.policies import lora, split_forward, surgery
 from flowgrpo.policies.attention import IMAGE_LAYERS, TEXT_LAYERS
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.load import load_policy
@@ -86,13 +87,18 @@ def test_attributes_are_those_of_the_table(kinds, tmp_path, kind, fused):
 
 
 def test_the_table_has_the_rewrites_in_their_order():
-    assert list(TABLE) == [str(number) for number in range(1, 8)]
+    assert list(TABLE) == [str(number) for number in range(1, 10)]
     _, *steps = re.split(r"# (\d)\. ", inspect.getsource(surgery.rewrite))
     assert steps[::2] == ["1", "2", "3", "4", "5"]
     for number, code in zip(steps[::2], steps[1::2], strict=True):
         _, where, *_ = TABLE[number]
         assert where[0].lower() + where[1:] in code, where
-    for number, function in (("6", lora.install), ("7", surgery.recompute)):
+    for number, function in (
+        ("6", lora.install),
+        ("7", surgery.recompute),
+        ("8", split_forward.install),
+        ("9", sharding.shard),
+    ):
         assert TABLE[number][1].rpartition(".")[2] == function.__name__
 
 

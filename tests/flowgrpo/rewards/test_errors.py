@@ -63,11 +63,8 @@ def scores(*values) -> tuple[int, bytes]:
     ],
 )
 def test_a_server_that_answers_badly(answer, words, capsys, folder, monkeypatch):
-    answers = [answer]
-    if isinstance(answer, list):
-        # Before, training's and evaluation's rewards look if it is there.
-        answers = [(200, b"")] * 2 + answer
-    else:
+    answers = answer if isinstance(answer, list) else [answer]
+    if not isinstance(answer, list):
         monkeypatch.setattr("flowgrpo.evaluation.evaluate.generate_images", None)
     with running(Answers(*answers)) as url:
         told = refused(capsys, "--reward.weights", url, "1", "--run.eval-samples", "2")
@@ -78,7 +75,8 @@ def test_a_server_that_answers_badly(answer, words, capsys, folder, monkeypatch)
 def test_a_server_that_does_not_answer(capsys, folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    assert "cannot be reached (ConnectError" in refused(capsys, "--reward.weights", url, "1")
+    shown = refused(capsys, "--reward.weights", url, "1")
+    assert "no server of reward 'http' can be reached" in shown and "ConnectError" in shown
     # Nothing had begun.
     assert list(folder.iterdir()) == []
 

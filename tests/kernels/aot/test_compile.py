@@ -32,8 +32,8 @@ JOBS = {
         for target in ("sm_80", "sm_100", "sm_120", "gfx942")
     },
 }
-COUNTS = {"every kernel": 22, "every dtype": 9, "widest": 1}
-TOTALS = ("grpo_loss totals", "nft_loss totals")
+COUNTS = {"every kernel": 26, "every dtype": 9, "widest": 1}
+TOTALS = ("grpo_loss totals", "nft_loss totals", "transition_rows")
 SCRIPT = """
 import json, sys
 from flowgrpo_kernels import aot
@@ -75,7 +75,7 @@ def test_compiles_to_what_it_should(reports, job):
     assert len(chosen) == COUNTS.get(job, 2)
     for report in chosen:
         assert report["problems"] == [], report
-        assert 0 < report["instructions"] < 1200, report
+        assert 0 < report["instructions"] < 1600, report
         # 128 threads of up to 96 registers leave room for 5 programs on a multiprocessor.
         assert report["registers"] is None or report["registers"] <= 96, report
 

@@ -17,7 +17,7 @@ PROGRAM = """
 static int32_t op(const FgArgs*) { return 0; }
 static int32_t normals(const FgArgs*, uint32_t) { return 0; }
 #define TABLE(isa) namespace isa { extern const Kernels kernels; \\
-  const Kernels kernels = {op, op, op, op, op, op, op, op, op, normals}; }
+  const Kernels kernels = {op, op, op, op, op, op, op, op, op, op, op, normals}; }
 TABLE(isa_baseline)
 TABLE(isa_avx2)
 TABLE(isa_avx512)

@@ -8,6 +8,7 @@ over.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,9 +20,13 @@ from flowgrpo_kernels import (
     ode,
     reference,
     sde_step,
+    transition_rows,
 )
 from flowgrpo_kernels.backends import dispatch, triton
+from flowgrpo_kernels.compat.steps import score, take_step
 from flowgrpo_kernels.grpo_loss import grpo_loss_totals_kernel
+from flowgrpo_kernels.row_laws import LAWS
+from flowgrpo_kernels.transition_rows import transition_rows_op
 from support.kernels import oracle
 
 pytestmark = pytest.mark.skipif(
@@ -82,6 +87,59 @@ def test_sizes(shape):
 
     out, lp, replay, _ = same(run)
     assert torch.equal(lp, replay) and torch.isfinite(out).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4097,)], ids=str)
+def test_mean_and_x0(shape):
+    """Of the step and of the score, with the gradient of all three."""
+    b = oracle.batch(1, shape, torch.bfloat16, torch.float32)
+    transitions, g = oracle.make("flow_sde"), torch.randn(1, *shape)
+
+    def run():
+        mean, x0 = torch.empty_like(b.sample), torch.empty_like(b.sample)
+        out, lp = sde_step(
+            b.velocity, b.sample, transitions, 3, seeds=b.seeds, mean_out=mean, x0_out=x0
+        )
+        v = b.velocity.clone().requires_grad_()
+        replay = log_prob(v, b.sample, out, transitions, 3, return_mean=True, return_x0=True)
+        (dv,) = torch.autograd.grad(replay, v, (b.weight, g, -g))
+        for one, two in zip(replay, (lp, mean, x0), strict=True):
+            assert torch.equal(one, two)
+        return out, lp, mean, x0, dv
+
+    same(run)
+
+
+@pytest.mark.slow
+def test_storage_of_another_dtype():
+    """x' in bfloat16 of a float32 sample, as drop-ins store it; scored as it is stored."""
+    b, table = oracle.batch(1, (3, 5, 7)), oracle.make("flow_sde").table
+    result = same(lambda: take_step(
+        b.velocity, b.sample, table, b.step, seeds=b.seeds, storage=torch.bfloat16, with_x0=True
+    ))  # fmt: skip
+    assert result[0].dtype == torch.bfloat16
+    replay = same(lambda: score(b.velocity, b.sample, result[0], table, b.step)[:3])
+    assert torch.equal(replay[1], result[1])
+
+
+@pytest.mark.slow
+def test_transition_rows():
+    """Every law and flag in float64, poisoned rows, and a score without noise."""
+    s = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.3, 0.2, 0.2, 0.7], dtype=torch.float64)
+    p = torch.tensor([0.9, 0.0, 0.5, 0.3, 0.0, 0.1, 0.3, 0.1], dtype=torch.float64)
+    a = torch.tensor([0.7, 1.3, 0.0, 2.0, 1.0, 0.3, 0.5, math.nan], dtype=torch.float64)
+    step = torch.arange(8)
+    for law, name in enumerate(LAWS):
+        for flags in (3, 12) if law != 2 else (0, 15):
+            args = (s, p, a, s[2], step if flags == 3 else None, 8, law, flags, 0.0)
+            mine, theirs = both(lambda args=args: transition_rows_op(*args))
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=name)
+            assert mine[:, 0].isnan().tolist() == [False] * 6 + [True] * 2
+    args = (s.float()[:1], p.float()[:1], a[:1].float(), s[2].float(), None, 1, 0, 3, 1e-5)
+    same(lambda: (transition_rows_op(*args),))
+    b, quiet = oracle.batch(1, (3, 5)), transition_rows("ode", s[3:4], p[3:4], score_quiet=True)
+    same(lambda: (log_prob(b.velocity, b.sample, b.old, quiet, 0),))
 
 
 @pytest.mark.slow

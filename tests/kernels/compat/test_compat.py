@@ -185,10 +185,21 @@ def test_flux_step_without_sde_solver():
     assert torch.equal(replay, log_prob(v, b.sample, x, dance_sde(sigmas, 0.3), 4))
 
 
+def flow_grpo_step(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None):
+    """As flow_grpo had it in its first months."""
+
+
+def dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver):
+    """As DanceGRPO has it."""
+
+
+THEIRS = {"sde_step_with_logprob": flow_grpo_step, "flux_step": dance_grpo_step}
+
+
 @pytest.mark.parametrize("compat", [flow_grpo, dance_grpo])
 def test_patch_and_revert(compat):
     name = "sde_step_with_logprob" if compat is flow_grpo else "flux_step"
-    theirs, modules = (lambda: "theirs"), [ModuleType("a"), ModuleType("b")]
+    theirs, modules = THEIRS[name], [ModuleType("a"), ModuleType("b")]
     for module in modules:
         setattr(module, name, theirs)
     with compat.patch(*modules):
@@ -221,5 +232,9 @@ def test_bad_input(scheduler):
         sde_step_with_logprob(scheduler, b.velocity, 1.0, b.sample, sde_type="ode")
     with pytest.raises(ValueError, match="generator"):
         sde_step_with_logprob(
-            scheduler, b.velocity, scheduler.timesteps[0], b.sample, generator=[torch.Generator()]
+            scheduler,
+            b.velocity,
+            scheduler.timesteps[0],
+            b.sample,
+            generator=[torch.Generator()] * 2,
         )

@@ -42,6 +42,7 @@ import flowgrpo_kernels as fk
 from flowgrpo_kernels import Transitions, blocks
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.compat import dance_grpo, flow_grpo
+from flowgrpo_kernels.row_laws import LAWS
 from flowgrpo_kernels.transitions import COLUMNS, KINDS
 
 PACKAGE = str(Path(fk.__file__).parent)
@@ -208,6 +209,29 @@ def matching_call(draw: Draw) -> dict:
     return call
 
 
+def rows_call(draw: Draw) -> dict:
+    """A pair or several, on the device of the call."""
+    count = draw.data.draw(st.integers(1, 5))
+    sigma = (
+        torch.rand(
+            count, generator=torch.Generator().manual_seed(draw.data.draw(st.integers()) & 0xFFFF)
+        )
+        / 2
+        + 0.4
+    )
+    call = {"law": draw.one_of(LAWS), "sigma": sigma.to(draw.device)}
+    call["sigma_next"] = (sigma * draw.one_of((0.0, 0.3, 0.9))).to(draw.device)
+    call["noise_level"] = draw.one_of((0.0, 0.7, 1, np.float32(0.3), sigma.to(draw.device)))
+    call["sigma_max"] = draw.one_of((0.9, sigma[0].to(draw.device)))
+    call["kl"] = draw.one_of(("std_dev", "gaussian"))
+    for name in ("gaussian", "normalizer", "score_quiet"):
+        if draw.chance(2):
+            call[name] = draw.chance(2)
+    if draw.chance(2):
+        call["noise_step"] = draw.one_of((3, np.int64(2), torch.arange(count).to(draw.device)))
+    return call
+
+
 def window_call(draw: Draw) -> dict:
     inside = fk.flow_sde([1, 0.7, 0.4, 0]).to(draw.device)
     steps = draw.data.draw(st.lists(st.integers(0, 2)))
@@ -255,9 +279,13 @@ def step_call(draw: Draw) -> dict:
         call["seeds"] = draw.seeds()
     if draw.chance(3):
         call["out"] = torch.empty_like(call["sample"], memory_format=torch.contiguous_format)
+    dtype = torch.float64 if call["sample"].dtype == torch.float64 else torch.float32
     if draw.chance(3):
-        dtype = torch.float64 if call["sample"].dtype == torch.float64 else torch.float32
         call["log_prob_out"] = torch.empty(draw.batch, dtype=dtype, device=draw.device)
+    for name in ("mean_out", "x0_out"):
+        if draw.chance(4):
+            shape = call["sample"].shape
+            call[name] = torch.empty(shape, dtype=dtype, device=draw.device)
     return call
 
 
@@ -266,6 +294,10 @@ def score_call(draw: Draw) -> dict:
     call = {name: draw.latent() for name in ("velocity", "sample", "prev_sample")}
     call |= {"transitions": transitions, "step": draw.step(transitions)} | draw.guidance()
     return differentiated(draw, call)
+
+
+def moments_call(draw: Draw) -> dict:
+    return score_call(draw) | {"return_mean": True, "return_x0": draw.chance(2)}
 
 
 def differentiated(draw: Draw, call: dict) -> dict:
@@ -389,7 +421,9 @@ def peer_call(draw: Draw) -> dict:
 
 def patch_call(draw: Draw) -> dict:
     module = ModuleType("theirs")
-    module.flux_step = module.sde_step_with_logprob = lambda: None
+    module.flux_step = lambda model_output, latents, eta, sigmas, index, prev_sample, grpo, \
+        sde_solver: None  # fmt: skip
+    module.sde_step_with_logprob = lambda self, model_output, timestep, sample: None
     return {"modules": module} | ({"seeds": None} if draw.chance(2) else {})
 
 
@@ -558,6 +592,7 @@ TARGETS = {
     "ode": Target(fk.ode, lambda draw: schedule(draw, ()), check_table, share=0.5),
     "matching": Target(fk.matching, matching_call, check_matching, share=0.5),
     "window": Target(fk.window, window_call, share=0.5),
+    "transition_rows": Target(fk.transition_rows, rows_call, share=0.5),
     "Transitions.from_table": Target(Transitions.from_table, table_call, share=0.5),
     "Transitions.cat": Target(concatenated, cat_call, share=0.5),
     "Transitions.column": Target(
@@ -575,6 +610,7 @@ TARGETS = {
     "initial_noise": Target(fk.initial_noise, noise_call, check_noise),
     "sde_step": Target(fk.sde_step, step_call, check_step, share=3),
     "log_prob": Target(fk.log_prob, score_call, check_score, differentiable=True, share=2),
+    "log_prob.mean": Target(fk.log_prob, moments_call, differentiable=True),
     "grpo_loss": Target(fk.grpo_loss, loss_call, check_loss, close, True, share=3),
     "nft_loss": Target(fk.nft_loss, nft_call, check_nft, differentiable=True, share=3),
     "norm_modulate": Target(blocks.norm_modulate, norm_call, check_first("x"), differentiable=True),
@@ -695,7 +731,8 @@ def check(name: str, data: st.DataObject) -> None:
         replaced.append("out")
     # An iterator is used up by a call.
     call = {n: list(v) if hasattr(v, "__next__") else v for n, v in call.items()}
-    second = call | {n: clone(call[n]) for n in ("out", "log_prob_out") if n in call}
+    buffers = ("out", "log_prob_out", "mean_out", "x0_out")
+    second = call | {n: clone(call[n]) for n in buffers if n in call}
     result, error = outcome(target.function, call)
     if error is not None:
         counts[name, type(error).__name__] += 1

@@ -24,6 +24,8 @@ from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.blocks.joint_heads import joint_heads_backward_kernel, launch_options
 from flowgrpo_kernels.blocks.norm_modulate import norm_modulate_kernel
 from flowgrpo_kernels.blocks.rows import options
+from flowgrpo_kernels.row_laws import LAWS
+from flowgrpo_kernels.transition_rows import transition_rows_op
 from support.kernels import block_cases, oracle
 from support.kernels import launch_recorder as recorder
 
@@ -56,16 +58,27 @@ def step_of(b=None, step=3, transitions=TRANSITIONS, scale=None, **given):
     return lambda: sde_step(b.velocity, b.sample, transitions, step, **given)
 
 
-def score(b=None, step=3, grad=True):
+def score(b=None, step=3, grad=True, moments=False):
+    """log_prob with its gradient, or with mean and x0 and the gradient of all three."""
     b = b or batch()
     v, ones = b.velocity.requires_grad_(grad), torch.ones(len(b.seeds))
+    options = {"return_mean": True, "return_x0": True} if moments else {}
+    given = (ones, b.ref.float(), b.old.float()) if moments else ones
 
     def call():
-        lp = log_prob(v, b.sample, b.sample, TRANSITIONS, step)
+        results = log_prob(v, b.sample, b.sample, TRANSITIONS, step, **options)
         if grad:
-            torch.autograd.grad(lp, v, ones)
+            torch.autograd.grad(results, v, given)
 
     return call
+
+
+def table_rows(rows):
+    """Rows of a table from a schedule in float32 and a noise level of the host."""
+    sigma = torch.linspace(0.9, 0.5, rows)
+    level, counter = torch.tensor(1.0, dtype=torch.float64), torch.arange(rows)
+    args = (sigma, odd(sigma / 2), level, odd(sigma[:1]), counter, rows)
+    return lambda: transition_rows_op(*args, LAWS.index("precise"), 3, 0.0)
 
 
 def micro(b=None, step=3, scale=None, kl=None, guard=False, old=None, backward=1.0, **given):
@@ -165,6 +178,13 @@ def rollout_cases():
     yield "log_prob", score(grad=False)
     yield "log_prob with backward", score()
     yield "log_prob with backward, 17 rows", score(batch(17), 0)
+    x = batch().ref.float()
+    yield "sde_step mean", step_of(mean_out=x.clone(), x0_out=x.clone())
+    yield "log_prob mean", score(moments=True)
+    yield "log_prob mean, 17 rows", score(batch(17), 0, moments=True)
+    yield "transition_rows", table_rows(1)
+    for rows in (2, 17, 130):
+        yield f"transition_rows, {rows} rows", table_rows(rows)
     yield "initial_noise", noise(batch().seeds)
     yield "initial_noise, 17 rows", noise(odd(batch(17).seeds))
 

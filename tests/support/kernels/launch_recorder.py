@@ -28,6 +28,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
 }
 # Operations of PyTorch that launch nothing: views and allocations.
