@@ -162,7 +162,8 @@ class QwenImagePolicy(Policy):
         channels_found = getattr(config, "z_dim", None)
         require(
             channels_found == channels,
-            f"{subject} with z_dim {channels_found}, but its transformer is made for {channels}; {back}",
+            f"{subject} with z_dim {channels_found}, but its transformer is made for {channels}; "
+            f"{back}",
         )
         for name in ("latents_mean", "latents_std"):
             values = list(getattr(config, name, None) or ())
@@ -177,8 +178,8 @@ class QwenImagePolicy(Policy):
         enlarges = 2 ** len(config.temperal_downsample)
         require(
             enlarges == factor,
-            f"{subject} that enlarges latents {enlarges} times, but the pipeline was made for {factor} "
-            f"times; make the pipeline with it, or {back}",
+            f"{subject} that enlarges latents {enlarges} times, but the pipeline was made for "
+            f"{factor} times; make the pipeline with it, or {back}",
         )
 
     def _set_positions(self, factor: int) -> None:
