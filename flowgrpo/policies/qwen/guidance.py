@@ -15,5 +15,5 @@ def guide(conditional: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     """
     conditional, uncond = conditional.float(), uncond.float()
     combined = uncond + guidance_scale * (conditional - uncond)
-    wanted, norm = (vector_norm(x, dim=-1, keepdim=True) for x in (conditional, combined))
-    return combined * (wanted / norm)
+    conditional_norm = vector_norm(conditional, dim=-1, keepdim=True)
+    return combined * (conditional_norm / vector_norm(combined, dim=-1, keepdim=True))
