@@ -55,7 +55,10 @@ class Parts:
             self.count, self.rows, self.halves = before
 
     def take(self, value: Any, part: int) -> Any:
-        """Take the rows of a part of a tensor of all rows; other values as they are."""
+        """Take the rows of a part of a tensor of all rows, or of those in a dictionary; other
+        values as they are."""
+        if isinstance(value, dict):
+            return {name: self.take(item, part) for name, item in value.items()}
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != self.rows:
             return value
         return value.unflatten(0, (self.halves, self.count, -1))[:, part].flatten(0, 1)
