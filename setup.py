@@ -11,6 +11,8 @@ Metadata and dependencies are in pyproject.toml. What cannot be said there is he
 * CMake compiles ``kernels/csrc`` into one plain shared library that is loaded with ctypes. It links
   neither libtorch nor libpython, so a wheel is tagged ``py3-none-<platform>`` and serves every
   Python and every torch.
+* The GPU kernels are in ``kernels/flowgrpo_kernels/images``, compiled already: an install needs
+  neither Triton nor a CUDA compiler for them.
 * A missing compiler never fails an install. ``_native_build.json``, written into the package, says
   what was built or why nothing was, and ``flowgrpo_kernels.backend_info()`` repeats it.
 
@@ -41,7 +43,7 @@ PACKAGE_DIR = {
     "flowgrpo": "flowgrpo",
     "flowgrpo_kernels": "kernels/flowgrpo_kernels",
 }
-DATA_SUFFIXES = (".json", ".jsonl", ".md", ".safetensors", ".txt", ".typed")
+DATA_SUFFIXES = (".json", ".jsonl", ".md", ".pack", ".safetensors", ".txt", ".typed")
 
 
 def packages(name: str, folder: Path) -> dict[str, Path]:

@@ -126,13 +126,13 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     trained = sum(rank * (i + o) for i, o in arch.adapted)
     # The largest share of an optimizer step's leaves, and of the rows.
     leaves = parts_of(config.chunks_per_update, config.run.leaves)
-    own = -(-leaves // gpus)
-    rows_here = min(-(-own * sample.rows // leaves), sample.rows)
+    leaves_here = -(-leaves // gpus)
+    rows_here = min(-(-leaves_here * sample.rows // leaves), sample.rows)
     always = {
         "weights": size * (arch.parameters + arch.vae)
         + (0 if policy.offload_text_encoders else encoders),
         "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter)) * trained,
-        "sums": 4 * trained * partial_sums(config.reduction, own, gpus),
+        "sums": 4 * trained * partial_sums(config.reduction, leaves_here, gpus),
         "trajectory": rows_here * latent * 4 * (sample.steps + 1),
         "rewards": 4 * sum(_reward_models(config).values()),
         "overhead": OVERHEAD,

@@ -108,7 +108,8 @@ class Conditioning:
     embeds: Tensor
     """[N, L, D]: one vector a token; with a table, in the width of the transformer's blocks."""
     pooled: Tensor
-    """[N, P]: one vector a prompt."""
+    """[N, P]: one vector a prompt; of models that mask padding, 1 for each token of the text, else
+    0."""
     table: Tensor | None = None
     """[T, N, M]: all modulations (policies/modulation.py) of each of T steps."""
     modulation: Tensor | None = None

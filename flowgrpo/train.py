@@ -76,6 +76,8 @@ from flowgrpo.sampling.schedule import Schedule, table_rows, training_schedule, 
 from flowgrpo.sampling.shared_prefix import Leaders, rollout_shared_prefix
 from flowgrpo.update import MicroStep, update
 
+PATIENCE = 0.8
+"""Share of `run.rank_timeout` that one of several processes waits for the rewards of a chunk."""
 Encode = Callable[[Sequence[str]], Conditioning]
 """Texts -> embeddings, one row each; in place of a pipeline's text encoders."""
 
@@ -100,7 +102,7 @@ class Components:
     world: World = ALONE
     """The processes of the run."""
     dealing: Dealing | None = None
-    """What this process has of an iteration."""
+    """Share of this process in an iteration."""
 
 
 def run(
@@ -150,6 +152,8 @@ def running(components: Components, config: Config) -> Iterator[tuple[Monitor, S
     with (
         stoppable(not world.joined) as stop,
         Monitor.open(config, policy, state, stop, world) as monitor,
+        # What fails in one process is told to the others, and none ends before the first is done.
+        world.together(),
     ):
         yield monitor, stop
 
@@ -162,12 +166,12 @@ def run_on_set(components: Components, config: Config) -> dict[str, Any]:
     """
     policy, state, world = components.policy, components.state, components.world
     # Pairs are encoded by every process, as are results of whole groups.
-    own = components.dealing.own if components.objective.by_rows and world.size > 1 else None
+    rows = components.dealing.own_rows if components.objective.by_rows and world.size > 1 else None
     with running(components, config) as (monitor, stop):
         while monitor.unfinished and not stop.requested:
             clock = Clock(policy.device)
             with clock("rollout"), world.together():
-                experience = components.curated.experience(config, state.iteration, own)
+                experience = components.curated.experience(config, state.iteration, rows)
             with clock("update"):
                 inputs = (components.schedule, state, components.micro_step, experience, config)
                 metrics = update(*inputs, world=world, dealing=components.dealing)
@@ -192,7 +196,8 @@ def setup(
 
 def check_processes(world: World, config: Config) -> None:
     """Raise ConfigError unless all processes have the same configuration and versions."""
-    fields = {**fields_by_name(config), "the version of": versions()}
+    installed = {f"the version of {name}": value for name, value in versions().items()}
+    fields = {**fields_by_name(config), **installed}
     advice = "start all with the same command and the same environment"
     world.check_same("the configuration", fields, advice)
 
@@ -237,6 +242,11 @@ def _setup(
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
     uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
     records = load_curated(config, objective.pairs) if config.sample.curated else None
+    reward_thread = None
+    if overlap:
+        # Before the others give this process up.
+        limit = PATIENCE * world.timeout if world.joined else None
+        reward_thread = RewardThread(policy.device, overlap, limit)
     return Components(
         objective=objective,
         policy=policy,
@@ -245,7 +255,7 @@ def _setup(
         prompts=prompts,
         scorer=scorer,
         uncond=uncond,
-        reward_thread=RewardThread(policy.device, overlap) if overlap else None,
+        reward_thread=reward_thread,
         micro_step=MicroStep(policy, objective, graphs),
         curated=None if records is None else Curated(policy, records, uncond),
         world=world,
@@ -276,25 +286,25 @@ def collect(
         trained_steps = trained_steps[:0]
     seeds, noise_seeds = row_seeds(count, config, iteration)
     table = table_rows(trained_steps, options.steps)
-    own = torch.arange(len(seeds)) if components.dealing is None else components.dealing.own
+    rows = torch.arange(len(seeds)) if components.dealing is None else components.dealing.own_rows
     # Without noise in common, or with all windows at the first step, there is nothing to share.
     if options.share_prefix and options.shared_noise and options.last_start > 0:
         leaders = Leaders.of(table, trained_steps, seeds, noise_seeds, options.group_size)
         sampler = partial(rollout_shared_prefix, leaders=leaders)
     else:
-        sampler = partial(rollout, noise_seeds=noise_seeds[own])
+        sampler = partial(rollout, noise_seeds=noise_seeds[rows])
     with components.state.rollout_weights():
         return sampler(
             policy,
             conditioning,
             components.schedule,
-            table[:, own],
-            groups=own // options.group_size,
-            seeds=seeds[own],
+            table[:, rows],
+            groups=rows // options.group_size,
+            seeds=seeds[rows],
             batch_size=min(options.batch_size, len(seeds)),
             uncond=components.uncond,
             guidance_scale=options.guidance_scale,
-            trained_steps=trained_steps[:, own],
+            trained_steps=trained_steps[:, rows],
             keep_velocities=config.optim.keeps_velocities,
             on_chunk=score,
         )
@@ -302,8 +312,16 @@ def collect(
 
 def background_scoring(components: Components, batch: Prompts, config: Config) -> BackgroundScoring:
     """Make what scores this process's images of one iteration, while they come."""
-    thread, own = components.reward_thread, components.dealing.own
-    return BackgroundScoring(components.scorer, batch, config.sample.group_size, thread, own)
+    thread, rows = components.reward_thread, components.dealing.own_rows
+    return BackgroundScoring(
+        components.scorer,
+        batch,
+        config.sample.group_size,
+        thread,
+        rows,
+        # The others' forwards need this process till the end of the rollout.
+        late=components.policy.sharded,
+    )
 
 
 def share_scores(
@@ -317,13 +335,13 @@ def share_scores(
     of all processes."""
     scorer, world = components.scorer, components.world
     with world.together():
-        own = scoring.rewards()
+        scores_here = scoring.rewards()
         check_finite(components, trajectory, conditioning, config)
-    shares = world.gather((own, scorer.problems))
+    shares = world.gather((scores_here, scorer.problems))
     for _, problems in shares:
         scorer.problems = {**problems, **scorer.problems}
     in_order = components.dealing.in_order
-    rewards = {name: in_order([share[name] for share, _ in shares]) for name in own}
+    rewards = {name: in_order([share[name] for share, _ in shares]) for name in scores_here}
     return scorer.combine(rewards, config.sample.group_size)
 
 
@@ -340,7 +358,7 @@ def own_experience(
     objective that looks at whole groups. `advantages` and `weights` are of all rows."""
     world, dealing, rows = components.world, components.dealing, None
     if world.size > 1 and components.objective.by_rows:
-        rows = dealing.own
+        rows = dealing.own_rows
         advantages, weights = advantages[rows], weights[rows]
     elif world.size > 1:
         results = dealing.in_order(world.all_rows(trajectory.latents[-1].contiguous()))

@@ -94,8 +94,8 @@ def update(
     state.follow()
     weight = sharding.largest(state.parameters.values())
     # The only read from the device since the rewards: it waits for all of the above.
-    own, (weight, *grad_norms) = figures.read([weight, *norms])
-    reads, weights = zip(*world.gather((own, weight)), strict=True)
+    read, (weight, *grad_norms) = figures.read([weight, *norms])
+    reads, weights = zip(*world.gather((read, weight)), strict=True)
     means, worst = mean_figures(reads, dealing)
     check_ratio(worst, optim.ratio_tolerance)
     # Written so that a NaN of any process stays one.
@@ -109,11 +109,11 @@ class Read:
     """Figures of the micro-steps of one process."""
 
     metrics: list[dict[str, float]]
-    """Of each micro-step."""
+    """Those of each micro-step."""
     deviations: list[float]
     """Largest |ratio - 1| of each micro-step of the first optimizer step."""
     supervised: list[dict[str, float]]
-    """Of each micro-step on curated images."""
+    """Those of each micro-step on curated images."""
 
 
 class Figures:

@@ -94,11 +94,22 @@ def test_every_module_and_data_file_is_in_the_wheel(pure_wheel):
         p.relative_to(base).as_posix()
         for base, package in ((ROOT, "flowgrpo"), (ROOT / "kernels", "flowgrpo_kernels"))
         for p in (base / package).rglob("*")
-        if p.suffix in (".py", ".json", ".jsonl", ".md", ".txt", ".safetensors", ".typed")
+        if p.suffix in (".py", ".json", ".jsonl", ".md", ".pack", ".txt", ".safetensors", ".typed")
         and p.name != "_native_build.json"
     }
     assert expected - shipped == set()
     assert any(name.startswith("flowgrpo/nano/model/") for name in shipped)
+
+
+def test_the_wheel_has_the_compiled_gpu_kernels(wheel, pure_wheel):
+    """For every target, built where there is neither Triton nor a CUDA compiler; within 6 MB."""
+    folder = ROOT / "kernels" / "flowgrpo_kernels" / "images"
+    for built in (wheel, pure_wheel):
+        for path in folder.iterdir():
+            assert built.read(f"flowgrpo_kernels/images/{path.name}") == path.read_bytes()
+        kernels = [i for i in built.infolist() if i.filename.startswith("flowgrpo_kernels/")]
+        assert sum(info.compress_size for info in kernels) < 6e6
+    assert len(list(folder.glob("*.pack"))) == 5
 
 
 def test_a_new_folder_needs_no_line_in_setup(tmp_path):

@@ -1,7 +1,7 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; and tiny ones of the same
-classes for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; Qwen-Image without its text
+encoder, for what is counted; and tiny ones of the first two's classes for `--smoke`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ SD3_ATTENTION = (
 FLUX_LAYERS = (
     *SD3_ATTENTION,
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+QWEN_LAYERS = (
+    *SD3_ATTENTION,
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
 VAE = {
     "in_channels": 3,
@@ -73,12 +77,12 @@ class Model:
 
     name: str
     family: str
-    """sd3 or flux."""
+    """sd3, flux or qwen."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
     latent: tuple[int, int, int]
-    """C, H, W of a latent, before FLUX packs it."""
+    """C, H, W of a latent, before FLUX or Qwen-Image packs it."""
     text_tokens: int
     parameters: int
     """Parameters of the transformer."""
@@ -93,14 +97,15 @@ class Model:
     @property
     def forward(self) -> flops.Forward:
         """Operations of one forward of one sample."""
-        count = flops.sd3 if self.family == "sd3" else flops.flux
+        count = {"sd3": flops.sd3, "flux": flops.flux, "qwen": flops.qwen}[self.family]
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
     @property
     def text_width(self) -> tuple[int, int]:
-        """Width of a token's and of a prompt's embedding."""
+        """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image."""
         config = self.transformer
-        return config["joint_attention_dim"], config["pooled_projection_dim"]
+        pooled = config.get("pooled_projection_dim", self.text_tokens)
+        return config["joint_attention_dim"], pooled
 
 
 SD35_MEDIUM = Model(
@@ -161,6 +166,38 @@ FLUX_DEV = Model(
     half=torch.bfloat16,
     encoders=(("clip", CLIP_L), ("t5", T5_XXL)),
     distilled_guidance=3.5,
+)
+QWEN_IMAGE = Model(
+    name="qwen-image",
+    family="qwen",
+    transformer={
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    scheduler={
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+    },
+    # The class's defaults are the model's.
+    vae={},
+    latent=(16, 64, 64),
+    text_tokens=128,
+    parameters=20_430_401_088,
+    targets=QWEN_LAYERS,
+    rank=64,
+    half=torch.bfloat16,
 )
 _TINY_CLIP = {
     **CLIP_L,

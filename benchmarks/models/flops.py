@@ -1,6 +1,6 @@
 """Floating-point operations of one forward by closed form: 2 for each multiply-add of a matrix.
 
-`sd3` and `flux` count what the model must compute for one sample: linear layers, the patch
+`sd3`, `flux` and `qwen` count what the model must compute for one sample: linear layers, the patch
 convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise work, adapters,
 recomputation and padding count nothing. The tests hold both against torch's FlopCounterMode on the
 full configurations.
@@ -62,3 +62,14 @@ def flux(config: dict[str, Any], height: int, width: int, text: int) -> Forward:
     clocks = 2 if config["guidance_embeds"] else 1
     embeds += 2 * d * (clocks * (TIME_CHANNELS + d) + config["pooled_projection_dim"] + d)
     return Forward(blocks + modulation + embeds, (double + single) * 4 * (n + m) ** 2 * d)
+
+
+def qwen(config: dict[str, Any], height: int, width: int, text: int) -> Forward:
+    """QwenImageTransformer2DModel on latents of height x width (packed two by two)."""
+    d, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    n, m = (height // 2) * (width // 2), text
+    blocks = layers * 24 * (n + m) * d * d
+    modulation = 2 * d * d * (12 * layers + 2)
+    embeds = 4 * n * d * config["in_channels"] + 2 * m * d * config["joint_attention_dim"]
+    embeds += 2 * d * (TIME_CHANNELS + d)
+    return Forward(blocks + modulation + embeds, layers * 4 * (n + m) ** 2 * d)

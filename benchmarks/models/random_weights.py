@@ -30,10 +30,22 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
         folder = MODEL_DIR / "transformer"
         network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).to(device)
     else:
-        from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+        from diffusers import (
+            FluxTransformer2DModel,
+            QwenImageTransformer2DModel,
+            SD3Transformer2DModel,
+        )
 
-        cls = SD3Transformer2DModel if model.family == "sd3" else FluxTransformer2DModel
+        cls = {
+            "sd3": SD3Transformer2DModel,
+            "flux": FluxTransformer2DModel,
+            "qwen": QwenImageTransformer2DModel,
+        }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
+        if model.family == "qwen":
+            # Its tables are no buffers, and were lost on the meta device.
+            rotary = network.pos_embed
+            network.pos_embed = type(rotary)(rotary.theta, rotary.axes_dim, rotary.scale_rope)
     count = sum(p.numel() for p in network.parameters())
     if count != model.parameters:
         raise ValueError(f"{model.name} has {count} parameters, expected {model.parameters}")
@@ -42,14 +54,15 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
     """The VAE of `model`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 
     if model.name == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
         return network.requires_grad_(False).eval()
-    network = random_module(lambda: AutoencoderKL(**model.vae), device, dtype, seed)
+    cls = AutoencoderKLQwenImage if model.family == "qwen" else AutoencoderKL
+    network = random_module(lambda: cls(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
 
 
@@ -72,8 +85,18 @@ def text_encoders(model: Model, device: str, dtype: torch.dtype) -> list[nn.Modu
 def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False):
     """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
     suites hand over embeddings, and only the memory of the real encoders matters."""
-    from diffusers import FluxPipeline, StableDiffusion3Pipeline
+    from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 
+    if model.family == "qwen":
+        if whole:
+            raise ValueError(f"{model.name}: its text encoder is not among the configurations")
+        return QwenImagePipeline(
+            transformer=transformer(model, device, dtype),
+            scheduler=scheduler(model),
+            vae=vae(model, device, dtype),
+            text_encoder=None,
+            tokenizer=None,
+        )
     tiny = TINY_SD3 if model.family == "sd3" else TINY_FLUX
     encoders = text_encoders(model if whole else tiny, device, dtype)
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")[: len(encoders)]
@@ -122,11 +145,14 @@ def sigmas(model: Model, steps: int) -> torch.Tensor:
 def conditioning(
     model: Model, prompts: int, device: str, dtype: torch.dtype, seed: int = PROMPTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]."""
+    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; Qwen-Image's mask is 1."""
     width, pooled = model.text_width
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(prompts, model.text_tokens, width, generator=generator)
-    vectors = torch.randn(prompts, pooled, generator=generator)
+    if model.family == "qwen":
+        vectors = torch.ones(prompts, pooled)
+    else:
+        vectors = torch.randn(prompts, pooled, generator=generator)
     return tokens.to(device, dtype), vectors.to(device, dtype)
 
 

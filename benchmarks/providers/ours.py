@@ -58,11 +58,13 @@ def config(case: Case, device: str, **changes: Any) -> Config:
     }
     if case.model.name != "nano":
         values["policy.resolution"] = 8 * case.model.latent[1]
-    if case.model.family == "flux":
+    if case.model.family != "sd3":
         values["policy.max_sequence_length"] = case.model.text_tokens
     if device == "meta":
         # A GPU's defaults; and one thread, since on_meta.py counts in the thread that enters it.
-        values |= {"policy.dtype": "bfloat16", "policy.attention": "native_flash"}
+        masked = case.model.family == "qwen"
+        kernel = "native_efficient" if masked else "native_flash"
+        values |= {"policy.dtype": "bfloat16", "policy.attention": kernel}
         values["sample.overlap"] = 0
     return replace(Config(), **{**values, **changes})
 

@@ -19,7 +19,7 @@ from flowgrpo.runs.process import versions
 
 # Optional packages and what is off without them.
 OPTIONAL = {
-    "triton": "GPU kernels; on a CPU none is needed",
+    "triton": "GPU kernels of sizes that are not shipped compiled; on a CPU none is needed",
     "httpx": "remote rewards; pip install flowgrpo[rewards]",
     "datasets": "data sets of the Hub, prompts and pictures; pip install flowgrpo[data]",
     "webdataset": "shards of pictures for flowgrpo curate; pip install flowgrpo[data]",
@@ -131,6 +131,8 @@ def kernels() -> dict[str, str]:
     lines = {"FLOWGRPO_KERNELS": str(info["requested"])}
     for name, state in info["backends"].items():
         lines[name] = "available" if state["available"] else f"off: {state['reason']}"
+    for i, image in enumerate(info["images"]):
+        lines[f"compiled for cuda:{i}"] = image
     for device, backend_by_op in info["ops"].items():
         ops_by_backend: dict[str, list[str]] = {}
         for op, backend in backend_by_op.items():

@@ -13,6 +13,7 @@ from flowgrpo import files, rewards
 from flowgrpo.cli.options import EvaluateOptions
 from flowgrpo.cli.targets import (
     check_numbers,
+    check_same_command,
     check_writable,
     image_size,
     load_base,
@@ -20,6 +21,7 @@ from flowgrpo.cli.targets import (
 )
 from flowgrpo.config import Config, replace
 from flowgrpo.config.validation import require
+from flowgrpo.distributed.world import World, join
 from flowgrpo.evaluation import evaluate, pictures, systems
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import EvaluationSet, load_evaluation_set, seeded
@@ -31,7 +33,7 @@ from flowgrpo.evaluation.table import comparison, print_whole
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
-from flowgrpo.prompts.load import ANY, load_prompts
+from flowgrpo.prompts.load import ANY, fingerprint, load_prompts
 from flowgrpo.recipes import RECIPES
 from flowgrpo.rewards.table import options_of
 from flowgrpo.runs import checkpoints, content
@@ -58,6 +60,7 @@ class Evaluator:
     config: Config
     policy: Policy
     console: Console
+    world: World
 
     def __call__(self, benchmark: Benchmark, label: str, guidance_scale: float) -> Evaluation:
         """Sample and score all images; `label` names the weights on the console."""
@@ -67,7 +70,7 @@ class Evaluator:
             label += " on the quality prompts"
         text = f"Evaluating {label}: {count} images in {sample.eval_steps} steps."
         console.print(text, soft_wrap=True, markup=False)
-        mode = mode_of(self.config.run.progress, console)
+        mode = mode_of(self.config.run.progress, console) if self.world.first else "none"
         names = list(benchmark.scorer.weights)
         with EvaluationProgress(console, mode, label, count, names) as progress:
             return evaluate.evaluate(
@@ -79,16 +82,18 @@ class Evaluator:
                 guidance_scale=guidance_scale,
                 quality=quality_of(benchmark.prompt_set),
                 on_progress=progress,
+                world=self.world,
             )
 
 
 def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> dict[str, Any]:
     """Evaluate base and trained model on the same prompts and seeds; print, draw and write.
 
+    Several processes sample and score a share each; the first prints and writes.
+
     Returns:
         The content of report.json.
     """
-    console = console or Terminal(highlight=False)
     _check_target(options)
     check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
     check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
@@ -100,6 +105,22 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     quality = quality_rewards(options.quality)
     quality_options = _quality_options(config, options, quality)
     config = _with_options(config, options, quality)
+    world = join(config.run.rank_timeout)
+    console = console or Terminal(highlight=False, quiet=not world.first)
+    with world.together():
+        check_same_command(world, config, options, checkpoint)
+        return _evaluate(options, config, checkpoint, quality, quality_options, world, console)
+
+
+def _evaluate(
+    options: EvaluateOptions,
+    config: Config,
+    checkpoint: Path | None,
+    quality: Sequence[str],
+    quality_options: Mapping[str, Mapping[str, str]],
+    world: World,
+    console: Console,
+) -> dict[str, Any]:
     require(
         checkpoint is None or options.adapter is None,
         f"{options.target!r} has a trained model of its own, but --adapter {options.adapter} was "
@@ -121,10 +142,15 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
-    check_writable(out)
-    results = _evaluate_all(Evaluator(config, policy, console), benchmarks, options, checkpoint)
+    if world.first:
+        check_writable(out)
+    _check_same_content(world, policy, benchmarks)
+    evaluator = Evaluator(config, policy, console, world)
+    results = _evaluate_all(evaluator, benchmarks, options, checkpoint)
     evaluations, evaluation_set = results[systems.TASK], benchmarks[0].evaluation_set
     report = _report(options, config, checkpoint, evaluation_set, evaluations)
+    if not world.first:
+        return report
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
     files.write_json(out / "report.json", report)
     rows = _rows(config, options, checkpoint, benchmarks, results)
@@ -138,6 +164,21 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     names = f"report.json, grid.png, table.md, {systems.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
+
+
+def _check_same_content(world: World, policy: Policy, benchmarks: Sequence[Benchmark]) -> None:
+    """Raise ConfigError unless all processes have the same prompts, weights and rewards."""
+    if world.size == 1:
+        return
+    values: dict[str, Any] = {"weights": content.weights_of(policy)}
+    for benchmark in benchmarks:
+        used = benchmark.scorer.rewards
+        values[f"the prompts of {benchmark.prompt_set}"] = fingerprint(
+            benchmark.evaluation_set.prompts
+        )
+        values |= {**content.files_of_rewards(used), **content.code_of_rewards(used)}
+    advice = "give all processes the same files"
+    world.check_same("what is evaluated", values, advice)
 
 
 def _check_target(options: EvaluateOptions) -> None:

@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("aborted", file=sys.stderr)
         return 130
 
 
@@ -99,6 +100,7 @@ def evaluate(argv: list[str]) -> int:
     if options.images or options.quality_images or options.table:
         from flowgrpo.cli.evaluate_images import evaluate_images, merge_tables
 
+        _one_process("flowgrpo evaluate of pictures and tables")
         (merge_tables if options.table else evaluate_images)(options)
         return 0
     from flowgrpo.cli.evaluate import evaluate_run
@@ -124,6 +126,7 @@ def sample(argv: list[str]) -> int:
 def curate(argv: list[str]) -> int:
     """Run ``flowgrpo curate SOURCE ... --out DIR``."""
     options = parse(CurateOptions, argv, "flowgrpo curate")
+    _one_process("flowgrpo curate")
     from flowgrpo.cli.curate import curate_sources
 
     curate_sources(options)
@@ -133,6 +136,7 @@ def curate(argv: list[str]) -> int:
 def serve_reward(argv: list[str]) -> int:
     """Run ``flowgrpo serve-reward NAME [--host --port --token]``."""
     options = parse(ServeOptions, argv, "flowgrpo serve-reward")
+    _one_process("flowgrpo serve-reward")
     from flowgrpo.rewards.remote.serve import serve
 
     serve(options.name, options.host, options.port, options.token)
@@ -156,6 +160,7 @@ def doctor(argv: list[str]) -> int:
             "usage: flowgrpo doctor\n\nShow versions, devices, backends, and what is off and why."
         )
         return 0
+    _one_process("flowgrpo doctor")
     from flowgrpo.cli.doctor import doctor as examine
 
     examine()
@@ -163,22 +168,34 @@ def doctor(argv: list[str]) -> int:
 
 
 def _run(command: Callable[[Any], object], options: Any) -> int:
-    """Run a command that samples images; 1 if they are no numbers."""
+    """Run a command that samples images; 1 if they are no numbers, or another process failed."""
+    from flowgrpo.distributed.world import PeerError, reporting
     from flowgrpo.sampling.finite import NotFiniteError
 
     try:
-        command(options)
-    except NotFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with reporting():
+            command(options)
+    except (NotFiniteError, PeerError) as error:
+        if not _is_said_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _one_process(command: str) -> None:
+    """Raise ConfigError if a launcher started several of a command that is one process."""
+    from flowgrpo.runs.process import check_one_process
+
+    check_one_process(command, "start it by itself")
+
+
 def _is_said_elsewhere(error: BaseException) -> bool:
-    """Tell if another process of the run says this: rank 0 what all know, and the first process of
-    a machine what is wrong with the command."""
-    shared = hasattr(error, "told_by")
-    return os.environ.get("RANK" if shared else "LOCAL_RANK", "0") != "0"
+    """Tell if another process of the run says this."""
+    if "RANK" not in os.environ:
+        return False
+    from flowgrpo.distributed.world import is_said_elsewhere
+
+    return is_said_elsewhere(error)
 
 
 def _on_one_line(text: str) -> str:

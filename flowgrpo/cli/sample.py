@@ -12,14 +12,16 @@ from flowgrpo import files, seeds
 from flowgrpo.cli.options import SampleOptions
 from flowgrpo.cli.targets import (
     check_numbers,
+    check_same_command,
     check_writable,
     config_of_model,
     image_size,
     load_base,
     resolve_target,
 )
-from flowgrpo.config import ConfigError, replace
+from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.config.validation import require, shown
+from flowgrpo.distributed.world import World, join
 from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
@@ -31,8 +33,10 @@ from flowgrpo.runs.export import add_initial, load_trained
 
 def sample_pictures(options: SampleOptions, console: Console | None = None) -> Path:
     """Write one picture with `count` images of each prompt; with a run, base above trained, and
-    between them the adapter that it started from, if any."""
-    console = console or Terminal(highlight=False)
+    between them the adapter that it started from, if any.
+
+    Several processes sample a share each; the first writes.
+    """
     _check_sample(options)
     config, checkpoint = config_of_model(options.model or "nano"), None
     if options.run is not None:
@@ -46,6 +50,16 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         "sample.guidance_scale": options.guidance,
     }
     config = replace(config, **{name: v for name, v in changes.items() if v is not None})
+    world = join(config.run.rank_timeout)
+    console = console or Terminal(highlight=False, quiet=not world.first)
+    with world.together():
+        check_same_command(world, config, options, checkpoint)
+        return _sample(options, config, checkpoint, world, console)
+
+
+def _sample(
+    options: SampleOptions, config: Config, checkpoint: Path | None, world: World, console: Console
+) -> Path:
     policy, out = load_base(config), Path(options.out)
     if config.run.resume:
         content.warn_of_another_model(config.out_dir, policy)
@@ -56,13 +70,15 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
-    check_writable(out.parent)
+    if world.first:
+        check_writable(out.parent)
     number = torch.arange(len(texts)).repeat_interleave(options.count)
     copy = torch.arange(options.count).repeat(len(texts))
     drawn = seeds.sample_seeds(options.seed, seeds.EVALUATION, number.numpy(), copy.numpy())
 
     def images() -> torch.Tensor:
-        return evaluate.generate_images(
+        """The images of all processes in the first, nothing in the others."""
+        images_here = evaluate.generate_images(
             policy,
             texts,
             torch.from_numpy(drawn),
@@ -70,7 +86,9 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
             steps=config.sample.eval_steps,
             batch_size=config.sample.batch_size,
             guidance_scale=config.sample.guidance_scale,
-        ).cpu()
+            rows=evaluate.rows_of(len(drawn), config.sample.batch_size, world),
+        )
+        return torch.cat(world.collect_rows(images_here) or [images_here.cpu()[:0]])
 
     rows = {"base": images()}
     if checkpoint is not None:
@@ -81,6 +99,8 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
         rows["trained"] = images()
+    if not world.first:
+        return out
     captions = [text for text in texts for _ in range(options.count)]
     picture = pictures.grid(rows, captions, columns=min(max(options.count, 4), 8))
     out = pictures.save(picture, out)

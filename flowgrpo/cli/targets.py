@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from flowgrpo import cuda_graphs
 from flowgrpo.cli.options import EvaluateOptions, SampleOptions
 from flowgrpo.config import Config, ConfigError, replace
 from flowgrpo.config.validation import require, shown
+from flowgrpo.distributed.world import World
 from flowgrpo.nano import MODELS
 from flowgrpo.policies import Policy
 from flowgrpo.policies.load import load_policy
 from flowgrpo.recipes import RECIPES, recipe
 from flowgrpo.runs import checkpoints, directory
-from flowgrpo.runs.process import prepare_process
+from flowgrpo.runs.process import prepare_process, versions
 
 
 def load_base(config: Config) -> Policy:
@@ -24,6 +27,24 @@ def load_base(config: Config) -> Policy:
     policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)
     return policy
+
+
+def check_same_command(
+    world: World,
+    config: Config,
+    options: EvaluateOptions | SampleOptions,
+    checkpoint: Path | None,
+) -> None:
+    """Raise ConfigError unless all processes have the same command, configuration, checkpoint and
+    versions."""
+    fields: dict[str, Any] = directory.fields_by_name(config)
+    for name, value in dataclasses.asdict(options).items():
+        fields[f"--{name.replace('_', '-')}"] = value
+    if checkpoint is not None:
+        fields["the checkpoint"] = (checkpoint.name, checkpoints.read_state(checkpoint)["record"])
+    fields |= {f"the version of {name}": value for name, value in versions().items()}
+    advice = "start all with the same command, files and environment"
+    world.check_same("the command", fields, advice)
 
 
 def check_numbers(

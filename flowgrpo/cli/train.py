@@ -23,18 +23,18 @@ def train(argv: list[str]) -> int:
     from flowgrpo.runs import directory, loggers, monitor
     from flowgrpo.sampling.finite import NotFiniteError
 
-    processes = world.join(config.run.rank_timeout)
-    config = directory.settle_resume(config, processes)
-    with processes.together():
-        if processes.first:
-            directory.check_directory(config)
-            loggers.check(config.run)
-            show_plan(config)
     try:
         with world.reporting():
+            processes = world.join(config.run.rank_timeout)
+            config = directory.settle_resume(config, processes)
+            with processes.together():
+                if processes.first:
+                    directory.check_directory(config)
+                    loggers.check(config.run)
+                    show_plan(config)
             summary = flowgrpo_train.run(config)
     except (*(update.RatioError, monitor.DivergedError, NotFiniteError, world.PeerError),) as error:
-        if processes.first or not hasattr(error, "told_by"):
+        if not world.is_said_elsewhere(error):
             print(f"error: {error}", file=sys.stderr)
         return 1
     # safetensors has an error of its own for a disk that is full.

@@ -49,14 +49,14 @@ class PolicyConfig:
     init_adapter: str = ""
     """LoRA weights to start from: folder, file or Hub id. The KL is then to the model with them."""
     resolution: int = 0
-    """Pixels on each side of an image; 0: the model's own default (1024 for SD3.5 and FLUX.1)."""
+    """Pixels on each side of an image; 0: the model's own default (1024 for those of the Hub)."""
     height: int = 0
     """Pixels of an image from top to bottom; 0: policy.resolution."""
     width: int = 0
     """Pixels of an image from left to right; 0: policy.resolution."""
-    # flow_grpo encodes 128 tokens for both; diffusers' defaults are 256 (SD3) and 512 (FLUX).
+    # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
     max_sequence_length: int = 0
-    """Tokens of a prompt that the T5 encoder sees; 0: 128, as flow_grpo trains SD3.5 and FLUX.1."""
+    """Tokens of a prompt that T5 or Qwen2.5-VL gives the model; 0: 128, as in flow_grpo."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""

@@ -38,7 +38,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Dealing:
-    """What one rank has of an iteration, and which rows the others have."""
+    """Share of one rank in an iteration, and the rows of the others."""
 
     rank: int
     rows: tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class Dealing:
     """Rank -> the places of its micro-steps among all of the iteration."""
 
     @property
-    def own(self) -> Tensor:
+    def own_rows(self) -> Tensor:
         """Rows of this rank, int64 [b]."""
         return self.rows[self.rank]
 
@@ -110,7 +110,7 @@ def deal(
     chunks = max(map(len, chunked))
     count = parts_of(chunks, most_leaves)
     if ranks > 1:
-        _check(chunks, count, {len(c) for c in chunked}, ranks, updates, batch_size)
+        _check(chunked, count, ranks, batch_size)
     steps = [_leaves(c, count) for c in chunked]
     runs = runs_of(count, ranks)
     own_steps = [leaves[runs[rank].start : runs[rank].stop] for leaves in steps]
@@ -183,7 +183,7 @@ def _order(steps: Sequence[Sequence[Leaf]], runs: Sequence[range]) -> tuple[Tens
             rank = next(r for r, run in enumerate(runs) if leaf.number in run)
             places[rank] += range(position, position + len(leaf.micro_steps))
             position += len(leaf.micro_steps)
-    return tuple(torch.tensor(own, dtype=torch.int64) for own in places)
+    return tuple(torch.tensor(numbers, dtype=torch.int64) for numbers in places)
 
 
 def _processes(count: int) -> str:
@@ -191,10 +191,12 @@ def _processes(count: int) -> str:
 
 
 def _check(
-    chunks: int, leaves: int, counts: set[int], ranks: int, updates: int, batch_size: int
+    chunked: Sequence[Sequence[tuple[Numbered, ...]]], leaves: int, ranks: int, batch_size: int
 ) -> None:
     """Raise ConfigError unless the leaves of optimizer steps can be dealt to so many ranks."""
-    if len(counts) > 1:
+    updates, chunks = len(chunked), max(map(len, chunked))
+    starts = [chunk[0][0].start for step in chunked for chunk in step]
+    if len(set(starts)) < len(starts):
         raise ConfigError(
             f"optim.updates_per_iteration is {updates}, which ends an optimizer step inside of a "
             f"chunk, but with WORLD_SIZE {ranks} a chunk belongs to one process; lower it, or "

@@ -151,8 +151,13 @@ class GradientSum:
 
     def _all_reduce(self) -> None:
         """Sum over ranks by torch.distributed's all-reduce."""
+        if not self.world.joined:
+            return
+        for i in self._reached([[p.grad for p in self.parameters]]):
+            if self.parameters[i].grad is None:
+                self.parameters[i].grad = torch.zeros_like(self.parameters[i])
         reached = [p.grad for p in self.parameters if p.grad is not None]
-        if not self.world.joined or not reached:
+        if not reached:
             return
         flat = torch.cat([g.flatten() for g in reached])
         # As a ring sends them: every slice around once to be added, and once to be known.
@@ -167,26 +172,32 @@ class GradientSum:
         if extra:
             # Behind the leaves, so in no subtree.
             nodes[-1].append((root[1], root[1] + 1))
-        own = [values for _, values in self._parts]
+        sums = [values for _, values in self._parts]
         if self._extra is not None:
-            own.append(self._extra)
-        reached = [i for i, value in enumerate(own[0]) if value is not None]
+            sums.append(self._extra)
+        reached = self._reached(sums)
         if not reached:
+            self._put([None] * len(self.parameters))
             return
-        like = [own[0][i] for i in reached]
+        like = [self.parameters[i] for i in reached]
         count = sum(g.numel() for g in like)
         part = -(-count // size)
         most = max(map(len, nodes))
-        # Rank r gets the r-th part of each sum.
-        send = like[0].new_zeros(most, size * part)
-        for row, values in zip(send, own, strict=False):
-            torch.cat([values[i].flatten() for i in reached], out=row[:count])
+        # Rank r gets the r-th part of each sum. What is missing is -0, which changes no number that
+        # it is added to, not even the sign of a 0.
+        send = like[0].detach().new_full((most, size * part), -0.0)
+        for row, values in zip(send, sums, strict=False):
+            for i, place in zip(reached, _split(row[:count], like), strict=True):
+                if values[i] is not None:
+                    place.copy_(values[i])
         send = send.view(most, size, part).transpose(0, 1).contiguous()
         received = torch.empty_like(send)
         with world.exchanging(send.nbytes * (1 - 1 / size)):
             dist.all_to_all_single(received, send)
         values = {
-            node: received[rank, i] for rank, own in enumerate(nodes) for i, node in enumerate(own)
+            node: received[rank, i]
+            for rank, parts in enumerate(nodes)
+            for i, node in enumerate(parts)
         }
         total = _total(root, values)
         if extra:
@@ -194,10 +205,15 @@ class GradientSum:
         whole = total.new_empty(size * part)
         with world.exchanging(total.nbytes * (size - 1)):
             all_gather(whole, total.contiguous())
-        sums: Values = [None] * len(self.parameters)
+        totals: Values = [None] * len(self.parameters)
         for i, value in zip(reached, _split(whole[:count], like), strict=True):
-            sums[i] = value
-        self._put(sums)
+            totals[i] = value
+        self._put(totals)
+
+    def _reached(self, sums: Sequence[Values]) -> list[int]:
+        """List the parameters that the loss of any leaf reaches, in any rank."""
+        here = [i for i in range(len(self.parameters)) if any(v[i] is not None for v in sums)]
+        return sorted({i for there in self.world.gather(here) for i in there})
 
 
 def _total(node: Node, values: dict[Node, Tensor]) -> Tensor:

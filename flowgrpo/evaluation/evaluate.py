@@ -144,7 +144,7 @@ def evaluate(
     """
     started = time.perf_counter()
     total = len(evaluation_set.seeds)
-    own = rows_of(total, batch_size, world)
+    share = rows_of(total, batch_size, world)
     # Forwards of a sharded model are those of all processes.
     number = -(-total // batch_size)
     forwards = -(-number // world.size) if policy.sharded else None
@@ -164,12 +164,12 @@ def evaluate(
             batch_size=batch_size,
             guidance_scale=guidance_scale,
             on_progress=None if on_progress is None else progress,
-            rows=own,
+            rows=share,
             forwards=forwards,
         )
     with world.together():
         progress("scoring", len(images))
-        scores = score_images(scorer, images, evaluation_set, own, batch_size)
+        scores = score_images(scorer, images, evaluation_set, share, batch_size)
     shares = world.gather((scores, scorer.problems))
     for _, problems in shares:
         scorer.problems = {**problems, **scorer.problems}
@@ -189,8 +189,8 @@ def evaluate(
 def rows_of(total: int, batch_size: int, world: World) -> range:
     """Find the images, of `total`, that this process samples: a run of whole chunks."""
     number = -(-total // batch_size)
-    own = runs_of(number, world.size)[world.rank]
-    return range(min(own.start * batch_size, total), min(own.stop * batch_size, total))
+    run = runs_of(number, world.size)[world.rank]
+    return range(min(run.start * batch_size, total), min(run.stop * batch_size, total))
 
 
 def score_images(

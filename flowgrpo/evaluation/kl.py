@@ -113,6 +113,7 @@ def _distances(
                 schedule.sigmas[i].expand(rows),
                 conditioning.at(i),
                 None if uncond is None else uncond.at(i),
+                guidance_scale,
             ),
             guidance_scale,
         )

@@ -36,7 +36,7 @@ from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
 from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import velocities
+from flowgrpo.policies.guidance import kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.schedule import Schedule
 from flowgrpo_kernels import grpo_loss
@@ -54,7 +54,7 @@ def prepare(
     table = schedule.transitions
     micro_steps = matching.chunks_by_levels(config, len(experience.advantages))
     with policy.frozen_weights():
-        for old in matching.old_forwards(policy, schedule, experience, micro_steps):
+        for old in matching.old_forwards(policy, schedule, experience, micro_steps, config):
             batch, values = old.batch, (old.velocity, old.uncond, config)
             if config.optim.level_weight == "normalized":
                 weights = matching.normalizer(batch, *values)
@@ -71,7 +71,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     reference = None
     if optim.beta > 0:
         reference = matching.reference_velocity(policy, batch, config)
-    velocity, uncond = velocities(policy, *matching.inputs_of(batch))
+    velocity, uncond = velocities(policy, *matching.inputs_of(batch, config))
     batch, old = matching.weighted(batch, velocity, uncond, config), batch.old_log_prob
     if old is None:
         old = matching.score(batch, velocity.detach(), uncond, config)
@@ -84,7 +84,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         batch.transitions,
         batch.table_row,
         uncond_velocity=uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=kernel_scale(uncond, config.sample.guidance_scale),
         ref_velocity=reference,
         kl_weight=optim.beta,
         clip_range=optim.clip_range,

@@ -68,10 +68,12 @@ class Curated:
             "policy.height and policy.width to the set's.",
         )
 
-    def experience(self, config: Config, iteration: int, own: Tensor | None = None) -> Experience:
-        """Take the images or pairs of an iteration, as many as a rollout has images; with `own`,
+    def experience(
+        self, config: Config, iteration: int, chosen: Tensor | None = None
+    ) -> Experience:
+        """Take the images or pairs of an iteration, as many as a rollout has images; with `chosen`,
         int64 [b], only these of the images."""
-        return self.take(config, iteration, config.sample.rows, own)
+        return self.take(config, iteration, config.sample.rows, chosen)
 
     def supervision(self, config: Config, iteration: int) -> Supervision:
         """Take the images of the supervised part of a mixture: a micro-step of `sample.batch_size`
@@ -84,15 +86,15 @@ class Curated:
         return Supervision(schedule, experience, config.sample.batch_size)
 
     def take(
-        self, config: Config, iteration: int, rows: int, own: Tensor | None = None
+        self, config: Config, iteration: int, rows: int, chosen: Tensor | None = None
     ) -> Experience:
-        """Take the next `rows` images, or `rows` // 2 pairs, of the set; with `own`, int64 [b],
+        """Take the next `rows` images, or `rows` // 2 pairs, of the set; with `chosen`, int64 [b],
         only these of the images, whole chunks of `sample.batch_size`."""
         pairs = isinstance(self.records, Pairs)
         count = rows // 2 if pairs else rows
         numbers = numbers_of(len(self.records), config, iteration, count)
-        if own is not None:
-            numbers = numbers[own.numpy()]
+        if chosen is not None:
+            numbers = numbers[chosen.numpy()]
         texts = [self.records.texts[n] for n in numbers] * (2 if pairs else 1)
         # One prompt has one row of embeddings, however many images it has.
         unique = {text: number for number, text in enumerate(dict.fromkeys(texts))}
@@ -106,7 +108,7 @@ class Curated:
             ones,
             ones,
             iteration,
-            rows=own,
+            rows=chosen,
         )
 
     def encode(self, numbers: np.ndarray, batch_size: int) -> Tensor:

@@ -76,7 +76,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute Flow-DPO's loss of one micro-step: its first rows are preferred to the others."""
     optim = config.optim
     reference = matching.reference_velocity(policy, batch, config)
-    velocity, uncond = velocities(policy, *matching.inputs_of(batch))
+    velocity, uncond = velocities(policy, *matching.inputs_of(batch, config))
     # The same weights for both: those of kind "normalized" are of the reference's errors.
     batch = matching.weighted(batch, reference, None, config)
     gain = matching.score(batch, velocity, uncond, config)

@@ -37,7 +37,7 @@ from flowgrpo.config import Config
 from flowgrpo.objectives.advantages import advantages
 from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import guide, velocities
+from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.rollout import chunks, prepare_both
 from flowgrpo.sampling.schedule import Schedule
@@ -95,7 +95,7 @@ def replay(
         # With gradients, which nothing uses: without them a forward may take other kernels.
         with policy.in_parts(len(numbers)):
             velocity, uncond = velocities(
-                policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond
+                policy, batch.sample, batch.sigma, batch.conditioning, batch.uncond, scale
             )
         velocity, uncond = velocity.detach(), None if uncond is None else uncond.detach()
         index, step = _rows_and_steps(experience, rows, numbers)
@@ -106,7 +106,7 @@ def replay(
             batch.transitions,
             batch.table_row,
             uncond_velocity=uncond,
-            guidance_scale=scale,
+            guidance_scale=kernel_scale(uncond, scale),
         )
         if old_velocities is not None:
             old_velocities[step, index] = guide(velocity, uncond, scale)
@@ -158,7 +158,7 @@ def strayed(batch: Batch, velocity: Tensor, uncond: Tensor | None, config: Confi
         batch.transitions,
         batch.table_row,
         uncond_velocity=uncond,
-        guidance_scale=scale,
+        guidance_scale=kernel_scale(uncond, scale),
     )
     step = guide(velocity, uncond, scale).float() - batch.old_velocity.float()
     kl = b.square() / (2 * c.square()) * step.flatten(1).square().mean(dim=1)
@@ -168,8 +168,8 @@ def strayed(batch: Batch, velocity: Tensor, uncond: Tensor | None, config: Confi
 
 def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute Flow-GRPO's loss of one micro-step."""
-    optim = config.optim
-    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
+    optim, scale = config.optim, config.sample.guidance_scale
+    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond, scale)
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
     with policy.in_parts(optim.steps_per_forward):
         if optim.beta > 0:
@@ -190,7 +190,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         batch.transitions,
         batch.table_row,
         uncond_velocity=uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=kernel_scale(uncond, scale),
         ref_velocity=reference[0],
         ref_uncond_velocity=reference[1],
         kl_weight=optim.beta,

@@ -38,7 +38,7 @@ from torch import Tensor
 from flowgrpo import seeds
 from flowgrpo.config import Config
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import guide, velocities
+from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Batch, Draws, Experience
 from flowgrpo.sampling.rollout import chunks
 from flowgrpo.sampling.schedule import Schedule
@@ -188,12 +188,13 @@ def old_forwards(
     schedule: Schedule,
     experience: Experience,
     micro_steps: list[tuple[slice, range]],
+    config: Config,
 ) -> Iterator[Old]:
     """Run the forwards of all micro-steps, chunks of rows, with the present weights."""
     for rows, numbers in micro_steps:
         batch = gather(schedule, experience, rows, numbers)
         # With gradients, which nothing uses: without them a forward may take other kernels.
-        velocity, uncond = velocities(policy, *inputs_of(batch))
+        velocity, uncond = velocities(policy, *inputs_of(batch, config))
         index = torch.arange(rows.start, rows.stop, device=velocity.device)
         draw = torch.arange(numbers.start, numbers.stop, device=velocity.device)
         draw = draw.repeat_interleave(len(index))
@@ -201,9 +202,10 @@ def old_forwards(
         yield Old(index.repeat(len(numbers)), draw, batch, velocity.detach(), uncond)
 
 
-def inputs_of(batch: Batch) -> tuple:
+def inputs_of(batch: Batch, config: Config) -> tuple:
     """List the arguments of `velocities` for a micro-step."""
-    return batch.sample, batch.sigma, batch.conditioning, batch.uncond
+    scale = config.sample.guidance_scale
+    return batch.sample, batch.sigma, batch.conditioning, batch.uncond, scale
 
 
 def score(
@@ -229,7 +231,7 @@ def score(
         batch.transitions,
         rows,
         uncond_velocity=uncond,
-        guidance_scale=1.0 if uncond is None else config.sample.guidance_scale,
+        guidance_scale=kernel_scale(uncond, config.sample.guidance_scale),
     )
 
 
@@ -282,7 +284,7 @@ def match(policy: Policy, batch: Batch, config: Config) -> Matching:
     reference = None
     if config.optim.beta > 0:
         reference = reference_velocity(policy, batch, config)
-    velocity, uncond = velocities(policy, *inputs_of(batch))
+    velocity, uncond = velocities(policy, *inputs_of(batch, config))
     batch = weighted(batch, velocity, uncond, config)
     error = -score(batch, velocity, uncond, config)
     if reference is None:
@@ -294,5 +296,5 @@ def match(policy: Policy, batch: Batch, config: Config) -> Matching:
 def reference_velocity(policy: Policy, batch: Batch, config: Config) -> Tensor:
     """Compute the velocity of the model before training, after guidance, float32 [M, C, H, W]."""
     with policy.reference():
-        conditional, uncond = velocities(policy, *inputs_of(batch))
+        conditional, uncond = velocities(policy, *inputs_of(batch, config))
     return guide(conditional, uncond, config.sample.guidance_scale).float()

@@ -35,7 +35,7 @@ from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
 from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import guide, velocities
+from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.schedule import Schedule
 from flowgrpo_kernels import nft_loss
@@ -53,7 +53,7 @@ def prepare(
     old_velocities = torch.empty(shape, dtype=dtype, device=policy.device)
     micro_steps = matching.chunks_by_levels(config, len(experience.advantages))
     with policy.frozen_weights():
-        for old in matching.old_forwards(policy, schedule, experience, micro_steps):
+        for old in matching.old_forwards(policy, schedule, experience, micro_steps, config):
             old_velocities[old.draw, old.rows] = guide(old.velocity, old.uncond, scale)
     return schedule, replace(experience, draws=replace(draws, velocities=old_velocities))
 
@@ -71,7 +71,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     reference = None
     if optim.beta > 0:
         reference = matching.reference_velocity(policy, batch, config)
-    velocity, uncond = velocities(policy, *matching.inputs_of(batch))
+    velocity, uncond = velocities(policy, *matching.inputs_of(batch, config))
     out = nft_loss(
         velocity,
         batch.sample,
@@ -85,7 +85,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         row_weight=batch.weights * (bound / optim.nft_beta),
         kl_row_weight=batch.weights,
         uncond_velocity=uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=kernel_scale(uncond, config.sample.guidance_scale),
     )
     metrics = {
         "loss": out.loss.detach(),

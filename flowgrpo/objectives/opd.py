@@ -27,7 +27,7 @@ from flowgrpo.config import Config, OptimConfig
 from flowgrpo.objectives import grpo
 from flowgrpo.objectives.interface import Loss, Objective
 from flowgrpo.policies import Policy
-from flowgrpo.policies.guidance import velocities
+from flowgrpo.policies.guidance import kernel_scale, velocities
 from flowgrpo.records import Batch
 from flowgrpo_kernels import grpo_loss
 
@@ -39,7 +39,8 @@ def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
 
 def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute the KL to the teacher of one micro-step."""
-    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
+    scale = config.sample.guidance_scale
+    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond, scale)
     with torch.no_grad(), policy.teacher():
         teacher, teacher_uncond = velocities(policy, *inputs)
     velocity, uncond = velocities(policy, *inputs)
@@ -53,7 +54,7 @@ def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
         batch.transitions,
         batch.table_row,
         uncond_velocity=uncond,
-        guidance_scale=config.sample.guidance_scale,
+        guidance_scale=kernel_scale(uncond, scale),
         ref_velocity=teacher,
         ref_uncond_velocity=teacher_uncond,
         kl_weight=1.0,

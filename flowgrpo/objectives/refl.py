@@ -100,7 +100,7 @@ def gather(schedule: Schedule, experience: Experience, rows: slice, numbers: ran
 def loss(policy: Policy, batch: Batch, config: Config) -> Loss:
     """Compute the rewards of the predicted pictures of one micro-step, with their gradient."""
     optim, scale = config.optim, config.sample.guidance_scale
-    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond)
+    inputs = (batch.sample, batch.sigma, batch.conditioning, batch.uncond, scale)
     velocity, uncond = velocities(policy, *inputs)
     guided = guide(velocity, None if uncond is None else uncond.detach(), scale).float()
     level = batch.sigma.view(-1, *[1] * (guided.ndim - 1))

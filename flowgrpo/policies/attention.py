@@ -9,8 +9,9 @@ leading underscore:
     native_flash, native_efficient, native_cudnn, native_math      one of PyTorch's kernels
     flash, flash_3, flash_3_hub, xformers, ...                     packages, if they are installed
     plain              softmax(q k^T) v in three calls, for small problems on a CPU
-    auto               native_flash on CUDA in 16 bits, native_efficient there in 32, plain on a CPU
-                       in 16 bits (native_math for families without `plain`), native otherwise
+    auto               native_flash on CUDA in 16 bits, native_efficient there in 32 and for models
+                       that mask padding, plain on a CPU in 16 bits (native_math for families
+                       without `plain`), native otherwise
 
 A processor of diffusers that calls PyTorch directly ignores `set_attention_backend`; a family with
 such layers gives them another one (`Family.attention_processors`).
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -64,7 +66,7 @@ def pin(
     if family.attention_processors:
         layers = import_hook(family.attention_processors)(transformer)
     if name == "auto":
-        name = _choose(device, dtype, plain=bool(layers))
+        name = _choose(device, dtype, plain=bool(layers), masked=family.masked_attention)
     if name == PLAIN and not layers:
         raise ConfigError(
             f"policy.attention is plain, but the layers of {type(transformer).__name__} cannot use "
@@ -82,7 +84,8 @@ def pin(
         # Once, forward and backward, so that what cannot run, or in an update's backward may not,
         # says so before the first image.
         inputs = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
-        out = attend(*inputs, backend).sum()
+        mask = inputs[0].new_zeros(1, 1, 1, 16) if family.masked_attention else None
+        out = attend(*inputs, backend, mask).sum()
         with deterministic.deterministic_backward():
             out.backward()
     except Exception as error:
@@ -114,14 +117,24 @@ def _without_notice() -> Iterator[None]:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    backend: AttentionBackendName | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of tensors [B, S, H, D]; `backend` None is `plain`."""
+    """softmax(q k^T / sqrt(D) + mask) v of tensors [B, S, H, D]; `backend` None is `plain`.
+
+    mask: [B, 1, 1, S] of the same type, 0 for tokens that are attended to and -inf for others.
+    """
     if backend is not None:
-        return dispatch_attention_fn(query, key, value, backend=backend)
+        masked = {} if mask is None else {"attn_mask": mask}
+        return dispatch_attention_fn(query, key, value, backend=backend, **masked)
     batch, length, heads, dim = query.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * heads, -1, dim) for x in (query, key, value))
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
+    if mask is not None:
+        scores = (scores.view(batch, heads, length, length) + mask).flatten(0, 1)
     out = torch.bmm(scores.softmax(-1), v)
     return out.view(batch, heads, length, dim).transpose(1, 2)
 
@@ -132,9 +145,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    if mask is not None:
+        mask = _aligned(mask).expand(*query.shape[:3], -1)
     kernel = aten._scaled_dot_product_efficient_attention
-    return kernel(query, key, value, None, _has_backward(query, key, value))[0]
+    return kernel(query, key, value, mask, _has_backward(query, key, value))[0]
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """A copy of the mask whose rows begin at addresses that the kernel can read from, as
+    scaled_dot_product_attention makes it: a multiple of 16 numbers apart."""
+    length = mask.shape[-1]
+    return F.pad(mask, (0, -length % 16))[..., :length]
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -167,10 +189,17 @@ def _leave_switches_alone(backend: AttentionBackendName) -> None:
         return
 
     def call(query: Tensor, key: Tensor, value: Tensor, **more: object) -> Tensor:
-        if query.shape[-1] % 8 or any(isinstance(x, Tensor) or x for x in more.values()):
+        masked = {"mask": more["attn_mask"]} if more.get("attn_mask") is not None else {}
+        others = [x for name, x in more.items() if name != "attn_mask"]
+        if (
+            query.shape[-1] % 8
+            or (masked and kernel is not _efficient)
+            or any(isinstance(x, Tensor) or x for x in others)
+        ):
             # What the operator cannot do by itself, and no transformer here asks for.
             return by_switches(query, key, value, **more)
-        return kernel(*(x.permute(0, 2, 1, 3) for x in (query, key, value))).permute(0, 2, 1, 3)
+        heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+        return kernel(*heads_first, **masked).permute(0, 2, 1, 3)
 
     call._flowgrpo = True
     _AttentionBackendRegistry._backends[backend] = call
@@ -181,9 +210,9 @@ def projections(attn: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tens
     return lora.joint_projection([getattr(attn, name) for name in names], x)
 
 
-def _choose(device: torch.device, dtype: torch.dtype, plain: bool) -> str:
+def _choose(device: torch.device, dtype: torch.dtype, plain: bool, masked: bool) -> str:
     if device.type == "cuda":
-        return "native_efficient" if dtype == torch.float32 else "native_flash"
+        return "native_efficient" if masked or dtype == torch.float32 else "native_flash"
     if device.type == "cpu" and dtype != torch.float32:
         # The backward pass of the CPU's flash kernel takes ten times its forward in 16 bits
         # (32 against 7 ms at 192 x 45 x 32, one thread).

@@ -188,13 +188,15 @@ class Policy(ABC):
         if conditioning.prepared or self.why_not_precomputed():
             return conditioning
         names, (steps, rows) = self.family.modulation, (len(sigmas) - 1, len(conditioning))
-        sigma = sigmas[:-1].repeat_interleave(rows)
-        embedded = self._embed_time(sigma, conditioning.pooled.repeat(steps, 1))
-        return Conditioning(
-            getattr(self.transformer, names.text)(conditioning.embeds),
-            conditioning.pooled,
-            modulation.precompute(self.transformer, names, embedded).view(steps, rows, -1),
-        )
+        # One row for all prompts, where theirs would be equal.
+        prompts = rows if names.pooled else 1
+        sigma, pooled = sigmas[:-1].repeat_interleave(prompts), conditioning.pooled[:prompts]
+        embedded = self._embed_time(sigma, pooled.repeat(steps, 1))
+        table = modulation.precompute(self.transformer, names, embedded).view(steps, prompts, -1)
+        embeds = conditioning.embeds
+        for name in filter(None, (names.text_norm, names.text)):
+            embeds = getattr(self.transformer, name)(embeds)
+        return Conditioning(embeds, conditioning.pooled, table.expand(-1, rows, -1))
 
     def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
         """[R, D]: the transformer's embedding of the time [R] and the pooled text [R, P], which
@@ -209,6 +211,8 @@ class Policy(ABC):
             return nullcontext()
         names = self.family.modulation
         values = {names.time: conditioning.modulation, names.text: conditioning.embeds}
+        if names.text_norm:
+            values[names.text_norm] = conditioning.embeds
         return modulation.using(self.transformer, **values)
 
     @torch.no_grad()

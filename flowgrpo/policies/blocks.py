@@ -102,11 +102,12 @@ def joint_attention(
     projected: list[list[Tensor]],
     norms: list[list[nn.Module | None]],
     rotary: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """[B, S, heads * d]: attention over the tokens of all inputs, before the output layers.
 
     projected: query, key and value [B, N_i, heads * d] of each input; norms: of each of the three,
-    one for each input.
+    one for each input; mask: as for `attend`.
     """
     heads = []
     rotations = (rotary, rotary, None)
@@ -118,7 +119,7 @@ def joint_attention(
         weights = [None if norm is None else norm.weight for norm in input_norms]
         eps = next((norm.eps for norm in input_norms if norm is not None), 1e-6)
         heads.append(joint_heads(inputs, weights, heads=attn.heads, eps=eps, rotary=rotation))
-    return attend(*heads, attn.processor._attention_backend).flatten(2)
+    return attend(*heads, attn.processor._attention_backend, mask).flatten(2)
 
 
 def check_arguments(joint_attention_kwargs: dict[str, Any] | None) -> None:
@@ -171,5 +172,6 @@ def unknown_module(name: str, module: nn.Module) -> ConfigError:
     """The error for a module that the kernels are not made for."""
     return ConfigError(
         f"policy.fused is on, but {name} is a {module}, and the fused kernels know only the blocks "
-        "and norms of diffusers' SD3 and FLUX.1 transformers; set policy.fused to false."
+        "and norms of diffusers' SD3, FLUX.1 and Qwen-Image transformers; set policy.fused to "
+        "false."
     )

@@ -28,14 +28,14 @@ def choose_device(device: str | torch.device) -> torch.device:
         ) from error
     if device.type != "cuda" or not launched():
         return device
-    own = torch.device("cuda", local_rank())
+    of_this_rank = torch.device("cuda", local_rank())
     require(
-        device.index in (None, own.index),
-        f"policy.device is {str(device)!r} in the process of LOCAL_RANK {own.index}, but each of "
-        "several processes has a GPU of its own; use auto.",
+        device.index in (None, of_this_rank.index),
+        f"policy.device is {str(device)!r} in the process of LOCAL_RANK {of_this_rank.index}, but "
+        "each of several processes has a GPU of its own; use auto.",
     )
     # With its number, as other threads have another default.
-    return own
+    return of_this_rank
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

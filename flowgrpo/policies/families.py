@@ -7,9 +7,10 @@ from typing import Any
 from flowgrpo.config import ConfigError
 from flowgrpo.policies.family import Family
 from flowgrpo.policies.flux.family import FLUX
+from flowgrpo.policies.qwen.family import QWEN
 from flowgrpo.policies.sd3.family import SD3
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX)}
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, QWEN)}
 """Class of a pipeline -> its family. A new family is one entry."""
 
 

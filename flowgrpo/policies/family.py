@@ -85,10 +85,16 @@ class Modulation:
     """Classes of blocks that use c for their norms alone."""
     norms: tuple[str, ...]
     """Classes of those norms, of the one behind the last block too."""
+    layers: tuple[str, ...] = ()
+    """Attributes of the blocks that are silu and linear layer in sequence, beside these norms."""
     time: str = "time_text_embed"
     """The transformer's module that makes c."""
     text: str = "context_embedder"
     """The transformer's module that projects the text tokens."""
+    text_norm: str = ""
+    """The transformer's norm in front of it; empty: there is none."""
+    pooled: bool = True
+    """False: c is made of the time alone, so that all prompts have one."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Family:
     """ "module:function" of (transformer) that gives its attention layers processors which take
     each kernel of policies/attention.py, `plain` too, and returns these layers; empty: diffusers'
     processors take its kernels as they are, but not `plain`."""
+    masked_attention: bool = False
+    """True: attention leaves the padding of texts out by a mask, which no flash kernel takes."""
     fixed_attention: bool = False
     """True: the transformer computes attention by a call of its own, so that policy.attention can
     choose no kernel."""
@@ -126,6 +134,9 @@ class Family:
     call_arguments: Callable[[Any], dict[str, Any]] | None = None
     """Arguments of the pipeline's call beside size and steps, for a `Config`, so that it samples as
     the evaluation did: guidance, text length. The model card shows them."""
+    guide: str = ""
+    """ "module:function" of (conditional velocity, unconditional velocity, guidance_scale) that
+    returns the guided velocity in float32; empty: u + scale (c - u), inside the kernels."""
     embedded_guidance: bool = False
     """True: the model is told policy.embedded_guidance beside the time."""
 

@@ -14,7 +14,8 @@ the number of rows.
 norm (not one for all norms: their weights would have to be copied side by side, 1.5 GB for
 SD3.5-medium, and T N rows fill the device as well). A row of this table is M = 325 x 1536 numbers
 for SD3.5-medium, 1 MB in bfloat16, and 2 MB for FLUX.1-dev. Rollout and update look up the same
-numbers, whatever rows their forwards have.
+numbers, whatever rows their forwards have. Where c is made of the time alone, as in Qwen-Image, the
+prompts of a step share one row, 4.4 MB there.
 
 The blocks stay diffusers': in place of c they are handed a row of the table, and the layers that
 would compute from c take their columns of it. It is an argument like c, so a block that is run
@@ -50,7 +51,7 @@ class Constant(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, *inputs: object) -> object:
+    def forward(self, *inputs: object, **named: object) -> object:
         return self.value
 
 
@@ -67,25 +68,32 @@ def using(model: nn.Module, **values: object) -> Iterator[None]:
             setattr(model, name, module)
 
 
-def norms(transformer: nn.Module, modulation: Modulation) -> list[nn.Module]:
-    """The norms with a modulation, in the order of their columns in the table."""
-    return [m for m in transformer.modules() if type(m).__name__ in modulation.norms]
+def layers(transformer: nn.Module, modulation: Modulation) -> list[tuple[nn.Module, nn.Module]]:
+    """The silu and the linear layer of each modulation, in the order of their columns in the
+    table."""
+    pairs = []
+    for module in transformer.modules():
+        if type(module).__name__ in modulation.norms:
+            pairs.append((module.silu, module.linear))
+        elif type(module).__name__ in modulation.blocks:
+            pairs += [tuple(getattr(module, name)) for name in modulation.layers]
+    return pairs
 
 
 def install(transformer: nn.Module, modulation: Modulation) -> None:
     """Let the norms take a row of the table in place of c. Before adapters are added.
 
-    Adds to each norm's `silu` and `linear`: `_flowgrpo` (`Columns`) and `forward`.
+    Adds to the silu and the linear layer of each: `_flowgrpo` (`Columns`) and `forward`.
     """
-    modulated = norms(transformer, modulation)
-    width, start = sum(norm.linear.out_features for norm in modulated), 0
-    for norm in modulated:
-        end = start + norm.linear.out_features
+    modulated = layers(transformer, modulation)
+    width, start = sum(linear.out_features for _, linear in modulated), 0
+    for silu, linear in modulated:
+        end = start + linear.out_features
         # On the instances, as in lora.py, so that they stay of their classes for all else.
-        norm.silu._flowgrpo = Columns(width, slice(None))
-        norm.silu.forward = MethodType(_silu, norm.silu)
-        norm.linear._flowgrpo = Columns(width, slice(start, end))
-        norm.linear.forward = MethodType(_linear, norm.linear)
+        silu._flowgrpo = Columns(width, slice(None))
+        silu.forward = MethodType(_silu, silu)
+        linear._flowgrpo = Columns(width, slice(start, end))
+        linear.forward = MethodType(_linear, linear)
         start = end
 
 
@@ -110,17 +118,17 @@ def why_not(transformer: nn.Module, family: Family) -> str | None:
     for block in family.blocks_of(transformer):
         if type(block).__name__ not in modulation.blocks:
             return f"{type(block).__name__} may use the time in other ways"
-    roots = {name: getattr(transformer, name) for name in (modulation.time, modulation.text)}
-    for name, module in transformer.named_modules():
-        if type(module).__name__ in modulation.norms:
-            roots[f"{name}.linear"] = module.linear
+    names = filter(None, (modulation.time, modulation.text_norm, modulation.text))
+    roots = {name: getattr(transformer, name) for name in names}
+    linears = {linear for _, linear in layers(transformer, modulation)}
+    roots |= {name: m for name, m in transformer.named_modules() if m in linears}
     for name, root in roots.items():
         if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
             return f"{name} has an adapter"
         if any(p.requires_grad for p in root.parameters()):
             return f"{name} is trained"
-    for norm in norms(transformer, modulation):
-        if not isinstance(vars(norm.linear).get("_flowgrpo"), Columns):
+    for linear in linears:
+        if not isinstance(vars(linear).get("_flowgrpo"), Columns):
             # It took the pipeline over, and what `install` had added to its layers off.
             return "a later policy of the same pipeline computes them in each block"
     return None
@@ -128,9 +136,9 @@ def why_not(transformer: nn.Module, family: Family) -> str | None:
 
 def precompute(transformer: nn.Module, modulation: Modulation, c: Tensor) -> Tensor:
     """[R, M]: the modulations of all norms for c [R, D]."""
-    modulated = norms(transformer, modulation)
-    table = c.new_empty(len(c), modulated[0].linear._flowgrpo.width)
+    modulated = layers(transformer, modulation)
+    table = c.new_empty(len(c), modulated[0][1]._flowgrpo.width)
     active = F.silu(c)
-    for norm in modulated:
-        table[:, norm.linear._flowgrpo.columns] = norm.linear(active)
+    for _, linear in modulated:
+        table[:, linear._flowgrpo.columns] = linear(active)
     return table

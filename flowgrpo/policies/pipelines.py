@@ -128,9 +128,9 @@ def adopt(
         if isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
             component.to(target)
     # What a module says of itself is the dtype of one weight. T5 keeps some of its in float32.
-    own = torch.float32 if masters else dtype
-    if any(parameter.dtype != own for parameter in pipeline.transformer.parameters()):
-        pipeline.transformer.to(own)
+    target = torch.float32 if masters else dtype
+    if any(parameter.dtype != target for parameter in pipeline.transformer.parameters()):
+        pipeline.transformer.to(target)
     return Pipeline(pipeline, family, dtype, name)
 
 

@@ -55,7 +55,10 @@ class Parts:
             self.count, self.rows, self.halves = before
 
     def take(self, value: Any, part: int) -> Any:
-        """Take the rows of a part of a tensor of all rows; other values as they are."""
+        """Take the rows of a part of a tensor of all rows, or of those in a dictionary; other
+        values as they are."""
+        if isinstance(value, dict):
+            return {name: self.take(item, part) for name, item in value.items()}
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != self.rows:
             return value
         return value.unflatten(0, (self.halves, self.count, -1))[:, part].flatten(0, 1)
@@ -72,7 +75,7 @@ class Parts:
 
 @dataclass(eq=False)
 class Split:
-    """What a split module computes for a part; its `_flowgrpo`."""
+    """Forward of a split module for the rows of a part; its `_flowgrpo`."""
 
     parts: Parts
     forward: Callable[..., Any]

@@ -7,7 +7,7 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
     1  positions        Family.positions         the position embedding     the family's
     2  attention        attention.pin            attention layers           processor, _flowgrpo
     3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
-    4  modulation       modulation.install       silu, linear of the norms  forward, _flowgrpo
+    4  modulation       modulation.install       silus, linears of norms    forward, _flowgrpo
     5  fused blocks     blocks.fuse              blocks and norm_out        forward
                                                  their attention layers     _flowgrpo
     6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo

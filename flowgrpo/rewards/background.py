@@ -17,7 +17,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import groupby
 
@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from flowgrpo.records import Prompts, Scores
-from flowgrpo.rewards import Scorer
+from flowgrpo.rewards import RewardError, Scorer
 
 
 class RewardThread:
     """The thread of a run that computes rewards, and its stream."""
 
-    def __init__(self, device: torch.device, waiting: int) -> None:
+    def __init__(self, device: torch.device, waiting: int, limit: float | None = None) -> None:
+        """limit: seconds after which rewards that have not come are an error; None: no such."""
+        self.limit = limit
         self._slots = threading.BoundedSemaphore(waiting)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -44,16 +46,40 @@ class RewardThread:
         weakref.finalize(self, self._work.put, None)
 
     def submit(self, work: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> Future:
-        """Queue work(images), to start once the images are decoded; waits for a free slot."""
+        """Queue work(images), to start once the images are decoded; waits for a free slot.
+
+        Raises:
+            RewardError: there was none within `limit`.
+        """
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(images.device))
-        self._slots.acquire()
+        if not self._slots.acquire(timeout=self.limit):
+            raise self._late()
         future: Future = Future()
         future.add_done_callback(lambda _, slots=self._slots: slots.release())
         self._work.put(partial(_answer, future, work, images, self._stream, ready))
         return future
+
+    def result(self, future: Future) -> dict[str, Tensor]:
+        """Wait for what `submit` has queued.
+
+        Raises:
+            RewardError: it has not come within `limit`.
+            Exception: what the work raised.
+        """
+        done, _ = wait([future], self.limit)
+        if not done:
+            raise self._late()
+        return future.result()
+
+    def _late(self) -> RewardError:
+        return RewardError(
+            f"the rewards of a chunk of images have not come within {self.limit:g} seconds, after "
+            "which the other processes would give this one up; mend the reward that hangs, give it "
+            "a time-out of its own, or raise run.rank_timeout."
+        )
 
 
 def _serve(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
@@ -103,17 +129,19 @@ class BackgroundScoring:
         group_size: int,
         thread: RewardThread | None = None,
         rows: Tensor | None = None,
+        late: bool = False,
     ) -> None:
         """
         Args:
             prompts: K of them, of `group_size` images each.
             thread: computes the rewards; None: they are computed in `finish`.
             rows: int64 [b], those of the K G rows whose images come here; None: all.
+            late: an error of a reward waits for `rewards`; else the next `add` raises it.
         """
         self.scorer, self.prompts = scorer, prompts
-        self.group_size, self.thread = group_size, thread
-        every = torch.arange(len(prompts) * group_size)
-        self._groups = ((every if rows is None else rows) // group_size).tolist()
+        self.group_size, self.thread, self.late = group_size, thread, late
+        all_rows = torch.arange(len(prompts) * group_size)
+        self._groups = ((all_rows if rows is None else rows) // group_size).tolist()
         self._added = 0
         self._portions: list[Callable[[], dict[str, Tensor]]] = []
         self._running: list[Future] = []
@@ -122,9 +150,9 @@ class BackgroundScoring:
         """Add the images of the next b rows, uint8 [b, 3, H, W].
 
         Raises:
-            Exception: what a reward raised for earlier images.
+            Exception: what a reward raised for earlier images, unless `late`.
         """
-        for future in self._running:
+        for future in () if self.late else self._running:
             if future.done():
                 future.result()
         groups = self._groups[self._added : self._added + len(images)]
@@ -140,7 +168,7 @@ class BackgroundScoring:
         else:
             future = self.thread.submit(score, images)
             self._running.append(future)
-            self._portions.append(future.result)
+            self._portions.append(partial(self.thread.result, future))
 
     def rewards(self) -> dict[str, Tensor]:
         """Wait for the scores of these rows, float64 [b] of each reward.

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from flowgrpo.config import RewardConfig
 from flowgrpo.config.isolation import isolated
+from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards import models
 from flowgrpo.rewards.images import comparison_picture
@@ -270,7 +271,7 @@ class Scorer:
         if dropped:
             self.problems[name] = problems[-1]
             message = "reward %r failed for %d of %d groups, which are dropped (%s)"
-            log.warning(message, name, len(dropped), len(prompts), problems[-1])
+            log.warning(message, name, len(dropped), len(prompts), problems[-1], extra=SPECIFIC)
         for group in dropped:
             scores[groups[group]] = torch.nan
         return scores

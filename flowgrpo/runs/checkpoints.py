@@ -88,8 +88,8 @@ def save_pieces(
         with world.together(lockstep=True):
             pieces.write(temporary / PIECES, named, world)
         with world.together():
-            own = pieces.own_files(temporary / PIECES, world)
-            sums = {f"{PIECES}/{path.name}": _sha256(path) for path in own}
+            share = pieces.own_files(temporary / PIECES, world)
+            sums = {f"{PIECES}/{path.name}": _sha256(path) for path in share}
         everywhere = world.gather(sums)
         with world.together():
             if world.first:

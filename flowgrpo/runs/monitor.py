@@ -192,10 +192,13 @@ class Monitor:
         try:
             # A reward fails before the state changes, so the iterations before it are saved, and
             # the run goes on from there once the reward is mended.
-            if isinstance(error, rewards.RewardError):
+            # Pieces are saved by all processes, which must know of the error.
+            shared = not self.state.sharded or hasattr(error, "told_by")
+            if isinstance(error, rewards.RewardError) and shared:
                 iteration = self.state.iteration
-                if not (self.directory.checkpoints / _step(iteration)).exists():
-                    self._save(None)
+                with self.world.together():
+                    if not (self.directory.checkpoints / _step(iteration)).exists():
+                        self._save(None)
                 self.display.note(
                     f"Saved after {iteration} iterations; go on with --run.resume "
                     f"{self.config.out_dir}."
@@ -295,6 +298,7 @@ class Monitor:
                 score = self._evaluate(final=False).accuracy
             except EvaluationStopped:
                 self.display.note(LEFT)
+                self._agree({})
                 due = True
         if due:
             self._save(score)

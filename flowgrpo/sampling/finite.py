@@ -136,7 +136,7 @@ def _explain_step(
 
     def velocity() -> Tensor:
         with policy.frozen_weights():
-            return guide(*velocities(policy, *inputs), guidance_scale)
+            return guide(*velocities(policy, *inputs, guidance_scale), guidance_scale)
 
     # Hooks would have the blocks compiled once more.
     with _tracing(None if policy.compiled else policy.transformer) as trace:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.policies import Conditioning, Policy
-from flowgrpo.policies.guidance import guide, velocities
+from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Trajectory
 from flowgrpo.sampling import finite
 from flowgrpo.sampling.schedule import Schedule, ode_schedule
@@ -215,11 +215,14 @@ def sampler_step(
         The next states [b, C, H, W], their log-probabilities [b] and, with `keep_velocity`, the
         velocities after guidance [b, C, H, W].
     """
-    conditional, unconditional = velocities(policy, sample, sigma, conditioning, uncond)
+    conditional, unconditional = velocities(
+        policy, sample, sigma, conditioning, uncond, guidance_scale
+    )
     guided = guide(conditional, unconditional, guidance_scale) if keep_velocity else None
     prev_sample, log_prob = sde_step(
         conditional, sample, transitions, table_rows, seeds=seeds, uncond_velocity=unconditional,
-        guidance_scale=guidance_scale, out=out, log_prob_out=log_prob_out,
+        guidance_scale=kernel_scale(unconditional, guidance_scale), out=out,
+        log_prob_out=log_prob_out,
     )  # fmt: skip
     return prev_sample, log_prob, guided
 

@@ -78,8 +78,8 @@ class Leaders(NamedTuple):
         return cls(trained_steps[0, rows], table_rows[:, rows], seeds[rows], noise_seeds[rows])
 
     def to(self, device: torch.device) -> Leaders:
-        """Copy to `device`."""
-        return Leaders(*(values.to(device) for values in self))
+        """Copy to `device` all but the starts, which the host alone reads."""
+        return Leaders(self.starts, *(values.to(device) for values in self[1:]))
 
 
 class Forward(NamedTuple):
@@ -132,9 +132,9 @@ def rollout_shared_prefix(
     )
     groups, seeds, table_rows = groups.to(device), seeds.to(device), table_rows.to(device)
     leaders = leaders.to(device)
-    kept = (uncond is not None, True, keep_velocities)
-    buffers = make_buffers(policy, steps, total, *kept)
-    before = make_buffers(policy, end, len(leaders.starts), *kept)
+    contents = (uncond is not None, True, keep_velocities)
+    buffers = make_buffers(policy, steps, total, *contents)
+    before = make_buffers(policy, end, len(leaders.starts), *contents)
     conditioning, uncond = prepare_both(policy, schedule, conditioning, uncond)
     step = step_function(policy)
 

@@ -1,11 +1,12 @@
 // The C ABI between libflowgrpo_native and flowgrpo_kernels/backends/native_library.py. Plain C types only.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 // Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
-#define FLOWGRPO_ABI 4
+#define FLOWGRPO_ABI 5
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
@@ -72,6 +73,20 @@ typedef struct {
   float floor;  // nft_loss: the least normaliser, > 0
 } FgArgs;
 
+// A launch of a compiled GPU kernel on a grid of one dimension; the bytes of its parameters follow.
+// Written by flowgrpo_kernels/backends/cuda_driver.py.
+typedef struct {
+  // cuLaunchKernel: function, grid, block, shared memory, stream, parameters, extra.
+  int32_t (*launch)(void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
+                    void*, void**, void**);
+  void* function;
+  void* stream;
+  uint32_t programs;
+  uint32_t threads;  // of a program
+  uint32_t shared;   // bytes of shared memory
+  uint32_t bytes;    // of the parameters
+} FgLaunch;
+
 // Laws and flags of FgRows; their formulas are in flowgrpo_kernels/transition_rows.py.
 enum { FG_FLOW_SDE, FG_DANCE_SDE, FG_CPS, FG_ODE, FG_PRECISE, FG_DANCE_PRECISE, FG_SIGMA_LINEAR };
 enum { FG_GAUSSIAN = 1, FG_NORMALIZER = 2, FG_SCORE_QUIET = 4, FG_KL_GAUSSIAN = 8 };
@@ -130,6 +145,8 @@ int32_t flowgrpo_native_nft_loss_gradient(const FgArgs*);
 // Normals of counter word noise_step into prev_sample.
 int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
 void flowgrpo_native_transition_rows(const FgRows*);
+// Launches the record of an FgLaunch with its parameters; returns what the driver does, a CUresult.
+int32_t flowgrpo_native_cuda_launch(const void* record);
 
 #ifdef __cplusplus
 }

@@ -9,6 +9,7 @@
 The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
 """
 
+from .backends.compiled import warm_up
 from .backends.info import backend_info
 from .grpo_loss import GrpoLoss, grpo_loss
 from .log_prob import log_prob
@@ -34,5 +35,6 @@ __all__ = [
     "ode",
     "sde_step",
     "transition_rows",
+    "warm_up",
     "window",
 ]

@@ -373,8 +373,8 @@ def grpo_loss_backward_kernel(
 
 @triton.launcher("grpo_loss_forward")
 def _launch_forward(
-    velocity, uncond, scale, sample, prev_sample, old_log_prob, advantages, table, step, ref,
-    ref_uncond, old, row_weight, kl_row_weight, kl_weight, clip_low, clip_high, adv_clip,
+    launch, velocity, uncond, scale, sample, prev_sample, old_log_prob, advantages, table, step,
+    ref, ref_uncond, old, row_weight, kl_row_weight, kl_weight, clip_low, clip_high, adv_clip,
 ):  # fmt: skip
     """Three launches: block sums, rows, totals."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
@@ -392,7 +392,7 @@ def _launch_forward(
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     flags = {"REF": ref is not None, "OLD": old is not None}
     with triton.on(sample.device):
-        grpo_loss_sums_kernel[(rows * blocks,)](
+        launch(grpo_loss_sums_kernel, rows * blocks)(
             velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step, scale,
             *sizes,
             ALIGN=triton.alignment(rows, elements),
@@ -401,7 +401,7 @@ def _launch_forward(
             **flags,
             **triton.LAUNCH,
         )  # fmt: skip
-        grpo_loss_rows_kernel[(rows,)](
+        launch(grpo_loss_rows_kernel, rows)(
             sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
             terms, table, step, kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes,
             WEIGHT=row_weight is not None,
@@ -409,7 +409,7 @@ def _launch_forward(
             **flags,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        grpo_loss_totals_kernel[(1,)](
+        launch(grpo_loss_totals_kernel, 1)(
             terms, loss, policy, kl, fraction, kl_weight, rows,
             REF=ref is not None, **triton.ONE_WARP,
         )  # fmt: skip
@@ -418,8 +418,8 @@ def _launch_forward(
 
 @triton.launcher("grpo_loss_backward")
 def _launch_backward(
-    grad_loss, coefs, velocity, uncond, scale, sample, prev_sample, table, step, ref, ref_uncond,
-    old, uncond_grad,
+    launch, grad_loss, coefs, velocity, uncond, scale, sample, prev_sample, table, step, ref,
+    ref_uncond, old, uncond_grad,
 ):  # fmt: skip
     """One launch."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
@@ -428,7 +428,7 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        grpo_loss_backward_kernel[(rows * blocks,)](
+        launch(grpo_loss_backward_kernel, rows * blocks)(
             grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
             du if uncond_grad else None, table, step, scale, 1.0 - scale, elements,
             table.shape[0], step.stride(0), blocks,
@@ -444,14 +444,14 @@ def _launch_backward(
 
 
 @triton.launcher("grpo_loss_gradient")
-def _launch_gradient(*args):
+def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
     *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(*args)
+    outputs = _launch_forward(launch, *args)
     loss, *_, coefs = outputs
     grad = torch.full_like(loss, grad_loss)
     shared = LossArguments(*args).of_backward()
-    return *outputs, *_launch_backward(grad, coefs, *shared, uncond_grad)
+    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
 
 
 class LossInTwoPasses(torch.autograd.Function):

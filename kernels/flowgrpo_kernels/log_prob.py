@@ -206,7 +206,7 @@ def log_prob_backward_kernel(
 
 
 @triton.launcher("log_prob")
-def _launch(velocity, uncond, scale, sample, prev_sample, table, step, mean=None, x0=None):
+def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step, mean=None, x0=None):
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     log_prob = table.new_empty(rows)
@@ -216,7 +216,7 @@ def _launch(velocity, uncond, scale, sample, prev_sample, table, step, mean=None
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        log_prob_kernel[(rows * blocks,)](
+        launch(log_prob_kernel, rows * blocks)(
             velocity, uncond, sample, prev_sample, sums, table, step, mean, x0, scale, *sizes,
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
@@ -226,32 +226,33 @@ def _launch(velocity, uncond, scale, sample, prev_sample, table, step, mean=None
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            triton.finish_kernel[(rows,)](
+            launch(triton.finish_kernel, rows)(
                 sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
     return log_prob
 
 
 @triton.launcher("log_prob_mean")
-def _launch_mean(*args):
+def _launch_mean(launch, *args):
     """The same launches."""
     *args, with_x0 = args
     sample, table = args[3], args[5]
     mean = table.new_empty(sample.shape)
     x0 = table.new_empty(sample.shape if with_x0 else 0)
-    return _launch(*args, mean, x0 if with_x0 else None), mean, x0
+    return _launch(launch, *args, mean, x0 if with_x0 else None), mean, x0
 
 
 @triton.launcher("log_prob_backward")
-def _launch_backward(grad, *args):
+def _launch_backward(launch, grad, *args):
     """One launch."""
-    return _launch_mean_backward(grad, None, None, *args)
+    return _launch_mean_backward(launch, grad, None, None, *args)
 
 
 @triton.launcher("log_prob_mean_backward")
 def _launch_mean_backward(
-    grad, grad_mean, grad_x0, velocity, uncond, scale, sample, prev_sample, table, step, uncond_grad
-):
+    launch, grad, grad_mean, grad_x0, velocity, uncond, scale, sample, prev_sample, table, step,
+    uncond_grad,
+):  # fmt: skip
     """One launch."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
     dv, du = reference.empty_gradients(velocity, uncond, uncond_grad)
@@ -259,7 +260,7 @@ def _launch_mean_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        log_prob_backward_kernel[(rows * blocks,)](
+        launch(log_prob_backward_kernel, rows * blocks)(
             grad, velocity, uncond, sample, prev_sample, grad_mean, grad_x0, dv,
             du if uncond_grad else None, table, step, scale, 1.0 - scale, elements, table.shape[0],
             step.stride(0), blocks,

@@ -342,7 +342,7 @@ def nft_loss_backward_kernel(
 
 
 @triton.launcher("nft_loss_forward")
-def _launch_forward(*args):
+def _launch_forward(launch, *args):
     """Three launches: block sums, rows, totals."""
     a = NftArguments(*args)
     rows, elements = a.sample.shape[0], a.sample.shape[1:].numel()
@@ -365,7 +365,7 @@ def _launch_forward(*args):
     sums, terms = new(6, rows * blocks), new(3, rows)
     ref = a.ref_velocity is not None
     with triton.on(device):
-        nft_loss_sums_kernel[(rows * blocks,)](
+        launch(nft_loss_sums_kernel, rows * blocks)(
             a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
             a.ref_uncond_velocity, a.sigma, sums, a.guidance_scale, a.beta, elements, blocks,
             ALIGN=triton.alignment(rows, elements),
@@ -374,7 +374,7 @@ def _launch_forward(*args):
             REF_GUIDED=a.ref_uncond_velocity is not None,
             **triton.LAUNCH,
         )  # fmt: skip
-        nft_loss_rows_kernel[(rows,)](
+        launch(nft_loss_rows_kernel, rows)(
             sums, a.sigma, a.optimality, a.row_weight, a.kl_row_weight, *per_row, coefs, terms,
             a.beta, a.floor, a.kl_weight, elements, blocks,
             REF=ref,
@@ -382,14 +382,16 @@ def _launch_forward(*args):
             KL_WEIGHT=a.kl_row_weight is not None,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        nft_loss_totals_kernel[(1,)](terms, *totals, a.kl_weight, rows, REF=ref, **triton.ONE_WARP)
+        launch(nft_loss_totals_kernel, 1)(
+            terms, *totals, a.kl_weight, rows, REF=ref, **triton.ONE_WARP
+        )
     return *totals, *per_row, coefs
 
 
 @triton.launcher("nft_loss_backward")
 def _launch_backward(
-    grad_loss, coefs, velocity, uncond, scale, sample, x0, old, sigma, ref, ref_uncond, beta,
-    uncond_grad,
+    launch, grad_loss, coefs, velocity, uncond, scale, sample, x0, old, sigma, ref, ref_uncond,
+    beta, uncond_grad,
 ):  # fmt: skip
     """One launch."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
@@ -398,7 +400,7 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        nft_loss_backward_kernel[(rows * blocks,)](
+        launch(nft_loss_backward_kernel, rows * blocks)(
             grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
             du if uncond_grad else None, scale, 1.0 - scale, beta, elements, blocks,
             ALIGN=triton.alignment(rows, elements),
@@ -412,14 +414,14 @@ def _launch_backward(
 
 
 @triton.launcher("nft_loss_gradient")
-def _launch_gradient(*args):
+def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
     *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(*args)
+    outputs = _launch_forward(launch, *args)
     loss, *_, coefs = outputs
     grad = torch.full_like(loss, grad_loss)
     shared = NftArguments(*args).of_backward()
-    return *outputs, *_launch_backward(grad, coefs, *shared, uncond_grad)
+    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
 
 
 class NftLossFunction(torch.autograd.Function):

@@ -64,7 +64,7 @@ def initial_noise_kernel(
 
 
 @triton.launcher("initial_noise")
-def _launch(seeds, shape, dtype):
+def _launch(launch, seeds, shape, dtype):
     """One launch."""
     rows, elements = seeds.shape[0], torch.Size(shape).numel()
     out = torch.empty((rows, *shape), dtype=dtype, device=seeds.device)
@@ -73,7 +73,7 @@ def _launch(seeds, shape, dtype):
     blocks = triton.num_blocks(elements)
     align = triton.alignment(rows, elements)
     with triton.on(seeds.device):
-        initial_noise_kernel[(rows * blocks,)](
+        launch(initial_noise_kernel, rows * blocks)(
             out, seeds, elements, blocks, ALIGN=align, **triton.LAUNCH
         )
     return out

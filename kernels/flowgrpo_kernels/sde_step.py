@@ -129,8 +129,8 @@ def sde_step_kernel(
 
 @triton.launcher("sde_step")
 def _launch(
-    velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob, mean=None,
-    x0=None,
+    launch, velocity, uncond, scale, sample, table, step, seeds, noise, prev_sample, log_prob,
+    mean=None, x0=None,
 ):  # fmt: skip
     """One launch, and a second one for rows of more than one block."""
     rows, elements = sample.shape[0], sample.shape[1:].numel()
@@ -145,7 +145,7 @@ def _launch(
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        sde_step_kernel[(rows * blocks,)](
+        launch(sde_step_kernel, rows * blocks)(
             velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0, scale,
             *sizes,
             ALIGN=triton.alignment(rows, elements),
@@ -157,7 +157,7 @@ def _launch(
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            triton.finish_kernel[(rows,)](
+            launch(triton.finish_kernel, rows)(
                 sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
             )
 

@@ -240,7 +240,9 @@ def store_column(base, COLUMN: tl.constexpr, mask, valid, b_x):
 
 
 @triton.launcher("transition_rows")
-def _launch(sigma, sigma_next, noise_level, sigma_max, noise_step, rows, law, flags, near_one):
+def _launch(
+    launch, sigma, sigma_next, noise_level, sigma_max, noise_step, rows, law, flags, near_one
+):
     """One launch."""
     table = torch.empty((rows, NUM_COLUMNS), dtype=torch.float32, device=sigma.device)
     if rows == 0:
@@ -248,7 +250,7 @@ def _launch(sigma, sigma_next, noise_level, sigma_max, noise_step, rows, law, fl
     inputs = (sigma, sigma_next, noise_level, sigma_max, noise_step)
     strides = [0 if x is None or x.numel() == 1 else 1 for x in inputs]
     with triton.on(sigma.device):
-        transition_rows_kernel[(-(-rows // LANES),)](
+        launch(transition_rows_kernel, -(-rows // LANES))(
             *inputs, table, *strides, rows, near_one, LAW=law, FLAGS=flags, **triton.ONE_WARP
         )
     return table

@@ -46,6 +46,12 @@ def flux_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_model(tmp_path_factory) -> Path:
+    """A pipeline of Qwen-Image's parts; its default resolution is 256."""
+    return pipelines.save_qwen_pipeline(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
 def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
     """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
     blocks with norms of queries and keys; without them; double and single blocks."""

@@ -118,8 +118,8 @@ def test_a_mistake_of_the_model_is_not_called_a_capture_error(parts):
 def test_another_shape_is_another_graph_and_the_oldest_goes(parts, caplog):
     policy = parts.policy
     for rows in (1, 2, 3):
-        expected = eager(policy, lambda n=rows: evaluate(policy, rows=n))
-        assert torch.equal(evaluate(policy, rows=rows), expected)
+        expected = eager(policy, lambda n=rows: evaluate(policy, rows=n, batch_size=n))
+        assert torch.equal(evaluate(policy, rows=rows, batch_size=rows), expected)
     assert policy.graphs.recorder.captures == 3
     oldest = next(iter(policy.graphs.recordings))
     for number in range(cuda_graphs.LIMIT - 2):

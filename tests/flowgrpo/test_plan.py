@@ -11,10 +11,12 @@ from huggingface_hub import constants
 from flowgrpo import plan
 from flowgrpo.cli import main
 from flowgrpo.config import Config, PolicyConfig, replace
-from flowgrpo.policies import attention, blocks
+from flowgrpo.policies import attention, blocks, modulation
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.flux.sizes import DOUBLE, SINGLE
+from flowgrpo.policies.qwen import sizes as qwen_sizes
+from flowgrpo.policies.qwen.attention import real_tables
 from flowgrpo.policies.sd3.sizes import DUAL, JOINT
 from flowgrpo.recipes import recipe
 from support import pipelines
@@ -49,6 +51,12 @@ def flux(**changes):
     )
 
 
+def qwen(**changes):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(**changes)
+
+
 @pytest.mark.slow
 def test_known_sizes_are_those_of_the_real_classes():
     medium = {
@@ -68,6 +76,7 @@ def test_known_sizes_are_those_of_the_real_classes():
         ("stabilityai/stable-diffusion-3.5-medium", lambda: sd3(**medium)),
         ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
         ("black-forest-labs/FLUX.1-dev", flux),
+        ("Qwen/Qwen-Image", qwen),
     ):
         assert plan.sizes_of(name).parameters == count(make), name
 
@@ -95,7 +104,9 @@ ROWS = 2
 def trainable(model, rank=8, fuse=False):
     model = model.to(torch.bfloat16).requires_grad_(False)
     family = family_of(model)
-    attention.pin(model, family, "native_flash", torch.device("cpu"), torch.bfloat16)
+    # With a mask PyTorch chooses its flash kernel by itself, and stores no more.
+    kernel = "native" if family.masked_attention else "native_flash"
+    attention.pin(model, family, kernel, torch.device("cpu"), torch.bfloat16)
     if fuse:
         blocks.fuse(model, family)
     add_adapter(model, PolicyConfig(lora_rank=rank, lora_alpha=rank))
@@ -152,6 +163,56 @@ def flux_run(double, single, fuse, rank=8):
     return run
 
 
+@pytest.mark.slow
+def test_sizes_of_qwens_encoder_and_vae():
+    """Qwen2.5-VL-7B by its config.json, and the VAE's defaults."""
+    from diffusers import AutoencoderKLQwenImage
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    assert count(lambda: Qwen2_5_VLForConditionalGeneration(config)) == qwen_sizes.ENCODER
+    assert count(AutoencoderKLQwenImage) == qwen_sizes.VAE
+
+
+def qwen_run(layers, fuse, rank=8):
+    model = trainable(
+        qwen(num_layers=layers, num_attention_heads=1, joint_attention_dim=32), rank, fuse
+    )
+    tables = model.pos_embed
+
+    def run(image):
+        side = math.isqrt(image)
+        rotary = real_tables(tables([[(1, side, side)]], max_txt_seq_len=20, device="cpu"))
+        model.pos_embed = modulation.Constant(rotary)
+        mask = torch.zeros(ROWS, 1, 1, 20 + image, dtype=torch.bfloat16)
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(ROWS, image, 64, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.randn(ROWS, 20, 32, dtype=torch.bfloat16),
+                "timestep": torch.rand(ROWS),
+                "attention_kwargs": {"attention_mask": mask},
+            },
+        )
+
+    return run
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize(
     ("kind", "run", "fewer", "more"),
@@ -161,6 +222,8 @@ def flux_run(double, single, fuse, rank=8):
         (DUAL, sd3_run, (3, 1), (3, 2)),
         (DOUBLE, flux_run, (1, 1), (2, 1)),
         (SINGLE, flux_run, (1, 1), (1, 2)),
+        # The last block's text goes nowhere, so the blocks counted stand before it.
+        (qwen_sizes.JOINT, qwen_run, (2,), (3,)),
     ],
 )
 def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):

@@ -8,6 +8,7 @@ import torch
 
 from flowgrpo import objectives, train, update
 from flowgrpo.config import ConfigError, replace
+from flowgrpo.distributed.world import ALONE
 from support import setups
 from support.cpu_graphs import Operations
 
@@ -146,7 +147,7 @@ def test_small_gradients_survive_float16(pixel_model, tmp_path):
         batch = objectives.gather_trained_steps(made.schedule, experience, slice(0, 3), range(1))
         micro, scale = made.micro_step, update.loss_scale(made.policy, 3, share)
         assert scale == (1.0 if dtype == "float32" else 2.0**21)
-        with micro.accumulating():
+        with micro.accumulating(ALONE, made.dealing, config):
             micro(batch, config, share)
         parameters = made.state.parameters.values()
         found[dtype] = torch.cat([p.grad.flatten() for p in parameters])

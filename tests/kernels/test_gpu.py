@@ -13,18 +13,25 @@ from flowgrpo_kernels import (
     log_prob,
     nft_loss,
     sde_step,
+    warm_up,
 )
-from flowgrpo_kernels.backends import dispatch
+from flowgrpo_kernels.backends import compiled, dispatch
 from support.kernels import oracle
 
 pytestmark = pytest.mark.gpu
 SHAPES = ((3, 24, 24), (16, 64, 64), (3, 5, 7), (4097,), (4, 3, 6, 10), (1,))
 
 
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
+@pytest.fixture(autouse=True, params=["compiled", "triton"])
+def launched(request):
+    """Each test on the compiled kernels and on Triton's, where they are available."""
+    state = dispatch.backends()[request.param]
+    if not state["available"]:
+        pytest.skip(f"{request.param}: {state['reason']}")
+    # What is not shipped compiled is Triton's part, here as in use.
+    with dispatch.use_backend("auto" if request.param == "compiled" else "triton"):
+        assert dispatch.backend_of("sde_step", "cuda") == request.param
+        yield request.param
 
 
 def cuda(b: oracle.Batch) -> oracle.Batch:
@@ -32,7 +39,7 @@ def cuda(b: oracle.Batch) -> oracle.Batch:
 
 
 def captured(function) -> torch.cuda.CUDAGraph:
-    """The graph of one call, after a first one that compiles the kernels."""
+    """The graph of one call, after a first one that compiles or loads the kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -222,8 +229,10 @@ def test_debug_switch(monkeypatch):
     sde_step(b.velocity, b.sample, transitions, step[:1].expand(3), seeds=b.seeds)
 
 
-def test_nothing_recompiles():
+def test_nothing_recompiles(launched):
     """Step, batch and coefficients are data: one compilation of each kernel serves them."""
+    if launched == "compiled":
+        pytest.skip("compiled ahead")
     from flowgrpo_kernels.grpo_loss import (
         grpo_loss_backward_kernel,
         grpo_loss_rows_kernel,
@@ -263,3 +272,45 @@ def test_past_two_to_the_31():
     one, score = sde_step(v[2:], x[2:], transitions, 4, seeds=seeds[2:])
     assert torch.equal(out[2:], one) and torch.equal(lp[2:], score)
     assert torch.equal(log_prob(v, x, out, transitions, 4), lp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(16, 4, 4), (16, 64, 64), (16, 128, 160)], ids=str)
+def test_compiled_gives_the_bits_of_triton(launched, shape, dtype):
+    """Every result of a step, its replay and both losses; nothing falls back in between."""
+    if launched == "triton":
+        pytest.skip("compared once")
+    b, transitions = cuda(oracle.batch(3, shape, dtype, torch.float32)), flow_sde(oracle.SIGMAS)
+    b.old = b.old.float()
+    nft = oracle.NftBatch(*(x.cuda() for x in vars(oracle.nft_batch(3, shape, dtype)).values()))
+    results = {}
+    for name in ("compiled", "triton"):
+        with dispatch.use_backend(name):
+            exact, close = micro_step(b, transitions.to("cuda"))
+            noise = initial_noise(b.seeds, shape)
+            results[name] = [*exact, *close, noise, *forward_process(nft)]
+    for one, two in zip(results["compiled"], results["triton"], strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_capture_after_warm_up(launched):
+    """In a process that has launched nothing, warm_up is enough; without it one sentence."""
+    if launched == "triton":
+        pytest.skip("Triton compiles at the first call")
+    b, transitions = cuda(oracle.batch(4, (16, 64, 64))), flow_sde(oracle.SIGMAS).to("cuda")
+    out, lp = torch.empty_like(b.sample), torch.empty(4, device="cuda")
+
+    def step():
+        sde_step(b.velocity, b.sample, transitions, 3, seeds=b.seeds, out=out, log_prob_out=lp)
+
+    compiled.forget()
+    with pytest.raises(RuntimeError, match="warm_up"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step()
+    assert warm_up() > 300
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    replayed = out.clone(), lp.clone()
+    step()
+    assert torch.equal(replayed[0], out) and torch.equal(replayed[1], lp)

@@ -185,7 +185,9 @@ def eager(policy: Policy, call):
         policy.graphs = graphs
 
 
-def evaluate(policy: Policy, steps: int = 5, rows: int = 6, scale: float = 1.0) -> torch.Tensor:
+def evaluate(
+    policy: Policy, steps: int = 5, rows: int = 6, scale: float = 1.0, batch_size: int = 3
+) -> torch.Tensor:
     """Images by the deterministic sampler."""
     return sample_images(
         policy,
@@ -193,7 +195,7 @@ def evaluate(policy: Policy, steps: int = 5, rows: int = 6, scale: float = 1.0) 
         steps=steps,
         groups=torch.arange(rows) % 3,
         seeds=torch.arange(rows),
-        batch_size=3,
+        batch_size=batch_size,
         uncond=policy.encode([""]) if scale != 1 else None,
         guidance_scale=scale,
     )

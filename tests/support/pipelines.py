@@ -2,7 +2,7 @@
 
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the text encoders of SD3.5, `save_flux_pipeline` those of
-FLUX.1-dev, with a CLIP and a T5 tokenizer made here.
+FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_qwen_pipeline` those of Qwen-Image.
 """
 
 from __future__ import annotations
@@ -299,6 +299,123 @@ def save_flux_pipeline(
                 pooled_projection_dim=16,
                 guidance_embeds=guidance,
                 axes_dims_rope=(4, 4, 8),
+            ),
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""QwenImagePipeline's; what stands before the text is 34 tokens of Qwen's own tokenizer."""
+
+
+def qwen_tokenizer():
+    """A Qwen2Tokenizer: byte-level pairs, trained until each word of this file and of the template
+    is one token, as they are in Qwen's own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        vocab_size=2000,
+    )
+    text = QWEN_TEMPLATE
+    for word in special:
+        text = text.replace(word, "\n")
+    lines = [*text.split("\n"), *WORDS, " ".join(WORDS)]
+    core.train_from_iterator(lines * 4, trainer)
+    trained = json.loads(core.to_str())["model"]
+    vocabulary = trained["vocab"]
+    return Qwen2Tokenizer(
+        vocab=vocabulary | {word: len(vocabulary) + i for i, word in enumerate(special)},
+        merges=[tuple(pair) for pair in trained["merges"]],
+        additional_special_tokens=special[1:],
+        padding_side="right",
+    )
+
+
+def qwen_vl(words: int, width: int = 32):
+    """A Qwen2_5_VLForConditionalGeneration of 2 layers over `words` tokens."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": words,
+                "hidden_size": width,
+                "intermediate_size": width,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+                "bos_token_id": None,
+                "eos_token_id": None,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": width,
+            },
+        )
+    )
+
+
+def save_qwen_pipeline(folder: Path, *, seed: int = 0, **changes) -> Path:
+    """QwenImagePipeline with Qwen-Image's parts: two blocks, a VAE of factor 2 with 4 latent
+    channels, Qwen2.5-VL and the scheduler's settings of Qwen-Image. Its default resolution is 256.
+    `changes` are of the transformer."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    words = qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=1.0,
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                base_image_seq_len=256,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+            ),
+            vae=AutoencoderKLQwenImage(
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False],
+                latents_mean=[-0.7, -0.1, 0.4, 0.9],
+                latents_std=[2.8, 1.4, 2.3, 1.1],
+            ),
+            text_encoder=qwen_vl(len(words)),
+            tokenizer=words,
+            transformer=QwenImageTransformer2DModel(
+                **{
+                    "in_channels": 16,
+                    "out_channels": 4,
+                    "num_layers": 2,
+                    "attention_head_dim": 16,
+                    "num_attention_heads": 2,
+                    "joint_attention_dim": 32,
+                    "axes_dims_rope": (4, 4, 8),
+                    **changes,
+                }
             ),
         )
     pipeline.save_pretrained(folder)

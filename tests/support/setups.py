@@ -89,7 +89,8 @@ def parts(config: Config, spread: float = 0.1) -> train.Components:
 
 def update(made: train.Components, experience: Experience, config: Config) -> dict:
     """The metrics of one update by `experience`."""
-    return updates.update(made.schedule, made.state, made.micro_step, experience, config)
+    inputs = (made.schedule, made.state, made.micro_step, experience, config)
+    return updates.update(*inputs, dealing=made.dealing)
 
 
 def experience(made: train.Components, config: Config) -> Experience:

@@ -33,6 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import configurable
@@ -242,6 +243,7 @@ def _as_reward(name: str, url: str, judge: Callable[[Server, Tensor, str], float
                 name,
                 without,
                 len(scores),
+                extra=SPECIFIC,
             )
         return scores
 

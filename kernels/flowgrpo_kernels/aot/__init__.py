@@ -1,18 +1,22 @@
 """Ahead of time: the kernels' variants, and their compilation for GPUs that need not be there.
 
-    variants.py   what is compiled: the kernels with their types, constants and hints
+    table.py      what is shipped compiled: recorded from the public ops over their options
+    pack.py       its compilation for every target, into the package's images/
+    variants.py   what is looked at: the kernels with their types, constants and hints
     compile.py    how: Triton's compiler with an explicit target, and a look at what came out
+    elf.py        the parameters of a kernel, read from its binary
+
+    python -m flowgrpo_kernels.aot                  # compiles what is shipped
 
     for variant in all_variants():
         report = compile_variant(variant, TARGETS["sm_90"])
         assert not problems(report)
 
 Nothing here runs a kernel. It serves the tests (no float64, no local memory, 128-bit accesses), the
-table of registers and instructions in benchmarks/, and anyone who wants the binaries. It needs
-Triton, and must not run under TRITON_INTERPRET=1, which replaces the compiler.
+table of registers and instructions in benchmarks/, and the release of compiled kernels. Compiling
+needs Triton, and must not run under TRITON_INTERPRET=1, which replaces the compiler.
 """
 
-from .compile import TARGETS, Report, compile_variant, problems
 from .variants import (
     DTYPES,
     Variant,
@@ -36,3 +40,14 @@ __all__ = [
     "op_variants",
     "problems",
 ]
+
+# They need Triton, which the table and the variants do not.
+_COMPILER = ("TARGETS", "Report", "compile_variant", "problems")
+
+
+def __getattr__(name: str):
+    if name in _COMPILER:
+        from . import compile
+
+        return getattr(compile, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

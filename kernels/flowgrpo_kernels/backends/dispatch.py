@@ -1,21 +1,24 @@
 """Dispatch: the table of ops, their registration with torch.library, the choice of a backend.
 
     FLOWGRPO_KERNELS = auto        the first backend of ORDER that runs the op; the default
+                     = compiled    the compiled GPU kernels of the package, or an error
                      = triton      Triton, or an error (CPU tensors only in Triton's interpreter)
                      = native      the native CPU library, or an error
                      = reference   reference.py everywhere
 
 float64 inputs always run on the reference: it is the oracle. The first call on a device type logs
-one line that says which backend runs and why; a fallback is a warning. The variable is read once.
+one line that says which backend runs and why; a fallback to the reference is a warning. The
+variable is read once.
 
 To add an op:
 1. Write its reference in ../reference.py (a subpackage has its own): plain PyTorch, any float
    dtype. Its arguments and results are those of every backend.
 2. In a file of its own, call `define(name, schema, reference, fake)`. It registers the op and
    returns what the public function calls.
-3. Put the Triton launcher into the same file, under `@triton.launcher(name)`.
+3. Put its launcher into the same file, under `@triton.launcher(name)`, and the calls that make its
+   kernels into ../aot/table.py, so that they are shipped compiled.
 4. Write a function of the same name into native.py, and name it in native.OPS. An op without one
-   is defined with `backends=("triton",)`: then CPU tensors run on the reference without a warning.
+   is defined with `backends=LAUNCHED`: then CPU tensors run on the reference without a warning.
 
 To add a backend: a module of this folder with two functions, a line in BACKENDS, and its name in
 ORDER for each type of device, before the backends that it outruns.
@@ -24,8 +27,9 @@ ORDER for each type of device, before the backends that it outruns.
     status() -> (available, reason)          reason: what was loaded, or why nothing was
 
 A backend's functions get checked tensors, `seeds` and `step` as int64 [B] (`step` of any stride),
-and the buffers to write of an op that writes. Triton's get contiguous tensors unless the op was
-defined with any_strides.
+and the buffers to write of an op that writes. Launchers get contiguous tensors unless the op was
+defined with any_strides. A function that has no code for a call raises Unserved: then the next
+backend of ORDER runs it.
 
 NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
 """
@@ -42,15 +46,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import native, triton
+from . import compiled, native, triton
+from .compiled import Unserved
 
 NAMESPACE = "flowgrpo"
-BACKENDS = {"triton": triton, "native": native}
+BACKENDS = {"compiled": compiled, "triton": triton, "native": native}
+# Those that run an op by its launcher.
+LAUNCHED = ("compiled", "triton")
 CHOICES = ("auto", *BACKENDS, "reference")
 # Best first, by the type of device that the tensors are on.
 ORDER = {
     "cpu": ("native", "reference"),
-    "cuda": ("triton", "reference"),  # ROCm devices have this name, too
+    "cuda": ("compiled", "triton", "reference"),  # ROCm devices have this name, too
 }
 # On another device the reference runs, after a warning that says what Triton asks for.
 OTHER_DEVICES = ("triton", "reference")
@@ -92,7 +99,7 @@ def define(
     `sample`, or else the first, chooses the backend by its device and dtype.
     fake: the op on tensors without memory: shapes, dtypes and devices of the results.
     backends: those that are meant to implement it, beside the reference.
-    any_strides: Triton's launcher, too, reads tensors as they are.
+    any_strides: the launcher, too, reads tensors as they are.
     in_float64: every backend computes in float64, so that float64 tensors need no reference.
     """
     OPS[name] = Op(name, schema, reference, (*backends, "reference"))
@@ -111,7 +118,7 @@ def op(name: str):
 def _implementation(op: Op, any_strides: bool, in_float64: bool) -> Callable:
     """Makes the op's body for every device, which calls the chosen backend.
 
-    Triton's kernels get contiguous tensors; the others take any strides, and the native one reads
+    Launched kernels get contiguous tensors; the others take any strides, and the native one reads
     rows of any distance, such as latents[:, i] of a trajectory, where they lie. An op that writes
     into a buffer reads copies, since its inputs may lie around that buffer. One step for all rows
     stays a view of stride 0: a copy would be a launch of its own.
@@ -135,10 +142,12 @@ def _implementation(op: Op, any_strides: bool, in_float64: bool) -> Callable:
         backend, function = "reference", op.reference
         if in_float64 or x.dtype != torch.float64:
             backend, function = _resolve(op.name, x.device.type)
-        if written or (backend == "triton" and not any_strides):
-            results = function(*contiguous(args))
-        else:
+        if written or (backend in LAUNCHED and not any_strides):
+            args = contiguous(args)
+        try:
             results = function(*args)
+        except Unserved as error:
+            results = _next(op, x.device.type, backend, str(error))(*args)
         # Backends write through pointers: without this, autograd would take what a backward has
         # saved of a buffer for unchanged.
         if written:
@@ -156,6 +165,27 @@ def _resolve(name: str, device_type: str) -> tuple[str, Callable]:
     if choice is None:
         choice = _chosen[key] = _choose(OPS[name], device_type)
     return choice
+
+
+def _next(op: Op, device_type: str, backend: str, why: str) -> Callable:
+    """Finds who runs a call that a backend has no code for; RuntimeError if it was demanded."""
+    if _requested == backend:
+        raise RuntimeError(
+            f"FLOWGRPO_KERNELS={backend} cannot run this {op.name} on {device_type}: {why}; use "
+            "FLOWGRPO_KERNELS=auto to fall back"
+        )
+    order = ORDER.get(device_type, OTHER_DEVICES)
+    obstacles = [why]
+    for other in order[order.index(backend) + 1 :]:
+        if other not in op.backends:
+            continue
+        function, why = _find(other, op, device_type)
+        if function is not None:
+            break
+        obstacles.append(why)
+    level = logging.WARNING if other == "reference" else logging.INFO
+    log_once(level, f"{op.name} on {device_type} also runs on {other}: {'; '.join(obstacles)}")
+    return function
 
 
 def _find(backend: str, op: Op, device_type: str) -> tuple[Callable | None, str]:
@@ -187,10 +217,11 @@ def _choose(op: Op, device_type: str) -> tuple[str, Callable]:
         if function is not None:
             break
         obstacles.append(why)
-    if obstacles:
-        title = "the PyTorch reference" if backend == "reference" else backend
-        line = f"{device_type} tensors fall back to {title}: {'; '.join(obstacles)}"
+    if obstacles and backend == "reference":
+        line = f"{device_type} tensors fall back to the PyTorch reference: {'; '.join(obstacles)}"
         log_once(logging.WARNING, line)
+    elif obstacles:
+        log_once(logging.INFO, f"{device_type} tensors run on {backend}: {'; '.join(obstacles)}")
     else:
         log_once(logging.INFO, f"{device_type} tensors run on {backend}")
     return backend, function
@@ -223,6 +254,22 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         request(before)
+
+
+@contextlib.contextmanager
+def use_launch(launch: Callable) -> Iterator[None]:
+    """Makes ops on CPU tensors run their launchers with `launch` within the block.
+
+    For what records launches or compares them: `launch` may as well start nothing.
+    """
+    before = dict(_chosen)
+    for name, launcher in triton.launchers.items():
+        _chosen[name, "cpu"] = "triton", functools.partial(launcher, launch)
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
 
 
 def backends() -> dict[str, dict[str, object]]:

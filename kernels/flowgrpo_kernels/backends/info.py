@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import compiled, dispatch
 
 
 def backend_info() -> dict[str, Any]:
     """Reports versions, devices and, for each type of device, which backend runs each op.
 
     Keys: requested (FLOWGRPO_KERNELS), versions, devices, backends {name: {"available", "reason"}},
-    ops {device type: {op: backend or "error: ..."}}. Starts no GPU work.
+    images [what serves each CUDA device compiled, or why nothing does], ops {device type: {op:
+    backend or "error: ..."}}. Starts no GPU work.
     """
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -33,6 +34,7 @@ def backend_info() -> dict[str, Any]:
         "versions": _versions(),
         "devices": _devices(),
         "backends": dispatch.backends(),
+        "images": compiled.serving(),
         "ops": ops,
     }
 

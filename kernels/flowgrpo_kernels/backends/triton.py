@@ -1,8 +1,10 @@
 """Triton: availability, launching, and the device functions that the kernels share.
 
 An op's file has its kernels and their launcher, which `launcher(name)` registers here; dispatch.py
-asks `find` for it. The device functions are the arithmetic of reference.py and philox.py, one to
-one; the tests compare bits. Prefixes: `o_` offsets, `b_` values of a block.
+asks `find` for it. A launcher takes as its first argument what launches: `launch` of this file, or
+that of compiled.py, which has the same kernels compiled ahead. The device functions are the
+arithmetic of reference.py and philox.py, one to one; the tests compare bits. Prefixes: `o_`
+offsets, `b_` values of a block.
 
 Layout of the work. A program handles one block of BLOCK = 4096 elements of one row, in four chunks
 of LANES = 1024: with 4 warps a thread owns 8 neighbouring elements of a chunk, which is one
@@ -29,6 +31,7 @@ ops must not differ in it. The kernels move bytes; the few extra instructions ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 
@@ -49,7 +52,11 @@ except ImportError as error:
 AVAILABLE = not WHY_NOT
 
 launchers: dict[str, Callable] = {}
-"""Op -> its launcher, which has the arguments and results of the op's reference."""
+"""Op -> its launcher: after `launch` the arguments of the op's reference, and its results."""
+
+specialised: dict[str, tuple[str, ...]] = {}
+"""Kernel -> arguments that choose its code by being a multiple of 16; dtypes and constants do too.
+"""
 
 # Options of every launch. 4 warps: see the module docstring.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -74,26 +81,34 @@ def interpreting() -> bool:
 
 
 def find(op: str, device_type: str) -> tuple[Callable | None, str]:
-    """(launcher, "") when Triton runs the op on this type of device, else (None, why not)."""
-    if op not in launchers:
+    """(function, "") when Triton runs the op on this type of device, else (None, why not)."""
+    if not AVAILABLE or op not in launchers:
         return None, WHY_NOT or f"there is no Triton kernel for {op}"
     if device_type != "cuda" and not interpreting():
         return None, f"Triton kernels run on cuda tensors, got {device_type}"
-    return launchers[op], ""
+    return functools.partial(launchers[op], launch), ""
 
 
 def status() -> tuple[bool, str]:
     """(whether there are kernels, how many ops have one or why none has)."""
-    if not launchers:
-        return False, WHY_NOT or "no Triton kernel is defined"
+    if not AVAILABLE:
+        return False, WHY_NOT
     return True, f"{len(launchers)} ops{' in the interpreter' if interpreting() else ''}"
+
+
+def launch(kernel, programs: int) -> Callable:
+    """Returns what launches `programs` programs: call it with the kernel's arguments."""
+    return kernel[(programs,)]
 
 
 def jit(function):
     """Decorates a kernel with triton.jit; without Triton the function stays as it is."""
+    names = arguments(function)
+    specialised[function.__name__] = tuple(
+        name for name in names if name in LATENTS or name == "elements"
+    )
     if not AVAILABLE:
         return function
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         function,
         do_not_specialize=[name for name in names if name in PLAIN],
@@ -103,12 +118,17 @@ def jit(function):
     )
 
 
+def arguments(kernel) -> tuple[str, ...]:
+    """Lists the names of a kernel's arguments; constants are written in capitals and come last."""
+    code = getattr(kernel, "fn", kernel).__code__
+    return code.co_varnames[: code.co_argcount]
+
+
 def launcher(op: str) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as the launcher of an op, where Triton is there."""
+    """Registers the decorated function as the launcher of an op."""
 
     def register(function: Callable) -> Callable:
-        if AVAILABLE:
-            launchers[op] = function
+        launchers[op] = function
         return function
 
     return register

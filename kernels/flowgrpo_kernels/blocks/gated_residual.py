@@ -38,7 +38,7 @@ gated_residual_op = dispatch.define(
     "(Tensor x, Tensor gate, Tensor y, Tensor? gate2, Tensor? y2) -> Tensor",
     reference.gated_residual,
     _fake,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 gated_residual_backward_op = dispatch.define(
@@ -46,7 +46,7 @@ gated_residual_backward_op = dispatch.define(
     "(Tensor grad, Tensor gate, Tensor? gate2, ScalarType dtype) -> (Tensor, Tensor)",
     reference.gated_residual_backward,
     _fake_backward,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 
@@ -118,7 +118,7 @@ def gated_residual_backward_kernel(
 
 
 @triton.launcher("gated_residual")
-def _launch(x, gate, y, gate2, y2):
+def _launch(launch, x, gate, y, gate2, y2):
     """One launch."""
     x, gate, y, gate2, y2 = map(rows.dense, (x, gate, y, gate2, y2))
     batch, tokens, width = x.shape
@@ -127,14 +127,14 @@ def _launch(x, gate, y, gate2, y2):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            gated_residual_kernel[(batch * tokens,)](
+            launch(gated_residual_kernel, batch * tokens)(
                 x, gate, y, gate2, y2, out, tokens, *steps, **sizes
             )
     return out
 
 
 @triton.launcher("gated_residual_backward")
-def _launch_backward(grad, gate, gate2, dtype):
+def _launch_backward(launch, grad, gate, gate2, dtype):
     """One launch."""
     grad, gate, gate2 = map(rows.dense, (grad, gate, gate2))
     batch, tokens, width = grad.shape
@@ -144,7 +144,7 @@ def _launch_backward(grad, gate, gate2, dtype):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(grad.device):
-            gated_residual_backward_kernel[(batch * tokens,)](
+            launch(gated_residual_backward_kernel, batch * tokens)(
                 grad, gate, gate2, dy, None if gate2 is None else dy2, tokens, *steps, **sizes
             )
     return dy, dy2

@@ -55,7 +55,7 @@ joint_heads_op = dispatch.define(
     f"({_STREAMS}, int heads, float eps) -> Tensor",
     reference.joint_heads,
     _fake,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 joint_heads_backward_op = dispatch.define(
@@ -63,7 +63,7 @@ joint_heads_backward_op = dispatch.define(
     f"(Tensor grad, {_STREAMS}, float eps) -> (Tensor, Tensor)",
     reference.joint_heads_backward,
     _fake_backward,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 
@@ -284,7 +284,7 @@ def launch_options(heads: int, size: int, steps: list[int]) -> dict[str, int | b
 
 
 @triton.launcher("joint_heads")
-def _launch(first, second, weight, weight2, cos, sin, heads, eps):
+def _launch(launch, first, second, weight, weight2, cos, sin, heads, eps):
     """One launch."""
     first, second = map(rows.dense, (first, second))
     constants = [v if v is None else v.contiguous() for v in (weight, weight2, cos, sin)]
@@ -296,14 +296,14 @@ def _launch(first, second, weight, weight2, cos, sin, heads, eps):
     sizes = launch_options(heads, width // heads, steps)
     if batch * tokens:
         with triton.on(first.device):
-            joint_heads_kernel[(batch * tokens,)](
+            launch(joint_heads_kernel, batch * tokens)(
                 first, second, *constants, out, tokens, count, eps, *steps, **sizes
             )
     return out
 
 
 @triton.launcher("joint_heads_backward")
-def _launch_backward(grad, first, second, weight, weight2, cos, sin, eps):
+def _launch_backward(launch, grad, first, second, weight, weight2, cos, sin, eps):
     """One launch."""
     grad, first, second = map(rows.dense, (grad, first, second))
     constants = [v if v is None else v.contiguous() for v in (weight, weight2, cos, sin)]
@@ -314,7 +314,7 @@ def _launch_backward(grad, first, second, weight, weight2, cos, sin, eps):
     sizes = launch_options(heads, size, steps)
     if batch * tokens:
         with triton.on(first.device):
-            joint_heads_backward_kernel[(batch * tokens,)](
+            launch(joint_heads_backward_kernel, batch * tokens)(
                 grad, first, second, *constants, d_first, None if second is None else d_second,
                 tokens, first.shape[1], eps, *steps, **sizes,
             )  # fmt: skip

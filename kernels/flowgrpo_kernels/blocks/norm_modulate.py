@@ -54,7 +54,7 @@ norm_modulate_op = dispatch.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.norm_modulate,
     _fake,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 norm_modulate_backward_op = dispatch.define(
@@ -63,7 +63,7 @@ norm_modulate_backward_op = dispatch.define(
     " -> Tensor",
     reference.norm_modulate_backward,
     _fake_backward,
-    backends=("triton",),
+    backends=dispatch.LAUNCHED,
     any_strides=True,
 )
 
@@ -168,7 +168,7 @@ def norm_modulate_backward_kernel(
 
 
 @triton.launcher("norm_modulate")
-def _launch(x, scale, shift, scale2, shift2, eps, stats):
+def _launch(launch, x, scale, shift, scale2, shift2, eps, stats):
     """One launch."""
     x, scale, shift, scale2, shift2 = map(rows.dense, (x, scale, shift, scale2, shift2))
     batch, tokens, width = x.shape
@@ -180,7 +180,7 @@ def _launch(x, scale, shift, scale2, shift2, eps, stats):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            norm_modulate_kernel[(batch * tokens,)](
+            launch(norm_modulate_kernel, batch * tokens)(
                 x, scale, shift, scale2, shift2, y, None if scale2 is None else y2,
                 mean if stats else None, rstd if stats else None, tokens, eps, *steps, **sizes,
             )  # fmt: skip
@@ -188,7 +188,7 @@ def _launch(x, scale, shift, scale2, shift2, eps, stats):
 
 
 @triton.launcher("norm_modulate_backward")
-def _launch_backward(dy, dy2, x, scale, scale2, mean, rstd):
+def _launch_backward(launch, dy, dy2, x, scale, scale2, mean, rstd):
     """One launch."""
     dy, dy2, x, scale, scale2 = map(rows.dense, (dy, dy2, x, scale, scale2))
     batch, tokens, width = x.shape
@@ -197,7 +197,7 @@ def _launch_backward(dy, dy2, x, scale, scale2, mean, rstd):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            norm_modulate_backward_kernel[(batch * tokens,)](
+            launch(norm_modulate_backward_kernel, batch * tokens)(
                 dy, dy2, x, scale, scale2, mean, rstd, dx, tokens, *steps, **sizes
             )
     return dx

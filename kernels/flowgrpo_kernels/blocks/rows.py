@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends.triton import AVAILABLE, narrow, pair_tree, tl, triton
+from ..backends.triton import AVAILABLE, arguments, narrow, pair_tree, specialised, tl, triton
 from .reference import lanes
 
 MAX_WIDTH = 8192
@@ -26,9 +26,10 @@ MAX_WIDTH = 8192
 
 def jit(function):
     """Decorates a kernel with triton.jit; no integer is specialised, so none chooses the code."""
+    names = arguments(function)
+    specialised[function.__name__] = tuple(name for name in names if name.endswith("_ptr"))
     if not AVAILABLE:
         return function
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
     plain = [name for name in names if not name.endswith("_ptr") and not name.isupper()]
     return triton.jit(function, do_not_specialize=plain)
 

@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_the_dealing(gpus):
     one, many = (
         plan.expected_memory(config, plan.sizes_of(config.policy.model), n) for n in (1, gpus)
     )
-    rows = max(len(d.own) for d in dealings)
+    rows = max(len(d.own_rows) for d in dealings)
     assert many["trajectory"] == pytest.approx(one["trajectory"] * rows / sample.rows)
     assert many["total"] < one["total"]
 

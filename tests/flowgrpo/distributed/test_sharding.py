@@ -122,12 +122,48 @@ def test_adapters_over_pieces(tmp_path):
     bits = {}
     for size in (1, 2, 4):
         out = tmp_path / f"run-{size}"
-        config = processes.make(tmp_path, **changes, **{"run.out": str(out)})
+        # Four have two copies of two pieces.
+        changes |= {"run.out": str(out), "run.shard_size": 2 if size == 4 else 0}
+        config = processes.make(tmp_path, **changes)
         rank_processes.run(tmp_path / f"ranks-{size}", size, processes.run, config)
         last = checkpoints.latest(out)
         bits[size] = (processes.untimed(out / "metrics.jsonl"), processes.bits_of(last))
         assert [line["max_ratio_error"] for line in train_lines(out)] == [0.0, 0.0]
     assert bits[1] == bits[2] == bits[4]
+
+
+@pytest.mark.slow
+def test_an_old_policy_of_pieces(tmp_path):
+    """nft, whose rollouts are an old policy's, and the KL of evaluations: as in one process."""
+    changes = {**FULL, "optim.objective": "nft", "optim.kl": "std_dev", "run.steps": 2}
+    changes |= {"optim.old_decay_rise": 0.2, "run.eval_kl": 0.7, "run.eval_prompts": 5}
+    one = processes.make(tmp_path, **changes)
+    processes.Fork(tmp_path / "log", processes.run, one).wait()
+    two = replace(one, **FSDP, **{"run.out": str(tmp_path / "two")})
+    rank_processes.run(tmp_path / "ranks", 2, processes.run, two)
+    check_same_weights(weights(two.out_dir), weights(one.out_dir))
+    last = [checkpoints.load(checkpoints.latest(c.out_dir), "old") for c in (one, two)]
+    check_same_weights(*last)
+    ends = [processes.untimed(c.out_dir / "metrics.jsonl")[-1] for c in (one, two)]
+    assert ends[0]["images"] == ends[1]["images"] == 5
+    assert ends[1]["kl"] == pytest.approx(ends[0]["kl"], rel=1e-3) and ends[0]["kl"] > 0
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_one_process(tmp_path):
+    """All end with its sentence, and the iterations before are saved, in pieces, by all."""
+    changes = {
+        **FULL,
+        **FSDP,
+        "reward.weights": {"support.rank_processes:red_until_rank_one_errs": 1.0},
+    }
+    config = processes.make(tmp_path, **changes)
+    forks = rank_processes.start(tmp_path / "two", 2, rank_processes.run_watched, config)
+    for fork in forks:
+        assert "one score an image" in fork.wait(code=1)
+    last = checkpoints.latest(config.out_dir)
+    assert checkpoints.is_sharded(last) and checkpoints.read_state(last)["iteration"] == 1
+    checkpoints.verify(last)
 
 
 def fields(config: Config) -> tuple:

@@ -39,10 +39,10 @@ def weigh(rewards, config):
     return gains, weights * gains.exp()
 
 
-def micro_steps(config):
+def micro_steps(config, rows):
     return [
-        (rows, range(level, level + 1))
-        for rows in chunks(config.sample.rows, config.sample.batch_size)
+        (chunk, range(level, level + 1))
+        for chunk in chunks(rows, config.sample.batch_size)
         for level in range(len(LEVELS))
     ]
 

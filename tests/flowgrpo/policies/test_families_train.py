@@ -1,4 +1,4 @@
-"""Tiny SD3 and FLUX pipelines go through train, resume, evaluate, sample and back to diffusers."""
+"""Tiny pipelines of each family: train, resume, evaluate, sample, and back to diffusers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from support import setups
 FAMILIES = {
     "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
     "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
+    "qwen": ("qwen_model", {"sample.guidance_scale": 4.0}),
 }
 COMMON = {
     "policy.lora_targets": None,
@@ -46,9 +47,12 @@ COMMON = {
     "run.eval_prompts": 2,
     "run.eval_samples": 2,
 }
-LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3}
+LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12}
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
 block."""
+
+
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -143,15 +147,20 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    flux = trained.family == "flux"
+    # Qwen-Image's second tensor is a mask.
+    pooled, negative, guidance = {
+        "sd3": (*POOLED, {"guidance_scale": scale}),
+        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
+    }[trained.family]
     arguments = {
         "prompt_embeds": text.embeds,
-        "pooled_prompt_embeds": text.pooled,
+        pooled: text.pooled,
         "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        "negative_pooled_prompt_embeds": uncond.pooled.expand(3, -1),
+        negative: uncond.pooled.expand(3, -1),
         "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
         "num_inference_steps": 6,
-        **({"guidance_scale": 2.5, "true_cfg_scale": scale} if flux else {"guidance_scale": scale}),
+        **guidance,
         "height": 16,
         "width": 16,
         "output_type": "latent",

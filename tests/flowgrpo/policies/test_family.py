@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 from diffusers.models import attention, normalization
-from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 
 from flowgrpo.policies.families import FAMILIES, family_of
 from flowgrpo.policies.family import Family, import_hook
@@ -20,8 +20,8 @@ from flowgrpo.policies.family import Family, import_hook
 ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
-HOMES = [TRAINER / "policies" / "sd3", TRAINER / "policies" / "flux", TRAINER / "nano"]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint)[A-Z]\w*"
+HOMES = [*(TRAINER / "policies" / name for name in ("sd3", "flux", "qwen")), TRAINER / "nano"]
+PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint|QwenImage|QwenDouble)[A-Z]\w*"
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -79,7 +79,7 @@ def test_what_a_record_names_is_there(name):
     """Hooks import, classes are the library's, blocks and norms those of its version here."""
     family = FAMILIES[name]
     assert family.pipeline == name
-    for hook in ("policy", "positions", "attention_processors", "fused_blocks"):
+    for hook in ("policy", "positions", "attention_processors", "fused_blocks", "guide"):
         assert not getattr(family, hook) or import_hook(getattr(family, hook))
     pipeline, transformer = map(family.load_class, (family.pipeline, family.transformer))
     assert issubclass(pipeline, diffusers.DiffusionPipeline)
@@ -87,7 +87,8 @@ def test_what_a_record_names_is_there(name):
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
     for block in family.modulation.blocks:
-        assert hasattr(attention, block) or hasattr(transformer_flux, block), block
+        homes = (attention, transformer_flux, transformer_qwenimage)
+        assert any(hasattr(home, block) for home in homes), block
     for norm in family.modulation.norms:
         assert hasattr(normalization, norm), norm
 

@@ -31,9 +31,10 @@ def sample_of(policy, rows):
 def spoil(transformer):
     """No forward can compute constants any more without being found out."""
     with torch.no_grad():
-        for norm in modulation.norms(transformer, family_of(transformer).modulation):
-            norm.linear.weight.fill_(torch.nan)
-        for name in ("time_text_embed", "context_embedder"):
+        names = family_of(transformer).modulation
+        for _, linear in modulation.layers(transformer, names):
+            linear.weight.fill_(torch.nan)
+        for name in (names.time, names.text):
             for parameter in getattr(transformer, name).parameters():
                 parameter.fill_(torch.nan)
 

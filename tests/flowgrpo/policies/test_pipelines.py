@@ -76,7 +76,8 @@ def without(*names):
             lambda f: (f / "model_index.json").write_text(
                 json.dumps({"_class_name": "SanaPipeline"})
             ),
-            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline is expected",
+            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline, "
+            "QwenImagePipeline is expected",
         ),
         (
             lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),

@@ -93,13 +93,12 @@ def test_the_table_has_the_rewrites_in_their_order():
     for number, code in zip(steps[::2], steps[1::2], strict=True):
         _, where, *_ = TABLE[number]
         assert where[0].lower() + where[1:] in code, where
-    later = {
-        "6": lora.install,
-        "7": surgery.recompute,
-        "8": split_forward.install,
-        "9": sharding.shard,
-    }
-    for number, function in later.items():
+    for number, function in (
+        ("6", lora.install),
+        ("7", surgery.recompute),
+        ("8", split_forward.install),
+        ("9", sharding.shard),
+    ):
         assert TABLE[number][1].rpartition(".")[2] == function.__name__
 
 

@@ -133,6 +133,24 @@ def test_the_thread_ends_with_its_worker():
     assert gone() is None and not thread.is_alive()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_waits_where_it_is_asked_to(scorer, late):
+    """A process whose forwards the others need samples to the end of its rollout."""
+    thread = RewardThread(CPU, 2)
+    scoring = BackgroundScoring(scorer(lambda i, p, m: [1.0]), PROMPTS, 6, thread, late=late)
+    scoring.add(IMAGES[:6])
+    (future,) = scoring._running
+    assert isinstance(future.exception(10), rewards.RewardError)
+    if not late:
+        with pytest.raises(rewards.RewardError, match="one score an image"):
+            scoring.add(IMAGES[6:12])
+        return
+    for start in (6, 12, 18):
+        scoring.add(IMAGES[start : start + 6])
+    with pytest.raises(rewards.RewardError, match="one score an image"):
+        scoring.rewards()
+
+
 def test_missing_images_are_noticed(scorer):
     scoring = BackgroundScoring(scorer(lambda i, p, m: [1.0] * len(i)), PROMPTS, 6)
     scoring.add(IMAGES[:15])

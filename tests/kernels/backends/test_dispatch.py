@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowgrpo_kernels import backend_info, flow_sde, initial_noise, reference, sde_step
-from flowgrpo_kernels.backends import dispatch, native, triton
+from flowgrpo_kernels.backends import compiled, dispatch, native, triton
 from support import torch_fork
 from support.kernels import oracle
 
@@ -62,8 +62,7 @@ def test_every_op_has_what_its_table_says():
     for op in dispatch.OPS.values():
         assert op.reference.__name__ == op.name and op.backends[-1] == "reference"
         assert dispatch.op(op.name).name() == f"{dispatch.NAMESPACE}::{op.name}"
-    if triton.AVAILABLE:
-        assert set(triton.launchers) == set(dispatch.OPS)
+    assert set(triton.launchers) == set(dispatch.OPS)
     for order in (*dispatch.ORDER.values(), dispatch.OTHER_DEVICES):
         assert order[-1] == "reference" and set(order) <= set(dispatch.CHOICES)
 
@@ -77,7 +76,8 @@ def backend(why: str, function=None) -> SimpleNamespace:
 
 
 def test_a_new_backend_takes_its_place_in_the_order(caplog, monkeypatch):
-    """Takes the first of the order that runs an op; those before it make a warning."""
+    """Takes the first of the order that runs an op and names those before it; a warning of the
+    reference alone."""
 
     def doubled(seeds, shape, dtype):
         return 2 * reference.initial_noise(seeds, shape, dtype)
@@ -88,7 +88,7 @@ def test_a_new_backend_takes_its_place_in_the_order(caplog, monkeypatch):
     op = dispatch.OPS["initial_noise"]
     plain = reference.initial_noise(B.seeds, [5], torch.float32)
     for names, factor, record in (
-        (("absent", "second"), 2, ("WARNING", "fall back to second: there is no such library")),
+        (("absent", "second"), 2, ("INFO", "run on second: there is no such library")),
         (("second",), 2, ("INFO", "run on second")),
         (("absent",), 1, ("WARNING", "fall back to the PyTorch reference: there is no")),
         ((), 1, ("INFO", "run on reference")),
@@ -102,3 +102,27 @@ def test_a_new_backend_takes_its_place_in_the_order(caplog, monkeypatch):
         (line,) = caplog.records
         assert line.levelname == record[0] and record[1] in line.getMessage()
     assert backend_info()["backends"]["absent"]["reason"] == "there is no such library"
+
+
+def test_a_call_without_code_goes_to_the_next_backend(caplog, monkeypatch):
+    """A backend that has no code for a call: the next one runs it, unless that one was demanded."""
+
+    def unserved(seeds, shape, dtype):
+        raise compiled.Unserved("rows of 5 are odd")
+
+    monkeypatch.setitem(dispatch.BACKENDS, "some", backend("", unserved))
+    monkeypatch.setattr(dispatch, "CHOICES", (*dispatch.CHOICES, "some"))
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("some", "reference"))
+    op = dispatch.OPS["initial_noise"]
+    known = dispatch.Op(op.name, op.schema, op.reference, ("some", "reference"))
+    monkeypatch.setitem(dispatch.OPS, op.name, known)
+    dispatch.log_once.cache_clear()
+    with caplog.at_level("INFO", "flowgrpo_kernels"), dispatch.use_backend("auto"):
+        for _ in range(2):
+            noise = initial_noise(B.seeds, (5,))
+    assert torch.equal(noise, reference.initial_noise(B.seeds, [5], torch.float32))
+    first, second = caplog.records
+    assert first.getMessage() == "cpu tensors run on some" and second.levelname == "WARNING"
+    assert "initial_noise on cpu also runs on reference: rows of 5 are odd" in second.getMessage()
+    with dispatch.use_backend("some"), pytest.raises(RuntimeError, match="rows of 5 are odd; use"):
+        initial_noise(B.seeds, (5,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flowgrpo_kernels.aot import table
 from flowgrpo_kernels.backends import dispatch
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 from support.kernels import block_cases as cases
@@ -91,6 +92,36 @@ def test_captured():
         graph.replay()
         expected = micro_step(v, x)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("model", table.MODELS)
+@pytest.mark.parametrize("dtype", table.BLOCK_DTYPES, ids=str)
+def test_compiled_gives_the_bits_of_triton(model, dtype):
+    """The blocks of the models that are shipped compiled; nothing falls back in between."""
+    state = dispatch.backends()["compiled"]
+    if not state["available"]:
+        pytest.skip(state["reason"])
+    width, heads, dual, rotary = table.MODELS[model]
+    x, y, y2 = torch.randn(3, 2, 37, width, device="cuda").to(dtype)
+    rows = torch.randn(4, 2, width, device="cuda").to(dtype)
+    weight = torch.randn(width // heads, device="cuda").to(dtype)
+    angle = torch.randn(74, width // heads // 2, device="cuda").repeat_interleave(2, 1)
+
+    def run():
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        normed = norm_modulate(a, rows[0], rows[1], second=(rows[2], rows[3]) if dual else None)
+        gated = gated_residual(a, rows[0], b, second=(rows[1], y2) if dual else None)
+        joined = joint_heads(
+            (a, b), (weight, weight), heads=heads,
+            rotary=(angle.cos(), angle.sin()) if rotary else None,
+        )  # fmt: skip
+        outputs = [*(normed if dual else (normed,)), gated, joined]
+        grads = torch.autograd.grad(outputs, (a, b), [torch.ones_like(o) for o in outputs])
+        return [*outputs, *grads]
+
+    with dispatch.use_backend("compiled"):
+        mine = run()
+    assert all(torch.equal(one, two) for one, two in zip(mine, run(), strict=True))
 
 
 def test_nothing_recompiles():

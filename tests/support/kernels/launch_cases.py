@@ -137,13 +137,13 @@ def block(op, batch=2, tokens=3, attention=False):
     return lambda: torch.autograd.grad(block_cases.ours(op, v), inputs, given)
 
 
-def unallocated(rows, elements):
+def unallocated(rows, elements, launch=triton.launch):
     """The launcher of sde_step on rows that take no memory."""
     b = batch(rows)
     v, x = (z.flatten()[:1].expand(rows, elements) for z in (b.velocity, b.sample))
     step, lp = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
-    launch, table = triton.launchers["sde_step"], TRANSITIONS.table
-    return lambda: launch(v, None, 1.0, x, table, step, b.seeds, None, x, lp)
+    launcher, table = triton.launchers["sde_step"], TRANSITIONS.table
+    return lambda: launcher(launch, v, None, 1.0, x, table, step, b.seeds, None, x, lp)
 
 
 def noise(seeds):
