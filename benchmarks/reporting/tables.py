@@ -1,6 +1,7 @@
 """Tables of the records as pages of Markdown beside them.
 
-    python benchmarks tables            # write results/compile.md and results/kernels-memory-cpu.md
+    python benchmarks tables            # write compile.md and kernels-memory-cpu.md in results, and
+                                        # the studies' tables in README.md (studies.py)
     python benchmarks tables --check    # exit with 1 where a page differs from its record
 
 bench_compile.py writes its page itself.
@@ -12,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from reporting import records
+from reporting import records, studies
 
 # The type pairs that a trainer meets: float32 throughout, and a 16-bit model.
 PAIRS = ("fp32/fp32", "bf16/fp32", "bf16/bf16")
@@ -96,11 +97,12 @@ def write(name: str) -> Path:
 def outdated() -> list[str]:
     """Names of the pages that differ from their records."""
     paths = {name: records.RESULTS / name for name in PAGES}
-    return [
+    names = [
         name
         for name, path in paths.items()
         if not path.exists() or path.read_text(encoding="utf-8") != PAGES[name]()
     ]
+    return names if studies.is_current(markdown) else [*names, studies.README.name]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,4 +116,5 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(names))
     for name in PAGES:
         print(f"wrote {write(name)}")
+    print(f"wrote {studies.write(markdown)}")
     return 0
