@@ -10,7 +10,7 @@ launch says nothing here.
     cold start   seconds and work of the first sde_step, and of the first grpo_loss with its
                  gradient, in a process that has imported everything: an empty cache of Triton's
                  against the packs. JIT: kernels compiled, and its launcher in C.
-    host         microseconds of a launch of sde_step's kernel with 14 arguments, called again and
+    host         microseconds of a launch of sde_step's kernel with 16 arguments, called again and
                  again, and of the op around it; `ctypes`: without the native library.
 
 Needs cc, Python's headers and Triton.
@@ -127,9 +127,11 @@ def host_times(library: Path) -> dict[str, dict[str, float]]:
     sums = torch.empty(ROWS * 16)
     args = (
         b["velocity"], b["uncond"], b["sample"], None, b["next"], sums, transitions.table, step,
-        b["seeds"], 4.5, 65536, transitions.num_steps, 0, 16,
+        b["seeds"], None, None, 4.5, 65536, transitions.num_steps, 0, 16,
     )  # fmt: skip
-    constants = dict(ALIGN=16, GUIDED=True, NOISE="seeds", SINGLE=False, **triton.LAUNCH)
+    constants = dict(
+        ALIGN=16, GUIDED=True, NOISE="seeds", SINGLE=False, MEAN=False, X0=False, **triton.LAUNCH
+    )
     times: dict[str, dict[str, list[float]]] = {"launch": {}, "sde_step": {}}
 
     def kernel(launch) -> None:

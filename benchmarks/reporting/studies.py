@@ -52,10 +52,12 @@ class Study:
         accuracies = [100 * row["value"] for row in seeds]
         return f"{min(accuracies):.1f} to {max(accuracies):.1f}"
 
-    def held(self, case: str, arm: str) -> str:
+    def quality(self, case: str, arm: str) -> str:
         """Say if the quality figures stayed within their tolerances, in how many seeds."""
         row = self.row(case, arm, "quality_held")
-        outside = ", ".join(f"{n.removeprefix('quality: ')} in {c}" for n, c in row["outside"].items())
+        outside = ", ".join(
+            f"{n.removeprefix('quality: ')} in {c}" for n, c in row["outside"].items()
+        )
         return "yes" if row["value"] == 1 else f"no: {outside}"
 
 
@@ -63,7 +65,14 @@ def methods() -> tuple[list[str], list[list[str]]]:
     """Methods at equal images and at equal seconds."""
     study = Study("methods")
     images, seconds = study.budgets["images"], study.budgets["seconds"]
-    head = ["", f"after {images:,} images", ALL_SEEDS, "seconds", f"after {seconds:.0f} s", "quality held"]
+    head = [
+        "",
+        f"after {images:,} images",
+        ALL_SEEDS,
+        "seconds",
+        f"after {seconds:.0f} s",
+        "quality held",
+    ]
     base = ["base", study.accuracy("start", "base"), *["-"] * 4]
     lines = [
         [
@@ -72,7 +81,7 @@ def methods() -> tuple[list[str], list[list[str]]]:
             study.seeds("images", arm),
             f"{study.value('images', arm, 'seconds'):.0f}",
             study.accuracy("seconds", arm),
-            study.held("images", arm),
+            study.quality("images", arm),
         ]
         for arm in study.arms
     ]
@@ -93,7 +102,7 @@ def kl() -> tuple[list[str], list[list[str]]]:
             study.seeds("images", arm),
             f"{100 * study.value('images', arm, size) / smallest:.0f}",
             f"{study.value('images', arm, diversity):.3f}",
-            study.held("images", arm),
+            study.quality("images", arm),
             f"{study.value('images', arm, 'kl'):.2f}",
         ]
         for arm in study.arms

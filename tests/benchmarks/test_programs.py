@@ -45,4 +45,4 @@ def test_no_module_changes_the_import_path():
     """Python puts the folder on the path of its scripts, pyproject.toml on that of the tests."""
     for path in BENCHMARKS.rglob("*.py"):
         assert "sys.path" not in path.read_text(encoding="utf-8"), path
-    assert len(SUITES) == 9
+    assert len(SUITES) == 10
