@@ -553,7 +553,7 @@ def other_prompts(drill: Drill) -> str:
     """The same path, and for each rank another file."""
     there = drill.folder / "elsewhere"
     there.mkdir()
-    text = "one red circle\ntwo blue squares\nthree red circles\n"
+    text = "one red circle\ntwo blue squares\nthree red circles\none blue star\n"
     (drill.folder / "prompts.txt").write_text(text)
     (there / "prompts.txt").write_text(text.replace("three", "four"))
     path = {"sample.prompts": "/proc/self/cwd/prompts.txt"}
