@@ -145,7 +145,15 @@ class Monitor:
             now = content.content_of(config, policy, monitor.evaluation_set, monitor.scorer.rewards)
         world.check_same(
             "what the run is computed from",
-            {**now["prompts"], **now["model"], **now["rewards"], **now["code"]},
+            {
+                **now["prompts"],
+                **now["model"],
+                **now["rewards"],
+                **now["code"],
+                # What "auto" has become may depend on the machine.
+                "the dtype": str(policy.dtype),
+                "the kind of device": policy.device.type,
+            },
             "give all processes the same files",
         )
         with world.together():

@@ -11,6 +11,7 @@ environment that a launcher would give it, and ends as a process does that Pytho
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -56,9 +57,11 @@ class Ranks:
         return [fork.process.exitcode for fork in self.forks.values()]
 
     def outputs(self) -> list[str]:
-        """What each rank has printed so far."""
+        """What each rank has printed so far, without what torch's store says of one that is gone."""
         logs = [fork.log for fork in self.forks.values()]
-        return [log.read_text() if log.exists() else "" for log in logs]
+        texts = [log.read_text() if log.exists() else "" for log in logs]
+        warning = re.compile(r"\[rank\d+\]:\[W.*?(?:\n\n|\Z)", re.DOTALL)
+        return [warning.sub("", text) for text in texts]
 
     def wait(self, code: int = 0) -> list[str]:
         """Wait for the end, check the exit codes, and return the outputs."""

@@ -90,7 +90,10 @@ def parts(config: Config, spread: float = 0.1) -> train.Components:
 def update(made: train.Components, experience: Experience, config: Config) -> dict:
     """The metrics of one update by `experience`."""
     inputs = (made.schedule, made.state, made.micro_step, experience, config)
-    return updates.update(*inputs, dealing=made.dealing)
+    count = len(made.objective.micro_steps(config, config.sample.rows))
+    # That of `made` is of other micro-steps where `config` is another.
+    same = count == sum(map(len, made.dealing.order))
+    return updates.update(*inputs, dealing=made.dealing if same else None)
 
 
 def experience(made: train.Components, config: Config) -> Experience:

@@ -159,6 +159,15 @@ def other_versions(config: Config) -> None:
     train(config)
 
 
+def other_cpu(config: Config) -> None:
+    """`train` with fast bfloat16 in rank 1 alone, so that "auto" is another type there."""
+    import torch
+
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        setattr(torch.cpu, name, lambda: os.environ["RANK"] == "1")
+    train(config)
+
+
 def elsewhere(config: Config, folders: list[Path]) -> None:
     """`train` in a working directory of each rank's own."""
     os.chdir(folders[int(os.environ["RANK"])])
@@ -177,6 +186,10 @@ def test_ranks_that_are_not_alike_are_refused_and_the_field_is_named(tmp_path):
     cases = {
         "optim.lr is 0.01 in rank 0 and 0.5 in rank 1": (other_rate, config),
         "the version of torch is": (other_versions, config),
+        "the dtype is 'torch.float32' in rank 0 and 'torch.bfloat16' in rank 1": (
+            other_cpu,
+            replace(config, **{"policy.dtype": "auto"}),
+        ),
         "training is": (elsewhere, of_each, folders),
     }
     started = {

@@ -92,15 +92,17 @@ def test_a_short_last_chunk_keeps_the_rows_of_an_update(pixel_model, tmp_path):
     policy, rows = parts.policy, []
     positions = torch.tensor([[1] * 4 + [3] * 4, [2] * 4 + [4] * 4])
 
+    seeds, table = torch.arange(8), table_rows(positions, config.sample.steps)
+
     def run():
         return shared_prefix.rollout_shared_prefix(
             policy,
             policy.encode(setups.TEXTS[:2]),
             parts.schedule,
-            table_rows(positions, config.sample.steps),
+            table,
             groups=torch.arange(8) // 4,
-            seeds=torch.arange(8),
-            noise_seeds=torch.arange(8) // 4,
+            seeds=seeds,
+            leaders=shared_prefix.Leaders.of(table, positions, seeds, seeds // 4, 4),
             batch_size=3,
             trained_steps=positions,
         )
