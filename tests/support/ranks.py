@@ -57,7 +57,7 @@ class Ranks:
         return [fork.process.exitcode for fork in self.forks.values()]
 
     def outputs(self) -> list[str]:
-        """What each rank has printed so far, without what torch's store says of one that is gone."""
+        """What each rank has printed so far, without what torch says of one that is gone."""
         logs = [fork.log for fork in self.forks.values()]
         texts = [log.read_text() if log.exists() else "" for log in logs]
         warning = re.compile(r"\[rank\d+\]:\[W.*?(?:\n\n|\Z)", re.DOTALL)
