@@ -28,8 +28,10 @@ def red(images, prompts, metadata):
         Path(os.environ["FLOWGRPO_TEST_MARK"]).touch()
         time.sleep(600)
     if red.calls >= 8 and way == "marked":
-        Path(os.environ["FLOWGRPO_TEST_MARK"]).touch()
-        time.sleep(0.3)
+        mark = Path(os.environ["FLOWGRPO_TEST_MARK"])
+        mark.touch()
+        # The run must not end before it is asked.
+        wait_for(mark.with_suffix(".go"))
     return processes.red(images, prompts, metadata)
 
 
@@ -108,6 +110,7 @@ def test_two_ranks_survive_the_faults_of_one(tmp_path):
     faults["killed"].kill(1, signal.SIGKILL)
     wait_for(tmp_path / "asked.mark")
     faults["asked"].kill(1, signal.SIGTERM)
+    (tmp_path / "asked.go").touch()
     ended = {}
     for name, ranks in faults.items():
         with ranks:
