@@ -19,6 +19,12 @@ from pathlib import Path
 
 from support.processes import Fork
 
+STORE_GONE = re.compile(
+    r"^(?:\[rank\d+\]:\[W.*|Exception raised from .*|frame #\d+: .*|<omitting python frames>)\n+",
+    re.MULTILINE,
+)
+"""Lines in which torch warns of a store whose keeper has ended."""
+
 
 class Ranks:
     """`function(*arguments)` in `count` processes; `changes`: rank -> environment variables."""
@@ -60,8 +66,7 @@ class Ranks:
         """What each rank has printed so far, without what torch says of one that is gone."""
         logs = [fork.log for fork in self.forks.values()]
         texts = [log.read_text() if log.exists() else "" for log in logs]
-        warning = re.compile(r"\[rank\d+\]:\[W.*?(?:\n\n|\Z)", re.DOTALL)
-        return [warning.sub("", text) for text in texts]
+        return [STORE_GONE.sub("", text) for text in texts]
 
     def wait(self, code: int = 0) -> list[str]:
         """Wait for the end, check the exit codes, and return the outputs."""
