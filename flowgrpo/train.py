@@ -188,7 +188,6 @@ def setup(
     `pipeline` and `encode` are those of `run`.
     """
     world = join(config.run.rank_timeout)
-    config = settle_resume(config, world)
     check_processes(world, config)
     with world.together():
         return _setup(config, pipeline, encode, world)

@@ -78,7 +78,6 @@ class GradientSum:
         self.fixed, self.tree = fixed, tree
         self._parts: list[tuple[Node, Values]] = []
         self._extra: Values | None = None
-        self._added = 0
         # One leaf in one process: its gradients are the sum.
         self._alone = summed or (not world.joined and (dealing.leaves == 1 or not tree))
 
