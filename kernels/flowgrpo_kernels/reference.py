@@ -372,11 +372,10 @@ def log_prob_backward(
     uncond_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Computes the gradients of sum(grad * log_prob), grad [B], in velocity and uncond_velocity."""
-    c = coefficients(table, step, compute_dtype(sample))
-    _, d = _residual(velocity, uncond_velocity, guidance_scale, sample, prev_sample, c)
-    scale = over(grad.to(d.dtype) * (2 * (c.k * c.B)), d.shape[1])
-    dv = _term(scale, d)
-    return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
+    return log_prob_mean_backward(
+        grad, None, None, velocity, uncond_velocity, guidance_scale, sample, prev_sample, table,
+        step, uncond_grad,
+    )  # fmt: skip
 
 
 def _weighted_mean(weight: Tensor | None, values: Tensor) -> Tensor:
