@@ -46,6 +46,8 @@ PATIENCE = 15.0
 """run.rank_timeout of the cases in which a rank does not come, in seconds."""
 START = 60.0
 """Seconds that a start and an end may take beside it, on a machine with other work."""
+PAUSE = 8.0
+"""Seconds for which a reward waits, in an iteration, for what is to happen to its process."""
 RANKS = 2
 AGAIN = ("going on", "the end")
 
@@ -65,9 +67,18 @@ def score(images: Any, prompts: list[str], metadata: list[dict]) -> Any:
             return [1.0]
         if way == "exit":
             raise SystemExit("the drill's reward has enough")
+        pause = pause_of(Path(os.environ[WATCHED]).parent)
+        if way == "pause" and os.environ["RANK"] == "1" and not pause.exists():
+            pause.touch()
+            time.sleep(PAUSE)
         if (way == "hang" and not in_main) or (way == "hang in an evaluation" and in_main):
             time.sleep(3600)
     return (255 - images.float().mean((1, 2, 3))) / 255
+
+
+def pause_of(run: Path) -> Path:
+    """Name the file beside the folder of a run that is there once rank 1 waits in an iteration."""
+    return run.with_name(f"{run.name}.pause")
 
 
 def lines_of(metrics: Path, kind: str) -> int:
@@ -415,8 +426,9 @@ class Drill:
         call += ["train", "--run.resume", str(config.out_dir)]
         call += ["--run.rank_timeout", str(PATIENCE + START)]
         environment = dict(os.environ)
-        if name.endswith("reward"):
-            environment |= {WAY: "exit", WATCHED: str(config.out_dir / "metrics.jsonl")}
+        if act is not nothing or name.endswith("reward"):
+            way = "pause" if act is not nothing else "exit"
+            environment |= {WAY: way, WATCHED: str(config.out_dir / "metrics.jsonl")}
         with open(log, "w") as file:
             launcher = subprocess.Popen(call, stdout=file, stderr=file, env=environment)
             try:
@@ -491,20 +503,20 @@ def workers_of(launcher: subprocess.Popen) -> dict[int, int]:
     return pids
 
 
-def second_iteration(config: Config) -> None:
-    """Wait for the line of the second iteration."""
-    begin, metrics = time.monotonic(), config.out_dir / "metrics.jsonl"
-    while lines_of(metrics, "train") < 2 and time.monotonic() - begin < 4 * START:
+def in_an_iteration(config: Config) -> None:
+    """Wait until rank 1 waits in an iteration."""
+    begin = time.monotonic()
+    while not pause_of(config.out_dir).exists() and time.monotonic() - begin < 4 * START:
         time.sleep(0.01)
 
 
 def kill_worker(launcher: subprocess.Popen, log: Path, config: Config) -> None:
-    second_iteration(config)
+    in_an_iteration(config)
     os.kill(workers_of(launcher)[1], signal.SIGKILL)
 
 
 def stop_launcher(launcher: subprocess.Popen, log: Path, config: Config) -> None:
-    second_iteration(config)
+    in_an_iteration(config)
     launcher.terminate()
 
 
