@@ -272,9 +272,12 @@ def _load_files(
         return cls.from_pretrained(folder, torch_dtype=dtypes, **absent, **chosen)
 
 
-def place(pipeline: Any, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
-    """Freeze the pipeline's models and move all but those in `stay` to `device`."""
-    for component in pipeline.components.values():
+def place(source: Pipeline, device: torch.device, stay: Sequence[nn.Module | None] = ()) -> None:
+    """Freeze the pipeline's models and move all to `device` but those in `stay`, and the
+    transformer where it stays on the host (`Pipeline.on_host`)."""
+    if source.on_host:
+        stay = [*stay, source.pipeline.transformer]
+    for component in source.pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
             if not any(component is other for other in stay):

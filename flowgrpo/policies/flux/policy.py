@@ -21,13 +21,12 @@ Deliberate departures from flow_grpo's FLUX scripts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import components, pipelines, text_cache, vae
@@ -40,32 +39,13 @@ from flowgrpo.policies.base import (
 )
 from flowgrpo.policies.flux.family import MAX_SEQUENCE_LENGTH
 from flowgrpo.policies.pipelines import Pipeline
+from flowgrpo.policies.rotary import Rotary
 from flowgrpo.records import Conditioning
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """Components of the pipeline that a text's embeddings depend on."""
 PATCH = 2
 """Latent pixels on each side of a token."""
-
-
-class Rotary(nn.Module):
-    """The rotary tables [N, head_dim] of fixed ids, in place of a transformer's `pos_embed`."""
-
-    def __init__(self, tables: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.tables = tables
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tables
-
-    @contextmanager
-    def put_into(self, transformer: nn.Module) -> Iterator[None]:
-        """Give `transformer` these tables inside; its own module comes back, for other images."""
-        replaced, transformer.pos_embed = transformer.pos_embed, self
-        try:
-            yield
-        finally:
-            transformer.pos_embed = replaced
 
 
 @final
@@ -84,10 +64,7 @@ class FluxPolicy(Policy):
         self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         offload = config.offload_text_encoders
-        stay = encoders if offload else []
-        if source.on_host:
-            stay = [*stay, self.pipeline.transformer]
-        pipelines.place(self.pipeline, device, stay)
+        pipelines.place(source, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler

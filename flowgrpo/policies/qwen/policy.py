@@ -23,14 +23,13 @@ the division by 1000 as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
@@ -45,6 +44,7 @@ from flowgrpo.policies.base import (
 from flowgrpo.policies.pipelines import Pipeline
 from flowgrpo.policies.qwen.attention import additive_mask, real_tables
 from flowgrpo.policies.qwen.family import MAX_SEQUENCE_LENGTH
+from flowgrpo.policies.rotary import Rotary
 from flowgrpo.records import Conditioning
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
@@ -53,26 +53,6 @@ PATCH = 2
 """Latent pixels on each side of a token."""
 FOREIGN = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Flags of a transformer for guidance as an input, edited pictures or layers."""
-
-
-class Rotary(nn.Module):
-    """Rotary tables [L + N, D] that are known, in place of a transformer's `pos_embed`."""
-
-    def __init__(self, tables: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.tables = tables
-
-    def forward(self, *sizes: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        return self.tables
-
-    @contextmanager
-    def put_into(self, transformer: nn.Module) -> Iterator[None]:
-        """Give `transformer` these tables inside; its own module comes back, for other images."""
-        replaced, transformer.pos_embed = transformer.pos_embed, self
-        try:
-            yield
-        finally:
-            transformer.pos_embed = replaced
 
 
 @final
@@ -91,10 +71,7 @@ class QwenImagePolicy(Policy):
         self._check_components(*(TEXT_COMPONENTS if encode is None else ()), "vae")
         encoders = [self.pipeline.text_encoder]
         offload = config.offload_text_encoders
-        stay = encoders if offload else []
-        if source.on_host:
-            stay = [*stay, self.pipeline.transformer]
-        pipelines.place(self.pipeline, device, stay)
+        pipelines.place(source, device, encoders if offload else ())
         if config.vae_slicing:
             self.pipeline.vae.enable_slicing()
         self.transformer = self.pipeline.transformer

@@ -47,10 +47,7 @@ class SD3Policy(Policy):
         encoders = self._find_encoders(needed=encode is None)
         self._check_components(needed=encode is None)
         offload = config.offload_text_encoders and not self._one_encoder
-        stay = encoders if offload else []
-        if source.on_host:
-            stay = [*stay, self.pipeline.transformer]
-        pipelines.place(self.pipeline, device, stay)
+        pipelines.place(source, device, encoders if offload else ())
         vae.prepare(self.pipeline.vae, device, config.vae_slicing)
         self.transformer = self.pipeline.transformer
         self.scheduler = self.pipeline.scheduler
