@@ -349,6 +349,7 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
+        "policy.quantize": options.quantize,
         **image_size(options),
         "reward.options": {**reward_options, **options.reward_options},
     }

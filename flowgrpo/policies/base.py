@@ -65,6 +65,11 @@ class Policy(ABC):
     """True: the transformer's blocks go through torch.compile, see policies/compiled.py."""
     fused: bool = False
     """True: the blocks run with the kernels of policies/blocks.py."""
+    quantizer: str = ""
+    """What the transformer's weights are packed by, such as "nf4 (bitsandbytes 0.50.2)", see
+    policies/quantized.py; empty: they are not."""
+    text_quantizer: str = ""
+    """What those of the text encoders are packed by."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
@@ -111,11 +116,12 @@ class Policy(ABC):
             source = pipelines.load(model, dtype, device, config.variant, masters)
         else:
             source = pipelines.adopt(model, dtype, device, masters)
-        source = replace(source, on_host=on_host)
+        source = surgery.quantize(replace(source, on_host=on_host), config, device)
         encode = None if encode is None else _checked(encode, source)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
+        policy.quantizer, policy.text_quantizer = source.quantizer, source.text_quantizer
         policy.custom_encode = encode is not None
         policy.height = policy.height or policy.resolution
         policy.width = policy.width or policy.resolution
@@ -176,7 +182,8 @@ class Policy(ABC):
         blocks = "compiled" if self.compiled else "fused" if self.fused else "diffusers'"
         why = self.why_not_precomputed()
         times = "once a rollout" if why is None else f"in every forward ({why})"
-        return f"attention {self.attention}, blocks {blocks}, modulation {times}"
+        packed = f", weights {self.quantizer}" if self.quantizer else ""
+        return f"attention {self.attention}, blocks {blocks}, modulation {times}{packed}"
 
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning, sigmas: Tensor) -> Conditioning:

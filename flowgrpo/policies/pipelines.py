@@ -46,6 +46,10 @@ class Pipeline:
     """Which of its files were loaded, "fp16" for NAME.fp16.safetensors; empty: those without."""
     on_host: bool = False
     """True: the transformer stays in host memory until it is sharded."""
+    quantizer: str = ""
+    """What the transformer's weights are packed by, with its version; empty: they are not."""
+    text_quantizer: str = ""
+    """What those of the text encoders are packed by."""
 
 
 def load(
