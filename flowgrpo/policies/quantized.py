@@ -56,7 +56,9 @@ class Quantizer:
 def _pack_nf4(weight: Tensor) -> dict[str, Tensor]:
     from bitsandbytes import functional
 
-    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    # As one row: of several, the CPU's kernel (0.50.2) begins a block with each, in unpacking alone.
+    flat = weight.reshape(-1)
+    codes, state = functional.quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4")
     return {"codes": codes, "scales": state.absmax}
 
 
@@ -64,9 +66,13 @@ def _unpack_nf4(packed: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype
     from bitsandbytes import functional
 
     state = functional.QuantState(
-        absmax=packed["scales"], shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype
+        absmax=packed["scales"],
+        shape=torch.Size((shape.numel(),)),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
     )
-    return functional.dequantize_4bit(packed["codes"], state)
+    return functional.dequantize_4bit(packed["codes"], state).view(shape)
 
 
 def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
@@ -103,6 +109,8 @@ QUANTIZERS = MappingProxyType(
     }
 )
 """Value of policy.quantize and policy.quantize_text -> how a weight is stored."""
+MODULATION = MappingProxyType({"nf4": "int8"})
+"""Value of policy.quantize -> another quantizer for the layers that modulate by the time."""
 
 
 def describe(name: str) -> str:

@@ -52,27 +52,34 @@ from flowgrpo.policies.pipelines import Pipeline
 def quantize(source: Pipeline, config: PolicyConfig, device: torch.device) -> Pipeline:
     """Pack the weights of a loaded pipeline as `config` says, on `device`, before it is placed.
 
-    In the transformer these are the linear layers of its blocks, but for those that scale and shift
-    norms by the time: they are few products of many weights, computed once a rollout, and their
-    error would be in every token. In the text encoders these are all linear layers.
+    In the transformer these are the linear layers of its blocks. Those that scale and shift norms
+    by the time get eight bits with nf4 too: they are computed once a rollout, and their error is in
+    every token. In the text encoders these are all linear layers.
 
     Returns:
         `source` with the quantizers' names and versions.
     """
     transformer, family = source.pipeline.transformer, source.family
     if config.quantize != "none":
-        kept = []
+        layers = {m for block in family.blocks_of(transformer) for m in block.modules()}
+        by_time: set[nn.Module] = set()
         if family.modulation is not None:
-            kept = [linear for _, linear in modulation.layers(transformer, family.modulation)]
-        layers = [m for block in family.blocks_of(transformer) for m in block.modules()]
-        chosen = set(layers) - set(kept)
-        quantized.quantize_layers(transformer, chosen, config.quantize, device, "policy.quantize")
+            by_time |= {linear for _, linear in modulation.layers(transformer, family.modulation)}
+        for chosen, quantizer in (
+            (layers - by_time, config.quantize),
+            (layers & by_time, quantized.MODULATION.get(config.quantize, config.quantize)),
+        ):
+            quantized.quantize_layers(transformer, chosen, quantizer, device, "policy.quantize")
         source = replace(source, quantizer=quantized.describe(config.quantize))
     if config.quantize_text != "none":
         for name, module in source.pipeline.components.items():
             if name.startswith("text_encoder") and isinstance(module, nn.Module):
                 quantized.quantize_layers(
-                    module, [*module.modules()], config.quantize_text, device, "policy.quantize_text"
+                    module,
+                    [*module.modules()],
+                    config.quantize_text,
+                    device,
+                    "policy.quantize_text",
                 )
         source = replace(source, text_quantizer=quantized.describe(config.quantize_text))
     return source

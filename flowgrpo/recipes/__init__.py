@@ -4,7 +4,10 @@
     ..._window    Flow-GRPO-Fast: CPS, three trained steps, no guidance
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
+    ..._24gb      the same on one card of 24 GiB: weights in few bits, blocks recomputed
+    sd35m_ocr_12gb    and on one of 12 GiB
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+    flux_pickscore_24gb    in 4 bits, rank 32
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
@@ -36,21 +39,26 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano_text": ("flowgrpo.nano.text:recipe", {}),
     "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
     "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
+    "sd35m_geneval_24gb": (f"{SD3}:paper", {"task": "geneval", "groups": 8, "card": 24}),
     "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),
     "sd35m_geneval_window_1gpu": (f"{SD3}:window", {"task": "geneval", "groups": 8}),
     "sd35m_geneval_guard": (f"{SD3}:guard", {"task": "geneval"}),
     "sd35m_ocr": (f"{SD3}:paper", {"task": "ocr"}),
     "sd35m_ocr_1gpu": (f"{SD3}:paper", {"task": "ocr", "groups": 8}),
+    "sd35m_ocr_12gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 12}),
+    "sd35m_ocr_24gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 24}),
     "sd35m_ocr_window": (f"{SD3}:window", {"task": "ocr"}),
     "sd35m_ocr_window_1gpu": (f"{SD3}:window", {"task": "ocr", "groups": 8}),
     "sd35m_ocr_guard": (f"{SD3}:guard", {"task": "ocr"}),
     "sd35m_pickscore": (f"{SD3}:paper", {"task": "pickscore"}),
     "sd35m_pickscore_1gpu": (f"{SD3}:paper", {"task": "pickscore", "groups": 8}),
+    "sd35m_pickscore_24gb": (f"{SD3}:paper", {"task": "pickscore", "groups": 8, "card": 24}),
     "sd35m_pickscore_window": (f"{SD3}:window", {"task": "pickscore"}),
     "sd35m_pickscore_window_1gpu": (f"{SD3}:window", {"task": "pickscore", "groups": 8}),
     "sd35m_pickscore_guard": (f"{SD3}:guard", {"task": "pickscore"}),
     "flux_pickscore": (f"{FLUX}:paper", {}),
     "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
+    "flux_pickscore_24gb": (f"{FLUX}:paper", {"groups": 8, "card": 24}),
     "flux_pickscore_window": (f"{FLUX}:window", {}),
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
 }
