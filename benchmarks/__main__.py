@@ -12,6 +12,7 @@ PROGRAMS = {
     "crash-drill": "experiments.crash_drill",
     "ranks-drill": "experiments.ranks_drill",
     "fuzz": "experiments.fuzz",
+    "quantized": "experiments.quantized",
     "sanitize": "experiments.sanitize",
     "single-pass-loss": "experiments.single_pass_loss",
 }

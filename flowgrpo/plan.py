@@ -4,8 +4,8 @@ The memory is an estimate for one GPU with 16-bit frozen weights and LoRA: what 
 the largest of what comes and goes.
 
     always     weights      2 bytes (4 in float32) for each parameter of transformer, VAE and text
-                            encoders, less for what policy.quantize and policy.quantize_text pack;
-                            the encoders not if they are offloaded
+                            encoders and for tables of positions, less for what policy.quantize and
+                            policy.quantize_text pack; the encoders not if they are offloaded
                adapters     20 bytes a parameter: itself, its gradient, AdamW's two moments and the
                             average; 4 more where it starts from policy.init_adapter
                sums         4 bytes a parameter of the adapters for each partial sum of gradients
@@ -154,7 +154,7 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     always = {
         "weights": _weights(arch.parameters - arch.modulating, arch.packed, size, policy.quantize)
         + _weights(arch.modulating, arch.modulating, size, by_time)
-        + size * arch.vae
+        + size * (arch.vae + arch.tables)
         + (0 if policy.offload_text_encoders else encoders),
         "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter)) * trained,
         "sums": 4 * trained * partial_sums(config.reduction, leaves_here, gpus),

@@ -49,6 +49,9 @@ class Architecture:
     """Bytes a token, times the width, that one block has alive beside what is stored."""
     adapted: tuple[tuple[int, int], ...]
     """(in, out) of each linear layer that gets LoRA matrices by default."""
+    tables: int = 0
+    """Numbers of a table of positions that is no parameter and stays beside them; 0 where
+    `parameters` has them."""
     packed: int = 0
     """Weights that policy.quantize packs: of the linear layers of the blocks, without those that
     modulate norms by the time."""

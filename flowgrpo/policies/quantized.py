@@ -56,7 +56,8 @@ class Quantizer:
 def _pack_nf4(weight: Tensor) -> dict[str, Tensor]:
     from bitsandbytes import functional
 
-    # As one row: of several, the CPU's kernel (0.50.2) begins a block with each, in unpacking alone.
+    # As one row: in unpacking several, the CPU's kernel (0.50.2) begins a block with each of them,
+    # and in packing it does not.
     flat = weight.reshape(-1)
     codes, state = functional.quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4")
     return {"codes": codes, "scales": state.absmax}

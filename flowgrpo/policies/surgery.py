@@ -4,7 +4,7 @@ A module is rewritten on the instance: it stays of its class, keeps its paramete
 and is saved as before. What a rewrite has to remember lies in one attribute, `_flowgrpo`.
 
     rewrite             where                    modules                    attributes added
-    0  packed weights   quantize                 linear layers of blocks    their class, codes, scales
+    0  packed weights   quantize                 linear layers              their class
     1  positions        Family.positions         the position embedding     the family's
     2  attention        attention.pin            attention layers           processor, _flowgrpo
     3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
@@ -18,8 +18,8 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
     9  pieces           sharding.shard           blocks and transformer     their class, torch's own
 
 `quantize` does 0 to a pipeline that was just loaded, and to its text encoders; what comes later
-finds its layers as they are then. `rewrite` does 1 to 5 to the transformer. 6 belongs to the adapters and comes
-with them (`adapters.add_adapter`), 7 to 9 to training (`load.load_policy`).
+finds its layers as they are then. `rewrite` does 1 to 5 to the transformer. 6 belongs to the
+adapters and comes with them (`adapters.add_adapter`), 7 to 9 to training (`load.load_policy`).
 """
 
 from __future__ import annotations

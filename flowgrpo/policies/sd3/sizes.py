@@ -76,14 +76,19 @@ def read(
 ENCODERS = CLIP_L + CLIP_G + T5_XXL
 PACKED = CLIP_L_PACKED + CLIP_G_PACKED + T5_XXL_PACKED
 KNOWN = {
-    name: replace(sizes, encoders_packed=PACKED)
-    for name, sizes in {
-        "stabilityai/stable-diffusion-3.5-medium": architecture(
-            2_243_171_520, ENCODERS, VAE, 1536, joint=24, dual=13
+    name: replace(sizes, tables=side**2 * sizes.width, encoders_packed=PACKED)
+    for name, side, sizes in (
+        (
+            "stabilityai/stable-diffusion-3.5-medium",
+            384,
+            architecture(2_243_171_520, ENCODERS, VAE, 1536, joint=24, dual=13),
         ),
-        "stabilityai/stable-diffusion-3.5-large": architecture(
-            8_056_627_520, ENCODERS, VAE, 2432, joint=38
+        (
+            "stabilityai/stable-diffusion-3.5-large",
+            192,
+            architecture(8_056_627_520, ENCODERS, VAE, 2432, joint=38),
         ),
-    }.items()
+    )
 }
+"""Each with the side of its table of positions."""
 SIZES = Sizes(read, KNOWN)
