@@ -38,6 +38,7 @@ from reporting import records
 
 SUITE = "quantized"
 SPREAD, OUTLIERS, TIMES = 1.5, 1e-3, 4.0
+OUT = records.RESULTS / "quantized" / "velocities-cpu.json"
 IMAGE, TEXT = 64, 32
 """Tokens of image and text: errors of a product do not depend on how many there are."""
 
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model", default="sd3.5-m,flux.1-dev,nano", help="sd3.5-m, flux.1-dev, nano"
     )
     parser.add_argument("--layers", type=int, default=4, help="blocks of each kind, default 4")
-    parser.add_argument("--out", type=Path, default=records.RESULTS / "quantized-cpu.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     models = {m.name: lambda m=m: m for m in (configurations.SD35_MEDIUM, configurations.FLUX_DEV)}
     models["nano"] = configurations.nano
