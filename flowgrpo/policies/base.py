@@ -66,10 +66,10 @@ class Policy(ABC):
     fused: bool = False
     """True: the blocks run with the kernels of policies/blocks.py."""
     quantizer: str = ""
-    """What the transformer's weights are packed by, such as "nf4 (bitsandbytes 0.50.2)", see
-    policies/quantized.py; empty: they are not."""
+    """Quantizer of the transformer's weights, such as "nf4 (bitsandbytes 0.50.2)", see
+    policies/quantized.py; empty: none."""
     text_quantizer: str = ""
-    """What those of the text encoders are packed by."""
+    """Quantizer of the text encoders' weights."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False

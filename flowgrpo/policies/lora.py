@@ -127,7 +127,7 @@ def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[No
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
     inside holds for every later time.
     """
-    products = _kept(layers)
+    products = _lasting(layers)
     for product in products:
         if fixed:
             product.fixed = merge(product.layers, product.fixed)
@@ -144,12 +144,12 @@ def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[No
 def keep_merged(layers: list[nn.Module]) -> None:
     """Merge A and [W, s B] once for good: no parameter of the layers will change. Layers of
     `merge_again` go on merging in each call."""
-    for product in _kept(layers):
+    for product in _lasting(layers):
         product.fixed = merge(product.layers)
         product.matrices = product.fixed
 
 
-def _kept(layers: list[nn.Module]) -> list[Product]:
+def _lasting(layers: list[nn.Module]) -> list[Product]:
     """The products whose merged matrices may be kept."""
     products = map(product_of, layers)
     return [p for p in products if p is not None and p.layers and not p.again]

@@ -47,9 +47,9 @@ class Pipeline:
     on_host: bool = False
     """True: the transformer stays in host memory until it is sharded."""
     quantizer: str = ""
-    """What the transformer's weights are packed by, with its version; empty: they are not."""
+    """Quantizer of the transformer's weights, with its version; empty: none."""
     text_quantizer: str = ""
-    """What those of the text encoders are packed by."""
+    """Quantizer of the text encoders' weights."""
 
 
 def load(
