@@ -5,7 +5,7 @@
 `prompts` are encoded by a layer of T5-XXL's sizes, eight of 128 tokens, and every process ends with
 all embeddings: `each encodes all`, `one encodes, broadcast`, `each encodes a share` (the trainer).
 
-`update under fsdp` trains adapters on four blocks of SD3.5-medium's sizes, small images and three
+`update under fsdp` trains adapters on two blocks of SD3.5-medium's sizes, small images and three
 steps a sample: `a step a forward`, or `three steps a forward` by optim.split_forward, which gathers
 the weights once for three. Both must write the same ratios.
 
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,24 +58,21 @@ def encoders(world: Any) -> dict[str, Callable[[], Any]]:
         embeds = model(tokens).last_hidden_state
         return Conditioning(embeds, embeds[:, 0].contiguous())
 
-    class Texts:
-        """What `Policy.encode_shares` asks of a policy."""
-
-        _texts = TextEncoder(encode, [model], torch.device("cpu"))
-        encode = staticmethod(_texts)
-
+    encoder = TextEncoder(encode, [model], torch.device("cpu"))
+    # What `Policy.encode_shares` asks of a policy.
+    policy = SimpleNamespace(_texts=encoder, encode=encoder)
     texts = [str(i) for i in range(PROMPTS)]
     embeds = torch.empty(PROMPTS, TOKENS, T5_XXL["d_model"])
 
     def by_one() -> Conditioning:
-        rows = Texts.encode(texts).embeds if world.first else embeds
+        rows = encoder(texts).embeds if world.first else embeds
         dist.broadcast(rows, src=0)
         return Conditioning(rows, rows[:, 0])
 
     return {
-        "each encodes all": lambda: Texts.encode(texts),
+        "each encodes all": lambda: encoder(texts),
         "one encodes, broadcast": by_one,
-        "each encodes a share": lambda: Policy.encode_shares(Texts, texts, world),
+        "each encodes a share": lambda: Policy.encode_shares(policy, texts, world),
     }
 
 
@@ -87,7 +85,7 @@ def trainings(folder: Path) -> dict[str, Callable[[], Any]]:
     from models.configurations import SD35_MEDIUM
     from providers import ours
 
-    sizes = {**SD35_MEDIUM.transformer, "num_layers": 4, "dual_attention_layers": (0, 1)}
+    sizes = {**SD35_MEDIUM.transformer, "num_layers": 2, "dual_attention_layers": (0,)}
     with torch.device("meta"):
         count = sum(p.numel() for p in SD3Transformer2DModel(**sizes).parameters())
     small = dataclasses.replace(
@@ -107,6 +105,8 @@ def trainings(folder: Path) -> dict[str, Callable[[], Any]]:
                 "run.out": str(out),
                 "run.steps": 3,
                 "run.eval_every": 0,
+                "run.eval_prompts": PROCESSES,
+                "sample.eval_steps": 1,
                 "run.checkpoint_every": 0,
                 "run.progress": "none",
                 "run.threads": 1,
@@ -146,6 +146,8 @@ def work(folder: Path, rounds: int) -> None:
                 # The first one warms up.
                 if turn:
                     times.setdefault(name, []).append(seconds)
+    # The encoder's memory.
+    del ways, call
     for turn in range(rounds):
         for name, call in trainings(folder / f"round-{turn}").items():
             seconds, error = call()
