@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import os
 import statistics
@@ -77,8 +76,15 @@ def encoders(world: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def trainings(folder: Path) -> dict[str, Callable[[], Any]]:
-    """Runs of three iterations under fsdp, by name; each returns its update's seconds and ratio."""
+TRAININGS: dict[str, dict[str, Any]] = {
+    "a step a forward": {},
+    "three steps a forward": {"optim.steps_per_forward": WINDOW, "optim.split_forward": True},
+}
+"""Fields of a run, by name."""
+
+
+def train_in(out: Path, name: str) -> float:
+    """Seconds of an update under fsdp: the median of two iterations after the first."""
     from diffusers import SD3Transformer2DModel
 
     from flowgrpo import train
@@ -95,50 +101,37 @@ def trainings(folder: Path) -> dict[str, Callable[[], Any]]:
         SD35_MEDIUM, transformer=sizes, parameters=count, latent=(16, 8, 8), text_tokens=16
     )
     case = Case(small, batch=1, steps=WINDOW + 1, window=WINDOW, chunks=2 * PROCESSES)
-
-    def run(name: str, **changes: Any) -> tuple[float, float]:
-        out = folder / name
-        config = ours.config(
-            case,
-            "cpu",
-            **{
-                "policy.dtype": "float32",
-                "sample.share_prefix": False,
-                "run.parallel": "fsdp",
-                "run.out": str(out),
-                "run.steps": 3,
-                "run.eval_every": 0,
-                "run.eval_prompts": PROCESSES,
-                "sample.eval_steps": 1,
-                "run.checkpoint_every": 0,
-                "run.progress": "none",
-                "run.threads": 1,
-                **changes,
-            },
-        )
-        train.run(config, **ours.model_in_memory(small, "cpu", "float32", False))
-        gc.collect()
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["kind"] == "train"]
-        seconds = statistics.median(line["seconds"]["update"] for line in lines[1:])
-        return seconds, max(line["max_ratio_error"] for line in lines)
-
-    split = {"optim.steps_per_forward": WINDOW, "optim.split_forward": True}
-    return {
-        "a step a forward": lambda: run("one"),
-        "three steps a forward": lambda: run("three", **split),
+    fields = {
+        "policy.dtype": "float32",
+        "sample.share_prefix": False,
+        "sample.eval_steps": 1,
+        "run.parallel": "fsdp",
+        "run.out": str(out),
+        "run.steps": 3,
+        "run.eval_every": 0,
+        "run.eval_prompts": PROCESSES,
+        "run.checkpoint_every": 0,
+        "run.progress": "none",
+        "run.threads": 1,
     }
+    config = ours.config(case, "cpu", **fields, **TRAININGS[name])
+    train.run(config, **ours.model_in_memory(small, "cpu", "float32", False))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    errors = [line["max_ratio_error"] for line in lines]
+    if any(errors):
+        raise RuntimeError(f"{name}: the largest |ratio - 1| of the iterations is {errors}")
+    return statistics.median(line["seconds"]["update"] for line in lines[1:])
 
 
-def work(folder: Path, rounds: int) -> None:
-    """Time everything as one of the processes."""
+def encode_in(rounds: int) -> dict[str, list[float]]:
+    """Seconds until a process has all embeddings, by the way it gets them."""
     from flowgrpo.distributed import world as worlds
 
-    world = worlds.join()
     times: dict[str, list[float]] = {}
     first = None
-    ways = encoders(world)
     with torch.no_grad():
+        ways = encoders(worlds.join())
         for turn in range(rounds + 1):
             for name, call in ways.items():
                 dist.barrier()
@@ -146,37 +139,50 @@ def work(folder: Path, rounds: int) -> None:
                 embeds = call().embeds
                 seconds = time.perf_counter() - started
                 first = embeds.clone() if first is None else first
-                assert torch.equal(embeds, first), name
+                if not torch.equal(embeds, first):
+                    raise RuntimeError(f"{name}: other embeddings than each process encodes")
                 # The first one warms up.
                 if turn:
                     times.setdefault(name, []).append(seconds)
-    # The encoder's memory.
-    del ways, call
-    for turn in range(rounds):
-        for name, call in trainings(folder / f"round-{turn}").items():
-            seconds, error = call()
-            assert error == 0.0, f"{name}: ratio off by {error}"
-            times.setdefault(name, []).append(seconds)
-    (folder / f"times-{world.rank}.json").write_text(json.dumps(times))
+    return times
 
 
-def measure(rounds: int) -> list[dict]:
-    """Rows of the record."""
+def work(folder: Path, name: str, rounds: int) -> None:
+    """Time the prompts, or the training `name`, as one of the processes."""
+    if name:
+        times = {name: [train_in(folder / "run", name)]}
+    else:
+        times = encode_in(rounds)
+    (folder / f"times-{os.environ['RANK']}.json").write_text(json.dumps(times))
+
+
+def launch(name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the slower of two processes, by what they did."""
     with tempfile.TemporaryDirectory() as temporary:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = [str(Path(__file__).parents[1] / "__main__.py"), "ranks-choices"]
-        options = ["--work", temporary, "--rounds", str(rounds)]
+        options = ["--work", temporary, "--name", name, "--rounds", str(rounds)]
         command = [*launcher, f"--nproc-per-node={PROCESSES}", *script, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, timeout=LIMIT, check=True)
         files = sorted(Path(temporary).glob("times-*.json"))
         ranks = [json.loads(path.read_text()) for path in files]
+    return {
+        name: [max(p) for p in zip(*(r[name] for r in ranks), strict=True)] for name in ranks[0]
+    }
+
+
+def measure(rounds: int) -> list[dict]:
+    """Rows of the record."""
+    times = launch("", rounds)
+    for _ in range(rounds):
+        for training in TRAININGS:
+            for name, seconds in launch(training, 1).items():
+                times.setdefault(name, []).extend(seconds)
     rows = []
-    for name in ranks[0]:
-        # All wait for the slower one.
-        slower = [max(pair) for pair in zip(*(rank[name] for rank in ranks), strict=True)]
-        case = "prompts" if "encode" in name else "update under fsdp"
-        value = statistics.median(slower)
+    for name, seconds in times.items():
+        case = "update under fsdp" if name in TRAININGS else "prompts"
+        value = statistics.median(seconds)
         rows.append(records.row("ranks-choices", case, name, "time", value, "s"))
     return rows
 
@@ -186,10 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "ranks-choices.json")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work is not None:
         torch.set_num_threads(1)
-        work(args.work, args.rounds)
+        work(args.work, args.name, args.rounds)
         return 0
     rows = measure(args.rounds)
     records.write(records.record(rows, "cpu"), args.out)
