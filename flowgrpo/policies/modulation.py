@@ -74,7 +74,9 @@ def layers(transformer: nn.Module, modulation: Modulation) -> list[tuple[nn.Modu
     pairs = []
     for module in transformer.modules():
         if type(module).__name__ in modulation.norms:
-            pairs.append((module.silu, module.linear))
+            # By its class, as the norms' silu has no name in common.
+            silu = next(child for child in module.children() if isinstance(child, nn.SiLU))
+            pairs.append((silu, module.linear))
         elif type(module).__name__ in modulation.blocks:
             pairs += [tuple(getattr(module, name)) for name in modulation.layers]
     return pairs
