@@ -1,9 +1,9 @@
 """Floating-point operations of one forward by closed form: 2 for each multiply-add of a matrix.
 
-`sd3`, `flux`, `flux2` and `qwen` count what the model must compute for one sample: linear layers, the patch
-convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise work, adapters,
-recomputation and padding count nothing. The tests hold both against torch's FlopCounterMode on the
-full configurations.
+`sd3`, `flux`, `flux2` and `qwen` count what the model must compute for one sample: linear layers,
+the patch convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise work,
+adapters, recomputation and padding count nothing. The tests hold them against torch's
+FlopCounterMode on the full configurations.
 
 `Forward.backward` is what an adapter's gradient needs of the frozen model: the gradient of every
 input (as much as the forward) and of both factors in attention (twice the forward); the scores that

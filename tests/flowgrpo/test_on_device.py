@@ -45,7 +45,7 @@ SIX_OF_KLEIN = changed(
         "num_layers": 2,
         "num_single_layers": 4,
     },
-    parameters=1_138_360_320,
+    parameters=1_176_504_320,
 )
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
