@@ -124,10 +124,10 @@ class Flux2KleinPolicy(Policy):
         back = "put back the one that the model was published with."
         for name in ("running_mean", "running_var"):
             values = getattr(norm, name, None)
-            found = None if values is None else list(values.shape)
+            shape = None if values is None else list(values.shape)
             require(
-                found == [count] and eps is not None,
-                f"{subject} with bn.{name} {found}, but {count} numbers, which normalise a "
+                shape == [count] and eps is not None,
+                f"{subject} with bn.{name} {shape}, but {count} numbers, which normalise a "
                 f"token of its transformer, are expected; {back}",
             )
             good = values.isfinite() if name == "running_mean" else values.isfinite() & (values > 0)
