@@ -409,10 +409,10 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
     if arch is None:
         return lines
     if config.policy.adapter == "full":
-        held = trained_weights(config, arch, gpus)
+        gib = trained_weights(config, arch, gpus)
         # Activations are known of frozen weights with adapters alone.
         lines["memory"] = (
-            f"{held:.1f} GiB a GPU for weights, gradients, AdamW, average and reference; what else "
+            f"{gib:.1f} GiB a GPU for weights, gradients, AdamW, average and reference; what else "
             "a run needs is not known for policy.adapter full"
         )
         return lines

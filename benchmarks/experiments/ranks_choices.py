@@ -149,10 +149,7 @@ def encode_in(rounds: int) -> dict[str, list[float]]:
 
 def work(folder: Path, name: str, rounds: int) -> None:
     """Time the prompts, or the training `name`, as one of the processes."""
-    if name:
-        times = {name: [train_in(folder / "run", name)]}
-    else:
-        times = encode_in(rounds)
+    times = {name: [train_in(folder / "run", name)]} if name else encode_in(rounds)
     (folder / f"times-{os.environ['RANK']}.json").write_text(json.dumps(times))
 
 

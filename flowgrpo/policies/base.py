@@ -81,7 +81,7 @@ class Policy(ABC):
     parts: split_forward.Parts | None = None
     """How forwards of several steps are split (`split`); None: they are not."""
     _texts: Callable[[Sequence[str]], Conditioning] | None = None
-    """What embeds the texts; None: `encode` itself does."""
+    """Function that embeds the texts; None: `encode` itself does."""
     _frozen: nn.Module | None = None
     _teacher: nn.Module | None = None
 
@@ -164,12 +164,12 @@ class Policy(ABC):
         Where a row could depend on the texts beside it, each process encodes all."""
         if world.size == 1 or not isinstance(self._texts, TextEncoder):
             return self.encode(texts)
-        share = -(-len(texts) // world.size)
-        own = texts[share * world.rank :][:share]
+        count = -(-len(texts) // world.size)
+        share = texts[count * world.rank :][:count]
         # A process without a text encodes the first, for its shape, and drops it.
-        rows = self.encode(own or texts[:1])
+        rows = self.encode(share or texts[:1])
         embeds, pooled = (
-            torch.cat(world.all_rows(tensor[: len(own)])) for tensor in (rows.embeds, rows.pooled)
+            torch.cat(world.all_rows(tensor[: len(share)])) for tensor in (rows.embeds, rows.pooled)
         )
         return Conditioning(embeds, pooled)
 
