@@ -71,6 +71,8 @@ class Policy(ABC):
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
     """True: a function of the caller's embeds the texts."""
+    distilled: bool = False
+    """True: the model is distilled to a few steps without guidance, and is given none."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     sharded: bool = False
@@ -138,6 +140,22 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
+
+    def encode_empty(self, guidance_scale: float) -> Conditioning | None:
+        """Embed the empty prompt, for guidance of this scale; None at 1, which is none.
+
+        Raises:
+            ConfigError: the model takes no guidance.
+        """
+        if guidance_scale == 1:
+            return None
+        if self.distilled:
+            raise ConfigError(
+                f"the guidance scale is {guidance_scale:g}, but {self.name} is distilled and takes "
+                "no guidance; set it to 1 (sample.guidance_scale, run.eval_guidance, --cfg, "
+                "--guidance), or choose the model that it was distilled from."
+            )
+        return self.encode([""])
 
     def encode_shares(self, texts: Sequence[str], world: World) -> Conditioning:
         """Embeddings of the texts, of which each process encodes a share and gets the others': the
