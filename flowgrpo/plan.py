@@ -143,7 +143,8 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     stored, count = 0.0, 0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
-        tokens = image if kind.image_attention else image + text
+        of = "image" if kind.image_attention else kind.only
+        tokens = {"": image + text, "image": image, "text": text}[of]
         stored += number * tokens * (a * arch.width + b * rank)
         count += 0 if kind.image_attention else number
     if policy.gradient_checkpointing:
