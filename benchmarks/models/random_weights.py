@@ -34,12 +34,14 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             FluxTransformer2DModel,
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
+            ZImageTransformer2DModel,
         )
 
         cls = {
             "sd3": SD3Transformer2DModel,
             "flux": FluxTransformer2DModel,
             "qwen": QwenImageTransformer2DModel,
+            "zimage": ZImageTransformer2DModel,
         }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
         if model.family == "qwen":
@@ -85,12 +87,17 @@ def text_encoders(model: Model, device: str, dtype: torch.dtype) -> list[nn.Modu
 def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False):
     """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
     suites hand over embeddings, and only the memory of the real encoders matters."""
-    from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
+    from diffusers import (
+        FluxPipeline,
+        QwenImagePipeline,
+        StableDiffusion3Pipeline,
+        ZImagePipeline,
+    )
 
-    if model.family == "qwen":
+    if model.family in ("qwen", "zimage"):
         if whole:
             raise ValueError(f"{model.name}: its text encoder is not among the configurations")
-        return QwenImagePipeline(
+        return (QwenImagePipeline if model.family == "qwen" else ZImagePipeline)(
             transformer=transformer(model, device, dtype),
             scheduler=scheduler(model),
             vae=vae(model, device, dtype),
@@ -145,11 +152,11 @@ def sigmas(model: Model, steps: int) -> torch.Tensor:
 def conditioning(
     model: Model, prompts: int, device: str, dtype: torch.dtype, seed: int = PROMPTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; Qwen-Image's mask is 1."""
+    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; a mask is 1."""
     width, pooled = model.text_width
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(prompts, model.text_tokens, width, generator=generator)
-    if model.family == "qwen":
+    if model.masked:
         vectors = torch.ones(prompts, pooled)
     else:
         vectors = torch.randn(prompts, pooled, generator=generator)

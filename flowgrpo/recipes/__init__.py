@@ -5,10 +5,11 @@
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+    zimage_pickscore, zimage_ocr, zimage_turbo_pickscore, ..._1gpu    Z-Image and its Turbo
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
-sd3.py  flux.py   the numbers of one family, each with its source
+sd3.py  flux.py  zimage.py   the numbers of one family, each with its source
 tasks.py          what the papers train for: prompts, rewards, weight of the KL, length
 fit.py            a recipe's last step: the user's own values, and the rows of a forward
 
@@ -28,7 +29,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
-SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
+SD3, FLUX, ZIMAGE = (f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "zimage"))
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
@@ -53,6 +54,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
     "flux_pickscore_window": (f"{FLUX}:window", {}),
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
+    "zimage_ocr": (f"{ZIMAGE}:window", {"task": "ocr"}),
+    "zimage_ocr_1gpu": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8}),
+    "zimage_pickscore": (f"{ZIMAGE}:window", {"task": "pickscore"}),
+    "zimage_pickscore_1gpu": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8}),
+    "zimage_turbo_pickscore": (f"{ZIMAGE}:turbo", {"task": "pickscore"}),
+    "zimage_turbo_pickscore_1gpu": (f"{ZIMAGE}:turbo", {"task": "pickscore", "groups": 8}),
 }
 """Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
 EMBEDDED = {name for name, (target, _) in RECIPES.items() if target.startswith("flowgrpo.nano")}
@@ -120,7 +127,7 @@ def describe(name: str, config: Config) -> str:
     numbers. The empty string for the embedded model's and for those of other modules."""
     target, arguments = RECIPES.get(name, ("", {}))
     module, _, method = target.partition(":")
-    if module not in (SD3, FLUX):
+    if module not in (SD3, FLUX, ZIMAGE):
         return ""
     from flowgrpo.recipes import tasks
 

@@ -94,8 +94,9 @@ class BatchForward:
         kind = (count - 1).clamp(min=0) // MULTIPLE
         seen = self.numbers < (kind[:, None] + 1) * MULTIPLE
         tables = RowTables(*(table.index_select(0, kind) for table in self.tables))
+        # Copied, since the fused blocks of a refiner look at them as one row.
         image_tables, text_tables = (
-            RowTables(*(table[:, part] for table in tables))
+            RowTables(*(table[:, part].contiguous() for table in tables))
             for part in (slice(self.image_tokens), slice(self.image_tokens, None))
         )
         adaln = transformer.t_embedder(time * transformer.t_scale).type_as(sample)

@@ -8,11 +8,13 @@ from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
 from flowgrpo.policies.shared_sizes import VAE, decoder_width, latent_pixels
 
 # Bytes a token, counted on blocks of diffusers' class in bfloat16 (tests/flowgrpo/test_plan.py).
-LAYER = BlockKind(stored=(70.0, 12.0), stored_fused=(60.0, 12.0))
+# Fused, PyTorch's own RMSNorm stands in for a norm; on the CPU, where they are counted, it keeps a
+# float32 copy of its input, which the one kernel of a GPU does not, so there it is less.
+LAYER = BlockKind(stored=(69.5, 14.0), stored_fused=(53.5, 14.0))
 """A block over the tokens of image and text together."""
 IMAGE_REFINER = replace(LAYER, only="image")
 TEXT_REFINER = replace(LAYER, only="text")
-PASSING = 40.0
+PASSING = 30.0
 ENCODER = 4_022_468_096
 """Qwen3-4B, without the layer that would predict a next token."""
 
