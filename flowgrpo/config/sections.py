@@ -60,7 +60,7 @@ class PolicyConfig:
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
-    # Arguments of ZImagePipeline, by their names there.
+    # Arguments of Z-Image's pipeline, by their names there.
     cfg_normalization: float = 0.0
     """Z-Image: largest norm of a guided velocity, in norms of the conditional one; 0: any."""
     cfg_truncation: float = 1.0

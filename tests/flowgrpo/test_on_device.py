@@ -40,7 +40,7 @@ EIGHT_OF_QWEN = changed(
 FOUR_OF_ZIMAGE = changed(
     configurations.Z_IMAGE,
     transformer={**configurations.Z_IMAGE.transformer, "n_layers": 4},
-    parameters=1_448_256_576,
+    parameters=1_451_240_000,
 )
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.

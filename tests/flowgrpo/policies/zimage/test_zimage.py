@@ -168,9 +168,10 @@ def test_pictures_that_are_filled_up(zimage_model, zimage, untouched, sides):
 LIMITS = {"cfg_normalization": 1.02, "cfg_truncation": 0.3}
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    ("scale", "limits"), [(1.0, {}), (4.0, {}), (4.0, LIMITS), (4.0, {"cfg_normalization": 1.0})]
+    ("scale", "limits", "fused"),
+    [(1.0, {}, False), (4.0, {}, False), (4.0, LIMITS, False), (4.0, {}, True)],
+    ids=["no guidance", "guidance", "limits", "fused"],
 )
 def test_latents_and_images_are_diffusers_own(
     zimage_model, zimage, untouched, scale, limits, fused
@@ -206,9 +207,11 @@ def test_latents_and_images_are_diffusers_own(
             **{"guidance_scale": scale - 1, **limits, **changes},
         ).images
 
+    # Guidance by the kernels is u + s (c - u), whose products round otherwise.
+    atol = 2e-6 if scale != 1 and not limits else 1e-6
     # Fused blocks are not the pipeline's to call.
     for pipeline in (untouched,) if fused else (untouched, policy.pipeline):
-        torch.testing.assert_close(ours, sample(pipeline), rtol=0, atol=2e-6 if fused else 1e-6)
+        torch.testing.assert_close(ours, sample(pipeline), rtol=0, atol=atol)
     for name in limits:
         none = {"cfg_normalization": False, "cfg_truncation": 1.0}[name]
         assert (ours - sample(untouched, **{name: none})).abs().max() > 1e-2, name
@@ -310,16 +313,16 @@ def test_ratios_are_exactly_one(zimage_model, tmp_path, changes):
 @pytest.mark.slow
 def test_all_weights_are_trained(zimage_model, tmp_path):
     """Without adapters, fused: gradients are those of diffusers' blocks."""
-    changes = {"policy.adapter": "full", "policy.dtype": "auto", "policy.text_cache": ""}
+    changes = {
+        "policy.adapter": "full",
+        "policy.dtype": "auto",
+        "policy.text_cache": "",
+        "policy.resolution": 24,
+        "policy.max_sequence_length": LENGTH,
+    }
     found = []
     for fused in (False, True):
-        small = {"policy.resolution": 24, "policy.max_sequence_length": LENGTH}
-        config = setups.config(
-            zimage_model, tmp_path, **changes, **small, **{"policy.fused": fused}
-        )
-        parts = setups.parts(config)
-        measured = setups.update(parts, setups.experience(parts, config), config)
-        assert measured["max_ratio_error"] == 0.0
+        config = setups.config(zimage_model, tmp_path, **changes, **{"policy.fused": fused})
         policy = setups.parts(config).policy
         sample, text = noise(policy), policy.encode(TEXTS)
         (policy.velocity(sample, SIGMA, text) * noise(policy).flip(0)).sum().backward()
