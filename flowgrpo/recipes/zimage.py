@@ -1,12 +1,13 @@
 """Z-Image and Z-Image-Turbo: Flow-GRPO with one noisy step of the first few, for PickScore or OCR.
 
 Where numbers come from: F examples/grpo/lora/z_image/default.yaml and z_image_turbo/default.yaml of
-Flow-Factory in May 2026 (PickScore alone; OCR takes its numbers), U an observation of UniRL's
-authors (#347). Numbers without a letter are ours.
+Flow-Factory in May 2026 (PickScore alone; OCR takes its numbers), R UniRL's recipe for Z-Image,
+examples/diffusion/z_image/z_image_trainside.yaml, U an observation of UniRL's authors (#347).
+Numbers without a letter are ours.
 
 Flow-Factory's guidance scale is the pipeline's, which counts from the conditional velocity: 4 there
-is 5 here. UniRL's recipe for Z-Image (examples/diffusion/z_image/z_image_trainside.yaml) has no
-guidance, 12 steps, three noisy ones of the first half, and adapts the attention alone.
+is 5 here. R has no guidance, 12 steps, three noisy ones of the first half, and adapts the attention
+alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ TURBO = "Tongyi-MAI/Z-Image-Turbo"
 
 
 def policy_config(model: str, *, small: bool) -> PolicyConfig:
-    """Describe a model at 512 pixels with LoRA 64/128 (F).
+    """Describe a model at 512 pixels with LoRA 64/128 (F, R), with blocks recomputed in the
+    backward pass (R), without which one row of a guided update takes half of 80 GB.
 
     Args:
-        small: for one GPU: text encoder off it, and blocks recomputed in the backward pass.
+        small: for one GPU: text encoder off it.
     """
     return PolicyConfig(
         model=model,
@@ -33,7 +35,7 @@ def policy_config(model: str, *, small: bool) -> PolicyConfig:
         lora_rank=64,
         lora_alpha=128,
         offload_text_encoders=small,
-        gradient_checkpointing=small,
+        gradient_checkpointing=True,
     )
 
 
