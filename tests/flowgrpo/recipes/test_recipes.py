@@ -198,8 +198,8 @@ def test_sizes_of_an_iteration(name):
     config = recipe(name, memory=80.0)
     sample, optim, policy = config.sample, config.optim, config.policy
     small = name.endswith("_1gpu")
-    klein = name.startswith("flux2_klein")
-    whole = 48 * 16 if name.startswith(("flux2_klein", "zimage")) else 1152
+    of_flow_factory = name.startswith(("flux2_klein", "zimage"))
+    whole = 48 * 16 if of_flow_factory else 1152
     assert sample.rows == (8 * sample.group_size if small else whole)
     assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
     assert policy.offload_text_encoders == small
@@ -215,7 +215,7 @@ def test_sizes_of_an_iteration(name):
     # Windows are CPS without guidance; only Guard has the Guard; a KL needs its reference.
     windowed = "_window" in name
     assert (sample.transition == "cps") == (sample.window_size == 3) == windowed
-    assert sample.window_size == (3 if windowed else 1 if klein else 0)
+    assert sample.window_size == (3 if windowed else 1 if of_flow_factory else 0)
     assert optim.guard == ("_guard" in name)
     assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
     rank = 64 if name.startswith(("flux", "zimage")) else 32
