@@ -82,11 +82,6 @@ CONFIGS = {
 OTHERS = {
     ("flux2", "base"): "Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml",
     ("flux2", "distilled"): "Flow-Factory's examples/grpo/lora/flux2_klein/default.yaml",
-}
-"""(file here, function there) -> the source of its numbers, where it is not flow_grpo."""
-
-
-OTHERS = {
     ("zimage", "window"): "Flow-Factory's examples/grpo/lora/z_image/default.yaml",
     ("zimage", "turbo"): "Flow-Factory's examples/grpo/lora/z_image_turbo/default.yaml",
 }
