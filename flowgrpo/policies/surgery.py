@@ -9,7 +9,7 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
     2  attention        attention.pin            attention layers           processor, _flowgrpo
     3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
     4  modulation       modulation.install       silus, linears of norms    forward, _flowgrpo
-    5  fused blocks     blocks.fuse              blocks and norm_out        forward
+    5  fused blocks     blocks.fuse              blocks and the last norm   forward
                                                  their attention layers     _flowgrpo
     6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo
     7  recomputation    recompute                transformer and blocks     diffusers' own
@@ -54,7 +54,8 @@ def quantize(source: Pipeline, config: PolicyConfig, device: torch.device) -> Pi
 
     In the transformer these are the linear layers of its blocks. Those that scale and shift norms
     by the time get eight bits with nf4 too: they are computed once a rollout, and their error is in
-    every token. In the text encoders these are all linear layers.
+    every token. In the text encoders these are all linear layers but one that would
+    predict tokens.
 
     Returns:
         `source` with the quantizers' names and versions.
@@ -74,12 +75,11 @@ def quantize(source: Pipeline, config: PolicyConfig, device: torch.device) -> Pi
     if config.quantize_text != "none":
         for name, module in source.pipeline.components.items():
             if name.startswith("text_encoder") and isinstance(module, nn.Module):
+                # Nobody asks for a next token.
+                head = getattr(module, "get_output_embeddings", lambda: None)()
+                layers = set(module.modules()) - {head}
                 quantized.quantize_layers(
-                    module,
-                    [*module.modules()],
-                    config.quantize_text,
-                    device,
-                    "policy.quantize_text",
+                    module, layers, config.quantize_text, device, "policy.quantize_text"
                 )
         source = replace(source, text_quantizer=quantized.describe(config.quantize_text))
     return source
@@ -163,10 +163,13 @@ def split(transformer: nn.Module, family: Family, parts: split_forward.Parts) ->
     they call, and before 9."""
     rows = family.blocks_of(transformer)
     lists = {getattr(transformer, name) for name in family.blocks}
+    others = []
+    for child in transformer.children():
+        if child not in lists:
+            # What runs of a dictionary of modules are those in it.
+            others += child.values() if isinstance(child, nn.ModuleDict) else [child]
     # What has no weights has nothing to say about a row that the number of rows could change.
-    others = [
-        m for m in transformer.children() if m not in lists and any(True for _ in m.parameters())
-    ]
+    others = [m for m in others if any(True for _ in m.parameters())]
     split_forward.install([*rows, *others], parts)
 
 
