@@ -58,6 +58,12 @@ def qwen_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def zimage_model(tmp_path_factory) -> Path:
+    """A pipeline of Z-Image's parts; its default resolution is 1024."""
+    return pipelines.save_zimage_pipeline(tmp_path_factory.mktemp("zimage"))
+
+
+@pytest.fixture(scope="session")
 def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
     """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
     blocks with norms of queries and keys; without them; double and single blocks."""
