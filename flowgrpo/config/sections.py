@@ -116,6 +116,12 @@ class SampleConfig:
     """K: prompts drawn for one iteration."""
     group_size: int = 12
     """G: images sampled for each prompt; rewards are compared inside the group."""
+    # Deterministic rollouts agree with their scouts best; `scouts.agreement` in metrics.jsonl.
+    scouts: int = 0
+    """N: candidates of a prompt that are previewed by few forwards and scored, of which the best
+    and the worst, G in all, are sampled in full and learned from; 0: none, G are sampled."""
+    scout_forwards: int = 0
+    """Forwards of a preview, fewer than sample.steps; 0: half of them."""
     batch_size: int = 48
     """Rows of one forward in rollout and update alike; it must divide K G."""
     steps: int = 10
@@ -164,6 +170,7 @@ class SampleConfig:
             f"{self.group_size}); choose a batch_size that divides {self.rows}, for example "
             f"{_nearest_divisor(self.rows, self.batch_size)}.",
         )
+        self._check_scouts()
         low, high = self.window_bounds
         require(
             0 <= low < high <= self.steps and self.window_size >= 0,
@@ -188,10 +195,41 @@ class SampleConfig:
             f"[{low}, {high}); make the window smaller or the range wider.",
         )
 
+    def _check_scouts(self) -> None:
+        """Raise ConfigError for candidates of which there is nothing to choose, or that cost as
+        much as images."""
+        check_positive("sample", self, "scouts", "scout_forwards", zero=True)
+        require(
+            self.scouts == 0 or self.scouts > self.group_size,
+            f"sample.scouts is {self.scouts}, but the {self.group_size} images of a group "
+            "(sample.group_size) are chosen of them, so more are expected; raise it, or set it to "
+            "0.",
+        )
+        require(
+            self.scout_forwards < self.steps,
+            f"sample.scout_forwards is {self.scout_forwards}, but a preview is to cost less than "
+            f"the {self.steps} steps of an image (sample.steps); lower it.",
+        )
+        require(
+            self.scouts > 0 or self.scout_forwards == 0,
+            f"sample.scout_forwards is {self.scout_forwards} with sample.scouts 0, but without "
+            "candidates there are no previews; set sample.scouts, or leave it at 0.",
+        )
+
     @property
     def rows(self) -> int:
         """Images sampled in one iteration, B = K G."""
         return self.prompts_per_iteration * self.group_size
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of one iteration, K N; 0 without scouts."""
+        return self.prompts_per_iteration * self.scouts
+
+    @property
+    def forwards_of_a_scout(self) -> int:
+        """Forwards of a preview, S."""
+        return self.scout_forwards or self.steps // 2
 
     @property
     def chunks(self) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo import files, rewards
-from flowgrpo.distributed.dealing import runs_of
+from flowgrpo.distributed.dealing import share_of
 from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.evaluation.quality import Quality
@@ -188,9 +188,7 @@ def evaluate(
 
 def rows_of(total: int, batch_size: int, world: World) -> range:
     """Find the images, of `total`, that this process samples: a run of whole chunks."""
-    number = -(-total // batch_size)
-    run = runs_of(number, world.size)[world.rank]
-    return range(min(run.start * batch_size, total), min(run.stop * batch_size, total))
+    return share_of(total, batch_size, world.size, world.rank)
 
 
 def score_images(

@@ -45,6 +45,8 @@ from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
 
 log = logging.getLogger("flowgrpo")
+TRAINING = ("scout", "rollout", "reward", "update")
+"""Stages whose seconds are those of training."""
 LEFT = "The evaluation is left; it is made when the run goes on."
 
 
@@ -268,8 +270,7 @@ class Monitor:
         Args:
             metrics: its figures; "max_ratio_error" and "dropped_groups" are also added to totals.
                 Logged beside them is "lr", the learning rate of the last update.
-            seconds: its phases, as {"rollout", "reward", "update"}; of several processes the
-                first's count.
+            seconds: its phases, some of `TRAINING`; of several processes the first's count.
         """
         seconds = self._agree(seconds)
         totals, iteration = self.state.totals, self.state.iteration
@@ -392,6 +393,7 @@ class Monitor:
             "recipe": self.config.recipe,
             "iterations": self.state.iteration,
             "images": self.state.iteration * self.config.sample.rows,
+            **self._scouted(),
             "interrupted": interrupted,
             "weights": self.state.ema.weights,
             "before": base.to_dict(),
@@ -409,6 +411,11 @@ class Monitor:
             "device": device_name(self.policy.device),
             "versions": versions(),
         }
+
+    def _scouted(self) -> dict[str, int]:
+        """Count the candidates of the run that were previewed, if it has scouts."""
+        candidates = self.config.sample.candidates
+        return {"scouts": self.state.iteration * candidates} if candidates else {}
 
     def _evaluate_untrained(self, name: str, guidance_scale: float, restored: bool) -> Evaluation:
         """Read the untrained model's evaluation if the run is resumed, or make and log it."""
@@ -564,7 +571,7 @@ class Monitor:
     def _training(self) -> float:
         """Sum the seconds of training, over all processes of the run."""
         sums = self.state.totals.get("seconds", {})
-        return sum(sums.get(name, 0.0) for name in ("rollout", "reward", "update"))
+        return sum(sums.get(name, 0.0) for name in TRAINING)
 
     def _total(self) -> float:
         """Sum the seconds of all processes of the run."""

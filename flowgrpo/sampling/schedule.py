@@ -80,12 +80,14 @@ def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
 
 
 def windows(groups: int, config: Config, iteration: int) -> Tensor:
-    """Draw the window of each group: the trained steps of each row, int64 [W, B]."""
+    """Draw the window of each group: the trained steps of each row, int64 [W, B]; with
+    `sample.scouts` those of each candidate, int64 [W, K N]."""
     low, high = config.sample.window_bounds
     length = config.sample.trained_steps
     choices = high - low - length + 1
     shift = seeds.below(choices, config.run.seed, seeds.WINDOW, iteration, np.arange(groups))
-    start = torch.from_numpy(low + shift).repeat_interleave(config.sample.group_size)
+    size = config.sample.scouts or config.sample.group_size
+    start = torch.from_numpy(low + shift).repeat_interleave(size)
     return start[None, :] + torch.arange(length)[:, None]
 
 
