@@ -44,8 +44,9 @@ from flowgrpo.policies import Policy, compiled, lora
 
 WARM_UPS = 2
 LIMIT = 12
-"""Graphs that are kept. A run needs at most eight: the rollout's steps at four numbers of rows (or
-the whole), evaluation of the trained model, of the base and of that with guidance, the update."""
+"""Graphs that are kept. A run needs at most nine: the rollout's steps at four numbers of rows (or
+the whole), its scouts, evaluation of the trained model, of the base and of that with guidance, the
+update."""
 
 log = logging.getLogger("flowgrpo")
 

@@ -356,13 +356,14 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
         ConfigError: so many processes cannot share an iteration.
     """
     # Objectives come with torch, which the command line's help does without.
-    from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.objectives.describe import looked_at, scouted_by
     from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
         "images": f"{sample.prompts_per_iteration} prompts x {sample.group_size} = {sample.rows} "
         "an iteration",
+        **({"scouts": scouted_by(config)} if sample.scouts else {}),
         "updates": f"{optim.updates_per_iteration} an iteration, each of "
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{looked_at(config)}",

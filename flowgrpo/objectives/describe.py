@@ -23,6 +23,21 @@ def sampled_by(config: Config) -> str:
     )
 
 
+def scouted_by(config: Config) -> str:
+    """Describe the scouts of an iteration, and what they cost beside its rollout; "" without."""
+    sample = config.sample
+    if not sample.scouts:
+        return ""
+    number, worst = sample.forwards_of_a_scout, sample.group_size // 2
+    share = sample.candidates * number / (sample.rows * sample.steps)
+    return (
+        f"{sample.prompts_per_iteration} prompts x {sample.scouts} = {sample.candidates} an "
+        f"iteration, by {number} forward{'s' if number > 1 else ''} each, {share:.2g} x those of "
+        f"the rollout; of a prompt the best {sample.group_size - worst} and the worst {worst} are "
+        "sampled in full"
+    )
+
+
 def looked_at(config: Config) -> str:
     """Describe how often an update looks at a row: "5 steps", or "1 noise level"."""
     if objective_of(config).rollout == "stochastic":

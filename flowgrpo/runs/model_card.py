@@ -17,7 +17,7 @@ from flowgrpo import files
 from flowgrpo.config import Config
 from flowgrpo.nano import MODELS
 from flowgrpo.objectives import objective_of
-from flowgrpo.objectives.describe import sampled_by
+from flowgrpo.objectives.describe import sampled_by, scouted_by
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.family import Family
 from flowgrpo.runs.state import Weights
@@ -149,6 +149,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
             f"images an iteration, {optim.updates_per_iteration} updates of "
             f"{config.chunks_per_update} chunks of {sample.batch_size} images",
         ),
+        *([("Scouts", scouted_by(config))] if sample.scouts else []),
         (
             "Sampler",
             f"{sampler} in training, {sample.eval_steps} steps of the ODE in evaluation",
