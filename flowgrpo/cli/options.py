@@ -160,7 +160,7 @@ class CompareOptions:
     """Compare the arms of a study; fields of the configuration are changed in all arms."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    """A shipped study (methods, kl, steps, scouts), or a .yaml or .json file."""
     arms: tuple[str, ...] = ()
     """Labels of the arms to compare; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
