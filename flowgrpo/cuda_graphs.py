@@ -269,6 +269,10 @@ def prepare(policy: Policy, config: Config) -> None:
     # Config refuses "on" for a sharded transformer, whose weights have no address to stay at.
     capture = cuda and config.sample.capture != "off" and not policy.sharded
     policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if capture else None
+    evaluated = policy.evaluated
+    if evaluated is not policy:
+        # One pool of memory, as no two graphs run at the same time.
+        evaluated.graphs = Graphs(evaluated, policy.graphs.recorder) if capture else None
 
 
 # Not torch.utils._pytree: every record and every section of the configuration would have to be

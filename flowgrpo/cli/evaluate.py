@@ -15,6 +15,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_same_command,
     check_writable,
+    evaluated_rows,
     image_size,
     load_base,
     resolve_target,
@@ -349,7 +350,7 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
-        **image_size(options),
+        **image_size(options, config),
         "reward.options": {**reward_options, **options.reward_options},
     }
     reported = options.rewards or (*config.reward.weights, *config.reward.report)
@@ -367,11 +368,12 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         }
         changes["reward.report"] = options.rewards
         changes["reward.weights"] = dict.fromkeys(options.rewards, 1.0)
-    if options.batch_size is not None:
+    if (rows := options.batch_size or evaluated_rows(options, config)) is not None:
         # Of one prompt, so that any number is allowed: training's group has no part in this.
-        changes["sample.batch_size"] = options.batch_size
-        changes["sample.group_size"] = max(2, options.batch_size)
-        changes["sample.prompts_per_iteration"] = 2 * options.batch_size
+        changes["sample.batch_size"] = rows
+        changes["sample.group_size"] = max(2, rows)
+        changes["sample.prompts_per_iteration"] = 2 * rows
+        changes["sample.scouts"] = changes["sample.scout_forwards"] = 0
         changes["optim.updates_per_iteration"] = 1
     return replace(config, **{name: v for name, v in changes.items() if v is not None})
 

@@ -40,7 +40,14 @@ COMMON = (
     *("policy.model", "policy.variant", "policy.device", "policy.init_adapter"),
     *("policy.resolution", "policy.height", "policy.width", "policy.embedded_guidance"),
     *("sample.prompts", "sample.eval_steps", "sample.guidance_scale", "reward.report"),
-    *("run.eval_prompts", "run.eval_samples", "run.eval_guidance", "run.eval_kl", "run.threads"),
+    *(
+        "run.eval_prompts",
+        "run.eval_samples",
+        "run.eval_resolution",
+        "run.eval_guidance",
+        "run.eval_kl",
+        "run.threads",
+    ),
 )
 """Fields in which arms may not differ: they decide what is measured, from which base, and how
 long a second is."""

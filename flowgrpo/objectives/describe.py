@@ -17,10 +17,14 @@ def sampled_by(config: Config) -> str:
     if rollout == "deterministic":
         return f"{sample.steps} steps of the ODE, whose results are noised again"
     low, high = sample.window_bounds
-    return (
+    text = (
         f"{sample.steps} steps of {sample.transition}, trained: {sample.trained_steps} of the "
         f"steps {low} to {high - 1}"
     )
+    if sample.window_schedule == "progressive":
+        often = "about " if sample.window_decay else ""
+        text += f", on by {sample.window_stride} every {often}{sample.window_interval} iterations"
+    return text
 
 
 def scouted_by(config: Config) -> str:

@@ -81,6 +81,8 @@ def evaluated(config: Config, evaluation_set: EvaluationSet) -> str:
     """Describe the evaluation, and say if training sees its prompts."""
     prompts, samples = len(evaluation_set.prompts), evaluation_set.samples
     text = f"{prompts} prompts x {samples} images in {config.sample.eval_steps} steps"
+    if config.run.eval_resolution:
+        text += f" at {config.run.eval_resolution} pixels a side"
     if has_splits(config.sample.prompts):
         return f"{text}, prompts held out"
     return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"

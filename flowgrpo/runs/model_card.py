@@ -104,7 +104,7 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
 
 def _arguments(config: Config, family: Family) -> str:
     """The pipeline's arguments that make it sample as evaluation did."""
-    policy = config.policy
+    policy = config.evaluated_policy
     sides = {"height": policy.height, "width": policy.width}
     arguments: dict[str, Any] = {
         name: pixels or policy.resolution

@@ -94,6 +94,8 @@ class Monitor:
         world: World = ALONE,
     ) -> None:
         self.config, self.policy, self.state = config, policy, state
+        self.evaluated = policy.evaluated
+        """The policy at the size of evaluations."""
         self.stop, self.world = stop or Stop(), world
         self.evaluation_set = load_evaluation_set(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported, offset=world.rank)
@@ -105,7 +107,7 @@ class Monitor:
         if has_splits(config.sample.prompts):
             # Of one file they are among those of training, which were counted.
             warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
-        self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
+        self.scorer.try_out(self.evaluation_set.prompts, self.evaluated.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
@@ -374,7 +376,7 @@ class Monitor:
         """Raise NotFiniteError unless the present weights give an image of finite numbers, which an
         evaluation would have shown."""
         evaluate.generate_images(
-            self.policy,
+            self.evaluated,
             self.evaluation_set.prompts.texts[:1],
             self.evaluation_set.seeds[:1],
             1,
@@ -428,9 +430,9 @@ class Monitor:
         # LoRA is turned off, not merely zero: a product with zeros in it may round differently.
         # A whole transformer is its own reference before the first iteration.
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
-        with contextlib.nullcontext() if is_reference else self.policy.reference():
+        with contextlib.nullcontext() if is_reference else self.evaluated.reference():
             evaluation = self._measure(label, guidance_scale)
-        if name == "base":
+        if name == "base" and self.evaluated is self.policy:
             self.advice.std = self.policy.decoded.read().std
         self.directory.save_evaluation(evaluation, folder)
         if not restored:
@@ -485,11 +487,11 @@ class Monitor:
                     raise EvaluationStopped
 
             return evaluate.evaluate(
-                self.policy,
+                self.evaluated,
                 self.evaluation_set,
                 self.scorer,
                 steps=self.config.sample.eval_steps,
-                batch_size=self.config.sample.batch_size,
+                batch_size=self.config.eval_batch_size,
                 guidance_scale=guidance_scale,
                 quality=self.quality,
                 on_progress=on_progress,
