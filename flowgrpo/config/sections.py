@@ -144,7 +144,7 @@ class SampleConfig:
     """Iterations that a progressive window stays at a place before it moves."""
     window_stride: int = 1
     """Steps that a progressive window moves by."""
-    # MixGRPO's exponential decay of the interval has 0.1 and 13, of 25 steps.
+    # 0.1 and 13 by default in the code of MixGRPO's authors.
     window_decay: float = 0.0
     """k: at step l a progressive window stays ceil(interval exp(-k max(0, l - window_decay_from)))
     iterations; 0: everywhere as long."""

@@ -58,8 +58,8 @@ def test_places_are_those_of_the_counters(stride, decay, low, returns):
     assert set(expected) == {*range(low, 21, stride), *(() if returns else (20,))}
 
 
-def test_the_settings_of_the_paper():
-    """25 iterations at a place, by one step, of 25 steps; exponentially fewer from step 13 on."""
+def test_the_settings_of_the_authors():
+    """25 iterations at a place, by one step; exponentially fewer from step 13 on."""
     sample = SampleConfig(
         steps=25,
         window_size=4,
