@@ -224,13 +224,13 @@ class SampleConfig:
             )
             return
         for name in ("interval", "stride", "decay", "decay_from", "return"):
-            [own] = [f.default for f in fields(self) if f.name == f"window_{name}"]
+            [default] = [f.default for f in fields(self) if f.name == f"window_{name}"]
             value = getattr(self, f"window_{name}")
             require(
-                value == own,
+                value == default,
                 f"sample.window_{name} is {value!r} with sample.window_schedule random, but only a "
                 f"progressive window has one; set window_schedule to progressive, or leave it at "
-                f"{own!r}.",
+                f"{default!r}.",
             )
 
     def _check_scouts(self) -> None:

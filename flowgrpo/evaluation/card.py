@@ -28,10 +28,10 @@ TASK = "text-to-image"
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated."""
+    """The weights that were evaluated."""
 
     name: str
-    """Of the model in the card: of an adapter, a run, or the model itself."""
+    """Name in the card: that of an adapter, a run, or the model itself."""
     base: str
     """Model that it is an adapter of, or itself: a Hub id, or the name of a folder."""
     adapter: bool = False
@@ -60,17 +60,17 @@ def results(
     first = next(iter(values["scores"]), "")
     entries = [("", name, score) for name, score in values["scores"].items()]
     entries += [(task, first, score) for task, score in values["tasks"].items()]
-    found = []
+    scored = []
     for task, name, score in entries:
         bounds = {} if task or name not in intervals else {"interval_95": list(intervals[name])}
-        found.append(_result(prompt_set, split, task, name, score, {**arguments, **bounds}))
-    return [*filter(None, found), *quality]
+        scored.append(_result(prompt_set, split, task, name, score, {**arguments, **bounds}))
+    return [*filter(None, scored), *quality]
 
 
 def quality_results(measurement: systems.Measurement) -> list[EvalResult]:
     """List the scores of the quality prompts for a model-index."""
     counts = {"prompts": measurement.prompts, "images": measurement.images}
-    found = (
+    scored = (
         _result(
             measurement.prompt_set,
             "",
@@ -81,7 +81,7 @@ def quality_results(measurement: systems.Measurement) -> list[EvalResult]:
         )
         for name, score in measurement.scores.items()
     )
-    return [*filter(None, found)]
+    return [*filter(None, scored)]
 
 
 def _result(
