@@ -35,7 +35,8 @@ class Policy(ABC):
     """A flow-matching text-to-image model. Subclasses are final.
 
     A subclass is made of (pipelines.Pipeline, device, PolicyConfig, encode or None). It places the
-    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`.
+    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`. With
+    run.eval_resolution a second one is made of the same pipeline, for images of another size.
     """
 
     family: Family
