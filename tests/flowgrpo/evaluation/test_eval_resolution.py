@@ -22,7 +22,9 @@ from support.processes import untimed
 FAMILIES = {
     "latent_model": (8, 12),
     "flux_model": (16, 32),
+    "flux2_model": (32, 64),
     "qwen_model": (16, 32),
+    "zimage_model": (32, 64),
 }
 SMALL = {"policy.text_cache": "", "policy.max_sequence_length": 4, "policy.lora_targets": None}
 
@@ -38,7 +40,9 @@ def test_evaluations_are_those_of_a_model_of_that_size(request, tmp_path, kind):
     after."""
     small, large = FAMILIES[kind]
     folder = request.getfixturevalue(kind)
-    changes = {**SMALL, "policy.resolution": small, "run.eval_resolution": large}
+    # The text encoder of FLUX.2-klein has a template around a prompt.
+    length = {"policy.max_sequence_length": 20} if kind == "flux2_model" else {}
+    changes = {**SMALL, **length, "policy.resolution": small, "run.eval_resolution": large}
     config = setups.config(folder, tmp_path, **changes)
     made = setups.parts(config)
     policy, evaluated = made.policy, made.policy.evaluated
@@ -47,7 +51,7 @@ def test_evaluations_are_those_of_a_model_of_that_size(request, tmp_path, kind):
     before = images_of(policy)
     found = images_of(evaluated)
     assert found.shape == (4, 3, large, large) and before.shape == (4, 3, small, small)
-    same = {**SMALL, "policy.resolution": large, "run.eval_resolution": 0}
+    same = {**SMALL, **length, "policy.resolution": large, "run.eval_resolution": 0}
     other = setups.parts(setups.config(folder, tmp_path, **same)).policy
     assert torch.equal(found, images_of(other))
     assert torch.equal(evaluated.sigmas(5), other.sigmas(5))
