@@ -55,8 +55,9 @@ class PolicyConfig:
     width: int = 0
     """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
+    # FLUX.2 sees the padding, so that its texts have the length that it was trained with.
     max_sequence_length: int = 0
-    """Tokens of a prompt that T5 or Qwen gives the model; 0: 128, as in flow_grpo."""
+    """Tokens of a prompt that T5 or Qwen gives the model; 0: 128 as in flow_grpo, 512 of FLUX.2."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""

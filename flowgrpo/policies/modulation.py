@@ -15,8 +15,9 @@ norm (not one for all norms: their weights would have to be copied side by side,
 SD3.5-medium, and T N rows fill the device as well). A row of this table is M = 325 x 1536 numbers
 for SD3.5-medium, 1 MB in bfloat16, and 2 MB for FLUX.1-dev. Rollout and update look up the same
 numbers, whatever rows their forwards have. Where c is made of the time alone, as in Qwen-Image and
-Z-Image, the prompts of a step share one row, 4.4 and 1.0 MB there. Blocks of Z-Image have no silu
-in front of the linear layer.
+Z-Image, the prompts of a step share one row, 4.4 and 1.0 MB there; and 0.1 MB in FLUX.2, all of
+whose blocks of a kind share one modulation beside them. Blocks of Z-Image have no silu in front of
+the linear layer.
 
 The blocks stay diffusers': in place of c they are handed a row of the table, and the layers that
 would compute from c take their columns of it. It is an argument like c, so a block that is run

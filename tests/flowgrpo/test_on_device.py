@@ -37,6 +37,16 @@ EIGHT_OF_QWEN = changed(
     transformer={**configurations.QWEN_IMAGE.transformer, "num_layers": 8},
     parameters=2_759_173_696,
 )
+# Three of its 25 blocks, one and two.
+THREE_OF_KLEIN = changed(
+    configurations.FLUX2_KLEIN_4B,
+    transformer={
+        **configurations.FLUX2_KLEIN_4B.transformer,
+        "num_layers": 1,
+        "num_single_layers": 2,
+    },
+    parameters=685_769_728,
+)
 FOUR_OF_ZIMAGE = changed(
     configurations.Z_IMAGE,
     transformer={**configurations.Z_IMAGE.transformer, "n_layers": 4},
@@ -46,6 +56,7 @@ REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
     "sd3": Case(configurations.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
     "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
+    "flux2": Case(THREE_OF_KLEIN, 2, 2, 4.0, 1, 0.04, 2),
     "qwen": Case(EIGHT_OF_QWEN, 2, 2, 4.0, 1, 0.04, 2),
     "zimage": Case(FOUR_OF_ZIMAGE, 2, 2, 4.0, 1, 0.04, 2),
 }

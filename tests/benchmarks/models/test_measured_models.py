@@ -16,13 +16,18 @@ MODELS = {
     for m in (configurations.TINY_SD3, configurations.TINY_FLUX, configurations.SD35_MEDIUM)
 }
 MODELS[configurations.FLUX_DEV.name] = configurations.FLUX_DEV
+MODELS[configurations.FLUX2_KLEIN_4B.name] = configurations.FLUX2_KLEIN_4B
 
 
 def network(model):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 
-    kind = SD3Transformer2DModel if model.family == "sd3" else FluxTransformer2DModel
-    return kind(**model.transformer)
+    kinds = {
+        "sd3": SD3Transformer2DModel,
+        "flux": FluxTransformer2DModel,
+        "flux2": Flux2Transformer2DModel,
+    }
+    return kinds[model.family](**model.transformer)
 
 
 def inputs(model, rows, **like):
@@ -36,9 +41,13 @@ def inputs(model, rows, **like):
     if model.family == "sd3":
         return {"hidden_states": torch.randn(rows, c, h, w, **like), **text}
     tokens = h * w // 4
-    ids = {"img_ids": torch.zeros(tokens, 3, **like)}
-    ids["txt_ids"] = torch.zeros(model.text_tokens, 3, **like)
+    axes = len(model.transformer["axes_dims_rope"])
+    ids = {"img_ids": torch.zeros(tokens, axes, **like)}
+    ids["txt_ids"] = torch.zeros(model.text_tokens, axes, **like)
     packed = torch.randn(rows, tokens, 4 * c, **like)
+    if model.family == "flux2":
+        del text["pooled_projections"]
+        return {"hidden_states": packed, **ids, **text}
     return {"hidden_states": packed, "guidance": torch.ones(rows, **like), **ids, **text}
 
 
