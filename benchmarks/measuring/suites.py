@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from measuring import ceiling, memory, profiles, waits
+from measuring import ceiling, gpu_state, memory, profiles, waits
 from models.cases import Case
 from providers import flow_grpo, ours
 from providers.flow_grpo import FlowGrpoBaseline
@@ -235,9 +235,14 @@ class SuiteRun:
                 self.skipped.append(name(case))
                 continue
             self.forget()
+            count = len(self.rows)
             try:
-                self.attempt("case", "all", name(case), lambda case=case: one(case))
+                with gpu_state.watched(self.device) as watch:
+                    self.attempt("case", "all", name(case), lambda case=case: one(case))
             finally:
+                # Also of a case that is interrupted.
+                watch.mark(self.rows[count:])
+                records.tell_throttled(name(case), watch)
                 self.write()
         self.write()
         print(f"wrote {self.out}")
