@@ -126,7 +126,7 @@ def test_a_case_of_whole_models_that_is_interrupted_is_marked_too(driver, tmp_pa
         driver.reasons[1] = pynvml.nvmlClocksEventReasonSwThermalSlowdown
         raise KeyboardInterrupt
 
-    run.forget, run.write = (lambda: None), (lambda: None)
+    run.pool.forget, run.write = (lambda: None), (lambda: None)
     with pytest.raises(KeyboardInterrupt):
         run.each(CASES, interrupted, lambda case: case.name)
     assert run.rows[before]["throttled"] == ["software thermal slowdown"]
