@@ -36,7 +36,7 @@ from torch import Tensor
 
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 from measuring import memory, timers
-from measuring.timing import Options, Timing
+from measuring.timing import Options, Timing, matches
 from reporting import records
 
 
@@ -220,7 +220,7 @@ def time_rows(case: Case, device: str, rounds: int, compiled: bool) -> list[dict
 
 
 def cases(smoke: bool, pattern: str) -> list[Case]:
-    """Cases whose name contains `pattern`. The largest batch comes first: a limit of time cuts off
+    """Cases whose name contains one of the comma-separated texts of `pattern`. The largest batch comes first: a limit of time cuts off
     the others."""
     models, batches = (SMOKE, (2,)) if smoke else (MODELS, BATCHES)
     every_case = [
@@ -230,7 +230,7 @@ def cases(smoke: bool, pattern: str) -> list[Case]:
         for op in model.ops
         for backward in (False, True)
     ]
-    return [case for case in every_case if pattern in case.name]
+    return [case for case in every_case if matches(case.name, pattern)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -238,7 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each provider")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases whose name contains one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--compile-cases", default="", help="compile only cases whose name contains this"

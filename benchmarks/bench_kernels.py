@@ -47,7 +47,7 @@ from flowgrpo_kernels import (
 )
 from flowgrpo_kernels.backends import dispatch
 from measuring import memory, profiles, timers
-from measuring.timing import Options, Timing
+from measuring.timing import Options, Timing, matches
 from providers import diffusion_nft_ops, flow_grpo_ops
 from reporting import records
 
@@ -296,7 +296,7 @@ def memory_rows(case: Case, device: str) -> list[dict]:
 
 
 def cases(shapes: dict, pattern: str) -> list[Case]:
-    """Cases whose name contains `pattern`."""
+    """Cases whose name contains one of the comma-separated texts of `pattern`."""
     every_case = []
     for model, (shape, batches) in shapes.items():
         for batch in batches:
@@ -305,7 +305,7 @@ def cases(shapes: dict, pattern: str) -> list[Case]:
                 dtypes.append(("bfloat16", "float32"))
             for op in OPS:
                 every_case += [Case(op, model, shape, batch, v, x) for v, x in dtypes]
-    return [c for c in every_case if pattern in c.name]
+    return [c for c in every_case if matches(c.name, pattern)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -313,7 +313,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each provider")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases whose name contains one of these")
     parser.add_argument("--large", action="store_true", help="add a shape that moves 2 GiB")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from measuring import gpu_state
+from measuring import gpu_state, timing
 from reporting import records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def is_green(tree: Path, gate: str) -> bool:
     if not words:
         print(f"{tree}: the gate's tests are not there", file=sys.stderr)
         return False
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *words]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True)
     if done.returncode:
         print("\n".join(done.stdout.splitlines()[-15:]), file=sys.stderr)
@@ -215,13 +215,8 @@ def shared_cases(base: Any, head: Any, pattern: str) -> list[str]:
     for name, reply in listed.items():
         if "error" in reply:
             raise RuntimeError(f"{name}: {reply['error']}")
-    patterns = [word.strip() for word in pattern.split(",") if word.strip()] or [""]
     shared = set(listed["base"]["cases"])
-    return [
-        case
-        for case in listed["head"]["cases"]
-        if case in shared and any(word in case for word in patterns)
-    ]
+    return [c for c in listed["head"]["cases"] if c in shared and timing.matches(c, pattern)]
 
 
 def compare(base: Any, head: Any, args: argparse.Namespace) -> int:

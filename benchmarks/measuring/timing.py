@@ -12,6 +12,12 @@ from typing import NamedTuple
 from measuring.timers import Timed
 
 
+def matches(name: str, patterns: str) -> bool:
+    """Test whether a name contains one of some comma-separated texts; without any it does."""
+    words = [word.strip() for word in patterns.split(",") if word.strip()]
+    return not words or any(word in name for word in words)
+
+
 class Options(NamedTuple):
     """Choices that decide which cases there are."""
 
