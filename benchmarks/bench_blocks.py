@@ -220,8 +220,8 @@ def time_rows(case: Case, device: str, rounds: int, compiled: bool) -> list[dict
 
 
 def cases(smoke: bool, pattern: str) -> list[Case]:
-    """Cases whose name contains one of the comma-separated texts of `pattern`. The largest batch comes first: a limit of time cuts off
-    the others."""
+    """Cases whose name contains one of the comma-separated texts of `pattern`. The largest batch
+    comes first: a limit of time cuts off the others."""
     models, batches = (SMOKE, (2,)) if smoke else (MODELS, BATCHES)
     every_case = [
         Case(op, name, model, batch, backward)

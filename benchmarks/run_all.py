@@ -2,10 +2,11 @@
 
     python benchmarks/run_all.py --call 1 --out DIR --wheels WHEELS    # then --call 2, --call 3
     python benchmarks/run_all.py --call 1 --out DIR --parts nano       # goes on with a part
-    python benchmarks/run_all.py --smoke --out DIR                     # all calls, tiny, on the CPU
+    python benchmarks/run_all.py --smoke --out DIR                  # all calls, tiny, on the CPU
 
-Call 1: the packages are installed; compiled kernels against Triton's bit for bit, and capture; share
-of the copy bandwidth at the large and SD3.5's shapes; nano's whole default run; the other GPU tests.
+Call 1: the packages are installed; compiled kernels against Triton's bit for bit, and capture;
+share of the copy bandwidth at the large and SD3.5's shapes; nano's whole default run; the other
+GPU tests.
 Call 2: SD3.5-M, random weights of the real size made on the device: a captured rollout beside
 flow_grpo's, an update with max_ratio_error, an iteration with and without KL, peak memory.
 Call 3: torch.compile, fused blocks, FLUX.1-dev, compute-sanitizer.
@@ -24,9 +25,11 @@ this call did not pass.
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,8 +41,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MARK = "pytest.mark.gpu"
 """Text in the files that have tests for a GPU."""
-BITS = "compiled_gives_the_bits_of_triton or captur or synchronis or pack"
+BITS = "compiled_gives_the_bits or captur or synchronis or eager_bits or waits_for_the_gpu"
 """Tests that come first."""
+Words = tuple[str, ...]
 LIMIT = 285.0
 """Seconds of a call."""
 GEOMETRY = "sd3.5-m t10 b16 no-cfg"
@@ -59,85 +63,78 @@ class Plan:
     def part(self, name: str, budget: float, *commands: list[str]) -> Part:
         return Part(name, budget * self.args.scale, list(commands))
 
-    def suite(self, name: str, budget: float, script: str, *options: str, smoke: str = "") -> Part:
-        """A suite; no case begins in the last fifth of its budget. smoke: its cases in smoke form,
-        in place of the options."""
-        if self.args.smoke:
-            options = (*options[: options.index("--memory") + 1],) if "--memory" in options else ()
-            options += ("--cases", smoke) if smoke else ()
+    def suite(self, name: str, budget: float, script: str, options: Words, smoke: Words) -> Part:
+        """A suite with its options, or those of its smoke form; no case begins in the last fifth of
+        its budget."""
         # By name, so that a GPU that PyTorch does not see is no run on the CPU.
-        where = ["--device", self.device, *(["--smoke"] if self.args.smoke else [])]
+        options = (*smoke, "--smoke") if self.args.smoke else options
         record = self.out / f"{name}-{self.device}.json"
-        command = [sys.executable, str(HERE / script), "--out", str(record), *options, *where]
+        command = [sys.executable, str(HERE / script), "--out", str(record), *options]
         limit = f"{0.8 * budget * self.args.scale:.0f}"
-        return self.part(name, budget, [*command, "--budget", limit])
+        return self.part(name, budget, [*command, "--device", self.device, "--budget", limit])
 
     def first(self) -> list[Part]:
         shapes = ("--large", "--cases", "large,sd3-512 b16", "--rounds", "20")
-        cut = ("--no-compile", "--no-reference")
+        shapes += ("--no-compile", "--no-reference")
         return [
             self.build(),
             self.tests("bits", 45, BITS),
-            self.suite("kernels", 40, "bench_kernels.py", *shapes, *cut, smoke="odd"),
+            self.suite("kernels", 40, "bench_kernels.py", shapes, ("--cases", "odd")),
             self.part("nano", 75, self.nano()),
             self.tests("tests", 70, f"not ({BITS})"),
         ]
 
     def second(self) -> list[Part]:
-        sd3 = ("--cases", "sd3.5-m")
-        captured = ("--alone", "--providers", "ours,eager,ours-captured")
-        kl = ("--cases", f"{GEOMETRY} full", "--alone", "--providers", "ours,eager")
+        sd3 = ("--cases", "sd3.5-m", "--providers")
+        rollout = (*sd3, "ours,ours-loop,eager", "--batch-sizes", "16,1")
+        update = (*sd3, "ours,eager,ours-captured", "--batch-sizes", "16", "--alone")
+        kl = ("--cases", f"{GEOMETRY} full", "--providers", "ours,eager", "--alone")
         memory = ("--memory", "--cases", f"{GEOMETRY} full kl")
+        small = ("--cases", "cfg w2 kl")
         return [
             self.build(),
-            self.suite(
-                "rollout", 70, "bench_rollout.py", "--providers", "ours,ours-loop,eager", *sd3,
-                "--batch-sizes", "16,1", smoke="tiny-sd3 t3 b2",
-            ),
-            self.suite("update", 55, "bench_update.py", *captured, *sd3, smoke="tiny-sd3 t4 b2"),
-            self.suite("iteration", 65, "bench_iteration.py", *kl, smoke="w2 kl"),
-            self.suite("memory", 40, "bench_iteration.py", *memory, smoke="w2 kl"),
-        ]  # fmt: skip
+            self.suite("rollout", 70, "bench_rollout.py", rollout, ("--cases", "b1 cfg")),
+            self.suite("update", 55, "bench_update.py", update, ("--cases", "b1 cfg")),
+            self.suite("iteration", 65, "bench_iteration.py", kl, small),
+            self.suite("memory", 40, "bench_iteration.py", memory, ("--memory", *small)),
+        ]
 
     def third(self) -> list[Part]:
         # Alone, since making a baseline drops what was compiled before it.
         compiled = ("--alone", "--cases", GEOMETRY, "--providers")
+        rollout = (*compiled, "ours,ours-compiled,ours-fused,eager,compile")
+        update = (*compiled, "ours,ours-compiled,ours-fused,eager")
+        blocks = ("--no-compile", "--cases", "b16")
         # 24 GB in bf16, 48 in float32: not all providers at once.
         flux = ("--cases", "flux.1-dev", "--alone", "--providers", "ours,ours-fused,eager")
+        fused = ("--providers", "ours,ours-fused", "--cases")
         return [
             self.build(),
             self.suite(
-                "compiled-rollout", 65, "bench_rollout.py", *compiled,
-                "ours,ours-compiled,ours-fused,eager,compile", smoke="b1 cfg",
+                "compiled-rollout", 65, "bench_rollout.py", rollout, (*fused, "b1 cfg")
             ),
-            self.suite("blocks", 25, "bench_blocks.py", "--no-compile", "--cases", "b16",
-                       smoke="tiny-flux"),
-            self.suite("rollout-flux", 45, "bench_rollout.py", *flux, smoke="tiny-flux"),
-            self.suite("update-flux", 35, "bench_update.py", *flux, smoke="tiny-flux"),
+            self.suite("blocks", 25, "bench_blocks.py", blocks, ("--cases", "tiny-flux")),
+            self.suite("rollout-flux", 45, "bench_rollout.py", flux, (*fused, "tiny-flux")),
+            self.suite("update-flux", 35, "bench_update.py", flux, (*fused, "tiny-flux")),
             self.sanitizer(),
-            self.suite(
-                "compiled-update", 30, "bench_update.py", *compiled, "ours,ours-compiled,eager",
-                smoke="b1 cfg",
-            ),
+            self.suite("compiled-update", 30, "bench_update.py", update, (*fused, "b1 cfg")),
         ]  # fmt: skip
 
     def more(self) -> list[Part]:
         # One after the other, so that a part that is stopped has the first ones.
         profile = ("--profile", "--cases", GEOMETRY, "--alone", "--providers")
-        single = [*program("single-pass-loss"), "--out", str(self.out / "single-pass-cuda.json")]
+        profile += ("ours,eager,ours-fused",)
+        tiny = ("--profile", "--cases", "b1 cfg", "--providers", "ours")
+        odd, memory = ("--cases", "odd"), ("--memory",)
         parts = [
             self.build(),
-            self.suite("kernels-memory", 15, "bench_kernels.py", "--memory", smoke="odd"),
-            self.suite("kernels-all", 60, "bench_kernels.py", "--no-compile", smoke="odd"),
+            self.suite("kernels-memory", 15, "bench_kernels.py", memory, (*memory, *odd)),
+            self.suite("kernels-all", 60, "bench_kernels.py", ("--no-compile",), odd),
+            self.suite("profile-rollout", 40, "bench_rollout.py", profile, tiny),
+            self.suite("profile-update", 40, "bench_update.py", profile, tiny),
         ]
-        if not self.args.smoke:
-            providers = "ours,eager,ours-fused"
-            parts += [
-                self.suite("profile-rollout", 40, "bench_rollout.py", *profile, providers),
-                self.suite("profile-update", 40, "bench_update.py", *profile, providers),
-                self.part("single-pass", 25, single),
-            ]
-        return parts
+        single = [*program("single-pass-loss"), "--out", str(self.out / "single-pass-cuda.json")]
+        return parts if self.args.smoke else [*parts, self.part("single-pass", 25, single)]
 
     def build(self) -> Part:
         """Wheels and packages are installed, and the GPU is asked for its name."""
@@ -251,6 +248,7 @@ def run_call(parts: list[Part], args: argparse.Namespace) -> list[dict]:
 
 def installed() -> str:
     """Say that the packages are installed here; an empty string when they are not."""
+    importlib.invalidate_caches()
     needed = ("flowgrpo", "flowgrpo_kernels", "diffusers", "tyro")
     outside = [p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT)]
     there = all(importlib.machinery.PathFinder.find_spec(name, outside) for name in needed)
@@ -290,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.commit:
         os.environ["FLOWGRPO_COMMIT"] = args.commit
     args.out.mkdir(parents=True, exist_ok=True)
+    # Whoever ends this process ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results: list[dict] = []
     for call in args.calls:
         parts = [p for p in args.plan[call] if not args.chosen or p.name in args.chosen]

@@ -89,6 +89,9 @@ def execute(
                 stop(process)
                 result = f"stopped after {seconds:.0f} s"
                 break
+            except KeyboardInterrupt:
+                stop(process)
+                raise
             if process.returncode:
                 result = f"failed with {process.returncode}"
                 break
