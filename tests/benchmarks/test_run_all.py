@@ -164,6 +164,11 @@ def test_without_an_installation_the_tree_itself_is_used(tmp_path, monkeypatch):
     assert paths == [str(run_all.ROOT), str(run_all.ROOT / "kernels"), "there"]
 
 
+def test_which_packages_are_there():
+    assert run_all.has("pytest") and run_all.has("typing_extensions")
+    assert not run_all.has("no_such_package")
+
+
 def test_an_unknown_part(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all.main(["--out", str(tmp_path), "--parts", "nanoo"])
@@ -246,10 +251,14 @@ def test_the_files_with_gpu_tests(tmp_path):
 
 def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(run_all.importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "tyro-1.0-py3-none-any.whl").write_bytes(b"")
+    monkeypatch.setattr(run_all, "has", lambda name: name == "diffusers")
+    for name in ("tyro-1.0", "diffusers-0.1"):
+        (tmp_path / f"{name}-py3-none-any.whl").write_bytes(b"")
     build, bits, *_ = plan(tmp_path, wheels=tmp_path)["1"]
     wheels, project, *_ = build.commands
     assert "--no-index" in wheels and wheels[-1].endswith("tyro-1.0-py3-none-any.whl")
+    # What is there stays as it is.
+    assert not any("diffusers" in word for word in wheels)
     assert {"--no-deps", "--no-build-isolation", str(run_all.ROOT)} <= set(project)
     assert "-n" not in bits.commands[0]
     (tmp_path / "pytest_xdist-3.8.0-py3-none-any.whl").write_bytes(b"")
@@ -308,9 +317,19 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
         if "bench_" in part.commands[0][1]:
             record = records.read(tmp_path / f"{part.name}-cpu.json")
             assert record["failures"] == [] and record["skipped"] == [], part.name
-            metrics[part.name] = {row["metric"] for row in record["rows"]}
-    assert "bandwidth" in metrics["kernels"] and "speedup_vs_eager" in metrics["rollout"]
-    assert "max_ratio_error" in metrics["update"] & metrics["iteration"]
-    assert "peak_memory" in metrics["memory"] and "of_measured" in metrics["rollout-flux"]
+            for row in record["rows"]:
+                metrics.setdefault((part.name, row["provider"]), set()).add(row["metric"])
+    assert "bandwidth" in metrics["kernels", "ours"] and "bandwidth" in metrics["blocks", "eager"]
+    shared = {"time", "images", "rate", "of_measured", "max_ratio_error"}
+    for name in ("ours", "ours-fused"):
+        assert metrics["iteration", name] == shared | {"speedup_vs_eager"}
+    assert metrics["iteration", "eager"] == shared
+    for name in ("ours", "ours-offload", "eager"):
+        assert metrics["memory", name] == {"peak_memory", "peak_tensors"}
+    assert "max_ratio_error" in metrics["update", "ours"] & metrics["update-flux", "ours"]
+    assert "speedup_vs_eager" in metrics["rollout", "ours"]
+    assert (
+        "of_measured" in metrics["compiled-rollout", "ours-fused"] & metrics["rollout-flux", "ours"]
+    )
     assert (tmp_path / "nano" / "summary.json").exists()
     assert "every kernel ran on cpu" in (tmp_path / "sanitizer.log").read_text()

@@ -1,4 +1,6 @@
-"""The suites of whole models: smoke runs leave valid records; memory, failures and time run out."""
+"""The suites of whole models: smoke runs leave valid records; memory, failures and time run out.
+
+Their iterations and memory are run by test_run_all.py, in its rehearsal."""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_iteration
 import bench_rollout
 import bench_update
 from measuring import memory, profiles, suites
@@ -99,15 +100,6 @@ def test_update(run):
     assert code == 0 and check(record, "update", metrics) == {"tiny-sd3 t4 b1 cfg w2 kl"}
     error = records.find(record["rows"], provider="ours", metric="max_ratio_error")
     assert error == 0.0 and "steps_per_forward" in record["command"]
-
-
-def test_iteration_and_memory(run):
-    code, record = run(bench_iteration, "--cases", "cfg w2 kl")
-    metrics = {"time", "images", "rate", "of_measured", "max_ratio_error"}
-    assert code == 0 and check(record, "iteration", metrics) == {"tiny-sd3 t4 b2 cfg w2 kl"}
-    code, record = run(bench_iteration, "--memory", "--cases", "cfg w2 kl")
-    providers = {r["provider"] for r in record["rows"] if r["metric"] == "peak_memory"}
-    assert code == 0 and providers == {"ours", "ours-offload", "eager"}
 
 
 def test_profile(run, tmp_path):
