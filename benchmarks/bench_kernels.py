@@ -233,12 +233,17 @@ def ready(case: Case, device: str, names: Sequence[str]) -> dict[str, timers.Tim
     return timers.rotating({name: calls[name] for name in names}, sets, device)
 
 
+def limit(device: str) -> float:
+    """Seconds for a provider: called from Python on a GPU it takes long at the large shape."""
+    return timers.LOOP_SECONDS if device == "cuda" else float("inf")
+
+
 def timings(options: Options) -> list[Timing]:
     """Cases for pytest-benchmark: all shapes but the large one."""
     return [
         Timing(
             case.name, tuple(names_of_providers(case, options.device, options.compiled)),
-            functools.partial(ready, case, options.device),
+            functools.partial(ready, case, options.device), limit=limit(options.device),
         )
         for case in cases(SMOKE_SHAPES if options.smoke else SHAPES, "")
     ]  # fmt: skip
@@ -255,9 +260,7 @@ def time_rows(case: Case, device: str, rounds: int, compiled: bool, reference: b
     if not reference:
         names.remove("reference")
     timed = ready(case, device, names)
-    # A provider that is called from Python on a GPU takes long at the large shape.
-    limit = timers.LOOP_SECONDS if device == "cuda" else float("inf")
-    times = timers.take_turns(timed, rounds, limit)
+    times = timers.take_turns(timed, rounds, limit(device))
     rows, seconds = [], {}
     for name, values in times.items():
         seconds[name] = s = statistics.median(values)

@@ -108,8 +108,7 @@ class Measurements:
             torch.set_num_threads(timing.threads or self.threads)
             try:
                 with gpu_state.watched(self.device) as self.watch:
-                    limit = timers.LOOP_SECONDS if module.__name__ == "bench_kernels" else 3600.0
-                    self.times = timers.take_turns(timing.ready(names), rounds, limit)
+                    self.times = timers.take_turns(timing.ready(names), rounds, timing.limit)
             except Exception as error:
                 self.error = error
         if self.error is not None:
@@ -141,6 +140,7 @@ def hand_over(request, benchmark, measurements, case, provider):
     return hand_over
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     device = config.option.bench_device
     name = gpu_state.described()[0] if device == "cuda" else records.cpu_name()
@@ -148,6 +148,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info["versions"] = records.versions()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, output_json) -> None:
     output_json["commit"] = records.commit()
     output_json["command"] = records.command()

@@ -38,5 +38,7 @@ class Timing(NamedTuple):
     """Makes some of the providers and warms them up; one more round of each."""
     threads: int | None = None
     """Threads of torch; None: those of the process."""
+    limit: float = float("inf")
+    """Seconds after which a provider has had enough rounds."""
     together: bool = True
     """False where the memory holds one of the providers at a time."""
