@@ -10,6 +10,7 @@ clock that replays them, and does what it does with its own: tables, --benchmark
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -151,4 +152,4 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, output_json) -> None:
     output_json["commit"] = records.commit()
-    output_json["command"] = records.command()
+    output_json["command"] = shlex.join(["pytest", *map(str, config.invocation_params.args)])

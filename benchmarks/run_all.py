@@ -25,7 +25,6 @@ this call did not pass.
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
 import importlib.util
 import os
 import shutil
@@ -260,10 +259,7 @@ def run_call(parts: list[Part], args: argparse.Namespace) -> list[dict]:
 
 def installed() -> str:
     """Say that the packages are installed here; an empty string when they are not."""
-    importlib.invalidate_caches()
-    needed = ("flowgrpo", "flowgrpo_kernels", "diffusers", "tyro")
-    outside = [p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT)]
-    there = all(importlib.machinery.PathFinder.find_spec(name, outside) for name in needed)
+    there = all(map(has, ("flowgrpo", "diffusers", "tyro")))
     return "the packages are installed already" if there else ""
 
 
