@@ -61,9 +61,10 @@ def fuse(transformer: nn.Module, family: Family) -> None:
             f"policy.fused is on, but the blocks of {type(transformer).__name__} have no fused "
             "forward; set policy.fused to false."
         )
-    _check_sizes(transformer)
+    _check_sizes(transformer, *family.widths_of(transformer))
     table: dict[type, FusedForward] = import_hook(family.fused_blocks)
-    replaced = {*family.blocks_of(transformer), transformer.norm_out}
+    last = transformer.get_submodule(family.last_norm)
+    replaced = {*family.blocks_of(transformer), last}
     rows = {}
     for name, module in transformer.named_modules():
         if module in replaced:
@@ -130,9 +131,8 @@ def check_arguments(joint_attention_kwargs: dict[str, Any] | None) -> None:
         )
 
 
-def _check_sizes(transformer: nn.Module) -> None:
+def _check_sizes(transformer: nn.Module, width: int, head: int) -> None:
     """Raise ConfigError for sizes beyond the kernels' limits on a GPU."""
-    head, width = transformer.config.attention_head_dim, transformer.inner_dim
     if transformer.device.type == "cuda" and (head & (head - 1) or head > 256 or width > 8192):
         raise ConfigError(
             f"policy.fused is on, but {type(transformer).__name__} has heads of {head} and tokens "
@@ -172,6 +172,5 @@ def unknown_module(name: str, module: nn.Module) -> ConfigError:
     """The error for a module that the kernels are not made for."""
     return ConfigError(
         f"policy.fused is on, but {name} is a {module}, and the fused kernels know only the blocks "
-        "and norms of diffusers' SD3, FLUX.1 and Qwen-Image transformers; set policy.fused to "
-        "false."
+        "and norms of the model's family as diffusers makes them; set policy.fused to false."
     )
