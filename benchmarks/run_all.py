@@ -94,7 +94,7 @@ class Plan:
         return [
             self.build(),
             self.suite("rollout", 70, "bench_rollout.py", rollout, ("--cases", "b1 cfg")),
-            self.suite("update", 55, "bench_update.py", update, (*pair, "b1 cfg")),
+            self.suite("update", 55, "bench_update.py", update, (*pair, "b1 cfg", "--alone")),
             self.suite("iteration", 65, "bench_iteration.py", kl, small),
             self.suite("memory", 40, "bench_iteration.py", memory, ("--memory", *small)),
         ]

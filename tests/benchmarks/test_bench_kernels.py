@@ -126,4 +126,4 @@ def test_a_smoke_run_is_no_record():
 def test_recorded_files_have_the_format(path):
     record = json.loads(path.read_text())
     assert set(record) >= RECORD
-    assert all(set(row) == ROW for row in record["rows"])
+    assert all(set(row) - {"clocks", "throttled"} == ROW for row in record["rows"])

@@ -23,7 +23,7 @@ from measuring import parts as running
 from measuring import suites
 from models import cases
 from providers import pool
-from reporting import records
+from reporting import plots, records
 from support import processes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -33,6 +33,24 @@ PYTHON = sys.executable
 SLEEPER = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved', flush=True)"
 COMPILER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEPER!r}])"
 """A command that waits for another one, as a suite does for a compiler."""
+ROW = {"suite", "case", "provider", "metric", "value", "unit"}
+UNITS = {
+    "images": "images/s",
+    "images_with_decoding": "images/s",
+    "decoding": "ms/image",
+    "step": "ms",
+    "micro_step": "ms",
+    "time": "s",
+    "rate": "TFLOP/s",
+    "matmul": "TFLOP/s",
+    "copy": "GB/s",
+    "of_measured": "%",
+    "peak_memory": "GiB",
+    "peak_tensors": "GiB",
+    "max_ratio_error": "1",
+    "out_of_memory": "1",
+    "speedup_vs_eager": "x",
+}
 
 
 def say(text):
@@ -312,24 +330,40 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     assert code == 0 and not logs, logs
     calls = plan(tmp_path, smoke=True)
     assert set(summary) == {part.name for call in "123" for part in calls[call]}
-    metrics = {}
+    metrics, rows = {}, {}
     for part in (part for call in "123" for part in calls[call]):
         if "bench_" in part.commands[0][1]:
             record = records.read(tmp_path / f"{part.name}-cpu.json")
             assert record["failures"] == [] and record["skipped"] == [], part.name
+            assert (
+                "--smoke" in record["command"] and "python benchmarks/bench_" in record["command"]
+            )
+            rows[part.name] = record["rows"]
             for row in record["rows"]:
+                assert set(row) == ROW and row["value"] >= 0
+                assert part.name in ("kernels", "blocks") or row["unit"] == UNITS[row["metric"]], (
+                    row
+                )
                 metrics.setdefault((part.name, row["provider"]), set()).add(row["metric"])
     assert "bandwidth" in metrics["kernels", "ours"] and "bandwidth" in metrics["blocks", "eager"]
-    shared = {"time", "images", "rate", "of_measured", "max_ratio_error"}
-    for name in ("ours", "ours-fused"):
-        assert metrics["iteration", name] == shared | {"speedup_vs_eager"}
-    assert metrics["iteration", "eager"] == shared
+    rates = {"rate", "of_measured"}
+    images = rates | {"images", "images_with_decoding", "decoding", "step", "peak_memory"}
+    whole = rates | {"time", "images", "max_ratio_error"}
+    for part, shared in (("rollout", images), ("iteration", whole)):
+        for name in ("ours", "ours-fused"):
+            assert metrics[part, name] == shared | {"speedup_vs_eager"}
+        assert metrics[part, "eager"] == shared
     for name in ("ours", "ours-offload", "eager"):
         assert metrics["memory", name] == {"peak_memory", "peak_tensors"}
-    assert "max_ratio_error" in metrics["update", "ours"] & metrics["update-flux", "ours"]
-    assert "speedup_vs_eager" in metrics["rollout", "ours"]
-    assert (
-        "of_measured" in metrics["compiled-rollout", "ours-fused"] & metrics["rollout-flux", "ours"]
-    )
+    assert metrics["update", "eager"] == rates | {"micro_step", "peak_memory", "max_ratio_error"}
+    for part in ("update", "update-flux"):
+        assert records.find(rows[part], provider="ours", metric="max_ratio_error") == 0.0
+    assert metrics["compiled-rollout", "ours-fused"] == metrics["rollout-flux", "ours"] == images
+    ceiling = records.find(rows["rollout"], provider="ceiling", metric="images")
+    share = records.find(rows["rollout"], provider="ours", metric="of_measured")
+    per_second = records.find(rows["rollout"], provider="ours", metric="images")
+    assert per_second / ceiling == pytest.approx(share / 100, rel=1e-3)
+    plots.main([str(tmp_path / "rollout-cpu.json"), "--out", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "nano" / "summary.json").exists()
     assert "every kernel ran on cpu" in (tmp_path / "sanitizer.log").read_text()
