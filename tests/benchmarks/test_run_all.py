@@ -346,6 +346,10 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
                 )
                 metrics.setdefault((part.name, row["provider"]), set()).add(row["metric"])
     assert "bandwidth" in metrics["kernels", "ours"] and "bandwidth" in metrics["blocks", "eager"]
+    assert {name for part, name in metrics if part == "kernels"} == {
+        "ours", "eager", "reference", "ceiling"
+    }  # fmt: skip
+    assert {row["case"].split()[0] for row in rows["kernels"]} == set(bench_kernels.OPS)
     rates = {"rate", "of_measured"}
     images = rates | {"images", "images_with_decoding", "decoding", "step", "peak_memory"}
     whole = rates | {"time", "images", "max_ratio_error"}
@@ -363,7 +367,9 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     share = records.find(rows["rollout"], provider="ours", metric="of_measured")
     per_second = records.find(rows["rollout"], provider="ours", metric="images")
     assert per_second / ceiling == pytest.approx(share / 100, rel=1e-3)
-    plots.main([str(tmp_path / "rollout-cpu.json"), "--out", str(tmp_path / "p.png")])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    for part, options in (("rollout", ()), ("kernels", ("--cases", "odd"))):
+        plots.main([str(tmp_path / f"{part}-cpu.json"), "--out", str(tmp_path / "p.png"), *options])
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "p.png").unlink()
     assert (tmp_path / "nano" / "summary.json").exists()
     assert "every kernel ran on cpu" in (tmp_path / "sanitizer.log").read_text()

@@ -94,6 +94,7 @@ def test_kernels(run):
     rows = run(bench_kernels)["rows"]
     found = {r["provider"] for r in rows}
     assert found == {"ours", "ours-loop", "reference", "eager", "ceiling"}
+    assert all(r["clocks"]["sm_mhz"][1] > 0 and isinstance(r["throttled"], list) for r in rows)
     assert all(r["value"] > 0 for r in rows)
 
 
