@@ -6,9 +6,9 @@
     out = grpo_loss(velocity, x_t, x_next, lp, advantages, transitions, step)
     out.loss.backward()
 
-The mathematics is in transitions.py, the numerical contract of all backends in reference.py. Parts
-of transformer blocks are in `blocks`, diffusers' blocks made of them in `layers`, drop-ins for other
-trainers in `compat`.
+The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
+Parts of transformer blocks are in `blocks`, diffusers' blocks made of them in `layers`, drop-ins
+for other trainers in `compat`.
 """
 
 import importlib

@@ -71,7 +71,7 @@ def single_block(
 
 
 def check_double_block(name: str, block: nn.Module) -> None:
-    """Raise UnknownModule unless all modules of the block are those that `double_block` computes."""
+    """Raise UnknownModule unless all modules of the block are those of `double_block`."""
     for suffix in ("norm1", "norm1_context"):
         parts.check_norm(f"{name}.{suffix}", getattr(block, suffix), "AdaLayerNormZero")
     for suffix in ("norm2", "norm2_context"):
@@ -80,6 +80,6 @@ def check_double_block(name: str, block: nn.Module) -> None:
 
 
 def check_single_block(name: str, block: nn.Module) -> None:
-    """Raise UnknownModule unless all modules of the block are those that `single_block` computes."""
+    """Raise UnknownModule unless all modules of the block are those of `single_block`."""
     parts.check_norm(f"{name}.norm", block.norm, "AdaLayerNormZeroSingle")
     parts.check_attention(f"{name}.attn", block.attn, "FluxAttention", PROCESSORS, nn.RMSNorm)

@@ -46,7 +46,7 @@ class AttentionCalls:
     """
 
     project: Callable[[nn.Module, Sequence[str], Tensor], list[Tensor]]
-    """(attention layer, names of its linear layers, tokens [B, N, C]) -> their results [B, N, H d]."""
+    """(attention layer, names of its linear layers, tokens [B, N, C]) -> results [B, N, H d]."""
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(attention layer, query, key, value [B, S, H, d], mask or None) -> [B, S, H, d]."""
 

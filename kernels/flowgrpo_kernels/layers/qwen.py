@@ -74,9 +74,7 @@ def real_tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return angles[..., 0].contiguous(), angles[..., 1].contiguous()
 
 
-def check_joint_block(
-    name: str, block: nn.Module, processors: Sequence[str] = PROCESSORS
-) -> None:
+def check_joint_block(name: str, block: nn.Module, processors: Sequence[str] = PROCESSORS) -> None:
     """Raise UnknownModule unless all modules of the block are those that `joint_block` computes.
 
     processors: names of the classes of attention processors that may be there.

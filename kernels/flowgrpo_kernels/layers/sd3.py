@@ -68,9 +68,7 @@ def attention(
     return attn.to_out[1](attn.to_out[0](attended)), text_attended
 
 
-def check_joint_block(
-    name: str, block: nn.Module, processors: Sequence[str] = PROCESSORS
-) -> None:
+def check_joint_block(name: str, block: nn.Module, processors: Sequence[str] = PROCESSORS) -> None:
     """Raise UnknownModule unless all modules of the block are those that `joint_block` computes.
 
     processors: names of the classes of attention processors that may be there.
