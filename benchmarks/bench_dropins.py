@@ -8,11 +8,15 @@ A replay scores a stored x' of 16 samples of 16 x 64 x 64 in float32, with autog
 velocity as in training: the forward alone (`replay`), and with the gradient to the velocity
 (`backward`). Providers: `ours` (the drop-in), `eager`
 (providers/peer_steps.py: the trainers' sequences of torch ops, written from their formulas; their
-own code does not run here), and `bare`, the op log_prob alone, without the mean and x0 that the
-trainers' functions return as well. Providers take turns, in another order each round (a call finds
-the caches as the one before it left them), and every call works on the next of several buffer sets,
-together larger than the caches. Times are the processor's, of the one thread that computes: what
-other processes take is not in them. `time` is the median, `best` the shortest.
+own code does not run here), `bare`, the op log_prob alone, without the mean and x0 that the
+trainers' functions return as well, and `pass`: one torch op that reads the three latents and writes
+a new tensor, as each function must that returns the mean; with the gradient two of them, for it
+reads the latents again and writes the gradient. So eager / pass is the most that any replacement
+gains over the sequence, on the machine and in the state of the run. Providers take turns, in
+another order each round (a call finds the caches as the one before it left them), and every call
+works on the next of several buffer sets, together larger than the caches. Times are the
+processor's, of the one thread that computes: what other processes take is not in them. `time` is
+the median, `best` the shortest.
 
 With --keep-memory the process keeps what it has freed (glibc's MALLOC_TRIM_THRESHOLD_ and
 MALLOC_MMAP_THRESHOLD_), for every provider: then no call is charged for fresh pages, which the
@@ -165,6 +169,16 @@ def bare(batch: int) -> Callable[[Buffers], tuple]:
     return lambda b: (log_prob(*b, transitions, steps),)
 
 
+def one_pass(b: Buffers) -> tuple:
+    """Reads the three latents and writes a new tensor: (it,)."""
+    return (torch.addcmul(b.sample, b.velocity.detach(), b.prev_sample),)
+
+
+def two_passes(b: Buffers) -> tuple:
+    """The same for the mean and, after it, for the gradient."""
+    return (*one_pass(b), *one_pass(b))
+
+
 def with_backward(call: Callable[[Buffers], tuple], at: int) -> Callable[[Buffers], None]:
     """The call and the gradient of its log_probs in the velocity."""
 
@@ -207,7 +221,7 @@ def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
     """Measures one trainer."""
     moved = 3 * 4 * torch.Size(shape).numel()
     # One more than a multiple of the providers, so that each meets every set.
-    count = timers.buffer_sets(moved, "cpu") // 3 * 3 + 1
+    count = timers.buffer_sets(moved, "cpu") // 4 * 4 + 1
     sets = [Buffers.make(shape, seed) for seed in range(count)]
     check(case, sets[0])
     alone = bare(shape[0])
@@ -217,6 +231,7 @@ def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
             "ours": wrap(case.ours, case.ours_at),
             "bare": wrap(alone, 0),
             "eager": wrap(case.eager, case.eager_at),
+            "pass": one_pass if metric == "replay" else two_passes,
         }
         times = in_turns(calls, sets, rounds)
         name = f"{case.name} {metric}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from flowgrpo.policies.families import family_of
 from flowgrpo_kernels import layers
 from support import pipelines
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "hub.md"
 BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 NORMS = ("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX")
 NORM_OUT = "AdaLayerNormContinuous"
@@ -40,6 +44,37 @@ def run(installed: str, repository: str) -> None:
     check_old_layout(copy_of_hub, Path(repository))
     for transformer, inputs in (sd3(), flux(), qwen()):
         check_kernelize(kernels, Path(repository), transformer, inputs)
+    check_snippets(Path(repository))
+
+
+def snippets() -> list[str]:
+    """Code of docs/hub.md that needs the library."""
+    fences = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for text in fences if "from kernels import" in text]
+
+
+def check_snippets(repository: Path) -> None:
+    """Run them where the page has the repository, on this device."""
+    kernelized, functions = snippets()
+    os.chdir(repository.parent)
+    transformer, inputs = sd3()
+    theirs = transformer(**inputs, return_dict=False)[0]
+    scope = {"pipeline": SimpleNamespace(transformer=transformer)}
+    exec(kernelized.replace('"cuda"', '"cpu"'), scope)
+    assert all(
+        "forward" in vars(m) for m in (*transformer.transformer_blocks, transformer.norm_out)
+    )
+    torch.testing.assert_close(transformer(**inputs, return_dict=False)[0], theirs)
+    script = ModuleType("script")
+    script.sde_step_with_logprob = sde_step_with_logprob
+    names = {"sigmas": [1.0, 0.5, 0.0], "step": 0, "seeds": torch.arange(2)}
+    names |= {"x": torch.randn(2, 3), "velocity": torch.randn(2, 3), "Path": Path}
+    exec(functions, names | {"their_module": script})
+    assert script.sde_step_with_logprob is not sde_step_with_logprob
+
+
+def sde_step_with_logprob(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None):
+    """flow_grpo's."""
 
 
 def check_files(kernels, repository: Path) -> None:
