@@ -6,7 +6,8 @@
 
 A replay scores a stored x' of 16 samples of 16 x 64 x 64 in float32, with autograd on for the
 velocity as in training: the forward alone (`replay`), and with the gradient to the velocity
-(`backward`). Providers: `ours` (the drop-in), `eager`
+(`backward`). `host` is the forward of latents of 4 elements where the caches hold other things, as
+they do after a pass over large latents: what Python, autograd and the dispatcher take. Providers: `ours` (the drop-in), `eager`
 (providers/peer_steps.py: the trainers' sequences of torch ops, written from their formulas; their
 own code does not run here), `bare`, the op log_prob alone, without the mean and x0 that the
 trainers' functions return as well, and `pass`: one torch op that reads the three latents and writes
@@ -57,6 +58,7 @@ from providers import flow_grpo_ops, peer_steps
 from reporting import records
 
 SHAPE, SMOKE_SHAPE = (16, 16, 64, 64), (2, 3, 5, 7)
+TINY = (1, 2, 2)
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)])
 STEP, LEVEL, ETA = 4, 0.7, 0.3
 # So that glibc keeps what is freed.
@@ -217,6 +219,28 @@ def in_turns(
     return times
 
 
+def host_times(
+    calls: dict[str, Callable[[Buffers], object]], tiny: Buffers, sets: list[Buffers], rounds: int
+) -> dict[str, list[float]]:
+    """Times calls on tiny latents, each after a pass over all sets: seconds of the processor."""
+
+    def evict() -> None:
+        for buffers in sets:
+            one_pass(buffers)
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, chance = list(calls), random.Random(0)
+    for i in range(rounds + 1):
+        chance.shuffle(order)
+        for name in order:
+            evict()
+            start = time.thread_time()
+            calls[name](tiny)
+            if i > 0:
+                times[name].append(time.thread_time() - start)
+    return times
+
+
 def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
     """Measures one trainer."""
     moved = 3 * 4 * torch.Size(shape).numel()
@@ -226,6 +250,12 @@ def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
     check(case, sets[0])
     alone = bare(shape[0])
     rows = []
+
+    def record(name: str, times: dict[str, list[float]]) -> None:
+        for provider, seconds in times.items():
+            for kind, value in (("time", statistics.median(seconds)), ("best", min(seconds))):
+                rows.append(records.row("dropins", name, provider, kind, value * 1e6, "us"))
+
     for metric, wrap in (("replay", lambda call, at: call), ("backward", with_backward)):
         calls = {
             "ours": wrap(case.ours, case.ours_at),
@@ -233,11 +263,10 @@ def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
             "eager": wrap(case.eager, case.eager_at),
             "pass": one_pass if metric == "replay" else two_passes,
         }
-        times = in_turns(calls, sets, rounds)
-        name = f"{case.name} {metric}"
-        for provider, seconds in times.items():
-            for kind, value in (("time", statistics.median(seconds)), ("best", min(seconds))):
-                rows.append(records.row("dropins", name, provider, kind, value * 1e6, "us"))
+        record(f"{case.name} {metric}", in_turns(calls, sets, rounds))
+    calls = {"ours": case.ours, "bare": alone}
+    tiny = Buffers.make((shape[0], *TINY), 0)
+    record(f"{case.name} host", host_times(calls, tiny, sets, rounds))
     return rows
 
 
