@@ -7,17 +7,18 @@
 A replay scores a stored x' of 16 samples of 16 x 64 x 64 in float32, with autograd on for the
 velocity as in training: the forward alone (`replay`), and with the gradient to the velocity
 (`backward`). `host` is the forward of latents of 4 elements where the caches hold other things, as
-they do after a pass over large latents: what Python, autograd and the dispatcher take. Providers: `ours` (the drop-in), `eager`
-(providers/peer_steps.py: the trainers' sequences of torch ops, written from their formulas; their
-own code does not run here), `bare`, the op log_prob alone, without the mean and x0 that the
-trainers' functions return as well, and `pass`: one torch op that reads the three latents and writes
-a new tensor, as each function must that returns the mean; with the gradient two of them, for it
-reads the latents again and writes the gradient. So eager / pass is the most that any replacement
-gains over the sequence, on the machine and in the state of the run. Providers take turns, in
-another order each round (a call finds the caches as the one before it left them), and every call
-works on the next of several buffer sets, together larger than the caches. Times are the
-processor's, of the one thread that computes: what other processes take is not in them. `time` is
-the median, `best` the shortest.
+they do behind a pass over large latents: what Python, autograd and the dispatcher take.
+
+Providers: `ours` (the drop-in), `eager` (providers/peer_steps.py: the trainers' sequences of torch
+ops, written from their formulas; their own code does not run here), `bare`, the op log_prob alone,
+without the mean and x0 that the trainers' functions return as well, and `pass`: one torch op that
+reads the three latents and writes a new tensor, as each function must that returns the mean; with
+the gradient two of them, for it reads the latents again and writes the gradient. So eager / pass is
+the most that any replacement gains over the sequence, on the machine and in the state of the run.
+Providers take turns, in another order each round (a call finds the caches as the one before it left
+them), and every call works on the next of several buffer sets, together larger than the caches.
+Times are the processor's, of the one thread that computes: what other processes take is not in
+them. `time` is the median, `best` the shortest.
 
 With --keep-memory the process keeps what it has freed (glibc's MALLOC_TRIM_THRESHOLD_ and
 MALLOC_MMAP_THRESHOLD_), for every provider: then no call is charged for fresh pages, which the
