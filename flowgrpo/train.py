@@ -128,7 +128,7 @@ def run(
             clock = Clock(policy.device)
             with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
-                conditioning = policy.encode(batch.texts)
+                conditioning = policy.encode_shares(batch.texts, world)
                 scoring = background_scoring(components, batch, config)
                 trajectory = collect(components, conditioning, config, scoring)
             with clock("reward"):
