@@ -307,6 +307,15 @@ def block_kernels(text, monkeypatch, capsys):
     assert scope["q"].shape == (2, 8, 24, 4)
 
 
+def test_the_hub_page_lists_every_layer():
+    listed = {name for _, cell in table("docs/hub.md", "| model |") for name in names(cell)}
+    layers = {name: getattr(kernels.layers, name) for name in kernels.layers.__all__}
+    modules = {
+        n for n, x in layers.items() if isinstance(x, type) and issubclass(x, torch.nn.Module)
+    }
+    assert listed == modules
+
+
 @runs("import fuse")
 def fused_transformer(text, monkeypatch, capsys):
     transformer, inputs = hub_copy.sd3()
