@@ -87,9 +87,9 @@ class SeenRows:
     """Rows at most, and batches; beyond them it begins anew."""
 
     def __init__(self) -> None:
-        self.numbers: dict[tuple, int] = {}
-        self.table: Tensor | None = None
-        self.batches: dict[tuple, tuple[Tensor, Tensor]] = {}
+        # One object for each state, as another thread may be reading it: number of each row, the
+        # rows, and batches of them.
+        self.state: tuple[dict, Tensor | None, dict] = ({}, None, {})
 
     def find(self, values: tuple, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """(table, row of each sample of a batch, int64 [N]).
@@ -97,30 +97,36 @@ class SeenRows:
         values: sigma, the next one, noise level and sigma_max; a number, or a tuple of N numbers.
         compute: makes the batch's rows [N, 10], for those that are new.
         """
-        known = self.batches.get(values)
-        if known is None:
-            if len(self.batches) >= self.most:
-                self.batches = {}
-            count = max(len(x) if type(x) is tuple else 1 for x in values)
-            columns = [x if type(x) is tuple else repeat(x, count) for x in values]
-            known = self.batches[values] = self._of_rows(list(zip(*columns, strict=True)), compute)
-        return known
-
-    def _of_rows(self, keys: list[tuple], compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        numbers, table = self.numbers, self.table
+        numbers, table, batches = self.state
+        step = batches.get(values)
+        if step is not None:
+            return table, step
+        count = max(len(x) if type(x) is tuple else 1 for x in values)
+        columns = [x if type(x) is tuple else repeat(x, count) for x in values]
+        keys = list(zip(*columns, strict=True))
         if any(key not in numbers for key in keys):
-            # Not in inference mode: a backward may be what uses it next.
-            with torch.inference_mode(False), torch.no_grad():
-                rows = compute()
-                if table is None or len(table) + len(keys) > self.most:
-                    numbers, table = {}, rows[:0]
-                new = {key: i for i, key in enumerate(keys) if key not in numbers}
-                start = len(table)
-                table = torch.cat([table, rows[list(new.values())]])
-            # New objects: another thread may be reading the old ones.
-            numbers = {**numbers, **{key: start + i for i, key in enumerate(new)}}
-            self.numbers, self.table = numbers, table
-        return table, index_tensor(tuple(numbers[key] for key in keys), table.device)
+            numbers, table = self._with_rows(numbers, table, keys, compute)
+            batches = {}
+        elif len(batches) >= self.most:
+            batches = {}
+        step = index_tensor(tuple(numbers[key] for key in keys), table.device)
+        batches[values] = step
+        self.state = numbers, table, batches
+        return table, step
+
+    def _with_rows(
+        self, numbers: dict, table: Tensor | None, keys: list[tuple], compute: Callable
+    ) -> tuple[dict, Tensor]:
+        """Adds the rows that are new: (number of each row, the rows)."""
+        # Not in inference mode: a backward may be what uses it next.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = compute()
+            if table is None or len(table) + len(keys) > self.most:
+                numbers, table = {}, rows[:0]
+            new = {key: i for i, key in enumerate(keys) if key not in numbers}
+            start = len(table)
+            table = torch.cat([table, rows[list(new.values())]])
+        return {**numbers, **{key: start + i for i, key in enumerate(new)}}, table
 
 
 seen_rows: dict[tuple, SeenRows] = {}
@@ -190,7 +196,7 @@ def _values(*inputs: float | Tensor | None) -> tuple | None:
             continue
         if not isinstance(x, Tensor) or x.device.type != "cpu" or not x.is_floating_point():
             return None
-        if not readable(x) or x.ndim > 1:
+        if not readable(x) or x.ndim > 1 or x.numel() == 0:
             return None
         numbers = x.tolist()
         if x.ndim == 1 and len(numbers) != 1:

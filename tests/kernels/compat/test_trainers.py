@@ -462,7 +462,7 @@ def test_rows_of_pairs_that_were_seen_before(monkeypatch):
     levels = torch.tensor([0.6, 0.7], dtype=torch.float64)
 
     def taken(index, level, second=SIGMAS[1], **options):
-        index = torch.tensor(index)
+        index = torch.tensor(index, dtype=torch.int64)
         table, step = tables.rows_of_pairs(
             "sigma", "flow_sde", s[index], p[index], level, second, index.numel(), **options
         )
@@ -479,10 +479,11 @@ def test_rows_of_pairs_that_were_seen_before(monkeypatch):
         assert taken([1, 6], 0.7) == 8
     table, step = tables.rows_of_pairs("s", "flow_sde", s[1], p[1], 0.7, SIGMAS[1], 2)
     assert not table.is_inference() and not step.is_inference() and step.shape == (2,)
+    assert taken([], 0.7) == 9
     # Beyond its bound it begins anew.
     monkeypatch.setattr(tables.SeenRows, "most", 3)
-    assert taken([0, 1, 2], 0.7, SIGMAS[3]) == 9 and taken([2, 1], 0.7, SIGMAS[3]) == 9
-    assert taken([6], 0.7, SIGMAS[3]) == 10 and taken([0], 0.7, SIGMAS[3]) == 11
+    assert taken([0, 1, 2], 0.7, SIGMAS[3]) == 10 and taken([2, 1], 0.7, SIGMAS[3]) == 10
+    assert taken([6], 0.7, SIGMAS[3]) == 11 and taken([0], 0.7, SIGMAS[3]) == 12
     for _ in range(2):
         with pytest.raises(ValueError, match="sigma_next must be below sigma"):
             tables.rows_of_pairs("s", "flow_sde", p[:1], s[:1], 0.7, SIGMAS[1], 1)
