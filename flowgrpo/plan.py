@@ -29,10 +29,10 @@ whose weights come meanwhile, and the buffer that these come in. Merged copies a
 block.
 
 Not in it: the pools of captured and compiled graphs, and what fragmentation costs; so at most 80 %
-of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium and FLUX.1-dev,
-counted tensor by tensor on torch's meta device, the estimate is 0.97 to 1.07
-(tests/flowgrpo/test_on_device_memory.py); what fsdp gathers is reckoned, not counted. No figure has
-been compared with a GPU yet.
+of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium, FLUX.1-dev,
+FLUX.2-klein and Qwen-Image, counted tensor by tensor on torch's meta device, the estimate is 0.97
+to 1.07 (tests/flowgrpo/test_on_device_memory.py); what fsdp gathers is reckoned, not counted. No
+figure has been compared with a GPU yet.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     stored = 0.0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
-        tokens = image if kind.image_attention else image + text
+        of = "image" if kind.image_attention else kind.only
+        tokens = {"": image + text, "image": image, "text": text}[of]
         stored += number * tokens * (a * arch.width + b * rank)
     if policy.gradient_checkpointing:
         # The inputs of the blocks, and one block whole.

@@ -239,7 +239,7 @@ def _setup(
     if config.optim.capture == "on":
         recorder = cuda_graphs.CudaRecorder(policy.device)
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
-    uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
+    uncond = policy.encode_empty(config.sample.guidance_scale)
     records = load_curated(config, objective.pairs) if config.sample.curated else None
     reward_thread = None
     if overlap:

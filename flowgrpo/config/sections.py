@@ -55,11 +55,17 @@ class PolicyConfig:
     width: int = 0
     """Pixels of an image from left to right; 0: policy.resolution."""
     # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
+    # FLUX.2 sees the padding, so that its texts have the length that it was trained with.
     max_sequence_length: int = 0
-    """Tokens of a prompt that T5 or Qwen2.5-VL gives the model; 0: 128, as in flow_grpo."""
+    """Tokens of a prompt that T5 or Qwen gives the model; 0: 128 as in flow_grpo, 512 of FLUX.2."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
+    # Arguments of Z-Image's pipeline, by their names there.
+    cfg_normalization: float = 0.0
+    """Z-Image: largest norm of a guided velocity, in norms of the conditional one; 0: any."""
+    cfg_truncation: float = 1.0
+    """Z-Image: time 1 - sigma beyond which steps have no guidance; 1: all have it."""
     text_cache: str = "auto"
     """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
     offload_text_encoders: bool = False
@@ -80,6 +86,7 @@ class PolicyConfig:
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
         zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
+        zero += ("cfg_normalization", "cfg_truncation")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,

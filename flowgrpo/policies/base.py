@@ -71,6 +71,8 @@ class Policy(ABC):
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
     """True: a function of the caller's embeds the texts."""
+    distilled: bool = False
+    """True: the model is distilled to a few steps without guidance, and is given none."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     sharded: bool = False
@@ -116,6 +118,7 @@ class Policy(ABC):
         else:
             source = pipelines.adopt(model, dtype, device, masters)
         source = replace(source, on_host=on_host)
+        _check_limits(source, config)
         encode = None if encode is None else _checked(encode, source)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
@@ -138,6 +141,22 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
+
+    def encode_empty(self, guidance_scale: float) -> Conditioning | None:
+        """Embed the empty prompt, for guidance of this scale; None at 1, which is none.
+
+        Raises:
+            ConfigError: the model takes no guidance.
+        """
+        if guidance_scale == 1:
+            return None
+        if self.distilled:
+            raise ConfigError(
+                f"the guidance scale is {guidance_scale:g}, but {self.name} is distilled and takes "
+                "no guidance; set it to 1 (sample.guidance_scale, run.eval_guidance, --cfg, "
+                "--guidance), or choose the model that it was distilled from."
+            )
+        return self.encode([""])
 
     def encode_shares(self, texts: Sequence[str], world: World) -> Conditioning:
         """Embeddings of the texts, of which each process encodes a share and gets the others': the
@@ -234,6 +253,12 @@ class Policy(ABC):
         if names.text_norm:
             values[names.text_norm] = conditioning.embeds
         return modulation.using(self.transformer, **values)
+
+    def own_guide(self, sigma: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+        """Function of conditional and unconditional velocity [B, *latent_shape] and the scale that
+        guides at the noise levels sigma [B] in a way of the model's own, in float32; None: the
+        kernels do."""
+        return import_hook(self.family.guide) if self.family.guide else None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -346,6 +371,17 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def _check_limits(source: pipelines.Pipeline, config: PolicyConfig) -> None:
+    """Raise ConfigError for limits of guidance that the model's pipeline does not know."""
+    limits = {"cfg_normalization": 0, "cfg_truncation": 1}
+    for name, none in limits.items():
+        if getattr(config, name) != none and not source.family.limited_guidance:
+            raise ConfigError(
+                f"policy.{name} is {getattr(config, name):g}, but the guidance of a "
+                f"{source.family.pipeline} has no such limit; leave it at {none}."
+            )
 
 
 def check_list(texts: Sequence[str]) -> list[str]:

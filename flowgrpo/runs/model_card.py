@@ -87,7 +87,7 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
     if policy.variant:
         base += f', variant="{policy.variant}"'
-    call = f'image = pipe("a prompt", {_arguments(config, family)}).images[0]'
+    call = f'image = pipe(prompt="a prompt", {_arguments(config, family)}).images[0]'
     if policy.adapter == "lora":
         return (
             f"import torch\nfrom {library} import {pipeline}\n\n"

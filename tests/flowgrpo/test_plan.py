@@ -15,9 +15,12 @@ from flowgrpo.policies import attention, blocks, modulation
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.flux.sizes import DOUBLE, SINGLE
+from flowgrpo.policies.flux2 import sizes as flux2_sizes
 from flowgrpo.policies.qwen import sizes as qwen_sizes
 from flowgrpo.policies.qwen.attention import real_tables
 from flowgrpo.policies.sd3.sizes import DUAL, JOINT
+from flowgrpo.policies.zimage import sizes as zimage_sizes
+from flowgrpo.policies.zimage.forward import BatchForward
 from flowgrpo.recipes import recipe
 from support import pipelines
 
@@ -51,10 +54,22 @@ def flux(**changes):
     )
 
 
+def flux2(**changes):
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(**{"guidance_embeds": False, **changes})
+
+
 def qwen(**changes):
     from diffusers import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(**changes)
+
+
+def zimage(**changes):
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel(**changes)
 
 
 @pytest.mark.slow
@@ -72,11 +87,19 @@ def test_known_sizes_are_those_of_the_real_classes():
         "sample_size": 128,
         "pos_embed_max_size": 192,
     }
+    klein = {"num_layers": 5, "num_single_layers": 20, "joint_attention_dim": 7680}
+    larger = {"num_layers": 8, "num_single_layers": 24, "joint_attention_dim": 12288}
     for name, make in (
         ("stabilityai/stable-diffusion-3.5-medium", lambda: sd3(**medium)),
         ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
         ("black-forest-labs/FLUX.1-dev", flux),
+        (
+            "black-forest-labs/FLUX.2-klein-base-4B",
+            lambda: flux2(num_attention_heads=24, **klein),
+        ),
+        ("black-forest-labs/FLUX.2-klein-9B", lambda: flux2(num_attention_heads=32, **larger)),
         ("Qwen/Qwen-Image", qwen),
+        ("Tongyi-MAI/Z-Image-Turbo", zimage),
     ):
         assert plan.sizes_of(name).parameters == count(make), name
 
@@ -93,7 +116,7 @@ def stored(transformer, inputs) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        transformer(**inputs, return_dict=False)
+        transformer(**inputs)
     return sum(size for size, _ in seen.values())
 
 
@@ -164,6 +187,49 @@ def flux_run(double, single, fuse, rank=8):
 
 
 @pytest.mark.slow
+def test_sizes_of_flux2s_encoders_and_vae():
+    """Qwen3-4B and Qwen3-8B by their config.json, and the VAE's defaults."""
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    both = {
+        "vocab_size": 151936,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    for width, inner, tied, size in (
+        (2560, 9728, True, flux2_sizes.QWEN3_4B),
+        (4096, 12288, False, flux2_sizes.QWEN3_8B),
+    ):
+        config = Qwen3Config(
+            hidden_size=width, intermediate_size=inner, tie_word_embeddings=tied, **both
+        )
+        assert count(lambda config=config: Qwen3ForCausalLM(config)) == size
+    assert count(AutoencoderKLFlux2) == flux2_sizes.VAE
+
+
+def flux2_run(double, single, fuse, rank=8):
+    small = {"joint_attention_dim": 32, "num_attention_heads": 1}
+    model = trainable(flux2(num_layers=double, num_single_layers=single, **small), rank, fuse)
+
+    def run(image):
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(ROWS, image, 128, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.randn(ROWS, 20, 32, dtype=torch.bfloat16),
+                "timestep": torch.rand(ROWS),
+                "img_ids": torch.zeros(image, 4),
+                "txt_ids": torch.zeros(20, 4),
+            },
+        )
+
+    return run
+
+
+@pytest.mark.slow
 def test_sizes_of_qwens_encoder_and_vae():
     """Qwen2.5-VL-7B by its config.json, and the VAE's defaults."""
     from diffusers import AutoencoderKLQwenImage
@@ -187,6 +253,52 @@ def test_sizes_of_qwens_encoder_and_vae():
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     assert count(lambda: Qwen2_5_VLForConditionalGeneration(config)) == qwen_sizes.ENCODER
     assert count(AutoencoderKLQwenImage) == qwen_sizes.VAE
+
+
+@pytest.mark.slow
+def test_size_of_z_images_encoder():
+    """Qwen3-4B by its config.json; the VAE is FLUX.1's."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    assert count(lambda: Qwen3Model(config)) == zimage_sizes.ENCODER
+
+
+def zimage_run(layers, refiners, fuse, rank=8):
+    model = trainable(
+        zimage(
+            dim=128,
+            n_heads=1,
+            n_kv_heads=1,
+            n_layers=layers,
+            n_refiner_layers=refiners,
+            cap_feat_dim=32,
+        ),
+        rank,
+        fuse,
+    )
+
+    def run(image):
+        side = math.isqrt(image)
+        forward = BatchForward(model, side, side, 32, torch.device("cpu"))
+        given = {
+            "sample": torch.randn(ROWS, 16, 2 * side, 2 * side, dtype=torch.bfloat16),
+            "time": torch.rand(ROWS),
+            "embeds": torch.randn(ROWS, 32, 32, dtype=torch.bfloat16),
+            "valid": torch.ones(ROWS, 32),
+        }
+        with forward.put_into(model):
+            return stored(model, given)
+
+    return run
 
 
 def qwen_run(layers, fuse, rank=8):
@@ -222,6 +334,8 @@ def qwen_run(layers, fuse, rank=8):
         (DUAL, sd3_run, (3, 1), (3, 2)),
         (DOUBLE, flux_run, (1, 1), (2, 1)),
         (SINGLE, flux_run, (1, 1), (1, 2)),
+        (flux2_sizes.DOUBLE, flux2_run, (1, 1), (2, 1)),
+        (flux2_sizes.SINGLE, flux2_run, (1, 1), (1, 2)),
         # The last block's text goes nowhere, so the blocks counted stand before it.
         (qwen_sizes.JOINT, qwen_run, (2,), (3,)),
     ],
@@ -230,6 +344,15 @@ def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
     a, b = kind.stored_fused if fuse else kind.stored
     found = per_block(run(*fewer, fuse), run(*more, fuse), (64, 144))
     assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_stored_bytes_of_z_images_blocks(fuse):
+    """A layer, and a refiner, which is the same block; tokens come in multiples of 32."""
+    a, b = zimage_sizes.LAYER.stored_fused if fuse else zimage_sizes.LAYER.stored
+    two = zimage_run(2, 1, fuse)
+    for more in (zimage_run(3, 1, fuse), zimage_run(2, 2, fuse)):
+        assert per_block(two, more, (64, 256)) == pytest.approx(128 * a + 8 * b, rel=0.02)
 
 
 def test_a_folder_has_the_sizes_of_its_files(tmp_path):

@@ -31,7 +31,9 @@ from support import setups
 FAMILIES = {
     "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
     "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
+    "flux2": ("flux2_model", {"policy.max_sequence_length": 20, "sample.guidance_scale": 4.0}),
     "qwen": ("qwen_model", {"sample.guidance_scale": 4.0}),
+    "zimage": ("zimage_model", {"sample.guidance_scale": 4.0, "policy.cfg_normalization": 1.0}),
 }
 COMMON = {
     "policy.lora_targets": None,
@@ -47,9 +49,9 @@ COMMON = {
     "run.eval_prompts": 2,
     "run.eval_samples": 2,
 }
-LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12}
+LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "flux2": 8 + 4 + 2, "qwen": 2 * 12, "zimage": 4 * 7}
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
-block."""
+block; FLUX.2: one double block and two single ones, without their output layers."""
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -139,6 +141,31 @@ def own(trained: Trained):
     return policy
 
 
+def embedded(family: str, text, uncond, scale: float) -> dict:
+    """Arguments of a family's pipeline for these embeddings and guidance."""
+    if family == "zimage":
+        names = {"prompt_embeds": text, "negative_prompt_embeds": uncond}
+        lists = {
+            name: [e[: int(n)] for e, n in zip(x.embeds, x.pooled.sum(1), strict=True)]
+            for name, x in names.items()
+        }
+        return {**lists, "guidance_scale": scale - 1, "cfg_normalization": 1.0}
+    # Qwen-Image's second tensor is a mask, FLUX.2 has none.
+    pooled, negative, guidance = {
+        "sd3": (*POOLED, {"guidance_scale": scale}),
+        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "flux2": (None, None, {"guidance_scale": scale}),
+        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
+    }[family]
+    second = {pooled: text.pooled, negative: uncond.pooled}
+    return {
+        "prompt_embeds": text.embeds,
+        "negative_prompt_embeds": uncond.embeds,
+        **{name: tensor for name, tensor in second.items() if name},
+        **guidance,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_adapter_and_latents_are_the_pipelines(trained, scale):
@@ -147,20 +174,13 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    # Qwen-Image's second tensor is a mask.
-    pooled, negative, guidance = {
-        "sd3": (*POOLED, {"guidance_scale": scale}),
-        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
-        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
-    }[trained.family]
+    noise = initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape)
+    if trained.family == "flux2":
+        noise = noise.transpose(1, 2).unflatten(2, (4, 4))
     arguments = {
-        "prompt_embeds": text.embeds,
-        pooled: text.pooled,
-        "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        negative: uncond.pooled.expand(3, -1),
-        "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
+        **embedded(trained.family, text, uncond.expand(3), scale),
+        "latents": noise,
         "num_inference_steps": 6,
-        **guidance,
         "height": 16,
         "width": 16,
         "output_type": "latent",
@@ -169,6 +189,9 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     pipe.load_lora_weights(trained.folder / "adapter")
     theirs = pipe(**arguments).images
     ours = latents(policy, replace(trained.config, **{"sample.guidance_scale": scale}))
+    if trained.family == "flux2":
+        # Which the pipeline returns as its VAE takes them.
+        ours = policy.unpack(ours)
     # float32 in two orders: PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
     assert (ours - base).abs().max() > 1e-3, "the adapter matters"
