@@ -34,7 +34,7 @@ from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
 from flowgrpo_kernels.compat import flow_grpo
-from support import grey_pictures
+from support import grey_pictures, hub_copy
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -305,6 +305,37 @@ def block_kernels(text, monkeypatch, capsys):
     )
     torch.testing.assert_close(scope["x"], x + scope["y"])
     assert scope["q"].shape == (2, 8, 24, 4)
+
+
+def test_the_hub_page_lists_every_layer():
+    listed = {name for _, cell in table("docs/hub.md", "| model |") for name in names(cell)}
+    layers = {name: getattr(kernels.layers, name) for name in kernels.layers.__all__}
+    modules = {
+        n for n, x in layers.items() if isinstance(x, type) and issubclass(x, torch.nn.Module)
+    }
+    assert listed == modules
+
+
+@runs("import fuse")
+def fused_transformer(text, monkeypatch, capsys):
+    transformer, inputs = hub_copy.sd3()
+    theirs = transformer(**inputs, return_dict=False)[0]
+    exec(text, {"pipeline": SimpleNamespace(transformer=transformer)})
+    assert "forward" in vars(transformer.transformer_blocks[0])
+    ours = transformer(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@runs("LocalLayerRepository(")
+def kernelized(text, monkeypatch, capsys):
+    """Run by tests/kernels/test_hub.py, with the library installed."""
+    assert text == hub_copy.snippets()[0]
+
+
+@runs("get_local_kernel(")
+def from_a_repository(text, monkeypatch, capsys):
+    """As the one before."""
+    assert text == hub_copy.snippets()[1]
 
 
 def own_rewards(text: str, monkeypatch) -> types.ModuleType:
@@ -933,6 +964,8 @@ def test_speeds_of_the_drop_ins_are_those_of_the_records():
             f"{replay[0] / replay[1]:.2f}",
             f"{replay[2] / 1000:.2f}",
             *(f"{eager / ours:.1f}" for ours, _, eager in times),
+            f"{times[2][2] / medians[1][f'{name} replay', 'pass']:.1f}",
+            f"{medians[1][f'{name} host', 'ours'] / 1000:.2f}",
         ]
 
 
