@@ -37,7 +37,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from flowgrpo.config import Config, replace
+from flowgrpo.config import Config, PolicyConfig, replace
 from flowgrpo.config.config import parts_of
 from flowgrpo.policies.families import FAMILIES
 from flowgrpo.policies.family import Architecture
@@ -115,11 +115,13 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     peak."""
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
-    resolution = policy.resolution or arch.resolution
-    height, width = policy.height or resolution, policy.width or resolution
-    image = (height // arch.pixels) * (width // arch.pixels)
+    height, width, frames = _size(policy, arch)
+    # One frame of an image; of a video the first frame of latents stands for one.
+    latent_frames = 1 if frames == 0 else (frames - 1) // arch.frame_step + 1
+    image = latent_frames * (height // arch.pixels) * (width // arch.pixels)
     text = arch.fixed_tokens + (policy.max_sequence_length or arch.text_tokens)
     latent = arch.channels * (height // arch.latent_pixels) * (width // arch.latent_pixels)
+    latent *= latent_frames
     rank = policy.lora_rank
     rows = sample.batch_size * (2 if sample.guidance_scale != 1 else 1)
     encoders = size * arch.encoders
@@ -140,22 +142,24 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     if optim.keeps_velocities:
         always["trajectory"] += rows_here * latent * size * sample.steps
     copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
+    # The text's tokens go through the blocks too, unless these only attend to them.
+    through = image if any(kind.text_attention for kind, _ in arch.blocks) else image + text
     stored, count = 0.0, 0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
-        tokens = image if kind.image_attention else image + text
+        tokens = image if kind.image_attention else text if kind.text_attention else through
         stored += number * tokens * (a * arch.width + b * rank)
-        count += 0 if kind.image_attention else number
+        count += 0 if kind.image_attention or kind.text_attention else number
     if policy.gradient_checkpointing:
         # The inputs of the blocks, and one block whole.
-        stored = stored / max(count, 1) + 2 * arch.width * (image + text) * count
-    passing = arch.passing * arch.width * (image + text)
+        stored = stored / max(count, 1) + 2 * arch.width * through * count
+    passing = arch.passing * arch.width * through
     decoding = 0
     if arch.vae:
-        # Three of the decoder's maps at full resolution are alive at a time; a fourth is the copy
-        # that a GPU's group norm makes of a channels-last one.
         images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = 4 * arch.decoder_width * height * width * size * images
+        decoding = arch.decoder_maps * arch.decoder_width * height * width * size * images
+        # Frames come one after the other, and are put together.
+        decoding += 3 * frames * height * width * size * sample.batch_size
     moving = {
         "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
         "rollout": max(copies + passing * rows * (size / 2), decoding),
@@ -163,6 +167,13 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     memory = {name: value / GIB for name, value in {**always, **moving}.items()}
     return {**memory, "total": (sum(always.values()) + max(moving.values())) / GIB}
+
+
+def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
+    """Height, width and frames of a sample; 0 frames for an image."""
+    sides = (policy.resolution,) * 2 if policy.resolution else arch.size or (arch.resolution,) * 2
+    height, width = policy.height or sides[0], policy.width or sides[1]
+    return height, width, (policy.frames or arch.frames) if arch.frames else 0
 
 
 def partial_sums(reduction: str, leaves: int, gpus: int = 1) -> int:

@@ -1,7 +1,8 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; Qwen-Image without its text
-encoder, for what is counted; and tiny ones of the first two's classes for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; Qwen-Image and Wan 2.2
+TI2V-5B without their text encoders, for what is counted; and tiny ones of the first two's classes
+for `--smoke`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Model:
 
     name: str
     family: str
-    """sd3, flux or qwen."""
+    """sd3, flux, qwen or wan."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
@@ -93,10 +94,16 @@ class Model:
     encoders: tuple[tuple[str, dict[str, Any]], ...] = ()
     """("clip" or "t5", configuration) of the text encoders."""
     distilled_guidance: float | None = None
+    frames: int = 0
+    """Frames of a video; 0: an image."""
 
     @property
     def forward(self) -> flops.Forward:
         """Operations of one forward of one sample."""
+        if self.family == "wan":
+            return flops.wan(
+                self.transformer, (self.frames - 1) // 4 + 1, *self.latent[1:], self.text_tokens
+            )
         count = {"sd3": flops.sd3, "flux": flops.flux, "qwen": flops.qwen}[self.family]
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
@@ -104,6 +111,8 @@ class Model:
     def text_width(self) -> tuple[int, int]:
         """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image."""
         config = self.transformer
+        if self.family == "wan":
+            return config["text_dim"], 1
         pooled = config.get("pooled_projection_dim", self.text_tokens)
         return config["joint_attention_dim"], pooled
 
@@ -197,6 +206,45 @@ QWEN_IMAGE = Model(
     parameters=20_430_401_088,
     targets=QWEN_LAYERS,
     rank=64,
+    half=torch.bfloat16,
+)
+WAN22_TI2V_5B = Model(
+    name="wan2.2-ti2v-5b",
+    family="wan",
+    transformer={
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 48,
+        "out_channels": 48,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+    },
+    scheduler={"num_train_timesteps": 1000, "shift": 5.0},
+    vae={
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 16,
+        # The model has 48 numbers of each; what is counted does not depend on them.
+        "latents_mean": (0.0,) * 48,
+        "latents_std": (1.0,) * 48,
+    },
+    latent=(48, 16, 26),
+    frames=33,
+    text_tokens=512,
+    parameters=4_999_787_712,
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    rank=32,
     half=torch.bfloat16,
 )
 _TINY_CLIP = {

@@ -34,12 +34,14 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             FluxTransformer2DModel,
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
+            WanTransformer3DModel,
         )
 
         cls = {
             "sd3": SD3Transformer2DModel,
             "flux": FluxTransformer2DModel,
             "qwen": QwenImageTransformer2DModel,
+            "wan": WanTransformer3DModel,
         }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
         if model.family == "qwen":
@@ -54,14 +56,15 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
     """The VAE of `model`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+    from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
     if model.name == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
         return network.requires_grad_(False).eval()
-    cls = AutoencoderKLQwenImage if model.family == "qwen" else AutoencoderKL
+    classes = {"qwen": AutoencoderKLQwenImage, "wan": AutoencoderKLWan}
+    cls = classes.get(model.family, AutoencoderKL)
     network = random_module(lambda: cls(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
 
@@ -85,12 +88,17 @@ def text_encoders(model: Model, device: str, dtype: torch.dtype) -> list[nn.Modu
 def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False):
     """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
     suites hand over embeddings, and only the memory of the real encoders matters."""
-    from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
+    from diffusers import (
+        FluxPipeline,
+        QwenImagePipeline,
+        StableDiffusion3Pipeline,
+        WanPipeline,
+    )
 
-    if model.family == "qwen":
+    if model.family in ("qwen", "wan"):
         if whole:
             raise ValueError(f"{model.name}: its text encoder is not among the configurations")
-        return QwenImagePipeline(
+        return (QwenImagePipeline if model.family == "qwen" else WanPipeline)(
             transformer=transformer(model, device, dtype),
             scheduler=scheduler(model),
             vae=vae(model, device, dtype),
@@ -196,6 +204,9 @@ def _buffer(module: nn.Module, name: str, device: str) -> torch.Tensor:
     """Values that a module's constructor gives its buffer, which the meta device lost."""
     if name == "position_ids":
         return torch.arange(module.position_ids.shape[-1], device=device)[None]
+    if name in ("freqs_cos", "freqs_sin"):
+        values = type(module)(module.attention_head_dim, module.patch_size, module.max_seq_len)
+        return getattr(values, name).to(device)
     if name == "pos_embed":
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 

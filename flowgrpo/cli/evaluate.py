@@ -96,7 +96,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     _check_target(options)
     check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", "frames", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     require(
         options.model is None or checkpoint is not None or options.target in RECIPES,
@@ -233,6 +233,7 @@ def _benchmarks(
         options=quality,
         timeout=config.reward.timeout,
         devices=config.reward.devices,
+        frames=config.reward.frames,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
     return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]

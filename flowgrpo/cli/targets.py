@@ -66,6 +66,7 @@ def image_size(options: EvaluateOptions | SampleOptions) -> dict[str, int | None
         "policy.resolution": options.resolution,
         "policy.height": square if options.height is None else options.height,
         "policy.width": square if options.width is None else options.width,
+        "policy.frames": options.frames,
     }
 
 

@@ -9,8 +9,9 @@ from flowgrpo.policies.family import Family
 from flowgrpo.policies.flux.family import FLUX
 from flowgrpo.policies.qwen.family import QWEN
 from flowgrpo.policies.sd3.family import SD3
+from flowgrpo.policies.wan.family import WAN
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, QWEN)}
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, QWEN, WAN)}
 """Class of a pipeline -> its family. A new family is one entry."""
 
 

@@ -52,6 +52,12 @@ def qwen_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wan_model(tmp_path_factory) -> Path:
+    """A pipeline of Wan 2.2 TI2V-5B's parts; its default size is 81 frames of 480 x 832."""
+    return pipelines.save_wan_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
 def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
     """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
     blocks with norms of queries and keys; without them; double and single blocks."""

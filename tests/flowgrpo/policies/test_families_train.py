@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from rich.console import Console
 
@@ -27,11 +28,20 @@ from flowgrpo.sampling.schedule import ode_schedule
 from flowgrpo_kernels import initial_noise
 from support import setups
 
+# One of images, by two frames of each video, and one of videos.
+VIDEO_REWARDS = {
+    "reward.weights": {"support.setups:bright": 1.0, "motion_smoothness": 0.5},
+    "reward.frames": 2,
+}
 # FLUX is told its guidance value instead of a second forward.
 FAMILIES = {
     "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
     "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
     "qwen": ("qwen_model", {"sample.guidance_scale": 4.0}),
+    "wan": (
+        "wan_model",
+        {"policy.frames": 5, "policy.width": 32, "sample.guidance_scale": 5.0, **VIDEO_REWARDS},
+    ),
 }
 COMMON = {
     "policy.lora_targets": None,
@@ -47,12 +57,13 @@ COMMON = {
     "run.eval_prompts": 2,
     "run.eval_samples": 2,
 }
-LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12}
+LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12, "wan": 2 * 8}
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
 block."""
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+MASKS = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,9 @@ def test_evaluate_and_sample(trained, tmp_path):
         ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
     )
     assert sample_pictures(options, quiet).stat().st_size > 0
+    videos = sorted(path.name for path in tmp_path.glob("*.webp"))
+    rows = [f"a-{label}-{number}.webp" for label in ("base", "trained") for number in (1, 2)]
+    assert videos == (rows if trained.family == "wan" else [])
 
 
 def own(trained: Trained):
@@ -147,27 +161,30 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    # Qwen-Image's second tensor is a mask.
-    pooled, negative, guidance = {
-        "sd3": (*POOLED, {"guidance_scale": scale}),
-        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
-        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
+    # Qwen-Image's second tensor is a mask; Wan has none.
+    pooled, guidance = {
+        "sd3": (POOLED, {"guidance_scale": scale}),
+        "flux": (POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "qwen": (MASKS, {"true_cfg_scale": scale}),
+        "wan": ((), {"guidance_scale": scale, "num_frames": 5}),
     }[trained.family]
+    pooled = dict(zip(pooled, (text.pooled, uncond.pooled.expand(3, -1)), strict=False))
     arguments = {
         "prompt_embeds": text.embeds,
-        pooled: text.pooled,
         "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        negative: uncond.pooled.expand(3, -1),
+        **pooled,
         "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
         "num_inference_steps": 6,
         **guidance,
-        "height": 16,
-        "width": 16,
+        "height": policy.height,
+        "width": policy.width,
         "output_type": "latent",
     }
-    base = pipe(**arguments).images
+    if trained.family == "wan":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    base = pipe(**arguments)[0]
     pipe.load_lora_weights(trained.folder / "adapter")
-    theirs = pipe(**arguments).images
+    theirs = pipe(**arguments)[0]
     ours = latents(policy, replace(trained.config, **{"sample.guidance_scale": scale}))
     # float32 in two orders: PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
@@ -182,7 +199,9 @@ def test_model_card(trained):
     """Valid front matter, the run's numbers, and lines that load the adapter as they stand."""
     card = ModelCard.load(trained.folder / "adapter" / "README.md")
     data = card.data.to_dict()
-    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    video = trained.family == "wan"
+    task = "text-to-video" if video else "text-to-image"
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == task
     assert {"lora", "flow-grpo"} <= set(data["tags"]) and "base_model" not in data
     assert "2 prompts x 6 images = 12 images" in card.text and "support.setups:bright" in card.text
     before, after = (
@@ -190,11 +209,15 @@ def test_model_card(trained):
     )
     assert f"| support.setups:bright | {before:.4g} | {after:.4g} |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    assert len([line for line in code.splitlines() if line]) == 5
+    assert len([line for line in code.splitlines() if line]) == (8 if video else 5)
     code = code.replace('.to("cuda")', "").replace("bfloat16", "float32")
     names: dict = {}
     exec(code.replace("THIS_FOLDER", str(trained.folder / "adapter")), names)
-    assert names["image"].size == (16, 16)
+    if video:
+        assert names["video"].shape == (5, 16, 32, 3)
+        assert type(names["pipe"].scheduler) is FlowMatchEulerDiscreteScheduler
+    else:
+        assert names["image"].size == (16, 16)
     assert names["pipe"].transformer.peft_config["default_0"].r == 4
     saved = trained.folder / "checkpoints" / "step-000003" / "README.md"
     assert "for 3 iterations" in saved.read_text() and "Before and after" not in saved.read_text()
