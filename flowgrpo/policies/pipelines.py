@@ -125,13 +125,13 @@ def adopt(
     for role, component in pipeline.components.items():
         target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
         if role == "transformer":
-            _cast(component, torch.float32 if masters else dtype)
+            cast(component, torch.float32 if masters else dtype)
         elif isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
             component.to(target)
     return Pipeline(pipeline, family, dtype, name)
 
 
-def _cast(transformer: nn.Module, dtype: torch.dtype) -> None:
+def cast(transformer: nn.Module, dtype: torch.dtype) -> None:
     """Give the weights of `transformer` their type: `dtype`, or float32 for those that its class
     keeps so where it is loaded in 16 bits."""
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())

@@ -77,6 +77,7 @@ CONFIGS = {
     ("sd3", "window", "pickscore"): "pickscore_sd3_fast_nocfg",
     ("flux", "paper", "pickscore"): "pickscore_flux",
     ("flux", "window", "pickscore"): "pickscore_flux_fast",
+    ("wan", "paper", "ocr"): "general_ocr_wan2_1",
 }
 """(file here, function there, task) -> the function of flow_grpo's config/grpo.py, C."""
 
@@ -85,11 +86,13 @@ def describe(family: str, method: str, task: str, reported: Sequence[str]) -> st
     """Describe a recipe for its help: rewards, what they need, where the numbers come from.
 
     Args:
-        family: sd3 or flux, the recipe's file; method: its function there.
+        family: sd3, flux or wan, the recipe's file; method: its function there.
         reported: rewards that its evaluation reports.
     """
     config = CONFIGS.get((family, method, task))
     source = "flow_grpo's config/" + (f"grpo.py:{config}" if config else "grpo_guard.py")
+    if (family, method) == ("wan", "window"):
+        source = "Flow-Factory's examples/grpo/lora/wan22/t2v.yaml"
     published = ""
     if (family, method) == ("sd3", "paper"):
         source = f"the paper (arXiv 2505.05470, section 4) and {source}"

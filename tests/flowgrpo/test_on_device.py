@@ -37,11 +37,18 @@ EIGHT_OF_QWEN = changed(
     transformer={**configurations.QWEN_IMAGE.transformer, "num_layers": 8},
     parameters=2_759_173_696,
 )
+THREE_OF_WAN = changed(
+    configurations.WAN22_TI2V_5B,
+    transformer={**configurations.WAN22_TI2V_5B.transformer, "num_layers": 3},
+    frames=5,
+    parameters=581_056_704,
+)
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
     "sd3": Case(configurations.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
     "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
     "qwen": Case(EIGHT_OF_QWEN, 2, 2, 4.0, 1, 0.04, 2),
+    "wan": Case(THREE_OF_WAN, 2, 2, 5.0, 1, 0.04, 2),
 }
 TINY = {
     "tiny-sd3": Case(configurations.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),

@@ -18,6 +18,7 @@ IDS = {
     "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
     "qwen-image": "Qwen/Qwen-Image",
+    "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
 CASES = {
     "sd3 with guidance and KL": ("ours", Case(configurations.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
@@ -25,6 +26,7 @@ CASES = {
     "sd3 fused": ("ours-fused", Case(configurations.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
     "flux": ("ours", Case(configurations.FLUX_DEV, 4, 2, window=1)),
     "qwen with guidance and KL": ("ours", Case(configurations.QWEN_IMAGE, 2, 2, 4.0, 1, 0.04)),
+    "wan recomputed": ("ours-recomputed", Case(configurations.WAN22_TI2V_5B, 2, 2, 5.0, 1, 0.004)),
     "flux fused": ("ours-fused", Case(configurations.FLUX_DEV, 4, 2, window=1)),
 }
 

@@ -20,8 +20,11 @@ from flowgrpo.policies.family import Family, import_hook
 ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
-HOMES = [*(TRAINER / "policies" / name for name in ("sd3", "flux", "qwen")), TRAINER / "nano"]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint|QwenImage|QwenDouble)[A-Z]\w*"
+HOMES = [
+    *(TRAINER / "policies" / name for name in ("sd3", "flux", "qwen", "wan")),
+    TRAINER / "nano",
+]
+PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint|QwenImage|QwenDouble|Wan)[A-Z]\w*"
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -30,8 +33,10 @@ def classes() -> set[str]:
     names = set()
     for family in FAMILIES.values():
         names |= {family.pipeline, family.transformer, family.policy.partition(":")[2]}
-        names |= {*family.modulation.blocks, *family.modulation.norms}
-        names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
+        if family.modulation is not None:
+            names |= {*family.modulation.blocks, *family.modulation.norms}
+        if family.fused_blocks:
+            names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
     return names
 
 
@@ -79,11 +84,14 @@ def test_what_a_record_names_is_there(name):
     """Hooks import, classes are the library's, blocks and norms those of its version here."""
     family = FAMILIES[name]
     assert family.pipeline == name
-    for hook in ("policy", "positions", "attention_processors", "fused_blocks", "guide"):
+    hooks = ("policy", "positions", "attention_processors", "fused_blocks", "guide", "scheduler")
+    for hook in hooks:
         assert not getattr(family, hook) or import_hook(getattr(family, hook))
     pipeline, transformer = map(family.load_class, (family.pipeline, family.transformer))
     assert issubclass(pipeline, diffusers.DiffusionPipeline)
     assert issubclass(transformer, diffusers.ModelMixin)
+    if family.modulation is None:
+        return
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
     for block in family.modulation.blocks:
