@@ -132,7 +132,8 @@ def check_arguments(joint_attention_kwargs: dict[str, Any] | None) -> None:
 
 def _check_sizes(transformer: nn.Module) -> None:
     """Raise ConfigError for sizes beyond the kernels' limits on a GPU."""
-    head, width = transformer.config.attention_head_dim, transformer.inner_dim
+    config = transformer.config
+    head, width = config.attention_head_dim, config.attention_head_dim * config.num_attention_heads
     if transformer.device.type == "cuda" and (head & (head - 1) or head > 256 or width > 8192):
         raise ConfigError(
             f"policy.fused is on, but {type(transformer).__name__} has heads of {head} and tokens "
@@ -172,6 +173,6 @@ def unknown_module(name: str, module: nn.Module) -> ConfigError:
     """The error for a module that the kernels are not made for."""
     return ConfigError(
         f"policy.fused is on, but {name} is a {module}, and the fused kernels know only the blocks "
-        "and norms of diffusers' SD3, FLUX.1 and Qwen-Image transformers; set policy.fused to "
-        "false."
+        "and norms of diffusers' SD3, FLUX.1, Qwen-Image and Wan transformers; set policy.fused "
+        "to false."
     )

@@ -297,11 +297,15 @@ def wan_run(layers, fuse, rank=8, text=20):
     return run
 
 
-def test_stored_bytes_of_a_video_and_of_its_text():
+@pytest.mark.parametrize("fuse", [False, True])
+def test_stored_bytes_of_a_video_and_of_its_text(fuse):
     """Of three heads: a token is 384 numbers."""
-    runs = [wan_run(layers, False) for layers in (2, 3)]
-    a, b = wan_sizes.block(14 / 3).stored
+    runs = [wan_run(layers, fuse) for layers in (2, 3)]
+    kind = wan_sizes.block(14 / 3)
+    a, b = kind.stored_fused if fuse else kind.stored
     assert per_block(*runs, (64, 144)) == pytest.approx(384 * a + 8 * b, rel=0.02)
+    if fuse:
+        return
     longer = [wan_run(layers, False, text=60) for layers in (2, 3)]
     grown = [(more(64) - less(64)) for less, more in zip(runs, longer, strict=True)]
     a, b = wan_sizes.TEXT.stored

@@ -29,6 +29,7 @@ WAN = Family(
     # flow_grpo's list for Wan2.1: attention among the video's tokens, and over those of the text.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     blocks=("blocks",),
+    fused_blocks="flowgrpo.policies.wan.blocks:FUSED",
     sizes=sizes.SIZES,
     call_arguments=call_arguments,
     scheduler="flowgrpo.policies.wan.scheduler:euler",

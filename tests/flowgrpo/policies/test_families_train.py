@@ -111,6 +111,16 @@ def test_three_iterations_with_ratio_one(trained):
     assert len(lines) == 3 and trained.summary["max_ratio_error"] == 0.0
     assert all(line["kl"] > 0 and min(line["grad_norm"]) > 0 for line in lines)
     assert lines[0]["reward"] != lines[1]["reward"]
+    files = {path.name for path in (trained.folder / "samples").iterdir()}
+    pictures = {"before-after.png", "step-000000.png", "step-000003.png"}
+    if trained.family == "wan":
+        # Two prompts, each with its first video.
+        pictures |= {f"step-00000{step}-{n}.webp" for step in (0, 3) for n in (1, 2)}
+        scores = lines[0]["rewards"]
+        assert lines[0]["reward"] == pytest.approx(
+            scores["support.setups:bright"] + 0.5 * scores["motion_smoothness"]
+        )
+    assert files == pictures
 
 
 @pytest.mark.slow

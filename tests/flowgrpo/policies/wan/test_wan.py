@@ -164,15 +164,45 @@ def test_weights_that_stay_in_float32(wan_model):
     assert expected.shape == sample.shape and expected.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_blocks_are_diffusers_own(wan_model, dtype):
+    """Velocities, and gradients of adapters and of the norms' and tables' own weights."""
+    sample = torch.randn(3, 4, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(3, 4, 2, 2, 4, generator=torch.Generator().manual_seed(1))
+    found = []
+    for fused in (False, True):
+        policy = load(wan_model, dtype=dtype, fused=fused)
+        policy.transformer.requires_grad_(True)
+        text = policy.encode(TEXTS)
+        velocity = policy.velocity(sample, torch.tensor([1.0, 0.5, 0.125]), text)
+        with torch.no_grad():
+            again = policy.velocity(sample, torch.tensor([1.0, 0.5, 0.125]), text)
+        assert torch.equal(again, velocity)
+        (velocity.float() * weight).sum().backward()
+        grads = {n: p.grad.float() for n, p in policy.transformer.named_parameters()}
+        found.append((velocity.detach().float(), grads))
+    (expected, own), (velocity, grads) = found
+    exact = dtype == "float32"
+    atol = 2e-6 if exact else 2e-2
+    torch.testing.assert_close(velocity, expected, rtol=0, atol=atol)
+    for name, grad in own.items():
+        # Those of a key's bias are zero but for rounding: softmax does not see it.
+        scale = max(float(grad.abs().max()), 1e-2 if exact else 1.0)
+        atol = scale * (2e-5 if exact else 4e-2)
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=atol)
+    with pytest.raises(ValueError, match="fused blocks take one time a row, not one a token"):
+        policy.transformer.blocks[0](velocity, velocity, torch.zeros(1, 2, 6, 32), None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        {"policy.dtype": "bfloat16", "policy.gradient_checkpointing": True},
+        {"policy.dtype": "bfloat16", "policy.gradient_checkpointing": True, "policy.fused": True},
         {"optim.guard": True, "optim.beta": 0.0, "sample.transition": "dance_sde"},
         {"optim.steps_per_forward": 2, "optim.split_forward": True},
     ],
-    ids=["bfloat16, recomputed", "guard, dance", "split forward"],
+    ids=["bfloat16, recomputed, fused", "guard, dance", "split forward"],
 )
 def test_ratios_are_exactly_one(wan_model, tmp_path, changes):
     common = {
@@ -203,7 +233,10 @@ def test_what_is_refused(wan_model, latent_model):
     refused("policy.frames is 999, .* choose 253, for example", frames=999)
     refused("policy.height is 24, but .* sides are multiples of 16; choose one", height=24)
     refused("policy.width is 1040, but .* has positions for at most 1024 pixels", width=1040)
-    refused("policy.fused is on, but the blocks of WanTransformer3DModel", fused=True)
+    known = type(transformer.blocks[0].norm1)
+    transformer.blocks[0].norm1 = torch.nn.LayerNorm(32, elementwise_affine=False)
+    refused(r"policy.fused is on, but blocks.0.norm1 is a LayerNorm.* and Wan tran", fused=True)
+    transformer.blocks[0].norm1 = known(32, 1e-6, elementwise_affine=False)
     for name in ("text_encoder", "tokenizer", "vae"):
         setattr(pipeline, name, None)
         refused(f"lacks {name}, but all of a WanPipeline's parts are expected; restore them")
