@@ -56,7 +56,7 @@ def evaluation_grid(
     columns = 6 if count <= 12 else 8
     if any(is_video(images) for images in rows.values()):
         columns = 2
-    return grid(rows, texts, marks, columns)
+    return grid(rows, texts, marks, columns=columns)
 
 
 def grid(
@@ -81,7 +81,7 @@ def grid(
             raise ValueError(
                 f"rows[{label!r}] is {images.dtype} {list(images.shape)}, but uint8 "
                 f"[{len(captions)}, 3, H, W] or [{len(captions)}, f, 3, H, W] is expected, one "
-                "image or video a caption."
+                "image a caption, or one video."
             )
     first = next(iter(rows.values()))
     tiles = {

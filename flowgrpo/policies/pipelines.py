@@ -134,12 +134,13 @@ def adopt(
 def cast(transformer: nn.Module, dtype: torch.dtype) -> None:
     """Give the weights of `transformer` their type: `dtype`, or float32 for those that its class
     keeps so where it is loaded in 16 bits."""
-    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    in_float32 = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     # Each by itself: what a module says of its dtype is that of one weight.
     for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
         if tensor.is_floating_point():
             # As from_pretrained matches them.
-            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+            stays = bool(in_float32 & set(name.split(".")))
+            tensor.data = tensor.data.to(torch.float32 if stays else dtype)
 
 
 def _settle_scheduler(pipeline: Any, family: Family, model: str) -> None:

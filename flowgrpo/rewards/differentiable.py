@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from flowgrpo.config import RewardConfig
-from flowgrpo.rewards.frames import given
+from flowgrpo.rewards.frames import as_asked
 from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.table import load, on_device, options_of
 
@@ -59,7 +59,7 @@ def _score(
     metadata: list[dict[str, Any]],
 ) -> Tensor:
     """Score images, or videos by `count` frames of each where the reward is one of images, [B]."""
-    pictures, frames = given(reward, pixels, count)
+    pictures, frames = as_asked(reward, pixels, count)
     texts = [text for text in prompts for _ in range(frames)]
     entries = [entry for entry in metadata for _ in range(frames)]
     return of_pixels(pictures, texts, entries).view(-1, frames).mean(dim=1)

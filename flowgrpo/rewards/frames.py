@@ -38,7 +38,7 @@ def spread(videos: Tensor, count: int) -> Tensor:
     return torch.stack([videos[:, t] for t in chosen], dim=1)
 
 
-def given(reward: Any, images: Tensor, count: int) -> tuple[Tensor, int]:
+def as_asked(reward: Any, images: Tensor, count: int) -> tuple[Tensor, int]:
     """Prepare images or videos [B, ...] for a reward.
 
     Args:

@@ -41,7 +41,7 @@ from flowgrpo.config.isolation import isolated
 from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards import models
-from flowgrpo.rewards.frames import given, takes_videos
+from flowgrpo.rewards.frames import as_asked, takes_videos
 from flowgrpo.rewards.images import comparison_picture, comparison_video
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
 from flowgrpo.rewards.table import Reward, is_remote, is_users, load, on_device, options_of
@@ -172,7 +172,7 @@ class Scorer:
                 if takes_videos(reward):
                     picture = comparison_video(*blank.shape[:-3] or (1,), *blank.shape[-2:])
                 servers.compare(picture, prompts.texts[0], prompts.metadata[0])
-            images, _ = given(reward, blanks, self.frames)
+            images, _ = as_asked(reward, blanks, self.frames)
             try:
                 answer = _ask(reward, name, images, prompts.take([0]), [len(images)])
             except RewardError:
@@ -227,7 +227,7 @@ class Scorer:
         for name, reward in self.rewards.items():
             kind = takes_videos(reward)
             if kind not in prepared:
-                prepared[kind] = given(reward, images, self.frames)
+                prepared[kind] = as_asked(reward, images, self.frames)
             scores[name] = self._all_groups(name, *prepared[kind], prompts, counts)
         return scores
 

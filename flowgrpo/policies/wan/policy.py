@@ -104,10 +104,10 @@ class WanPolicy(Policy):
         config = getattr(vae, "config", None)
         subject = f"the vae of policy.model {self.name!r} is a {type(vae).__name__}"
         back = "put back the one that the model was published with."
-        found = getattr(config, "z_dim", None)
+        z_dim = getattr(config, "z_dim", None)
         require(
-            found == channels,
-            f"{subject} with z_dim {found}, but its transformer is made for {channels}; {back}",
+            z_dim == channels,
+            f"{subject} with z_dim {z_dim}, but its transformer is made for {channels}; {back}",
         )
         for name in ("latents_mean", "latents_std"):
             values = list(getattr(config, name, None) or ())
@@ -168,11 +168,11 @@ class WanPolicy(Policy):
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
-        found = list(conditioning.embeds.shape[1:])
+        shape = list(conditioning.embeds.shape[1:])
         expected = [self._length, self.transformer.config.text_dim]
-        if found != expected:
+        if shape != expected:
             raise ConfigError(
-                f"encode= returned embeds {found} for each text, but {expected} are expected "
+                f"encode= returned embeds {shape} for each text, but {expected} are expected "
                 "(policy.max_sequence_length vectors, filled up with zeros); encode so."
             )
         return conditioning

@@ -30,7 +30,7 @@ def block(feed_forward: float) -> BlockKind:
     Fused, norms keep their input in 16 bits, but turning queries and keys keeps these, and they lie
     in one piece with the values. Counted on a CPU, where the norms of queries and keys are made in
     float32; on a GPU a block keeps 6 bytes less."""
-    plain, fused = (kept + 2 * feed_forward for kept in (40.16, 42.16))
+    plain, fused = (other + 2 * feed_forward for other in (40.16, 42.16))
     return BlockKind(stored=(plain, 12.0), stored_fused=(fused, 12.0))
 
 

@@ -9,7 +9,7 @@ from flowgrpo.config import ConfigError, RewardConfig
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import RewardError, Scorer
 from flowgrpo.rewards.differentiable import differentiable_rewards
-from flowgrpo.rewards.frames import given, positions, spread, takes_videos
+from flowgrpo.rewards.frames import as_asked, positions, spread, takes_videos
 from flowgrpo.rewards.motion import smoothness
 from flowgrpo.rewards.options import configurable
 
@@ -58,11 +58,11 @@ def test_frames_are_spread_evenly_about_the_middle(total, count):
 def test_what_a_reward_is_given():
     videos = numbered(2, 9)
     images = videos[:, 0]
-    assert given(first_number, images, 3) == (images, 1)
-    found, frames = given(first_number, videos, 3)
+    assert as_asked(first_number, images, 3) == (images, 1)
+    found, frames = as_asked(first_number, videos, 3)
     assert frames == 3 and torch.equal(found, videos[:, [1, 4, 7]].flatten(0, 1))
-    assert given(whole, videos, 3)[0] is videos
-    assert torch.equal(given(whole, images, 3)[0], images[:, None])
+    assert as_asked(whole, videos, 3)[0] is videos
+    assert torch.equal(as_asked(whole, images, 3)[0], images[:, None])
 
 
 @pytest.mark.parametrize("count", [1, 2])
