@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,7 @@ def _evaluate(
     if not world.first:
         return report
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
+    _save_videos(evaluations, policy, out)
     files.write_json(out / "report.json", report)
     rows = _rows(config, options, checkpoint, benchmarks, results)
     systems.write(out, rows, report["versions"])
@@ -164,6 +166,16 @@ def _evaluate(
     names = f"report.json, grid.png, table.md, {systems.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
+
+
+def _save_videos(evaluations: Mapping[str, Evaluation], policy: Policy, out: Path) -> None:
+    """Write the videos of the evaluations that are whole, if any: LABEL-1.webp, ..."""
+    for label, evaluation in evaluations.items():
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            # "base, CFG 4.5" is base-CFG-4.5.
+            name = re.sub(r"[^\w.]+", "-", label)
+            file = out / f"{name}-{number + 1}.webp"
+            pictures.save_video(video, file, policy.family.frame_rate)
 
 
 def _check_same_content(world: World, policy: Policy, benchmarks: Sequence[Benchmark]) -> None:

@@ -14,13 +14,14 @@ MODELS = {
     for m in (configurations.TINY_SD3, configurations.TINY_FLUX, configurations.SD35_MEDIUM)
 }
 MODELS[configurations.FLUX_DEV.name] = configurations.FLUX_DEV
+MODELS[configurations.WAN22_TI2V_5B.name] = configurations.WAN22_TI2V_5B
 
 
 def network(model):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 
-    kind = SD3Transformer2DModel if model.family == "sd3" else FluxTransformer2DModel
-    return kind(**model.transformer)
+    kinds = {"sd3": SD3Transformer2DModel, "wan": WanTransformer3DModel}
+    return kinds.get(model.family, FluxTransformer2DModel)(**model.transformer)
 
 
 def inputs(model, rows, **like):
@@ -33,6 +34,10 @@ def inputs(model, rows, **like):
     }
     if model.family == "sd3":
         return {"hidden_states": torch.randn(rows, c, h, w, **like), **text}
+    if model.family == "wan":
+        del text["pooled_projections"]
+        frames = (model.frames - 1) // 4 + 1
+        return {"hidden_states": torch.randn(rows, c, frames, h, w, **like), **text}
     tokens = h * w // 4
     ids = {"img_ids": torch.zeros(tokens, 3, **like)}
     ids["txt_ids"] = torch.zeros(model.text_tokens, 3, **like)

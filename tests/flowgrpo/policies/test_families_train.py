@@ -144,6 +144,9 @@ def test_evaluate_and_sample(trained, tmp_path):
     accuracy = found["reports"]["iteration 3"]["accuracy"]
     assert accuracy == trained.summary["after"]["accuracy"]
     assert found["reports"]["base"]["accuracy"] != accuracy
+    videos = sorted(path.name for path in (tmp_path / "out").glob("*.webp"))
+    rows = [f"{label}-{number}.webp" for label in ("base", "iteration-3") for number in (1, 2)]
+    assert videos == (rows if trained.family == "wan" else [])
     options = SampleOptions(
         ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
     )
