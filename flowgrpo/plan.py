@@ -23,10 +23,16 @@ the largest of what comes and goes.
     rollout    copies and what one block has alive, or the VAE's feature maps
     encode     text encoders that are offloaded
 
+With run.parallel fsdp a process has its piece of the transformer's weights (none with
+run.cpu_offload) and, in forward and backward, three blocks whole: the one that runs, the next,
+whose weights come meanwhile, and the buffer that these come in. Merged copies are then those of one
+block.
+
 Not in it: the pools of captured and compiled graphs, and what fragmentation costs; so at most 80 %
-of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium and FLUX.1-dev,
-counted tensor by tensor on torch's meta device, the estimate is 0.97 to 1.07
-(tests/flowgrpo/test_on_device_memory.py). No figure has been compared with a GPU yet.
+of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium, FLUX.1-dev,
+FLUX.2-klein and Qwen-Image, counted tensor by tensor on torch's meta device, the estimate is 0.97
+to 1.07 (tests/flowgrpo/test_on_device_memory.py); what fsdp gathers is reckoned, not counted. No
+figure has been compared with a GPU yet.
 """
 
 from __future__ import annotations
@@ -49,6 +55,8 @@ MOST_ROWS = 12
 """Rows of a forward, at most: 12 images of 512 pixels are about 15,000 tokens, enough for a GPU."""
 OVERHEAD = 1.5 * GIB
 BYTES_A_TRAINED = 20
+GATHERED_BLOCKS = 3
+"""Blocks whose weights are whole at a time with run.parallel fsdp."""
 
 REWARD_MODELS = {
     "pickscore": {"CLIP-H": 986e6},
@@ -130,8 +138,20 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     leaves = parts_of(config.chunks_per_update, config.run.leaves)
     leaves_here = -(-leaves // gpus)
     rows_here = min(-(-leaves_here * sample.rows // leaves), sample.rows)
+    blocks = sum(
+        number for kind, number in arch.blocks if not (kind.image_attention or kind.text_attention)
+    )
+    transformer, gathered = size * arch.parameters, 0.0
+    copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
+    if config.run.parallel == "fsdp":
+        gathered = transformer / blocks * GATHERED_BLOCKS
+        transformer /= config.run.shard_size or gpus
+        if config.run.cpu_offload:
+            transformer = 0
+        copies /= blocks
     always = {
-        "weights": size * (arch.parameters + arch.vae)
+        "weights": transformer
+        + size * arch.vae
         + (0 if policy.offload_text_encoders else encoders),
         "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter)) * trained,
         "sums": 4 * trained * partial_sums(config.reduction, leaves_here, gpus),
@@ -141,18 +161,16 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     if optim.keeps_velocities:
         always["trajectory"] += rows_here * latent * size * sample.steps
-    copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
     # The text's tokens go through the blocks too, unless these only attend to them.
     through = image if any(kind.text_attention for kind, _ in arch.blocks) else image + text
-    stored, count = 0.0, 0
+    stored = 0.0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
         tokens = image if kind.image_attention else text if kind.text_attention else through
         stored += number * tokens * (a * arch.width + b * rank)
-        count += 0 if kind.image_attention or kind.text_attention else number
     if policy.gradient_checkpointing:
         # The inputs of the blocks, and one block whole.
-        stored = stored / max(count, 1) + 2 * arch.width * through * count
+        stored = stored / blocks + 2 * arch.width * through * blocks
     passing = arch.passing * arch.width * through
     decoding = 0
     if arch.vae:
@@ -161,8 +179,10 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
         # Frames come one after the other, and are put together.
         decoding += 3 * frames * height * width * size * sample.batch_size
     moving = {
-        "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
-        "rollout": max(copies + passing * rows * (size / 2), decoding),
+        "update": gathered
+        + copies
+        + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
+        "rollout": max(gathered + copies + passing * rows * (size / 2), decoding),
         "encode": encoders if policy.offload_text_encoders else 0,
     }
     memory = {name: value / GIB for name, value in {**always, **moving}.items()}
@@ -174,6 +194,19 @@ def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
     sides = (policy.resolution,) * 2 if policy.resolution else arch.size or (arch.resolution,) * 2
     height, width = policy.height or sides[0], policy.width or sides[1]
     return height, width, (policy.frames or arch.frames) if arch.frames else 0
+
+
+def trained_weights(config: Config, arch: Architecture, gpus: int = 1) -> float:
+    """GiB that a GPU holds for a transformer that is trained as a whole, in float32: itself, its
+    gradient, AdamW's two moments, the average, and the reference of a KL."""
+    fsdp = config.run.parallel == "fsdp"
+    if fsdp and config.run.cpu_offload:
+        return 0.0
+    # A sharded reference is of the type that forwards are computed in.
+    size = 2 if fsdp and config.policy.dtype == "bfloat16" else 4
+    reference = size * (config.optim.beta > 0 or config.run.eval_kl > 0)
+    pieces = (config.run.shard_size or gpus) if fsdp else 1
+    return (BYTES_A_TRAINED + reference) * arch.parameters / pieces / GIB
 
 
 def partial_sums(reduction: str, leaves: int, gpus: int = 1) -> int:
@@ -386,8 +419,15 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
             for name, urls in servers.items()
         )
     arch = sizes_of(config.policy.model, config.policy.variant)
-    # The estimate is for one GPU that has the whole model.
-    if arch is None or config.policy.adapter == "full" or config.run.parallel == "fsdp":
+    if arch is None:
+        return lines
+    if config.policy.adapter == "full":
+        gib = trained_weights(config, arch, gpus)
+        # Activations are known of frozen weights with adapters alone.
+        lines["memory"] = (
+            f"{gib:.1f} GiB a GPU for weights, gradients, AdamW, average and reference; what else "
+            "a run needs is not known for policy.adapter full"
+        )
         return lines
     memory = expected_memory(config, arch, gpus)
     total = memory.pop("total")

@@ -128,7 +128,7 @@ def run(
             clock = Clock(policy.device)
             with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
-                conditioning = policy.encode(batch.texts)
+                conditioning = policy.encode_shares(batch.texts, world)
                 scoring = background_scoring(components, batch, config)
                 trajectory = collect(components, conditioning, config, scoring)
             with clock("reward"):
@@ -239,7 +239,7 @@ def _setup(
     if config.optim.capture == "on":
         recorder = cuda_graphs.CudaRecorder(policy.device)
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
-    uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
+    uncond = policy.encode_empty(config.sample.guidance_scale)
     records = load_curated(config, objective.pairs) if config.sample.curated else None
     reward_thread = None
     if overlap:

@@ -1,13 +1,13 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; Qwen-Image and Wan 2.2
-TI2V-5B without their text encoders, for what is counted; and tiny ones of the first two's classes
-for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image and
+Wan 2.2 TI2V-5B without their text encoders, for what is counted; and tiny ones of the first two's
+classes for `--smoke`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ SD3_ATTENTION = (
 FLUX_LAYERS = (
     *SD3_ATTENTION,
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+FLUX2_LAYERS = (
+    *SD3_ATTENTION,
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+    "attn.to_qkv_mlp_proj",
 )
 QWEN_LAYERS = (
     *SD3_ATTENTION,
@@ -78,12 +83,12 @@ class Model:
 
     name: str
     family: str
-    """sd3, flux, qwen or wan."""
+    """sd3, flux, flux2, qwen or wan."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
     latent: tuple[int, int, int]
-    """C, H, W of a latent, before FLUX or Qwen-Image packs it."""
+    """C, H, W of a latent, before FLUX, FLUX.2 or Qwen-Image packs it."""
     text_tokens: int
     parameters: int
     """Parameters of the transformer."""
@@ -104,12 +109,14 @@ class Model:
             return flops.wan(
                 self.transformer, (self.frames - 1) // 4 + 1, *self.latent[1:], self.text_tokens
             )
-        count = {"sd3": flops.sd3, "flux": flops.flux, "qwen": flops.qwen}[self.family]
+        kinds = {"sd3": flops.sd3, "flux": flops.flux, "flux2": flops.flux2, "qwen": flops.qwen}
+        count = kinds[self.family]
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
     @property
     def text_width(self) -> tuple[int, int]:
-        """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image."""
+        """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image and nothing
+        in FLUX.2."""
         config = self.transformer
         if self.family == "wan":
             return config["text_dim"], 1
@@ -175,6 +182,44 @@ FLUX_DEV = Model(
     half=torch.bfloat16,
     encoders=(("clip", CLIP_L), ("t5", T5_XXL)),
     distilled_guidance=3.5,
+)
+FLUX2_KLEIN_4B = Model(
+    name="flux.2-klein-4b",
+    family="flux2",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 128,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (32, 32, 32, 32),
+        "rope_theta": 2000,
+        "guidance_embeds": False,
+    },
+    scheduler=FLUX_DEV.scheduler,
+    # The class's defaults are the model's.
+    vae={},
+    latent=(32, 64, 64),
+    text_tokens=512,
+    parameters=3_875_544_576,
+    targets=FLUX2_LAYERS,
+    rank=64,
+    half=torch.bfloat16,
+)
+FLUX2_KLEIN_9B = replace(
+    FLUX2_KLEIN_4B,
+    name="flux.2-klein-9b",
+    transformer={
+        **FLUX2_KLEIN_4B.transformer,
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+    },
+    parameters=9_078_581_248,
 )
 QWEN_IMAGE = Model(
     name="qwen-image",

@@ -1,8 +1,8 @@
 """Floating-point operations of one forward by closed form: 2 for each multiply-add of a matrix.
 
-`sd3`, `flux`, `qwen` and `wan` count what the model must compute for one sample: linear layers, the
-patch convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise work,
-adapters, recomputation and padding count nothing. The tests hold both against torch's
+`sd3`, `flux`, `flux2`, `qwen` and `wan` count what the model must compute for one sample: linear
+layers, the patch convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise
+work, adapters, recomputation and padding count nothing. The tests hold them against torch's
 FlopCounterMode on the full configurations.
 
 `Forward.backward` is what an adapter's gradient needs of the frozen model: the gradient of every
@@ -61,6 +61,20 @@ def flux(config: dict[str, Any], height: int, width: int, text: int) -> Forward:
     embeds = 4 * n * d * config["in_channels"] + 2 * m * d * config["joint_attention_dim"]
     clocks = 2 if config["guidance_embeds"] else 1
     embeds += 2 * d * (clocks * (TIME_CHANNELS + d) + config["pooled_projection_dim"] + d)
+    return Forward(blocks + modulation + embeds, (double + single) * 4 * (n + m) ** 2 * d)
+
+
+def flux2(config: dict[str, Any], height: int, width: int, text: int) -> Forward:
+    """Flux2Transformer2DModel on latents of height x width (packed two by two), whose feed-forward
+    layers have a gate: three matrices of 3 D in place of two of 4 D."""
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    double, single = config["num_layers"], config["num_single_layers"]
+    n, m = (height // 2) * (width // 2), text
+    blocks = (double + single) * 26 * (n + m) * d * d
+    # One modulation for all blocks of a kind, and the norm behind the last.
+    modulation = 2 * d * d * (6 + 6 + 3 + 2)
+    embeds = 4 * n * d * config["in_channels"] + 2 * m * d * config["joint_attention_dim"]
+    embeds += 2 * d * (TIME_CHANNELS + d)
     return Forward(blocks + modulation + embeds, (double + single) * 4 * (n + m) ** 2 * d)
 
 

@@ -31,6 +31,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
         network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).to(device)
     else:
         from diffusers import (
+            Flux2Transformer2DModel,
             FluxTransformer2DModel,
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
@@ -40,6 +41,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
         cls = {
             "sd3": SD3Transformer2DModel,
             "flux": FluxTransformer2DModel,
+            "flux2": Flux2Transformer2DModel,
             "qwen": QwenImageTransformer2DModel,
             "wan": WanTransformer3DModel,
         }[model.family]
@@ -56,14 +58,23 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
     """The VAE of `model`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLFlux2,
+        AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+    )
 
     if model.name == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
         return network.requires_grad_(False).eval()
-    classes = {"qwen": AutoencoderKLQwenImage, "wan": AutoencoderKLWan}
+    classes = {
+        "flux2": AutoencoderKLFlux2,
+        "qwen": AutoencoderKLQwenImage,
+        "wan": AutoencoderKLWan,
+    }
     cls = classes.get(model.family, AutoencoderKL)
     network = random_module(lambda: cls(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
@@ -89,16 +100,18 @@ def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False)
     """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
     suites hand over embeddings, and only the memory of the real encoders matters."""
     from diffusers import (
+        Flux2KleinPipeline,
         FluxPipeline,
         QwenImagePipeline,
         StableDiffusion3Pipeline,
         WanPipeline,
     )
 
-    if model.family in ("qwen", "wan"):
+    without_texts = {"flux2": Flux2KleinPipeline, "qwen": QwenImagePipeline, "wan": WanPipeline}
+    if model.family in without_texts:
         if whole:
             raise ValueError(f"{model.name}: its text encoder is not among the configurations")
-        return (QwenImagePipeline if model.family == "qwen" else WanPipeline)(
+        return without_texts[model.family](
             transformer=transformer(model, device, dtype),
             scheduler=scheduler(model),
             vae=vae(model, device, dtype),
@@ -202,6 +215,8 @@ def _materialize(module: nn.Module, device: str, dtype: torch.dtype) -> None:
 
 def _buffer(module: nn.Module, name: str, device: str) -> torch.Tensor:
     """Values that a module's constructor gives its buffer, which the meta device lost."""
+    if name in ("running_mean", "running_var", "num_batches_tracked"):
+        return torch.full_like(getattr(module, name), 1 if name == "running_var" else 0)
     if name == "position_ids":
         return torch.arange(module.position_ids.shape[-1], device=device)[None]
     if name in ("freqs_cos", "freqs_sin"):

@@ -326,7 +326,7 @@ def generate_images(
         groups=torch.tensor([row // samples - first for row in sampled]),
         seeds=seeds[torch.tensor(sampled)],
         batch_size=size,
-        uncond=policy.encode([""]) if guidance_scale != 1 else None,
+        uncond=policy.encode_empty(guidance_scale),
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )

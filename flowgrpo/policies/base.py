@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
+from flowgrpo.distributed.world import World
 from flowgrpo.policies import lora, modulation, pipelines, split_forward, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
+from flowgrpo.policies.text_cache import TextEncoder
 from flowgrpo.records import Conditioning
 
 
@@ -72,6 +74,8 @@ class Policy(ABC):
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
     """True: a function of the caller's embeds the texts."""
+    distilled: bool = False
+    """True: the model is distilled to a few steps without guidance, and is given none."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     sharded: bool = False
@@ -79,6 +83,8 @@ class Policy(ABC):
     one of all processes."""
     parts: split_forward.Parts | None = None
     """How forwards of several steps are split (`split`); None: they are not."""
+    _texts: Callable[[Sequence[str]], Conditioning] | None = None
+    """Function that embeds the texts; None: `encode` itself does."""
     _frozen: nn.Module | None = None
     _teacher: nn.Module | None = None
 
@@ -142,6 +148,38 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
+
+    def encode_empty(self, guidance_scale: float) -> Conditioning | None:
+        """Embed the empty prompt, for guidance of this scale; None at 1, which is none.
+
+        Raises:
+            ConfigError: the model takes no guidance.
+        """
+        if guidance_scale == 1:
+            return None
+        if self.distilled:
+            raise ConfigError(
+                f"the guidance scale is {guidance_scale:g}, but {self.name} is distilled and takes "
+                "no guidance; set it to 1 (sample.guidance_scale, run.eval_guidance, --cfg, "
+                "--guidance), or choose the model that it was distilled from."
+            )
+        return self.encode([""])
+
+    def encode_shares(self, texts: Sequence[str], world: World) -> Conditioning:
+        """Embeddings of the texts, of which each process encodes a share and gets the others': the
+        bits of `encode`. A collective.
+
+        Where a row could depend on the texts beside it, each process encodes all."""
+        if world.size == 1 or not isinstance(self._texts, TextEncoder):
+            return self.encode(texts)
+        count = -(-len(texts) // world.size)
+        share = texts[count * world.rank :][:count]
+        # A process without a text encodes the first, for its shape, and drops it.
+        rows = self.encode(share or texts[:1])
+        embeds, pooled = (
+            torch.cat(world.all_rows(tensor[: len(share)])) for tensor in (rows.embeds, rows.pooled)
+        )
+        return Conditioning(embeds, pooled)
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:

@@ -173,6 +173,5 @@ def unknown_module(name: str, module: nn.Module) -> ConfigError:
     """The error for a module that the kernels are not made for."""
     return ConfigError(
         f"policy.fused is on, but {name} is a {module}, and the fused kernels know only the blocks "
-        "and norms of diffusers' SD3, FLUX.1, Qwen-Image and Wan transformers; set policy.fused "
-        "to false."
+        "and norms of the model's family as diffusers makes them; set policy.fused to false."
     )

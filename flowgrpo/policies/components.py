@@ -67,16 +67,23 @@ def _strange(parameter: nn.Parameter, device: torch.device) -> str:
     return "a tensor of inference mode" if parameter.is_inference() else ""
 
 
-def check_vae(vae: Any, channels: int, factor: int, model: str) -> None:
+def check_vae(
+    vae: Any,
+    channels: int,
+    factor: int,
+    model: str,
+    scale: Sequence[str] = ("scaling_factor", "shift_factor"),
+) -> None:
     """Raise ConfigError unless `vae` decodes latents of `channels` channels to `factor` times their
     size.
 
     Args:
         factor: of the pipeline, which computed it from the VAE that it was made with.
         model: what the user called the pipeline.
+        scale: fields of its configuration that have to be finite numbers.
     """
     config = getattr(vae, "config", None)
-    for name in ("scaling_factor", "shift_factor"):
+    for name in scale:
         value = getattr(config, name, None)
         require(
             isinstance(value, int | float) and math.isfinite(value),

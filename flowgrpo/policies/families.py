@@ -7,11 +7,12 @@ from typing import Any
 from flowgrpo.config import ConfigError
 from flowgrpo.policies.family import Family
 from flowgrpo.policies.flux.family import FLUX
+from flowgrpo.policies.flux2.family import FLUX2
 from flowgrpo.policies.qwen.family import QWEN
 from flowgrpo.policies.sd3.family import SD3
 from flowgrpo.policies.wan.family import WAN
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, QWEN, WAN)}
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, FLUX2, QWEN, WAN)}
 """Class of a pipeline -> its family. A new family is one entry."""
 
 

@@ -15,7 +15,8 @@ norm (not one for all norms: their weights would have to be copied side by side,
 SD3.5-medium, and T N rows fill the device as well). A row of this table is M = 325 x 1536 numbers
 for SD3.5-medium, 1 MB in bfloat16, and 2 MB for FLUX.1-dev. Rollout and update look up the same
 numbers, whatever rows their forwards have. Where c is made of the time alone, as in Qwen-Image, the
-prompts of a step share one row, 4.4 MB there.
+prompts of a step share one row, 4.4 MB there; and 0.1 MB in FLUX.2, all of whose blocks of a kind
+share one modulation beside them.
 
 The blocks stay diffusers': in place of c they are handed a row of the table, and the layers that
 would compute from c take their columns of it. It is an argument like c, so a block that is run
@@ -74,7 +75,9 @@ def layers(transformer: nn.Module, modulation: Modulation) -> list[tuple[nn.Modu
     pairs = []
     for module in transformer.modules():
         if type(module).__name__ in modulation.norms:
-            pairs.append((module.silu, module.linear))
+            # By its class, as the norms' silu has no name in common.
+            silu = next(child for child in module.children() if isinstance(child, nn.SiLU))
+            pairs.append((silu, module.linear))
         elif type(module).__name__ in modulation.blocks:
             pairs += [tuple(getattr(module, name)) for name in modulation.layers]
     return pairs

@@ -5,13 +5,15 @@
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+    flux2_klein_pickscore, flux2_klein_ocr, ..._1gpu    Flow-Factory's numbers, on FLUX.2-klein-base
+    flux2_klein_distilled_pickscore    the same for FLUX.2-klein, in four steps without guidance
     wan22_ti2v_5b_ocr, wan22_ti2v_5b_pickscore_window, ..._1gpu    videos of Wan 2.2 TI2V-5B
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
-sd3.py  flux.py  wan.py   the numbers of one family, each with its source
-tasks.py                  what the papers train for: prompts, rewards, weight of the KL, length
-fit.py                    a recipe's last step: the user's own values, and the rows of a forward
+sd3.py  flux.py  flux2.py  wan.py    the numbers of one family, each with its source
+tasks.py    what the papers train for: prompts, rewards, weight of the KL, length
+fit.py      a recipe's last step: the user's own values, and the rows of a forward
 
 None of these recipes has been run to its end here; only the embedded model's has. Ours, in all of
 them: the frozen weights are bfloat16 (flow_grpo: float16 for SD3.5, under a GradScaler; here
@@ -29,7 +31,8 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
-SD3, FLUX, WAN = (f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "wan"))
+SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
+FLUX2, WAN = "flowgrpo.recipes.flux2", "flowgrpo.recipes.wan"
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
@@ -54,6 +57,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
     "flux_pickscore_window": (f"{FLUX}:window", {}),
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
+    "flux2_klein_pickscore": (f"{FLUX2}:base", {"task": "pickscore"}),
+    "flux2_klein_pickscore_1gpu": (f"{FLUX2}:base", {"task": "pickscore", "groups": 8}),
+    "flux2_klein_ocr": (f"{FLUX2}:base", {"task": "ocr"}),
+    "flux2_klein_ocr_1gpu": (f"{FLUX2}:base", {"task": "ocr", "groups": 8}),
+    "flux2_klein_distilled_pickscore": (f"{FLUX2}:distilled", {}),
+    "flux2_klein_distilled_pickscore_1gpu": (f"{FLUX2}:distilled", {"groups": 8}),
     "wan22_ti2v_5b_ocr": (f"{WAN}:paper", {"task": "ocr"}),
     "wan22_ti2v_5b_ocr_1gpu": (f"{WAN}:paper", {"task": "ocr", "groups": 4}),
     "wan22_ti2v_5b_pickscore_window": (f"{WAN}:window", {}),
@@ -125,7 +134,7 @@ def describe(name: str, config: Config) -> str:
     numbers. The empty string for the embedded model's and for those of other modules."""
     target, arguments = RECIPES.get(name, ("", {}))
     module, _, method = target.partition(":")
-    if module not in (SD3, FLUX, WAN):
+    if module not in (SD3, FLUX, FLUX2, WAN):
         return ""
     from flowgrpo.recipes import tasks
 

@@ -126,7 +126,7 @@ def window(
             advantage_std="group",  # F
             updates_per_iteration=2,  # F
             ema_decay=0.9,  # F
-            ema_every=4,  # F
+            ema_every=8,  # F: every four iterations
         ),
         run=run_config(),
     )

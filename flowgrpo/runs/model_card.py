@@ -88,7 +88,7 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
     if policy.variant:
         base += f', variant="{policy.variant}"'
     result, attribute = ("video", "frames") if family.frame_rate else ("image", "images")
-    call = f'{result} = pipe("a prompt", {_arguments(config, family)}).{attribute}[0]'
+    call = f'{result} = pipe(prompt="a prompt", {_arguments(config, family)}).{attribute}[0]'
     call = "\n".join((*family.card_lines, call))
     if policy.adapter == "lora":
         return (

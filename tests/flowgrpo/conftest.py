@@ -46,6 +46,12 @@ def flux_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux2_model(tmp_path_factory) -> Path:
+    """A pipeline of FLUX.2-klein-base's parts; its default resolution is 256."""
+    return pipelines.save_flux2_pipeline(tmp_path_factory.mktemp("flux2"))
+
+
+@pytest.fixture(scope="session")
 def qwen_model(tmp_path_factory) -> Path:
     """A pipeline of Qwen-Image's parts; its default resolution is 256."""
     return pipelines.save_qwen_pipeline(tmp_path_factory.mktemp("qwen"))

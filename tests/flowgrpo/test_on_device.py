@@ -43,10 +43,21 @@ THREE_OF_WAN = changed(
     frames=5,
     parameters=581_056_704,
 )
+# Three of its 25 blocks, one and two.
+THREE_OF_KLEIN = changed(
+    configurations.FLUX2_KLEIN_4B,
+    transformer={
+        **configurations.FLUX2_KLEIN_4B.transformer,
+        "num_layers": 1,
+        "num_single_layers": 2,
+    },
+    parameters=685_769_728,
+)
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
     "sd3": Case(configurations.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
     "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
+    "flux2": Case(THREE_OF_KLEIN, 2, 2, 4.0, 1, 0.04, 2),
     "qwen": Case(EIGHT_OF_QWEN, 2, 2, 4.0, 1, 0.04, 2),
     "wan": Case(THREE_OF_WAN, 2, 2, 5.0, 1, 0.04, 2),
 }

@@ -15,6 +15,7 @@ from flowgrpo.policies import attention, blocks, modulation
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.flux.sizes import DOUBLE, SINGLE
+from flowgrpo.policies.flux2 import sizes as flux2_sizes
 from flowgrpo.policies.pipelines import cast
 from flowgrpo.policies.qwen import sizes as qwen_sizes
 from flowgrpo.policies.qwen.attention import real_tables
@@ -54,6 +55,12 @@ def flux(**changes):
     )
 
 
+def flux2(**changes):
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(**{"guidance_embeds": False, **changes})
+
+
 def qwen(**changes):
     from diffusers import QwenImageTransformer2DModel
 
@@ -88,10 +95,17 @@ def test_known_sizes_are_those_of_the_real_classes():
         "ffn_dim": 14336,
         "num_layers": 30,
     }
+    klein = {"num_layers": 5, "num_single_layers": 20, "joint_attention_dim": 7680}
+    larger = {"num_layers": 8, "num_single_layers": 24, "joint_attention_dim": 12288}
     for name, make in (
         ("stabilityai/stable-diffusion-3.5-medium", lambda: sd3(**medium)),
         ("stabilityai/stable-diffusion-3.5-large", lambda: sd3(**large)),
         ("black-forest-labs/FLUX.1-dev", flux),
+        (
+            "black-forest-labs/FLUX.2-klein-base-4B",
+            lambda: flux2(num_attention_heads=24, **klein),
+        ),
+        ("black-forest-labs/FLUX.2-klein-9B", lambda: flux2(num_attention_heads=32, **larger)),
         ("Qwen/Qwen-Image", qwen),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", lambda: wan(**ti2v)),
     ):
@@ -174,6 +188,49 @@ def flux_run(double, single, fuse, rank=8):
                 "guidance": torch.ones(ROWS),
                 "img_ids": torch.zeros(image, 3),
                 "txt_ids": torch.zeros(20, 3),
+            },
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_sizes_of_flux2s_encoders_and_vae():
+    """Qwen3-4B and Qwen3-8B by their config.json, and the VAE's defaults."""
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    both = {
+        "vocab_size": 151936,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    for width, inner, tied, size in (
+        (2560, 9728, True, flux2_sizes.QWEN3_4B),
+        (4096, 12288, False, flux2_sizes.QWEN3_8B),
+    ):
+        config = Qwen3Config(
+            hidden_size=width, intermediate_size=inner, tie_word_embeddings=tied, **both
+        )
+        assert count(lambda config=config: Qwen3ForCausalLM(config)) == size
+    assert count(AutoencoderKLFlux2) == flux2_sizes.VAE
+
+
+def flux2_run(double, single, fuse, rank=8):
+    small = {"joint_attention_dim": 32, "num_attention_heads": 1}
+    model = trainable(flux2(num_layers=double, num_single_layers=single, **small), rank, fuse)
+
+    def run(image):
+        return stored(
+            model,
+            {
+                "hidden_states": torch.randn(ROWS, image, 128, dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.randn(ROWS, 20, 32, dtype=torch.bfloat16),
+                "timestep": torch.rand(ROWS),
+                "img_ids": torch.zeros(image, 4),
+                "txt_ids": torch.zeros(20, 4),
             },
         )
 
@@ -321,6 +378,8 @@ def test_stored_bytes_of_a_video_and_of_its_text(fuse):
         (DUAL, sd3_run, (3, 1), (3, 2)),
         (DOUBLE, flux_run, (1, 1), (2, 1)),
         (SINGLE, flux_run, (1, 1), (1, 2)),
+        (flux2_sizes.DOUBLE, flux2_run, (1, 1), (2, 1)),
+        (flux2_sizes.SINGLE, flux2_run, (1, 1), (1, 2)),
         # The last block's text goes nowhere, so the blocks counted stand before it.
         (qwen_sizes.JOINT, qwen_run, (2,), (3,)),
     ],

@@ -2,8 +2,9 @@
 
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the text encoders of SD3.5, `save_flux_pipeline` those of
-FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_qwen_pipeline` those of Qwen-Image,
-`save_wan_pipeline` those of Wan 2.2 TI2V-5B.
+FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_flux2_pipeline` those of
+FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_wan_pipeline` those of Wan 2.2
+TI2V-5B.
 """
 
 from __future__ import annotations
@@ -418,6 +419,77 @@ def save_qwen_pipeline(folder: Path, *, seed: int = 0, **changes) -> Path:
                     **changes,
                 }
             ),
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Qwen3's, of messages without tools; what stands before the text is 3 of its own tokens."""
+
+
+def save_flux2_pipeline(
+    folder: Path, *, distilled: bool = False, blocks: int = 2, seed: int = 0
+) -> Path:
+    """Flux2KleinPipeline with FLUX.2-klein's parts: a double and two single blocks, a VAE of factor
+    2^(blocks - 1) with 4 latent channels and statistics of a batch norm, Qwen3 of the 27 layers
+    that the pipeline reads, a chat template and the resolution-dependent shift. Its default
+    resolution is 256 for 2 blocks."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = qwen_tokenizer()
+    words.chat_template = CHAT_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        decoder.bn.running_mean.normal_(0.0, 0.3)
+        decoder.bn.running_var.uniform_(1.0, 4.0)
+        pipeline = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=decoder,
+            text_encoder=Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=len(words),
+                    hidden_size=16,
+                    intermediate_size=16,
+                    num_hidden_layers=27,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=8,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+            ),
+            tokenizer=words,
+            transformer=Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=48,
+                axes_dims_rope=(4, 4, 4, 4),
+                guidance_embeds=False,
+            ),
+            is_distilled=distilled,
         )
     pipeline.save_pretrained(folder)
     return Path(folder)

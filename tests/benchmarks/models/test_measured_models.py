@@ -14,14 +14,25 @@ MODELS = {
     for m in (configurations.TINY_SD3, configurations.TINY_FLUX, configurations.SD35_MEDIUM)
 }
 MODELS[configurations.FLUX_DEV.name] = configurations.FLUX_DEV
+MODELS[configurations.FLUX2_KLEIN_4B.name] = configurations.FLUX2_KLEIN_4B
 MODELS[configurations.WAN22_TI2V_5B.name] = configurations.WAN22_TI2V_5B
 
 
 def network(model):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
+    from diffusers import (
+        Flux2Transformer2DModel,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        WanTransformer3DModel,
+    )
 
-    kinds = {"sd3": SD3Transformer2DModel, "wan": WanTransformer3DModel}
-    return kinds.get(model.family, FluxTransformer2DModel)(**model.transformer)
+    kinds = {
+        "sd3": SD3Transformer2DModel,
+        "flux": FluxTransformer2DModel,
+        "flux2": Flux2Transformer2DModel,
+        "wan": WanTransformer3DModel,
+    }
+    return kinds[model.family](**model.transformer)
 
 
 def inputs(model, rows, **like):
@@ -39,9 +50,13 @@ def inputs(model, rows, **like):
         frames = (model.frames - 1) // 4 + 1
         return {"hidden_states": torch.randn(rows, c, frames, h, w, **like), **text}
     tokens = h * w // 4
-    ids = {"img_ids": torch.zeros(tokens, 3, **like)}
-    ids["txt_ids"] = torch.zeros(model.text_tokens, 3, **like)
+    axes = len(model.transformer["axes_dims_rope"])
+    ids = {"img_ids": torch.zeros(tokens, axes, **like)}
+    ids["txt_ids"] = torch.zeros(model.text_tokens, axes, **like)
     packed = torch.randn(rows, tokens, 4 * c, **like)
+    if model.family == "flux2":
+        del text["pooled_projections"]
+        return {"hidden_states": packed, **ids, **text}
     return {"hidden_states": packed, "guidance": torch.ones(rows, **like), **ids, **text}
 
 

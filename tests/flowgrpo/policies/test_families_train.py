@@ -37,6 +37,7 @@ VIDEO_REWARDS = {
 FAMILIES = {
     "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
     "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
+    "flux2": ("flux2_model", {"policy.max_sequence_length": 20, "sample.guidance_scale": 4.0}),
     "qwen": ("qwen_model", {"sample.guidance_scale": 4.0}),
     "wan": (
         "wan_model",
@@ -57,9 +58,15 @@ COMMON = {
     "run.eval_prompts": 2,
     "run.eval_samples": 2,
 }
-LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12, "wan": 2 * 8}
+LAYERS = {
+    "sd3": 2 * 8 - 1,
+    "flux": 8 + 4 + 3,
+    "flux2": 8 + 4 + 2,
+    "qwen": 2 * 12,
+    "wan": 2 * 8,
+}
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
-block."""
+block; FLUX.2: one double block and two single ones, without their output layers."""
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -174,19 +181,23 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    # Qwen-Image's second tensor is a mask; Wan has none.
+    # Qwen-Image's second tensor is a mask; FLUX.2 and Wan have none.
     pooled, guidance = {
         "sd3": (POOLED, {"guidance_scale": scale}),
         "flux": (POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "flux2": ((), {"guidance_scale": scale}),
         "qwen": (MASKS, {"true_cfg_scale": scale}),
         "wan": ((), {"guidance_scale": scale, "num_frames": 5}),
     }[trained.family]
-    pooled = dict(zip(pooled, (text.pooled, uncond.pooled.expand(3, -1)), strict=False))
+    noise = initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape)
+    if trained.family == "flux2":
+        noise = noise.transpose(1, 2).unflatten(2, (4, 4))
+    second = dict(zip(pooled, (text.pooled, uncond.pooled.expand(3, -1)), strict=False))
     arguments = {
         "prompt_embeds": text.embeds,
         "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        **pooled,
-        "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
+        **second,
+        "latents": noise,
         "num_inference_steps": 6,
         **guidance,
         "height": policy.height,
@@ -199,6 +210,9 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     pipe.load_lora_weights(trained.folder / "adapter")
     theirs = pipe(**arguments)[0]
     ours = latents(policy, replace(trained.config, **{"sample.guidance_scale": scale}))
+    if trained.family == "flux2":
+        # Which the pipeline returns as its VAE takes them.
+        ours = policy.unpack(ours)
     # float32 in two orders: PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
     assert (ours - base).abs().max() > 1e-3, "the adapter matters"

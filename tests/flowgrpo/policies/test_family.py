@@ -12,7 +12,11 @@ from pathlib import Path
 import diffusers
 import pytest
 from diffusers.models import attention, normalization
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_qwenimage,
+)
 
 from flowgrpo.policies.families import FAMILIES, family_of
 from flowgrpo.policies.family import Family, import_hook
@@ -21,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
 HOMES = [
-    *(TRAINER / "policies" / name for name in ("sd3", "flux", "qwen", "wan")),
+    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "wan")),
     TRAINER / "nano",
 ]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint|QwenImage|QwenDouble|Wan)[A-Z]\w*"
+PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|Wan)[A-Z]\w*"
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -95,10 +99,10 @@ def test_what_a_record_names_is_there(name):
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
     for block in family.modulation.blocks:
-        homes = (attention, transformer_flux, transformer_qwenimage)
+        homes = (attention, transformer_flux, transformer_flux2, transformer_qwenimage)
         assert any(hasattr(home, block) for home in homes), block
     for norm in family.modulation.norms:
-        assert hasattr(normalization, norm), norm
+        assert hasattr(normalization, norm) or hasattr(transformer_flux2, norm), norm
 
 
 def test_each_field_says_what_it_is():

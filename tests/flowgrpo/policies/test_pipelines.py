@@ -77,7 +77,7 @@ def without(*names):
                 json.dumps({"_class_name": "SanaPipeline"})
             ),
             "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline, "
-            "QwenImagePipeline, WanPipeline is expected",
+            "Flux2KleinPipeline, QwenImagePipeline, WanPipeline is expected",
         ),
         (
             lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),

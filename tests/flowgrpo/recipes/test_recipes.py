@@ -135,18 +135,76 @@ def translated(theirs: dict) -> dict[str, object]:
     return fields
 
 
+KLEIN = {
+    "base": {
+        "policy.resolution": 384,
+        "policy.lora_rank": 64,
+        "policy.lora_alpha": 128,
+        "policy.lora_targets": None,
+        "sample.prompts_per_iteration": 48,
+        "sample.group_size": 16,
+        "sample.steps": 8,
+        "sample.eval_steps": 28,
+        "sample.transition": "flow_sde",
+        "sample.noise_level": 0.7,
+        "sample.guidance_scale": 4.0,
+        "sample.window_size": 1,
+        "sample.window_range": (1, 4),
+        "optim.lr": 3e-4,
+        "optim.weight_decay": 1e-4,
+        "optim.clip_range": 1e-4,
+        "optim.adv_clip": 5.0,
+        "optim.beta": 0.0,
+        "optim.advantage_std": "group",
+        "optim.updates_per_iteration": 2,
+        "optim.ema_decay": 0.9,
+    },
+    "distilled": {
+        "sample.steps": 4,
+        "sample.eval_steps": 10,
+        "sample.noise_level": 0.5,
+        "sample.guidance_scale": 1.0,
+        "sample.window_range": (1, 3),
+    },
+}
+"""Flow-Factory's two files for FLUX.2-klein and PickScore, read on 2026-11-29 at its a0b2bc5."""
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_numbers_of_klein_are_flow_factorys(small):
+    suffix, groups = ("_1gpu", 8) if small else ("", 48)
+    for name, task, values in (
+        ("flux2_klein_pickscore", "pickscore", KLEIN["base"]),
+        ("flux2_klein_ocr", "ocr", KLEIN["base"]),
+        ("flux2_klein_distilled_pickscore", "pickscore", KLEIN["base"] | KLEIN["distilled"]),
+    ):
+        config = recipe(name + suffix, memory=80.0)
+        values = values | {"sample.prompts_per_iteration": groups}
+        assert {field: get(config, field) for field in values} == values
+        # Their average is updated every four iterations.
+        assert config.optim.ema_every == 4 * config.optim.updates_per_iteration
+        assert config.policy.model.endswith("-4B" if "distilled" in name else "-base-4B")
+        assert list(config.reward.weights) == [task]
+        text = describe(name + suffix, config)
+        folder = "flux2_klein" if "distilled" in name else "flux2_klein_base"
+        assert f"Flow-Factory's examples/grpo/lora/{folder}/default.yaml, each marked" in text
+        assert "each marked in flowgrpo/recipes/flux2.py" in text and "abstract" not in text
+
+
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - EMBEDDED))
 def test_sizes_of_an_iteration(name):
-    """1152 images an iteration as in the paper, or eight groups on one GPU; two updates on them."""
+    """1152 images an iteration as in the paper, or as many as its source has, or eight groups on
+    one GPU; two updates on them."""
     config = recipe(name, memory=80.0)
     sample, optim, policy = config.sample, config.optim, config.policy
     small, video = name.endswith("_1gpu"), name.startswith("wan")
+    klein = name.startswith("flux2_klein")
     if video:
         assert (policy.frames, policy.height, policy.width) == (33, 256, 416)
         assert sample.rows in ((4 * 8, 4 * 16) if small else (32 * 8, 48 * 16))
     else:
-        assert sample.rows == 8 * sample.group_size if small else sample.rows == 1152
-        assert optim.ema_every == 8
+        whole = 48 * 16 if klein else 1152
+        assert sample.rows == (8 * sample.group_size if small else whole)
     assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
     assert policy.offload_text_encoders == small
     need = plan.expected_memory(config, plan.sizes_of(policy.model))["total"]
@@ -160,9 +218,10 @@ def test_sizes_of_an_iteration(name):
         assert plan.expected_memory(trial, plan.sizes_of(policy.model))["total"] > plan.FILL * 80
     # Windows are CPS without guidance; only Guard has the Guard; a KL needs its reference.
     windowed = "_window" in name
-    assert (sample.transition == "cps") == (sample.window_size == 3) == (windowed and not video)
-    assert bool(sample.window_size) == windowed and optim.ema_decay == 0.9
+    assert (sample.transition == "cps") == (windowed and not video)
+    assert sample.window_size == (3 if windowed and not video else int(klein or windowed))
     assert optim.guard == ("_guard" in name)
+    assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
     rank = 64 if name.startswith("flux") or (video and windowed) else 32
     assert (policy.lora_rank, policy.lora_alpha) == (rank, 2 * rank)
 
