@@ -59,7 +59,7 @@ class PolicyConfig:
     # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
     # FLUX.2 sees the padding, so that its texts have the length that it was trained with.
     max_sequence_length: int = 0
-    """Tokens of a text that its encoder gives the model; 0: 128 as in flow_grpo; FLUX.2, Wan 512."""
+    """Tokens of a prompt, of T5 or Qwen; 0: 128 as in flow_grpo, 512 of FLUX.2 and Wan."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""

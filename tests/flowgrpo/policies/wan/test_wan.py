@@ -235,7 +235,7 @@ def test_what_is_refused(wan_model, latent_model):
     refused("policy.width is 1040, but .* has positions for at most 1024 pixels", width=1040)
     known = type(transformer.blocks[0].norm1)
     transformer.blocks[0].norm1 = torch.nn.LayerNorm(32, elementwise_affine=False)
-    refused(r"policy.fused is on, but blocks.0.norm1 is a LayerNorm.* and Wan tran", fused=True)
+    refused(r"policy.fused is on, but blocks.0.norm1 is a LayerNorm.*; set", fused=True)
     transformer.blocks[0].norm1 = known(32, 1e-6, elementwise_affine=False)
     for name in ("text_encoder", "tokenizer", "vae"):
         setattr(pipeline, name, None)
