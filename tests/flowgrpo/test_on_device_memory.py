@@ -30,7 +30,7 @@ CASES = {
     "flux2 4B fused": ("ours-fused", Case(configurations.FLUX2_KLEIN_4B, 4, 2, 4.0, 1, 0.04)),
     "flux2 9B": ("ours", Case(configurations.FLUX2_KLEIN_9B, 4, 2, window=1)),
     "qwen with guidance and KL": ("ours", Case(configurations.QWEN_IMAGE, 2, 2, 4.0, 1, 0.04)),
-    "wan recomputed": ("ours-recomputed", Case(configurations.WAN22_TI2V_5B, 2, 2, 5.0, 1, 0.004)),
+    "wan recomputed": ("ours-recomputed", Case(configurations.WAN22_TI2V_5B, 2, 2, window=1)),
     "flux fused": ("ours-fused", Case(configurations.FLUX_DEV, 4, 2, window=1)),
 }
 
