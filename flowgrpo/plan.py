@@ -166,7 +166,8 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     stored = 0.0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
-        tokens = image if kind.image_attention else text if kind.text_attention else through
+        of = "image" if kind.image_attention else "text" if kind.text_attention else kind.only
+        tokens = {"": image + text, "image": image, "text": text}[of]
         stored += number * tokens * (a * arch.width + b * rank)
     if policy.gradient_checkpointing:
         # The inputs of the blocks, and one block whole.

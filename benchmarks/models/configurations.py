@@ -1,8 +1,8 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image and
-Wan 2.2 TI2V-5B without their text encoders, for what is counted; and tiny ones of the first two's
-classes for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image,
+Z-Image and Wan 2.2 TI2V-5B without their text encoders, for what is counted; and tiny ones of the
+first two's classes for `--smoke`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ FLUX2_LAYERS = (
 QWEN_LAYERS = (
     *SD3_ATTENTION,
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+ZIMAGE_LAYERS = (
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
 VAE = {
     "in_channels": 3,
@@ -83,7 +87,7 @@ class Model:
 
     name: str
     family: str
-    """sd3, flux, flux2, qwen or wan."""
+    """sd3, flux, flux2, qwen, zimage or wan."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
@@ -109,19 +113,23 @@ class Model:
             return flops.wan(
                 self.transformer, (self.frames - 1) // 4 + 1, *self.latent[1:], self.text_tokens
             )
-        kinds = {"sd3": flops.sd3, "flux": flops.flux, "flux2": flops.flux2, "qwen": flops.qwen}
-        count = kinds[self.family]
+        count = getattr(flops, self.family)
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
     @property
+    def masked(self) -> bool:
+        """True: a prompt's second embedding is the mask of its tokens."""
+        return self.family in ("qwen", "zimage")
+
+    @property
     def text_width(self) -> tuple[int, int]:
-        """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image and nothing
-        in FLUX.2."""
+        """Width of a token's and of a prompt's embedding, which may be a mask, or nothing as in
+        FLUX.2."""
         config = self.transformer
         if self.family == "wan":
             return config["text_dim"], 1
         pooled = config.get("pooled_projection_dim", self.text_tokens)
-        return config["joint_attention_dim"], pooled
+        return config.get("joint_attention_dim") or config["cap_feat_dim"], pooled
 
 
 SD35_MEDIUM = Model(
@@ -250,6 +258,29 @@ QWEN_IMAGE = Model(
     text_tokens=128,
     parameters=20_430_401_088,
     targets=QWEN_LAYERS,
+    rank=64,
+    half=torch.bfloat16,
+)
+Z_IMAGE = Model(
+    name="z-image",
+    family="zimage",
+    transformer={
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "cap_feat_dim": 2560,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1024, 512, 512],
+    },
+    scheduler={"num_train_timesteps": 1000, "shift": 6.0},
+    vae={**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    latent=(16, 64, 64),
+    text_tokens=128,
+    parameters=6_154_908_736,
+    targets=ZIMAGE_LAYERS,
     rank=64,
     half=torch.bfloat16,
 )

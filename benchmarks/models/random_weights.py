@@ -36,6 +36,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
             WanTransformer3DModel,
+            ZImageTransformer2DModel,
         )
 
         cls = {
@@ -44,6 +45,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             "flux2": Flux2Transformer2DModel,
             "qwen": QwenImageTransformer2DModel,
             "wan": WanTransformer3DModel,
+            "zimage": ZImageTransformer2DModel,
         }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
         if model.family == "qwen":
@@ -105,13 +107,19 @@ def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False)
         QwenImagePipeline,
         StableDiffusion3Pipeline,
         WanPipeline,
+        ZImagePipeline,
     )
 
-    without_texts = {"flux2": Flux2KleinPipeline, "qwen": QwenImagePipeline, "wan": WanPipeline}
-    if model.family in without_texts:
+    without_encoders = {
+        "flux2": Flux2KleinPipeline,
+        "qwen": QwenImagePipeline,
+        "wan": WanPipeline,
+        "zimage": ZImagePipeline,
+    }
+    if model.family in without_encoders:
         if whole:
             raise ValueError(f"{model.name}: its text encoder is not among the configurations")
-        return without_texts[model.family](
+        return without_encoders[model.family](
             transformer=transformer(model, device, dtype),
             scheduler=scheduler(model),
             vae=vae(model, device, dtype),
@@ -166,11 +174,11 @@ def sigmas(model: Model, steps: int) -> torch.Tensor:
 def conditioning(
     model: Model, prompts: int, device: str, dtype: torch.dtype, seed: int = PROMPTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; Qwen-Image's mask is 1."""
+    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; a mask is 1."""
     width, pooled = model.text_width
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(prompts, model.text_tokens, width, generator=generator)
-    if model.family == "qwen":
+    if model.masked:
         vectors = torch.ones(prompts, pooled)
     else:
         vectors = torch.randn(prompts, pooled, generator=generator)

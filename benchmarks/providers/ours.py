@@ -66,8 +66,7 @@ def config(case: Case, device: str, **changes: Any) -> Config:
         values["policy.max_sequence_length"] = case.model.text_tokens
     if device == "meta":
         # A GPU's defaults; and one thread, since on_meta.py counts in the thread that enters it.
-        masked = case.model.family == "qwen"
-        kernel = "native_efficient" if masked else "native_flash"
+        kernel = "native_efficient" if case.model.masked else "native_flash"
         values |= {"policy.dtype": "bfloat16", "policy.attention": kernel}
         values["sample.overlap"] = 0
     return replace(Config(), **{**values, **changes})

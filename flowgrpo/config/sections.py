@@ -63,6 +63,11 @@ class PolicyConfig:
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
+    # Arguments of Z-Image's pipeline, by their names there.
+    cfg_normalization: float = 0.0
+    """Z-Image: largest norm of a guided velocity, in norms of the conditional one; 0: any."""
+    cfg_truncation: float = 1.0
+    """Z-Image: time 1 - sigma beyond which steps have no guidance; 1: all have it."""
     text_cache: str = "auto"
     """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
     offload_text_encoders: bool = False
@@ -83,7 +88,8 @@ class PolicyConfig:
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
         zero = ("resolution", "height", "width", "frames", "max_sequence_length")
-        check_positive("policy", self, *zero, "embedded_guidance", zero=True)
+        zero += ("embedded_guidance", "cfg_normalization", "cfg_truncation")
+        check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
             f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "

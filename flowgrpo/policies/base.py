@@ -121,6 +121,7 @@ class Policy(ABC):
         else:
             source = pipelines.adopt(model, dtype, device, masters)
         source = replace(source, on_host=on_host)
+        _check_limits(source, config)
         encode = None if encode is None else _checked(encode, source)
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy.family, policy.compiled = source.family, config.compile
@@ -261,6 +262,12 @@ class Policy(ABC):
             values[names.text_norm] = conditioning.embeds
         return modulation.using(self.transformer, **values)
 
+    def own_guide(self, sigma: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+        """Function of conditional and unconditional velocity [B, *latent_shape] and the scale that
+        guides at the noise levels sigma [B] in a way of the model's own, in float32; None: the
+        kernels do."""
+        return import_hook(self.family.guide) if self.family.guide else None
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images [B, 3, height, width], or videos [B, frames, 3, height, width], of latents
@@ -378,6 +385,17 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def _check_limits(source: pipelines.Pipeline, config: PolicyConfig) -> None:
+    """Raise ConfigError for limits of guidance that the model's pipeline does not know."""
+    limits = {"cfg_normalization": 0, "cfg_truncation": 1}
+    for name, none in limits.items():
+        if getattr(config, name) != none and not source.family.limited_guidance:
+            raise ConfigError(
+                f"policy.{name} is {getattr(config, name):g}, but the guidance of a "
+                f"{source.family.pipeline} has no such limit; leave it at {none}."
+            )
 
 
 def check_list(texts: Sequence[str]) -> list[str]:

@@ -61,9 +61,10 @@ def fuse(transformer: nn.Module, family: Family) -> None:
             f"policy.fused is on, but the blocks of {type(transformer).__name__} have no fused "
             "forward; set policy.fused to false."
         )
-    _check_sizes(transformer)
+    _check_sizes(transformer, *family.widths_of(transformer))
     table: dict[type, FusedForward] = import_hook(family.fused_blocks)
-    replaced = {*family.blocks_of(transformer), transformer.norm_out}
+    last = transformer.get_submodule(family.last_norm)
+    replaced = {*family.blocks_of(transformer), last}
     rows = {}
     for name, module in transformer.named_modules():
         if module in replaced:
@@ -130,10 +131,8 @@ def check_arguments(joint_attention_kwargs: dict[str, Any] | None) -> None:
         )
 
 
-def _check_sizes(transformer: nn.Module) -> None:
+def _check_sizes(transformer: nn.Module, width: int, head: int) -> None:
     """Raise ConfigError for sizes beyond the kernels' limits on a GPU."""
-    config = transformer.config
-    head, width = config.attention_head_dim, config.attention_head_dim * config.num_attention_heads
     if transformer.device.type == "cuda" and (head & (head - 1) or head > 256 or width > 8192):
         raise ConfigError(
             f"policy.fused is on, but {type(transformer).__name__} has heads of {head} and tokens "

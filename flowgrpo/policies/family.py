@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 Json = Mapping[str, Any]
 
@@ -31,7 +31,9 @@ class BlockKind:
     another kind."""
     text_attention: bool = False
     """No block by itself, but what an attention over the text keeps of the text's tokens, inside a
-    block of another kind, whose own tokens are the image's alone."""
+    block of another kind, that works on the image's alone."""
+    only: Literal["", "image", "text"] = ""
+    """Tokens that the block works on; empty: those of image and text."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ class Modulation:
     """Classes of blocks that use c for their norms alone."""
     norms: tuple[str, ...]
     """Classes of those norms, of the one behind the last block too."""
+    ends: tuple[str, ...] = ()
+    """Classes behind the last block that have `layers` as the blocks do."""
     layers: tuple[str, ...] = ()
-    """Attributes of the blocks that are silu and linear layer in sequence, beside these norms."""
+    """Attributes of the blocks that are silu and linear layer in sequence, or a linear layer alone,
+    beside these norms; a block that lacks one is not modulated there."""
     time: str = "time_text_embed"
     """The transformer's module that makes c."""
     text: str = "context_embedder"
@@ -125,6 +130,11 @@ class Family:
     """Module that both classes are imported from."""
     blocks: tuple[str, ...] = ("transformer_blocks",)
     """Attributes of the transformer that list its blocks, in the order of the forward pass."""
+    last_norm: str = "norm_out"
+    """The transformer's module with the norm behind the last block, by its name."""
+    widths: str = ""
+    """ "module:function" of (transformer) that returns the numbers of a token and of a head; empty:
+    its `inner_dim`, and `attention_head_dim` of its configuration."""
     positions: str = ""
     """ "module:function" of (transformer, latent_shape) that fixes position embeddings to one image
     size; empty: they stay as they are."""
@@ -149,6 +159,8 @@ class Family:
     guide: str = ""
     """ "module:function" of (conditional velocity, unconditional velocity, guidance_scale) that
     returns the guided velocity in float32; empty: u + scale (c - u), inside the kernels."""
+    limited_guidance: bool = False
+    """True: policy.cfg_normalization and policy.cfg_truncation are arguments of the pipeline."""
     embedded_guidance: bool = False
     """True: the model is told policy.embedded_guidance beside the time."""
     scheduler: str = ""
@@ -168,6 +180,12 @@ class Family:
     def blocks_of(self, transformer: Any) -> list[Any]:
         """List the transformer's blocks, in the order of the forward pass."""
         return [block for name in self.blocks for block in getattr(transformer, name)]
+
+    def widths_of(self, transformer: Any) -> tuple[int, int]:
+        """Numbers of a token, and of a head."""
+        if self.widths:
+            return import_hook(self.widths)(transformer)
+        return transformer.inner_dim, transformer.config.attention_head_dim
 
 
 def import_hook(hook: str) -> Any:

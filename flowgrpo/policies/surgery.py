@@ -8,7 +8,7 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
     2  attention        attention.pin            attention layers           processor, _flowgrpo
     3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
     4  modulation       modulation.install       silus, linears of norms    forward, _flowgrpo
-    5  fused blocks     blocks.fuse              blocks and norm_out        forward
+    5  fused blocks     blocks.fuse              blocks and the last norm   forward
                                                  their attention layers     _flowgrpo
     6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo
     7  recomputation    recompute                transformer and blocks     diffusers' own
@@ -122,10 +122,13 @@ def split(transformer: nn.Module, family: Family, parts: split_forward.Parts) ->
     they call, and before 9."""
     rows = family.blocks_of(transformer)
     lists = {getattr(transformer, name) for name in family.blocks}
+    others = []
+    for child in transformer.children():
+        if child not in lists:
+            # What runs of a dictionary of modules are those in it.
+            others += child.values() if isinstance(child, nn.ModuleDict) else [child]
     # What has no weights has nothing to say about a row that the number of rows could change.
-    others = [
-        m for m in transformer.children() if m not in lists and any(True for _ in m.parameters())
-    ]
+    others = [m for m in others if any(True for _ in m.parameters())]
     split_forward.install([*rows, *others], parts)
 
 

@@ -8,12 +8,14 @@
     flux2_klein_pickscore, flux2_klein_ocr, ..._1gpu    Flow-Factory's numbers, on FLUX.2-klein-base
     flux2_klein_distilled_pickscore    the same for FLUX.2-klein, in four steps without guidance
     wan22_ti2v_5b_ocr, wan22_ti2v_5b_pickscore_window, ..._1gpu    videos of Wan 2.2 TI2V-5B
+    zimage_pickscore, zimage_ocr, zimage_turbo_pickscore, ..._1gpu    Z-Image and its Turbo
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
-sd3.py  flux.py  flux2.py  wan.py    the numbers of one family, each with its source
-tasks.py    what the papers train for: prompts, rewards, weight of the KL, length
-fit.py      a recipe's last step: the user's own values, and the rows of a forward
+sd3.py  flux.py  flux2.py  wan.py  zimage.py
+           the numbers of one family, each with its source
+tasks.py   what the papers train for: prompts, rewards, weight of the KL, length
+fit.py     a recipe's last step: the user's own values, and the rows of a forward
 
 None of these recipes has been run to its end here; only the embedded model's has. Ours, in all of
 them: the frozen weights are bfloat16 (flow_grpo: float16 for SD3.5, under a GradScaler; here
@@ -31,8 +33,9 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
-SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
-FLUX2, WAN = "flowgrpo.recipes.flux2", "flowgrpo.recipes.wan"
+SD3, FLUX, FLUX2, WAN, ZIMAGE = (
+    f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "flux2", "wan", "zimage")
+)
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
@@ -67,6 +70,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "wan22_ti2v_5b_ocr_1gpu": (f"{WAN}:paper", {"task": "ocr", "groups": 4}),
     "wan22_ti2v_5b_pickscore_window": (f"{WAN}:window", {}),
     "wan22_ti2v_5b_pickscore_window_1gpu": (f"{WAN}:window", {"groups": 4}),
+    "zimage_ocr": (f"{ZIMAGE}:window", {"task": "ocr"}),
+    "zimage_ocr_1gpu": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8}),
+    "zimage_pickscore": (f"{ZIMAGE}:window", {"task": "pickscore"}),
+    "zimage_pickscore_1gpu": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8}),
+    "zimage_turbo_pickscore": (f"{ZIMAGE}:turbo", {"task": "pickscore"}),
+    "zimage_turbo_pickscore_1gpu": (f"{ZIMAGE}:turbo", {"task": "pickscore", "groups": 8}),
 }
 """Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
 EMBEDDED = {name for name, (target, _) in RECIPES.items() if target.startswith("flowgrpo.nano")}
@@ -134,7 +143,7 @@ def describe(name: str, config: Config) -> str:
     numbers. The empty string for the embedded model's and for those of other modules."""
     target, arguments = RECIPES.get(name, ("", {}))
     module, _, method = target.partition(":")
-    if module not in (SD3, FLUX, FLUX2, WAN):
+    if module not in (SD3, FLUX, FLUX2, WAN, ZIMAGE):
         return ""
     from flowgrpo.recipes import tasks
 

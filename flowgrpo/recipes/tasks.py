@@ -84,15 +84,17 @@ OTHERS = {
     ("flux2", "base"): "Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml",
     ("flux2", "distilled"): "Flow-Factory's examples/grpo/lora/flux2_klein/default.yaml",
     ("wan", "window"): "Flow-Factory's examples/grpo/lora/wan22/t2v.yaml",
+    ("zimage", "window"): "Flow-Factory's examples/grpo/lora/z_image/default.yaml",
+    ("zimage", "turbo"): "Flow-Factory's examples/grpo/lora/z_image_turbo/default.yaml",
 }
-"""(file here, function there) -> the source of its numbers, where it is not flow_grpo."""
+"""(file here, function there) -> where its numbers come from, if it is not flow_grpo."""
 
 
 def describe(family: str, method: str, task: str, reported: Sequence[str]) -> str:
     """Describe a recipe for its help: rewards, what they need, where the numbers come from.
 
     Args:
-        family: sd3, flux, flux2 or wan, the recipe's file; method: its function there.
+        family: sd3, flux, flux2, wan or zimage, the recipe's file; method: its function there.
         reported: rewards that its evaluation reports.
     """
     config = CONFIGS.get((family, method, task))

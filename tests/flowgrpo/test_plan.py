@@ -21,6 +21,8 @@ from flowgrpo.policies.qwen import sizes as qwen_sizes
 from flowgrpo.policies.qwen.attention import real_tables
 from flowgrpo.policies.sd3.sizes import DUAL, JOINT
 from flowgrpo.policies.wan import sizes as wan_sizes
+from flowgrpo.policies.zimage import sizes as zimage_sizes
+from flowgrpo.policies.zimage.forward import BatchForward
 from flowgrpo.recipes import recipe
 from models import configurations
 from support import pipelines
@@ -73,6 +75,12 @@ def wan(**changes):
     return WanTransformer3DModel(**changes)
 
 
+def zimage(**changes):
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel(**changes)
+
+
 @pytest.mark.slow
 def test_known_sizes_are_those_of_the_real_classes():
     medium = {
@@ -108,6 +116,7 @@ def test_known_sizes_are_those_of_the_real_classes():
         ("black-forest-labs/FLUX.2-klein-9B", lambda: flux2(num_attention_heads=32, **larger)),
         ("Qwen/Qwen-Image", qwen),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", lambda: wan(**ti2v)),
+        ("Tongyi-MAI/Z-Image-Turbo", zimage),
     ):
         assert plan.sizes_of(name).parameters == count(make), name
 
@@ -124,7 +133,7 @@ def stored(transformer, inputs) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        transformer(**inputs, return_dict=False)
+        transformer(**inputs)
     return sum(size for size, _ in seen.values())
 
 
@@ -263,6 +272,52 @@ def test_sizes_of_qwens_encoder_and_vae():
     assert count(AutoencoderKLQwenImage) == qwen_sizes.VAE
 
 
+@pytest.mark.slow
+def test_size_of_z_images_encoder():
+    """Qwen3-4B by its config.json; the VAE is FLUX.1's."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    assert count(lambda: Qwen3Model(config)) == zimage_sizes.ENCODER
+
+
+def zimage_run(layers, refiners, fuse, rank=8):
+    model = trainable(
+        zimage(
+            dim=128,
+            n_heads=1,
+            n_kv_heads=1,
+            n_layers=layers,
+            n_refiner_layers=refiners,
+            cap_feat_dim=32,
+        ),
+        rank,
+        fuse,
+    )
+
+    def run(image):
+        side = math.isqrt(image)
+        forward = BatchForward(model, side, side, 32, torch.device("cpu"))
+        given = {
+            "sample": torch.randn(ROWS, 16, 2 * side, 2 * side, dtype=torch.bfloat16),
+            "time": torch.rand(ROWS),
+            "embeds": torch.randn(ROWS, 32, 32, dtype=torch.bfloat16),
+            "valid": torch.ones(ROWS, 32),
+        }
+        with forward.put_into(model):
+            return stored(model, given)
+
+    return run
+
+
 def qwen_run(layers, fuse, rank=8):
     model = trainable(
         qwen(num_layers=layers, num_attention_heads=1, joint_attention_dim=32), rank, fuse
@@ -388,6 +443,15 @@ def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
     a, b = kind.stored_fused if fuse else kind.stored
     found = per_block(run(*fewer, fuse), run(*more, fuse), (64, 144))
     assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_stored_bytes_of_z_images_blocks(fuse):
+    """A layer, and a refiner, which is the same block; tokens come in multiples of 32."""
+    a, b = zimage_sizes.LAYER.stored_fused if fuse else zimage_sizes.LAYER.stored
+    two = zimage_run(2, 1, fuse)
+    for more in (zimage_run(3, 1, fuse), zimage_run(2, 2, fuse)):
+        assert per_block(two, more, (64, 256)) == pytest.approx(128 * a + 8 * b, rel=0.02)
 
 
 def test_a_folder_has_the_sizes_of_its_files(tmp_path):

@@ -3,8 +3,8 @@
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the text encoders of SD3.5, `save_flux_pipeline` those of
 FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_flux2_pipeline` those of
-FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_wan_pipeline` those of Wan 2.2
-TI2V-5B.
+FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_zimage_pipeline` those of Z-Image,
+`save_wan_pipeline` those of Wan 2.2 TI2V-5B.
 """
 
 from __future__ import annotations
@@ -490,6 +490,70 @@ def save_flux2_pipeline(
                 guidance_embeds=False,
             ),
             is_distilled=distilled,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+ZIMAGE_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""What Qwen3's chat template makes of messages without tools."""
+
+
+def save_zimage_pipeline(folder: Path, *, seed: int = 0, shift: float = 6.0, **changes) -> Path:
+    """ZImagePipeline with Z-Image's parts: a refiner each and two layers, a VAE of factor 2 with 4
+    latent channels, Qwen3 with a chat template, and the scheduler's settings of Z-Image; Turbo's
+    `shift` is 3. `changes` are of the transformer."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3Model
+
+    words = qwen_tokenizer()
+    words.chat_template = ZIMAGE_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ZImageTransformer2DModel(
+            **{
+                "in_channels": 4,
+                "dim": 32,
+                "n_layers": 2,
+                "n_refiner_layers": 1,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "cap_feat_dim": 32,
+                "axes_dims": [4, 4, 8],
+                "axes_lens": [200, 64, 64],
+                **changes,
+            }
+        )
+        for name, parameter in network.named_parameters():
+            if name.endswith("pad_token"):
+                # A trained model's are no zeros.
+                torch.nn.init.normal_(parameter)
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=vae(8),
+            text_encoder=Qwen3Model(
+                Qwen3Config(
+                    vocab_size=len(words),
+                    hidden_size=32,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=16,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+            ),
+            tokenizer=words,
+            transformer=network,
         )
     pipeline.save_pretrained(folder)
     return Path(folder)

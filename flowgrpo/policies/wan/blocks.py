@@ -78,6 +78,12 @@ def last_norm(self: nn.Module, inputs: Tensor) -> Tensor:
     return FP32LayerNorm.forward(self, inputs)
 
 
+def widths(transformer: nn.Module) -> tuple[int, int]:
+    """Numbers of a token, and of a head."""
+    config = transformer.config
+    return config.num_attention_heads * config.attention_head_dim, config.attention_head_dim
+
+
 FUSED = {
     WanTransformerBlock: FusedForward(check_block, block, joint_projection="attn1"),
     FP32LayerNorm: FusedForward(check_norm, last_norm),

@@ -30,6 +30,7 @@ WAN = Family(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     blocks=("blocks",),
     fused_blocks="flowgrpo.policies.wan.blocks:FUSED",
+    widths="flowgrpo.policies.wan.blocks:widths",
     sizes=sizes.SIZES,
     call_arguments=call_arguments,
     scheduler="flowgrpo.policies.wan.scheduler:euler",

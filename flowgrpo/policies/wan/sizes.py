@@ -31,7 +31,7 @@ def block(feed_forward: float) -> BlockKind:
     in one piece with the values. Counted on a CPU, where the norms of queries and keys are made in
     float32; on a GPU a block keeps 6 bytes less."""
     plain, fused = (other + 2 * feed_forward for other in (40.16, 42.16))
-    return BlockKind(stored=(plain, 12.0), stored_fused=(fused, 12.0))
+    return BlockKind(stored=(plain, 12.0), stored_fused=(fused, 12.0), only="image")
 
 
 def architecture(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,6 +74,22 @@ def test_parameters_and_operations(name):
             made(**inputs(model, 3))
     assert sum(p.numel() for p in made.parameters()) == model.parameters
     assert counter.get_total_flops() == 3 * model.forward.total
+
+
+def test_operations_of_z_image():
+    """Three layers of it at full width, by the forward on lists, with a picture and a text that
+    need no filling up."""
+    from diffusers import ZImageTransformer2DModel
+
+    model = configurations.Z_IMAGE
+    model = replace(model, transformer={**model.transformer, "n_layers": 3})
+    with torch.device("meta"):
+        made = ZImageTransformer2DModel(**model.transformer)
+        picture = torch.randn(model.latent[0], 1, *model.latent[1:])
+        text = torch.randn(model.text_tokens, model.text_width[0])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            made([picture] * 2, torch.rand(2), [text] * 2)
+    assert counter.get_total_flops() == 2 * model.forward.total
 
 
 def test_the_figures_of_the_documentation():

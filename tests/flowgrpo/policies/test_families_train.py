@@ -43,6 +43,7 @@ FAMILIES = {
         "wan_model",
         {"policy.frames": 5, "policy.width": 32, "sample.guidance_scale": 5.0, **VIDEO_REWARDS},
     ),
+    "zimage": ("zimage_model", {"sample.guidance_scale": 4.0, "policy.cfg_normalization": 1.0}),
 }
 COMMON = {
     "policy.lora_targets": None,
@@ -64,13 +65,13 @@ LAYERS = {
     "flux2": 8 + 4 + 2,
     "qwen": 2 * 12,
     "wan": 2 * 8,
+    "zimage": 4 * 7,
 }
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
 block; FLUX.2: one double block and two single ones, without their output layers."""
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-MASKS = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,32 @@ def own(trained: Trained):
     return policy
 
 
+def embedded(family: str, text, uncond, scale: float) -> dict:
+    """Arguments of a family's pipeline for these embeddings and guidance."""
+    if family == "zimage":
+        names = {"prompt_embeds": text, "negative_prompt_embeds": uncond}
+        lists = {
+            name: [e[: int(n)] for e, n in zip(x.embeds, x.pooled.sum(1), strict=True)]
+            for name, x in names.items()
+        }
+        return {**lists, "guidance_scale": scale - 1, "cfg_normalization": 1.0}
+    # Qwen-Image's second tensor is a mask, FLUX.2 and Wan have none.
+    pooled, negative, guidance = {
+        "sd3": (*POOLED, {"guidance_scale": scale}),
+        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "flux2": (None, None, {"guidance_scale": scale}),
+        "wan": (None, None, {"guidance_scale": scale, "num_frames": 5}),
+        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
+    }[family]
+    second = {pooled: text.pooled, negative: uncond.pooled}
+    return {
+        "prompt_embeds": text.embeds,
+        "negative_prompt_embeds": uncond.embeds,
+        **{name: tensor for name, tensor in second.items() if name},
+        **guidance,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_adapter_and_latents_are_the_pipelines(trained, scale):
@@ -181,25 +208,13 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    # Qwen-Image's second tensor is a mask; FLUX.2 and Wan have none.
-    pooled, guidance = {
-        "sd3": (POOLED, {"guidance_scale": scale}),
-        "flux": (POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
-        "flux2": ((), {"guidance_scale": scale}),
-        "qwen": (MASKS, {"true_cfg_scale": scale}),
-        "wan": ((), {"guidance_scale": scale, "num_frames": 5}),
-    }[trained.family]
     noise = initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape)
     if trained.family == "flux2":
         noise = noise.transpose(1, 2).unflatten(2, (4, 4))
-    second = dict(zip(pooled, (text.pooled, uncond.pooled.expand(3, -1)), strict=False))
     arguments = {
-        "prompt_embeds": text.embeds,
-        "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        **second,
+        **embedded(trained.family, text, uncond.expand(3), scale),
         "latents": noise,
         "num_inference_steps": 6,
-        **guidance,
         "height": policy.height,
         "width": policy.width,
         "output_type": "latent",

@@ -16,6 +16,7 @@ from diffusers.models.transformers import (
     transformer_flux,
     transformer_flux2,
     transformer_qwenimage,
+    transformer_z_image,
 )
 
 from flowgrpo.policies.families import FAMILIES, family_of
@@ -25,10 +26,12 @@ ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
 HOMES = [
-    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "wan")),
+    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "wan", "zimage")),
     TRAINER / "nano",
 ]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|Wan)[A-Z]\w*"
+PREFIXES = (
+    r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|Wan|ZImage|ZSingle)[A-Z]\w*"
+)
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -38,9 +41,8 @@ def classes() -> set[str]:
     for family in FAMILIES.values():
         names |= {family.pipeline, family.transformer, family.policy.partition(":")[2]}
         if family.modulation is not None:
-            names |= {*family.modulation.blocks, *family.modulation.norms}
-        if family.fused_blocks:
-            names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
+            names |= {*family.modulation.blocks, *family.modulation.norms, *family.modulation.ends}
+        names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
     return names
 
 
@@ -88,7 +90,8 @@ def test_what_a_record_names_is_there(name):
     """Hooks import, classes are the library's, blocks and norms those of its version here."""
     family = FAMILIES[name]
     assert family.pipeline == name
-    hooks = ("policy", "positions", "attention_processors", "fused_blocks", "guide", "scheduler")
+    hooks = ("policy", "positions", "attention_processors", "fused_blocks", "guide", "widths")
+    hooks += ("scheduler",)
     for hook in hooks:
         assert not getattr(family, hook) or import_hook(getattr(family, hook))
     pipeline, transformer = map(family.load_class, (family.pipeline, family.transformer))
@@ -98,8 +101,14 @@ def test_what_a_record_names_is_there(name):
         return
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
-    for block in family.modulation.blocks:
-        homes = (attention, transformer_flux, transformer_flux2, transformer_qwenimage)
+    for block in (*family.modulation.blocks, *family.modulation.ends):
+        homes = (
+            attention,
+            transformer_flux,
+            transformer_flux2,
+            transformer_qwenimage,
+            transformer_z_image,
+        )
         assert any(hasattr(home, block) for home in homes), block
     for norm in family.modulation.norms:
         assert hasattr(normalization, norm) or hasattr(transformer_flux2, norm), norm

@@ -198,12 +198,12 @@ def test_sizes_of_an_iteration(name):
     config = recipe(name, memory=80.0)
     sample, optim, policy = config.sample, config.optim, config.policy
     small, video = name.endswith("_1gpu"), name.startswith("wan")
-    klein = name.startswith("flux2_klein")
+    of_flow_factory = name.startswith(("flux2_klein", "zimage"))
     if video:
         assert (policy.frames, policy.height, policy.width) == (33, 256, 416)
         assert sample.rows in ((4 * 8, 4 * 16) if small else (32 * 8, 48 * 16))
     else:
-        whole = 48 * 16 if klein else 1152
+        whole = 48 * 16 if of_flow_factory else 1152
         assert sample.rows == (8 * sample.group_size if small else whole)
     assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
     assert policy.offload_text_encoders == small
@@ -218,12 +218,57 @@ def test_sizes_of_an_iteration(name):
         assert plan.expected_memory(trial, plan.sizes_of(policy.model))["total"] > plan.FILL * 80
     # Windows are CPS without guidance; only Guard has the Guard; a KL needs its reference.
     windowed = "_window" in name
-    assert (sample.transition == "cps") == (windowed and not video)
-    assert sample.window_size == (3 if windowed and not video else int(klein or windowed))
+    cps, one = windowed and not video, of_flow_factory or (windowed and video)
+    assert (sample.transition == "cps") == (sample.window_size == 3) == cps
+    assert sample.window_size == (3 if cps else int(one))
     assert optim.guard == ("_guard" in name)
     assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
-    rank = 64 if name.startswith("flux") or (video and windowed) else 32
+    rank = 64 if name.startswith(("flux", "zimage")) or (video and windowed) else 32
     assert (policy.lora_rank, policy.lora_alpha) == (rank, 2 * rank)
+
+
+# examples/grpo/lora/{z_image,z_image_turbo}/default.yaml of Flow-Factory at a0b2bc5.
+FLOW_FACTORY = {
+    "policy.lora_rank": 64,
+    "policy.lora_alpha": 128,
+    "policy.resolution": 512,
+    "sample.prompts_per_iteration": 48,
+    "sample.group_size": 16,
+    "sample.transition": "flow_sde",
+    "sample.window_size": 1,
+    "sample.window_range": (1, 4),
+    "reward.weights": {"pickscore": 1.0},
+    "optim.lr": 3e-4,
+    "optim.weight_decay": 1e-4,
+    "optim.clip_range": 1e-4,
+    "optim.adv_clip": 5.0,
+    "optim.beta": 0.0,
+    "optim.advantage_std": "group",
+    "optim.updates_per_iteration": 2,
+    "optim.ema_decay": 0.9,
+    # Four of their epochs, each of two updates.
+    "optim.ema_every": 4 * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        # Their scale counts from the conditional velocity.
+        ("zimage", {"steps": 10, "eval_steps": 40, "guidance_scale": 4 + 1, "noise_level": 0.7}),
+        # Their noise level is 0.7; ours is what a distilled model stands.
+        ("zimage_turbo", {"steps": 6, "eval_steps": 10, "guidance_scale": 1, "noise_level": 0.2}),
+    ],
+)
+def test_numbers_are_those_of_flow_factory(name, own):
+    config = recipe(f"{name}_pickscore", memory=80.0)
+    expected = FLOW_FACTORY | {f"sample.{field}": value for field, value in own.items()}
+    assert {field: get(config, field) for field in expected} == expected
+    folder = {"zimage": "z_image", "zimage_turbo": "z_image_turbo"}[name]
+    assert f"those of Flow-Factory's examples/grpo/lora/{folder}/def" in describe(
+        f"{name}_pickscore", config
+    )
+    assert config.policy.model.endswith("Turbo") == ("turbo" in name)
 
 
 # arXiv 2505.05470, appendix: G, T, steps of evaluation, noise level, KL weight by the true KL.
