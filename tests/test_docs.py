@@ -372,6 +372,16 @@ def configurable_reward(text, monkeypatch, capsys):
         assert scorer(blue_images(), Prompts.of(["a"]), 2).total.tolist() == [0.0, 2.0]
 
 
+@runs("def calm(")
+def reward_of_videos(text, monkeypatch, capsys):
+    """Given whole videos: a still one is calm, black and white in turn is not."""
+    own_rewards(text, monkeypatch)
+    videos = torch.zeros(2, 4, 3, 4, 4, dtype=torch.uint8)
+    videos[1, ::2] = 255
+    scorer = Scorer({"my_rewards:calm": 1.0}, frames=3)
+    assert scorer(videos, Prompts.of(["a"]), 2).total.tolist() == [0.0, -1.0]
+
+
 @runs("nano.recipe(")
 def run_from_python(text, monkeypatch, capsys):
     configs = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     _check_target(options)
     check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", "frames", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     require(
         options.model is None or checkpoint is not None or options.target in RECIPES,
@@ -160,6 +161,7 @@ def _evaluate(
     if not world.first:
         return report
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
+    _save_videos(evaluations, policy, out)
     files.write_json(out / "report.json", report)
     rows = _rows(config, options, checkpoint, benchmarks, results)
     systems.write(out, rows, report["versions"])
@@ -185,6 +187,16 @@ def _evaluate(
     names = f"report.json, grid.png, table.md, {systems.NAME}, {card.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
+
+
+def _save_videos(evaluations: Mapping[str, Evaluation], policy: Policy, out: Path) -> None:
+    """Write the videos of the evaluations that are whole, if any: LABEL-1.webp, ..."""
+    for label, evaluation in evaluations.items():
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            # "base, CFG 4.5" is base-CFG-4.5.
+            name = re.sub(r"[^\w.]+", "-", label)
+            file = out / f"{name}-{number + 1}.webp"
+            pictures.save_video(video, file, policy.family.frame_rate)
 
 
 def _check_same_content(world: World, policy: Policy, benchmarks: Sequence[Benchmark]) -> None:
@@ -254,6 +266,7 @@ def _benchmarks(
         options=quality,
         timeout=config.reward.timeout,
         devices=config.reward.devices,
+        frames=config.reward.frames,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
     return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]

@@ -62,8 +62,11 @@ class Policy(ABC):
     """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
     width: int = 0
     """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
+    frames: int = 0
+    """Frames of a video; 0: a sample is an image."""
     latent_shape: tuple[int, ...]
-    """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
+    """Shape of one sample: C, H, W, or N, C where the model works on packed tokens; of a video
+    C, frames, H, W."""
     compiled: bool = False
     """True: the transformer's blocks go through torch.compile, see policies/compiled.py."""
     fused: bool = False
@@ -152,6 +155,11 @@ class Policy(ABC):
                     f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
                     f"{policy.height} pixels alone; leave policy.{side} at 0."
                 )
+        if config.frames and not policy.family.frame_rate:
+            raise ConfigError(
+                f"policy.frames is {config.frames}, but {policy.name} makes images, not videos; "
+                "leave policy.frames at 0."
+            )
         return policy
 
     def add_evaluated_size(self, config: PolicyConfig) -> None:
@@ -311,8 +319,8 @@ class Policy(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]; figures of
-        both go to `decoded`."""
+        """uint8 images [B, 3, height, width], or videos [B, frames, 3, height, width], of latents
+        [B, *latent_shape]; figures of both go to `decoded`."""
         pixels = self.pixels(latents)
         self.decoded.add(latents, pixels)
         return vae.to_images(pixels)
@@ -320,22 +328,28 @@ class Policy(ABC):
     @abstractmethod
     def pixels(self, latents: Tensor) -> Tensor:
         """float32 pixels [B, 3, height, width], about [-1, 1], of latents
-        [B, *latent_shape]."""
+        [B, *latent_shape]; of videos [B, frames, 3, height, width]."""
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """float32 latents [B, *latent_shape] of uint8 images [B, 3, height, width], on the policy's
-        device: what `decode` makes images of."""
+        """float32 latents [B, *latent_shape] of uint8 images [B, 3, height, width], or of videos
+        [B, frames, 3, height, width], on the policy's device: what `decode` makes these of."""
         return self.latents(vae.to_pixels(images.to(self.device)))
 
     @abstractmethod
     def latents(self, pixels: Tensor) -> Tensor:
-        """float32 latents [B, *latent_shape] of float32 pixels [B, 3, height, width] in [-1, 1]."""
+        """float32 latents [B, *latent_shape] of float32 pixels [B, 3, height, width] in [-1, 1]; of
+        videos [B, frames, 3, height, width]."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of what `decode` makes of one sample: 3, H, W, or of a video frames, 3, H, W."""
+        frames = (self.frames,) if self.family.frame_rate else ()
+        return (*frames, 3, self.height, self.width)
 
     def blank_image(self) -> Tensor:
-        """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
-        shape = (3, self.height, self.width)
-        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        """Make a black image, or a black video, as `decode` returns them, uint8."""
+        return torch.zeros(self.image_shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:

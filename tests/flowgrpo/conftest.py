@@ -58,6 +58,12 @@ def qwen_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wan_model(tmp_path_factory) -> Path:
+    """A pipeline of Wan 2.2 TI2V-5B's parts; its default size is 81 frames of 480 x 832."""
+    return pipelines.save_wan_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
 def zimage_model(tmp_path_factory) -> Path:
     """A pipeline of Z-Image's parts; its default resolution is 1024."""
     return pipelines.save_zimage_pipeline(tmp_path_factory.mktemp("zimage"))
