@@ -360,7 +360,7 @@ def test_third_party_imports_are_declared():
     assert third_party(KERNELS, ROOT / "kernels") == declared("triton")
     imported = third_party(TRAINER, ROOT)
     # paddleocr is the other engine of the OCR reward, for users who have it.
-    optional = declared("rewards", "serve", "data", "wandb") | {"paddleocr"}
+    optional = declared("rewards", "serve", "data", "wandb", "quantize") | {"paddleocr"}
     assert imported <= declared("train") | optional
     # accelerate and tensorboard are imported by diffusers and torch when the trainer asks for it.
     assert declared("train") - imported == {"accelerate", "tensorboard"}

@@ -320,7 +320,10 @@ def _rows(
             name = model + label.removeprefix("base")
         elif options.adapter is not None:
             name = f"{model} + {Path(options.adapter).name}"
-        measurements = {b.kind: _measurement(b, results[b.kind][label]) for b in benchmarks}
+        measurements = {
+            b.kind: _measurement(b, results[b.kind][label], config.policy.quantize)
+            for b in benchmarks
+        }
         rows.append(System(name, **measurements))
     return rows
 
@@ -362,19 +365,23 @@ def _subject(
     return card.Subject(name, base, lora, on_hub, note)
 
 
-def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
-    """Describe one evaluation as a system's figures."""
+def _measurement(benchmark: Benchmark, evaluation: Evaluation, quantizer: str) -> Measurement:
+    """Describe one evaluation, on weights that `quantizer` has packed or "none", as a system's
+    figures."""
     evaluation_set = benchmark.evaluation_set
     height, width = evaluation.shown.shape[-2:]
     entries = range(len(evaluation_set.prompts))
     pictures_of = [entry for entry in entries for _ in range(evaluation_set.samples)]
+    source = f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}"
+    if quantizer != "none":
+        source += f", weights {quantizer}"
     return systems.measurement(
         benchmark.prompt_set,
         evaluation.per_reward,
         evaluation_set.prompts.take(pictures_of),
         benchmark.scorer,
         balanced=benchmark.kind == systems.TASK,
-        source=f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}",
+        source=source,
         sizes={f"{width}x{height}": evaluation.images},
     )
 
@@ -421,6 +428,7 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
+        "policy.quantize": options.quantize,
         **image_size(options, config),
         "reward.options": {**reward_options, **options.reward_options},
     }

@@ -97,6 +97,8 @@ class EvaluateOptions:
     """Folder for the results; default: in the run's, or runs/images/evaluation; --table: none."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device; with --images, that of the rewards."""
 
@@ -139,6 +141,8 @@ class SampleOptions:
     """Seed of the noise."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device."""
 

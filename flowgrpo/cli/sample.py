@@ -47,6 +47,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         "policy.model": options.model,
         "policy.device": options.device,
         "policy.variant": options.variant,
+        "policy.quantize": options.quantize,
         **image_size(options, config),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,

@@ -78,6 +78,11 @@ class PolicyConfig:
     """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
     fused: bool = False
     """Run norms, gates and heads of the blocks by fused kernels of ours; not with compile."""
+    # Of the linear layers of the blocks; adapters go on top, as on others. Not with adapter full.
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the transformer's frozen weights in 4 or 8 bits: docs/small-cards.md has the price."""
+    quantize_text: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the weights of the text encoders in 4 or 8 bits."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
     gradient_checkpointing: bool = False
@@ -94,6 +99,17 @@ class PolicyConfig:
             self.max_sequence_length <= 512,
             f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
             "tokens at most; lower it.",
+        )
+        require(
+            self.quantize == "none" or self.adapter == "lora",
+            f"policy.quantize is {self.quantize} with policy.adapter full, but weights in few bits "
+            "cannot take an optimizer's small steps; set policy.adapter to lora, or "
+            "policy.quantize to none.",
+        )
+        require(
+            self.quantize == "none" or not self.compile,
+            f"policy.quantize is {self.quantize} with policy.compile, but a compiled block has its "
+            "weights as inputs, and these are packed; set one of them to none or false.",
         )
         require(
             not (self.compile and self.fused),

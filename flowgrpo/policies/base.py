@@ -71,6 +71,11 @@ class Policy(ABC):
     """True: the transformer's blocks go through torch.compile, see policies/compiled.py."""
     fused: bool = False
     """True: the blocks run with the kernels of policies/blocks.py."""
+    quantizer: str = ""
+    """Quantizer of the transformer's weights, such as "nf4 (bitsandbytes 0.50.2)", see
+    policies/quantized.py; empty: none."""
+    text_quantizer: str = ""
+    """Quantizer of the text encoders' weights."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
@@ -126,6 +131,7 @@ class Policy(ABC):
             source = pipelines.adopt(model, dtype, device, masters)
         source = replace(source, on_host=on_host)
         _check_limits(source, config)
+        source = surgery.quantize(source, config, device)
         encode = None if encode is None else _checked(encode, source)
         policy = Policy._of(source, device, config, encode)
         policy.attention = surgery.rewrite(
@@ -145,6 +151,7 @@ class Policy(ABC):
         policy._source, policy._encode = source, encode
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
+        policy.quantizer, policy.text_quantizer = source.quantizer, source.text_quantizer
         policy.custom_encode = encode is not None
         policy.height = policy.height or policy.resolution
         policy.width = policy.width or policy.resolution
@@ -177,8 +184,8 @@ class Policy(ABC):
             raise ConfigError(text) from error
         if other.resolution != config.resolution:
             raise ConfigError(
-                f"run.eval_resolution is {config.resolution}, but {self.name} makes images of {self.width} x "
-                f"{self.height} pixels alone; leave it at 0."
+                f"run.eval_resolution is {config.resolution}, but {self.name} makes images of "
+                f"{self.width} x {self.height} pixels alone; leave it at 0."
             )
         other.attention = self.attention
         if (other.height, other.width) != (self.height, self.width):
@@ -272,7 +279,8 @@ class Policy(ABC):
         blocks = "compiled" if self.compiled else "fused" if self.fused else "diffusers'"
         why = self.why_not_precomputed()
         times = "once a rollout" if why is None else f"in every forward ({why})"
-        return f"attention {self.attention}, blocks {blocks}, modulation {times}"
+        packed = f", weights {self.quantizer}" if self.quantizer else ""
+        return f"attention {self.attention}, blocks {blocks}, modulation {times}{packed}"
 
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning, sigmas: Tensor) -> Conditioning:

@@ -54,6 +54,18 @@ class Architecture:
     """Bytes a token, times the width, that one block has alive beside what is stored."""
     adapted: tuple[tuple[int, int], ...]
     """(in, out) of each linear layer that gets LoRA matrices by default."""
+    tables: int = 0
+    """Numbers of a table of positions that is no parameter and stays beside them; 0 where
+    `parameters` has them."""
+    packed: int = 0
+    """Weights that policy.quantize packs: of the linear layers of the blocks, without those that
+    modulate norms by the time."""
+    modulating: int = 0
+    """Weights of those, of which nf4 makes int8."""
+    packed_largest: int = 0
+    """Weights of the largest of these layers."""
+    encoders_packed: int = 0
+    """Weights that policy.quantize_text packs: of all linear layers of the text encoders."""
     pixels: int = 16
     """Pixels on a side of the square that one image token stands for."""
     channels: int = 16

@@ -46,6 +46,10 @@ class Pipeline:
     """Which of its files were loaded, "fp16" for NAME.fp16.safetensors; empty: those without."""
     on_host: bool = False
     """True: the transformer stays in host memory until it is sharded."""
+    quantizer: str = ""
+    """Quantizer of the transformer's weights, with its version; empty: none."""
+    text_quantizer: str = ""
+    """Quantizer of the text encoders' weights."""
 
 
 def load(

@@ -4,6 +4,8 @@
     ..._window    Flow-GRPO-Fast: CPS, three trained steps, no guidance
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
+    ..._24gb, sd35m_ocr_12gb    the same on one card of so many GiB: weights in 4 or 8 bits, blocks
+                  recomputed; FLUX.1-dev and Z-Image at rank 32
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
     flux2_klein_pickscore, flux2_klein_ocr, ..._1gpu    Flow-Factory's numbers, on FLUX.2-klein-base
     flux2_klein_distilled_pickscore    the same for FLUX.2-klein, in four steps without guidance
@@ -43,27 +45,34 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano_text": ("flowgrpo.nano.text:recipe", {}),
     "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
     "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
+    "sd35m_geneval_24gb": (f"{SD3}:paper", {"task": "geneval", "groups": 8, "card": 24}),
     "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),
     "sd35m_geneval_window_1gpu": (f"{SD3}:window", {"task": "geneval", "groups": 8}),
     "sd35m_geneval_guard": (f"{SD3}:guard", {"task": "geneval"}),
     "sd35m_ocr": (f"{SD3}:paper", {"task": "ocr"}),
     "sd35m_ocr_1gpu": (f"{SD3}:paper", {"task": "ocr", "groups": 8}),
+    "sd35m_ocr_12gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 12}),
+    "sd35m_ocr_24gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 24}),
     "sd35m_ocr_window": (f"{SD3}:window", {"task": "ocr"}),
     "sd35m_ocr_window_1gpu": (f"{SD3}:window", {"task": "ocr", "groups": 8}),
     "sd35m_ocr_guard": (f"{SD3}:guard", {"task": "ocr"}),
     "sd35m_pickscore": (f"{SD3}:paper", {"task": "pickscore"}),
     "sd35m_pickscore_1gpu": (f"{SD3}:paper", {"task": "pickscore", "groups": 8}),
+    "sd35m_pickscore_24gb": (f"{SD3}:paper", {"task": "pickscore", "groups": 8, "card": 24}),
     "sd35m_pickscore_window": (f"{SD3}:window", {"task": "pickscore"}),
     "sd35m_pickscore_window_1gpu": (f"{SD3}:window", {"task": "pickscore", "groups": 8}),
     "sd35m_pickscore_guard": (f"{SD3}:guard", {"task": "pickscore"}),
     "flux_pickscore": (f"{FLUX}:paper", {}),
     "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
+    "flux_pickscore_24gb": (f"{FLUX}:paper", {"groups": 8, "card": 24}),
     "flux_pickscore_window": (f"{FLUX}:window", {}),
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
     "flux2_klein_pickscore": (f"{FLUX2}:base", {"task": "pickscore"}),
     "flux2_klein_pickscore_1gpu": (f"{FLUX2}:base", {"task": "pickscore", "groups": 8}),
+    "flux2_klein_pickscore_24gb": (f"{FLUX2}:base", {"task": "pickscore", "groups": 8, "card": 24}),
     "flux2_klein_ocr": (f"{FLUX2}:base", {"task": "ocr"}),
     "flux2_klein_ocr_1gpu": (f"{FLUX2}:base", {"task": "ocr", "groups": 8}),
+    "flux2_klein_ocr_24gb": (f"{FLUX2}:base", {"task": "ocr", "groups": 8, "card": 24}),
     "flux2_klein_distilled_pickscore": (f"{FLUX2}:distilled", {}),
     "flux2_klein_distilled_pickscore_1gpu": (f"{FLUX2}:distilled", {"groups": 8}),
     "wan22_ti2v_5b_ocr": (f"{WAN}:paper", {"task": "ocr"}),
@@ -72,8 +81,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "wan22_ti2v_5b_pickscore_window_1gpu": (f"{WAN}:window", {"groups": 4}),
     "zimage_ocr": (f"{ZIMAGE}:window", {"task": "ocr"}),
     "zimage_ocr_1gpu": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8}),
+    "zimage_ocr_24gb": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8, "card": 24}),
     "zimage_pickscore": (f"{ZIMAGE}:window", {"task": "pickscore"}),
     "zimage_pickscore_1gpu": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8}),
+    "zimage_pickscore_24gb": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8, "card": 24}),
     "zimage_turbo_pickscore": (f"{ZIMAGE}:turbo", {"task": "pickscore"}),
     "zimage_turbo_pickscore_1gpu": (f"{ZIMAGE}:turbo", {"task": "pickscore", "groups": 8}),
 }

@@ -26,6 +26,7 @@ IDS = {
 CASES = {
     "sd3 with guidance and KL": ("ours", Case(configurations.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
     "sd3 recomputed": ("ours-recomputed", Case(configurations.SD35_MEDIUM, 16, 2, window=1)),
+    "sd3 int8": ("ours-int8", Case(configurations.SD35_MEDIUM, 12, 2, 4.5, 1, 0.04)),
     "sd3 fused": ("ours-fused", Case(configurations.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
     "flux": ("ours", Case(configurations.FLUX_DEV, 4, 2, window=1)),
     "flux2 4B fused": ("ours-fused", Case(configurations.FLUX2_KLEIN_4B, 4, 2, 4.0, 1, 0.04)),
