@@ -22,13 +22,14 @@ eager sequences ask for most.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -49,12 +50,14 @@ from flowgrpo_kernels.compat import (
     verl_omni,
 )
 from measuring import timers
+from measuring.timing import Options, Timing
 from providers import flow_grpo_ops, peer_steps
 from reporting import records
 
 SHAPE, SMOKE_SHAPE = (16, 16, 64, 64), (2, 3, 5, 7)
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)])
 STEP, LEVEL, ETA = 4, 0.7, 0.3
+PROVIDERS, METRICS = ("ours", "bare", "eager"), ("replay", "backward")
 # So that glibc keeps what is freed.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "2000000000"}
 
@@ -186,39 +189,61 @@ def check(case: Case, b: Buffers) -> None:
         )
 
 
-def in_turns(
-    calls: dict[str, Callable[[Buffers], object]], sets: list[Buffers], rounds: int
-) -> dict[str, list[float]]:
-    """Times calls in turns, each on the set that was used longest ago: seconds of the processor."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    turn, order, chance = itertools.cycle(sets), list(calls), random.Random(0)
-    for i in range(rounds + 1):
-        chance.shuffle(order)
-        for name in order:
-            buffers = next(turn)
-            start = time.thread_time()
-            calls[name](buffers)
-            if i > 0:
-                times[name].append(time.thread_time() - start)
-    return times
-
-
-def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
-    """Measures one trainer."""
+def ready(
+    case: Case, shape: tuple[int, ...], metric: str, names: Sequence[str]
+) -> dict[str, timers.Timed]:
+    """Check a trainer's sequences and warm up some providers: seconds of the processor of one more
+    call of each, on the set that was used longest ago."""
     moved = 3 * 4 * torch.Size(shape).numel()
     # One more than a multiple of the providers, so that each meets every set.
     count = timers.buffer_sets(moved, "cpu") // 3 * 3 + 1
     sets = [Buffers.make(shape, seed) for seed in range(count)]
     check(case, sets[0])
-    alone = bare(shape[0])
+    wrap = with_backward if metric == "backward" else (lambda call, at: call)
+    calls = {
+        "ours": wrap(case.ours, case.ours_at),
+        "bare": wrap(bare(shape[0]), 0),
+        "eager": wrap(case.eager, case.eager_at),
+    }
+    turn = itertools.cycle(sets)
+
+    def timed(call: Callable[[Buffers], object]) -> float:
+        buffers = next(turn)
+        start = time.thread_time()
+        call(buffers)
+        return time.thread_time() - start
+
+    for name in names:
+        calls[name](next(turn))
+    return {name: functools.partial(timed, calls[name]) for name in names}
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark, on the CPU alone."""
+    if options.device != "cpu":
+        return []
+    shape = SMOKE_SHAPE if options.smoke else SHAPE
+    return [
+        Timing(
+            f"{case.name} {metric}", PROVIDERS, functools.partial(ready, case, shape, metric),
+            threads=1,
+        )
+        for case in cases(shape[0])
+        for metric in METRICS
+    ]  # fmt: skip
+
+
+def test_dropins(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
+
+
+def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
+    """Measures one trainer."""
     rows = []
-    for metric, wrap in (("replay", lambda call, at: call), ("backward", with_backward)):
-        calls = {
-            "ours": wrap(case.ours, case.ours_at),
-            "bare": wrap(alone, 0),
-            "eager": wrap(case.eager, case.eager_at),
-        }
-        times = in_turns(calls, sets, rounds)
+    for metric in METRICS:
+        timed = ready(case, shape, metric, PROVIDERS)
+        times = timers.take_turns(timed, rounds, chance=random.Random(0))
         name = f"{case.name} {metric}"
         for provider, seconds in times.items():
             for kind, value in (("time", statistics.median(seconds)), ("best", min(seconds))):

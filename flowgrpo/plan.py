@@ -21,6 +21,7 @@ the largest of what comes and goes.
                             with recomputed activations too, since they are held for an update;
                             with captured rollouts they are one piece that stays
     rollout    copies and what one block has alive, or the VAE's feature maps
+    evaluation the same, of images of run.eval_resolution, if that is set
     encode     text encoders that are offloaded
 
 With run.parallel fsdp a process has its piece of the transformer's weights (none with
@@ -173,12 +174,7 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
         # The inputs of the blocks, and one block whole.
         stored = stored / blocks + 2 * arch.width * through * blocks
     passing = arch.passing * arch.width * through
-    decoding = 0
-    if arch.vae:
-        images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = arch.decoder_maps * arch.decoder_width * height * width * size * images
-        # Frames come one after the other, and are put together.
-        decoding += 3 * frames * height * width * size * sample.batch_size
+    decoding = decoder_maps(config, arch, height * width, frames, sample.batch_size)
     moving = {
         "update": gathered
         + copies
@@ -186,6 +182,12 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
         "rollout": max(gathered + copies + passing * rows * (size / 2), decoding),
         "encode": encoders if policy.offload_text_encoders else 0,
     }
+    if config.run.eval_resolution:
+        side, eval_rows = config.run.eval_resolution, config.eval_batch_size
+        tokens = latent_frames * (side // arch.pixels) ** 2 + through - image
+        taken = eval_rows * rows / sample.batch_size * tokens * arch.passing * arch.width
+        decoded = decoder_maps(config, arch, side * side, frames, eval_rows)
+        moving["evaluation"] = max(gathered + copies + taken * (size / 2), decoded)
     memory = {name: value / GIB for name, value in {**always, **moving}.items()}
     return {**memory, "total": (sum(always.values()) + max(moving.values())) / GIB}
 
@@ -195,6 +197,18 @@ def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
     sides = (policy.resolution,) * 2 if policy.resolution else arch.size or (arch.resolution,) * 2
     height, width = policy.height or sides[0], policy.width or sides[1]
     return height, width, (policy.frames or arch.frames) if arch.frames else 0
+
+
+def decoder_maps(config: Config, arch: Architecture, pixels: int, frames: int, rows: int) -> float:
+    """Bytes of the VAE's feature maps while `rows` images, or videos of `frames` frames, of so many
+    pixels are decoded."""
+    if not arch.vae:
+        return 0.0
+    size = 4 if config.policy.dtype == "float32" else 2
+    images = 1 if config.policy.vae_slicing else rows
+    maps = arch.decoder_maps * arch.decoder_width * pixels * size * images
+    # Frames come one after the other, and are put together.
+    return maps + 3 * frames * pixels * size * rows
 
 
 def trained_weights(config: Config, arch: Architecture, gpus: int = 1) -> float:
@@ -401,13 +415,14 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
         ConfigError: so many processes cannot share an iteration.
     """
     # Objectives come with torch, which the command line's help does without.
-    from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.objectives.describe import looked_at, scouted_by
     from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
         "images": f"{sample.prompts_per_iteration} prompts x {sample.group_size} = {sample.rows} "
         "an iteration",
+        **({"scouts": scouted_by(config)} if sample.scouts else {}),
         "updates": f"{optim.updates_per_iteration} an iteration, each of "
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{looked_at(config)}",
@@ -432,6 +447,9 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
         return lines
     memory = expected_memory(config, arch, gpus)
     total = memory.pop("total")
+    last = "update, rollout, evaluation and encode"
+    if "evaluation" not in memory:
+        last = last.replace(" evaluation", "").replace("rollout,", "rollout")
     components = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.items() if gib >= 0.05)
     text = f"about {total:.0f} GiB"
     if available is not None:
@@ -440,5 +458,5 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
             text += ", which is more than there is: lower sample.batch_size"
     if gpus > 1:
         text += " a GPU"
-    lines["memory"] = f"{text} ({components}; of update, rollout and encode the largest counts)"
+    lines["memory"] = f"{text} ({components}; of {last} the largest counts)"
     return lines

@@ -818,6 +818,52 @@ def test_results_of_nano_are_those_of_the_records():
     assert f"Seeds 1 and 2 end at {others[0]} and {others[1]}." in text
 
 
+def test_results_of_scouts_are_those_of_the_records():
+    folder = ROOT / "benchmarks" / "results" / "nano" / "scouts"
+    record = json.loads((folder / "comparison.json").read_text())
+
+    def rows(case, arm, metric):
+        """The row over all seeds, then those of each."""
+        keys = ("case", "provider", "metric")
+        here = [r for r in record["rows"] if tuple(r[k] for k in keys) == (case, arm, metric)]
+        return sorted(here, key=lambda r: "seed" in r)
+
+    def accuracy(case, arm):
+        values = (
+            rows(case, arm, "accuracy")[0]["value"],
+            *rows(case, arm, "accuracy")[0]["interval"],
+        )
+        return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
+
+    lines = [["base", accuracy("start", "base"), *["-"] * 5]]
+    for arm in record["arms"]:
+        seeds = [100 * row["value"] for row in rows("seconds", arm, "accuracy")[1:]]
+        files = sorted(folder.glob(f"metrics-{arm.replace(' + ', '-')}-seed*.jsonl"))
+        assert len(files) == (3 if "scouts" in arm else 0)
+        logged = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        logged = [line for line in logged if line["kind"] == "train"]
+        agreement = share = "-"
+        if logged:
+            agreement = f"{sum(x['scouts']['agreement'] for x in logged) / len(logged):.2f}"
+            spent = sum(x["seconds"]["scout"] for x in logged)
+            share = f"{100 * spent / sum(sum(x['seconds'].values()) for x in logged):.0f} %"
+        lines.append(
+            [
+                arm,
+                accuracy("seconds", arm),
+                f"{min(seeds):.1f} to {max(seeds):.1f}",
+                f"{rows('seconds', arm, 'images')[0]['value']:,.0f}",
+                accuracy("images", arm),
+                agreement,
+                share,
+            ]
+        )
+    budgets = record["budgets"]
+    head = f"| | after {budgets['seconds']['value']:.0f} s | seeds, lowest to highest | images |"
+    assert f"after {budgets['images']['value']:,.0f} images" in PAGES["docs/objectives.md"]
+    assert table("docs/objectives.md", head) == lines
+
+
 def test_seconds_of_the_trainer_are_those_of_the_record():
     page = "docs/performance.md"
     record = linked_record(page, "summary-seed0.json")

@@ -53,7 +53,8 @@ class EvaluateOptions:
     table: tuple[str, ...] = ()
     """Folders of evaluations, or their evaluation.json: one table of all their rows."""
     adapter: str | None = None
-    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
+    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model: a
+    file, a folder, or OWNER/NAME, OWNER/NAME/FOLDER, OWNER/NAME@REVISION on the Hub."""
     model: str | None = None
     """Where the model of a run or recipe is now: a folder or a Hub id; default: where it was."""
     checkpoint: Literal["last", "best"] = "last"
@@ -164,7 +165,7 @@ class CompareOptions:
     """Compare the arms of a study; fields of the configuration are changed in all arms."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    """A shipped study (methods, kl, steps, scouts), or a .yaml or .json file."""
     arms: tuple[str, ...] = ()
     """Labels of the arms to compare; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)

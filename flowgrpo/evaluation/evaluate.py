@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo import files, rewards
-from flowgrpo.distributed.dealing import runs_of
+from flowgrpo.distributed.dealing import share_of
 from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.evaluation.quality import Quality
@@ -77,6 +77,8 @@ class Evaluation:
     videos: Tensor | None = field(default=None, repr=False)
     """uint8 [v, F, 3, H, W]: the first video of the first VIDEOS prompts, in the first process; not
     saved."""
+    size: tuple[int, int] | None = None
+    """Width and height of an image in pixels; None: of an older record, which has none."""
 
     def to_dict(self) -> dict[str, Any]:
         """List what report.json, metrics.jsonl and summary.json hold: all but images, seconds."""
@@ -92,6 +94,8 @@ class Evaluation:
             "guidance_scale": self.guidance_scale,
             "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
         }
+        if self.size is not None:
+            values["size"] = list(self.size)
         return values if self.kl is None else {**values, "kl": self.kl}
 
     @property
@@ -122,6 +126,8 @@ class Evaluation:
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tensors = files.read_tensors(folder / "images.safetensors")
         values["interval"] = tuple(values["interval"])
+        if "size" in values:
+            values["size"] = tuple(values["size"])
         values["intervals"] = {n: tuple(b) for n, b in values.get("intervals", {}).items()}
         return cls(**values, **tensors)
 
@@ -202,9 +208,7 @@ def evaluate(
 
 def rows_of(total: int, batch_size: int, world: World) -> range:
     """Find the images, of `total`, that this process samples: a run of whole chunks."""
-    number = -(-total // batch_size)
-    run = runs_of(number, world.size)[world.rank]
-    return range(min(run.start * batch_size, total), min(run.stop * batch_size, total))
+    return share_of(total, batch_size, world.size, world.rank)
 
 
 def score_images(
@@ -271,6 +275,7 @@ def summarize(
         shown=images[::samples][:SHOWN].cpu(),
         intervals=intervals,
         per_reward=per_reward,
+        size=(images.shape[-1], images.shape[-2]),
     )
 
 

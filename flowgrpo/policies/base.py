@@ -37,7 +37,8 @@ class Policy(ABC):
     """A flow-matching text-to-image model. Subclasses are final.
 
     A subclass is made of (pipelines.Pipeline, device, PolicyConfig, encode or None). It places the
-    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`.
+    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`. With
+    run.eval_resolution a second one is made of the same pipeline, for images of another size.
     """
 
     family: Family
@@ -85,6 +86,9 @@ class Policy(ABC):
     """How forwards of several steps are split (`split`); None: they are not."""
     _texts: Callable[[Sequence[str]], Conditioning] | None = None
     """Function that embeds the texts; None: `encode` itself does."""
+    _source: pipelines.Pipeline
+    _encode: Callable[[Sequence[str]], Conditioning] | None = None
+    _other_size: Policy | None = None
     _frozen: nn.Module | None = None
     _teacher: nn.Module | None = None
 
@@ -123,7 +127,22 @@ class Policy(ABC):
         source = replace(source, on_host=on_host)
         _check_limits(source, config)
         encode = None if encode is None else _checked(encode, source)
+        policy = Policy._of(source, device, config, encode)
+        policy.attention = surgery.rewrite(
+            policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
+        )
+        return policy
+
+    @staticmethod
+    def _of(
+        source: pipelines.Pipeline,
+        device: torch.device,
+        config: PolicyConfig,
+        encode: Callable[[Sequence[str]], Conditioning] | None,
+    ) -> Policy:
+        """Make a policy of a loaded pipeline, whose transformer is as it was loaded."""
         policy = import_hook(source.family.policy)(source, device, config, encode)
+        policy._source, policy._encode = source, encode
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
         policy.custom_encode = encode is not None
@@ -141,10 +160,40 @@ class Policy(ABC):
                 f"policy.frames is {config.frames}, but {policy.name} makes images, not videos; "
                 "leave policy.frames at 0."
             )
-        policy.attention = surgery.rewrite(
-            policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
-        )
         return policy
+
+    def add_evaluated_size(self, config: PolicyConfig) -> None:
+        """Prepare `evaluated`, of the size that `config` states. To be called before there are
+        adapters.
+
+        Raises:
+            ConfigError: the model makes no images of that size.
+        """
+        try:
+            other = self._of(self._source, self.device, config, self._encode)
+        except ConfigError as error:
+            # The size is all that is new.
+            text = str(error).replace("policy.resolution", "run.eval_resolution")
+            raise ConfigError(text) from error
+        if other.resolution != config.resolution:
+            raise ConfigError(
+                f"run.eval_resolution is {config.resolution}, but {self.name} makes images of {self.width} x "
+                f"{self.height} pixels alone; leave it at 0."
+            )
+        other.attention = self.attention
+        if (other.height, other.width) != (self.height, self.width):
+            self._other_size = other
+
+    @property
+    def evaluated(self) -> Policy:
+        """The policy that evaluations sample with: this one, or one of the same weights for images
+        of run.eval_resolution. What is done to its modules is done to this one's."""
+        other = self._other_size
+        if other is None:
+            return self
+        # What has come since it was made.
+        other._frozen, other.parts, other.sharded = self._frozen, self.parts, self.sharded
+        return other
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
