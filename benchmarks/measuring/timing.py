@@ -13,8 +13,9 @@ from measuring.timers import Timed
 
 
 def matches(name: str, patterns: str) -> bool:
-    """Test whether a name contains one of some comma-separated texts; without any it does."""
-    words = [word.strip() for word in patterns.split(",") if word.strip()]
+    """Test whether a name contains one of some comma-separated texts; without any it does. Blanks
+    count: "b1 " is not in "b16"."""
+    words = [word for word in patterns.split(",") if word.strip()]
     return not words or any(word in name for word in words)
 
 

@@ -76,6 +76,14 @@ def test_the_baseline_of_nft_computes_what_we_compute():
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_cases_are_chosen_by_parts_of_their_names():
+    chosen = bench_kernels.cases(bench_kernels.SHAPES, "loss sd3-512 b1 ,nft flux-512 b4")
+    assert [case.name for case in chosen] == [
+        "loss sd3-512 b1 float32/float32", "nft flux-512 b4 float32/float32"
+    ]  # fmt: skip
+    assert len(bench_kernels.cases(bench_kernels.SHAPES, "")) == 66
+
+
 def test_bytes_of_one_call(tmp_path):
     """The loss makes one gradient; the step writes where it is told. 16 KiB and more, so that the
     handful of floats a row does not show."""
