@@ -370,7 +370,11 @@ def test_sizes_of_wans_encoder_and_vae():
     text = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     config = UMT5Config(**text, feed_forward_proj="gated-gelu")
     vae = configurations.WAN22_TI2V_5B.vae
-    assert count(lambda: UMT5EncoderModel(config)) == wan_sizes.ENCODER
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(config)
+    linear = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(p.numel() for p in encoder.parameters()) == wan_sizes.ENCODER
+    assert sum(m.in_features * m.out_features for m in linear) == wan_sizes.ENCODER_PACKED
     assert count(lambda: AutoencoderKLWan(**vae)) == wan_sizes.VAE
 
 
@@ -379,6 +383,7 @@ def test_sizes_of_a_wan_folder():
     model = configurations.WAN22_TI2V_5B
     known = plan.sizes_of("Wan-AI/Wan2.2-TI2V-5B-Diffusers")
     numbers = (known.parameters, known.encoders, known.vae)
+    known = replace(known, encoders_packed=0)
     assert wan_sizes.read(model.transformer, model.vae, *numbers) == known
     other = {"base_dim": 96, "temperal_downsample": [False, True, True]}
     found = wan_sizes.read({**model.transformer, "in_channels": 16}, other, 1, 2, 3)

@@ -12,8 +12,8 @@ TEXT = BlockKind(stored=(8.0, 4.0), stored_fused=(8.0, 4.0), text_attention=True
 FRAMES, HEIGHT, WIDTH = 81, 480, 832
 """The pipeline's defaults."""
 PASSING = 40.0
-ENCODER = 5_680_910_336
-"""UMT5-XXL."""
+ENCODER, ENCODER_PACKED = 5_680_910_336, 4_630_511_616
+"""UMT5-XXL, and its linear layers alone."""
 VAE = 704_688_668
 """AutoencoderKLWan of 48 channels, factor 16 in space and 4 in time."""
 
@@ -46,6 +46,8 @@ def architecture(
         blocks=((block(feed_forward / width), layers), (TEXT, layers)),
         passing=PASSING,
         adapted=((width, width),) * 8 * layers,
+        packed=(8 * width + 2 * feed_forward) * width * layers,
+        packed_largest=max(width, feed_forward) * width,
         pixels=32,
         channels=48,
         latent_pixels=16,
@@ -85,9 +87,6 @@ def read(
     )
 
 
-KNOWN = {
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": architecture(
-        4_999_787_712, ENCODER, VAE, width=3072, feed_forward=14336, layers=30
-    )
-}
+TI2V_5B = architecture(4_999_787_712, ENCODER, VAE, width=3072, feed_forward=14336, layers=30)
+KNOWN = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": replace(TI2V_5B, encoders_packed=ENCODER_PACKED)}
 SIZES = Sizes(read, KNOWN)
