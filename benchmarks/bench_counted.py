@@ -117,7 +117,8 @@ def micro_step(provider: Any, rollout: Any) -> tuple[AbstractContextManager, Cal
     policy, schedule, micro_step = components.policy, components.schedule, components.micro_step
     experience = objectives.with_prepared_conditioning(policy, schedule, experience)
     batch = objectives.gather_trained_steps(schedule, experience, rows, range(1))
-    return micro_step.accumulating(), lambda: micro_step(batch, provider.config, 1)
+    accumulating = micro_step.accumulating(components.world, components.dealing, provider.config)
+    return accumulating, lambda: micro_step(batch, provider.config, 1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -200,7 +200,7 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
         # The inputs of the blocks, and one block whole.
         stored = stored / blocks + 2 * arch.width * through * blocks
     passing = arch.passing * arch.width * through
-    decoding = decoder_maps(config, arch, height * width, sample.batch_size, frames)
+    decoding = decoder_maps(config, arch, height * width, frames, sample.batch_size)
     moving = {
         "update": gathered
         + copies
@@ -210,26 +210,12 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     if config.run.eval_resolution:
         side, eval_rows = config.run.eval_resolution, config.eval_batch_size
-        tokens = latent_frames * (side // arch.pixels) ** 2 + text
+        tokens = latent_frames * (side // arch.pixels) ** 2 + through - image
         taken = eval_rows * rows / sample.batch_size * tokens * arch.passing * arch.width
-        decoded = decoder_maps(config, arch, side * side, eval_rows, frames)
+        decoded = decoder_maps(config, arch, side * side, frames, eval_rows)
         moving["evaluation"] = max(gathered + copies + taken * (size / 2), decoded)
     memory = {name: value / GIB for name, value in {**always, **moving}.items()}
     return {**memory, "total": (sum(always.values()) + max(moving.values())) / GIB}
-
-
-def decoder_maps(
-    config: Config, arch: Architecture, pixels: int, rows: int, frames: int = 0
-) -> float:
-    """Bytes of the VAE's feature maps while `rows` images of so many pixels, or videos of so many
-    frames of them, are decoded."""
-    if not arch.vae:
-        return 0.0
-    size = 4 if config.policy.dtype == "float32" else 2
-    images = 1 if config.policy.vae_slicing else rows
-    maps = arch.decoder_maps * arch.decoder_width * pixels * size * images
-    # Frames come one after the other, and are put together.
-    return maps + 3 * frames * pixels * size * rows
 
 
 def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
@@ -242,6 +228,18 @@ def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
 def _weights(count: int, packed: int, size: int, quantizer: str) -> float:
     """Bytes of `count` weights of `size` bytes, of which `packed` are if `quantizer` is one."""
     return size * count + packed * (BYTES_PACKED.get(quantizer, size) - size)
+
+
+def decoder_maps(config: Config, arch: Architecture, pixels: int, frames: int, rows: int) -> float:
+    """Bytes of the VAE's feature maps while `rows` images, or videos of `frames` frames, of so many
+    pixels are decoded."""
+    if not arch.vae:
+        return 0.0
+    size = 4 if config.policy.dtype == "float32" else 2
+    images = 1 if config.policy.vae_slicing else rows
+    maps = arch.decoder_maps * arch.decoder_width * pixels * size * images
+    # Frames come one after the other, and are put together.
+    return maps + 3 * frames * pixels * size * rows
 
 
 def trained_weights(config: Config, arch: Architecture, gpus: int = 1) -> float:

@@ -328,7 +328,7 @@ def fused_transformer(text, monkeypatch, capsys):
 
 @runs("LocalLayerRepository(")
 def kernelized(text, monkeypatch, capsys):
-    """Run by tests/kernels/test_hub.py, with the library installed."""
+    """Run by tests/kernels/test_hub_copy.py, with the library installed."""
     assert text == hub_copy.snippets()[0]
 
 

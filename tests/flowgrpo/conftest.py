@@ -70,10 +70,10 @@ def zimage_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kinds(tmp_path_factory, flux_model, flux2_model) -> dict[str, tuple[Path, dict]]:
+def kinds(tmp_path_factory, flux_model, flux2_model, zimage_model) -> dict[str, tuple[Path, dict]]:
     """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
     blocks with norms of queries and keys; without them; double and single blocks, of FLUX.1 and of
-    FLUX.2."""
+    FLUX.2; Z-Image's, with rotary tables for each row."""
     folder = tmp_path_factory.mktemp("kinds")
     small = {"policy.resolution": 16, "policy.max_sequence_length": 8, "policy.text_cache": ""}
     medium = pipelines.save_pixel_pipeline(folder / "sd3.5-medium", layers=3, dual=(0,))
@@ -84,6 +84,10 @@ def kinds(tmp_path_factory, flux_model, flux2_model) -> dict[str, tuple[Path, di
         "flux2": (
             flux2_model,
             {**small, "policy.max_sequence_length": 24, "policy.lora_targets": None},
+        ),
+        "zimage": (
+            zimage_model,
+            {**small, "policy.max_sequence_length": 64, "policy.lora_targets": None},
         ),
     }
 

@@ -1,5 +1,5 @@
 """A copy of flowgrpo_kernels for Hugging Face's Hub beside the package, by the real `kernels`: what
-test_hub.py runs in a process of its own."""
+test_hub_copy.py runs in a process of its own."""
 
 from __future__ import annotations
 

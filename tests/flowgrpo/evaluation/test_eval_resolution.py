@@ -9,6 +9,8 @@ import torch
 
 from flowgrpo import plan, train
 from flowgrpo.cli import main
+from flowgrpo.cli.options import EvaluateOptions, SampleOptions
+from flowgrpo.cli.targets import evaluated_rows, image_size
 from flowgrpo.config import ConfigError, replace
 from flowgrpo.evaluation import evaluate
 from flowgrpo.evaluation.evaluation_set import load_evaluation_set
@@ -34,6 +36,7 @@ def images_of(policy):
     return evaluate.generate_images(policy, setups.TEXTS[:2], seeds, 2, steps=2, batch_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_evaluations_are_those_of_a_model_of_that_size(request, tmp_path, kind):
     """Bit for bit, with adapters on and off; the policy of training has its own size before and
@@ -127,6 +130,7 @@ def test_a_run_trains_as_without_and_evaluates_at_its_size(latent_model, tmp_pat
         "optim.beta": 0.1,
         "run.steps": 1,
         "run.eval_prompts": 2,
+        "run.eval_samples": 1,
         "sample.eval_steps": 2,
     }
     runs = {}
@@ -151,12 +155,12 @@ def test_a_run_trains_as_without_and_evaluates_at_its_size(latent_model, tmp_pat
     for label, when in (("base", "before"), ("iteration 1", "after")):
         expected = {k: v for k, v in runs["larger"][when].items() if k != "iteration"}
         assert report[label] == expected
-    own = ["--resolution", "8", "--out", str(tmp_path / "own")]
-    main.main(["evaluate", str(out), "--device", "cpu", *own])
-    report = json.loads((tmp_path / "own" / "report.json").read_text())["reports"]
-    assert report["base"]["size"] == [8, 8]
-    picture = tmp_path / "picture.png"
-    main.main(["sample", "a red circle", "--run", str(out), "--out", str(picture), "--count", "1"])
-    assert picture.is_file()
+    # Another size may be asked for.
+    own = EvaluateOptions(target=str(out), resolution=8)
+    assert image_size(own, config)["policy.resolution"] == 8
+    assert evaluated_rows(own, config) is None
+    sampled = SampleOptions(prompts=("a red circle",))
+    assert image_size(sampled, config)["policy.resolution"] == 12
+    assert evaluated_rows(sampled, config) == config.sample.batch_size * 64 // 144
     lines = model_card.load_lines(config, train.load_policy(config).transformer)
     assert "height=12" in lines and "width=12" in lines

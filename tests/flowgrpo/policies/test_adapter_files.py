@@ -252,6 +252,7 @@ def test_sample_and_evaluate_take_it_and_name_the_format(adapters, tmp_path, cap
     assert reports["base"]["scores"] != reports["adapter"]["scores"]
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_hub_repository_and_writes_a_card(adapters, hub, tmp_path, capsys, caplog):
     """Metadata in the Hub's format, read back by its own library, of the figures in report.json."""
     model, folder, _, _ = adapters

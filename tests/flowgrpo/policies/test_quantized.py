@@ -244,6 +244,24 @@ def test_texts_of_packed_encoders_are_cached_apart(trained, tmp_path):
     assert isinstance(policy._texts, text_cache.TextEncoder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "name"), [("qwen_model", "nf4"), ("flux2_model", "int8"), ("zimage_model", "fp8")]
+)
+def test_an_update_of_other_families(request, tmp_path, model, name):
+    """The first ratios are 1, and every linear layer of their blocks is packed."""
+    changes = {**COMMON, "policy.quantize": name, "sample.guidance_scale": 3.0}
+    config = setups.config(request.getfixturevalue(model), tmp_path, **changes)
+    parts = setups.parts(config)
+    measured = setups.update(parts, setups.experience(parts, config), config)
+    assert measured["max_ratio_error"] == 0.0 and min(measured["grad_norm"]) > 0
+    blocks = parts.policy.family.blocks_of(parts.policy.transformer)
+    linears = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    adapters = [m for block in blocks for n, m in block.named_modules() if ".lora_" in n]
+    plain = {m for m in linears if not isinstance(m, QuantizedLinear)}
+    assert plain <= set(adapters) and len(plain) < len(linears)
+
+
 def config_error(**fields) -> str:
     """The sentence that these fields of policy and run are refused by."""
     run = RunConfig(**{name: fields.pop(name) for name in [*fields] if name == "parallel"})

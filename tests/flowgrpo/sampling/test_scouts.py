@@ -93,6 +93,7 @@ def test_a_scout_that_asks_at_every_step_is_the_rollout(made):
     assert 0 < (few - expected).std() < 0.5 * (expected - expected.flip(0)).std()
 
 
+@pytest.mark.slow
 def test_a_scout_without_noise_is_the_sampler_of_larger_steps(made):
     parts, config = made
     total = config.sample.steps
@@ -165,7 +166,7 @@ rewards_of = st.integers(2, 12).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rewards_of)
 def test_best_and_worst_are_taken_and_nobody_twice(case):
     """Few values, so many of them equal."""
@@ -206,6 +207,7 @@ def test_agreement_is_the_correlation_inside_groups():
     assert agreement(equal * torch.nan, torch.rand(2, 3).double()) is None
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_scouts(pixel_model, tmp_path):
     """In metrics, seconds and summary; one group failed, and is counted."""
     failing = {"reward.weights": {"flowgrpo_test_scouts:moody": 1.0}, "reward.retries": 0}

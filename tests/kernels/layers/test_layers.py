@@ -1,7 +1,7 @@
 """Layers over diffusers' modules: what is refused, and that nothing is changed then.
 
-What they compute is compared with diffusers' own, and with the trainer's, in tests/kernels/test_hub
-and tests/flowgrpo/policies/test_fused_blocks.
+What they compute is compared with diffusers' own, and with the trainer's, in
+tests/kernels/test_hub_copy.py and tests/flowgrpo/policies/test_fused_blocks.
 """
 
 from __future__ import annotations
