@@ -158,6 +158,7 @@ def test_metadata(pure_wheel, tmp_path):
         "data",
         "wandb",
         "hub",
+        "quantize",
         "test",
         "bench",
     ]

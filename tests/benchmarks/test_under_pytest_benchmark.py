@@ -40,7 +40,7 @@ except PerformanceRegression as error:
 @pytest.mark.slow
 def test_rounds_in_turns_become_tables_json_and_comparisons(tmp_path):
     path = tmp_path / "now.json"
-    chosen = ["--benchmark-only", "--bench-smoke", "-k", "verl-omni and not bare"]
+    chosen = ["--benchmark-only", "--bench-smoke", "-k", "verl-omni and (ours or eager)"]
     suite = str(BENCHMARKS / "bench_dropins.py")
     # Nothing is measured by a pytest that takes itself for one of several workers.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
