@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     _check_target(options)
     check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", "frames", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     require(
         options.model is None or checkpoint is not None or options.target in RECIPES,
@@ -160,6 +161,7 @@ def _evaluate(
     if not world.first:
         return report
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
+    _save_videos(evaluations, policy, out)
     files.write_json(out / "report.json", report)
     rows = _rows(config, options, checkpoint, benchmarks, results)
     systems.write(out, rows, report["versions"])
@@ -185,6 +187,16 @@ def _evaluate(
     names = f"report.json, grid.png, table.md, {systems.NAME}, {card.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
+
+
+def _save_videos(evaluations: Mapping[str, Evaluation], policy: Policy, out: Path) -> None:
+    """Write the videos of the evaluations that are whole, if any: LABEL-1.webp, ..."""
+    for label, evaluation in evaluations.items():
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            # "base, CFG 4.5" is base-CFG-4.5.
+            name = re.sub(r"[^\w.]+", "-", label)
+            file = out / f"{name}-{number + 1}.webp"
+            pictures.save_video(video, file, policy.family.frame_rate)
 
 
 def _check_same_content(world: World, policy: Policy, benchmarks: Sequence[Benchmark]) -> None:
@@ -254,6 +266,7 @@ def _benchmarks(
         options=quality,
         timeout=config.reward.timeout,
         devices=config.reward.devices,
+        frames=config.reward.frames,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
     return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]
@@ -307,7 +320,10 @@ def _rows(
             name = model + label.removeprefix("base")
         elif options.adapter is not None:
             name = f"{model} + {Path(options.adapter).name}"
-        measurements = {b.kind: _measurement(b, results[b.kind][label]) for b in benchmarks}
+        measurements = {
+            b.kind: _measurement(b, results[b.kind][label], config.policy.quantize)
+            for b in benchmarks
+        }
         rows.append(System(name, **measurements))
     return rows
 
@@ -349,19 +365,23 @@ def _subject(
     return card.Subject(name, base, lora, on_hub, note)
 
 
-def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
-    """Describe one evaluation as a system's figures."""
+def _measurement(benchmark: Benchmark, evaluation: Evaluation, quantizer: str) -> Measurement:
+    """Describe one evaluation, on weights that `quantizer` has packed or "none", as a system's
+    figures."""
     evaluation_set = benchmark.evaluation_set
     height, width = evaluation.shown.shape[-2:]
     entries = range(len(evaluation_set.prompts))
     pictures_of = [entry for entry in entries for _ in range(evaluation_set.samples)]
+    source = f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}"
+    if quantizer != "none":
+        source += f", weights {quantizer}"
     return systems.measurement(
         benchmark.prompt_set,
         evaluation.per_reward,
         evaluation_set.prompts.take(pictures_of),
         benchmark.scorer,
         balanced=benchmark.kind == systems.TASK,
-        source=f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}",
+        source=source,
         sizes={f"{width}x{height}": evaluation.images},
     )
 
@@ -408,6 +428,7 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
+        "policy.quantize": options.quantize,
         **image_size(options, config),
         "reward.options": {**reward_options, **options.reward_options},
     }

@@ -89,12 +89,16 @@ class EvaluateOptions:
     """Pixels from top to bottom; default: --resolution, or as in training."""
     width: int | None = None
     """Pixels from left to right; default: --resolution, or as in training."""
+    frames: int | None = None
+    """Frames of a video; default: as in training, or the model's own."""
     batch_size: int | None = None
     """Rows of one forward; default: as in training, or 8. With --images: pictures at once, 16."""
     out: str | None = None
     """Folder for the results; default: in the run's, or runs/images/evaluation; --table: none."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device; with --images, that of the rewards."""
 
@@ -118,7 +122,7 @@ class SampleOptions:
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
-    """The picture to write: .png, .jpg or .jpeg."""
+    """The picture to write: .png, .jpg or .jpeg; videos are written beside it, as .webp."""
     count: int = 4
     """Images for each prompt."""
     steps: int | None = None
@@ -131,10 +135,14 @@ class SampleOptions:
     """Pixels from top to bottom; default: --resolution, or the run's."""
     width: int | None = None
     """Pixels from left to right; default: --resolution, or the run's."""
+    frames: int | None = None
+    """Frames of a video; default: the run's, or the model's own."""
     seed: int = 0
     """Seed of the noise."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device."""
 

@@ -27,6 +27,7 @@ from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
+from flowgrpo.rewards.frames import spread
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_initial, load_trained
@@ -46,6 +47,7 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         "policy.model": options.model,
         "policy.device": options.device,
         "policy.variant": options.variant,
+        "policy.quantize": options.quantize,
         **image_size(options, config),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
@@ -110,9 +112,17 @@ def _sample(
     if not world.first:
         return out
     captions = [text for text in texts for _ in range(options.count)]
-    picture = pictures.grid(shown, captions, columns=min(max(options.count, 4), 8))
-    out = pictures.save(picture, out)
+    columns = min(max(options.count, 4), 8)
+    videos = shown if policy.frames else {}
+    if videos:
+        shown, columns = {n: spread(row, evaluate.STRIP) for n, row in shown.items()}, 2
+    out = pictures.save(pictures.grid(shown, captions, columns=columns), out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
+    for label, row in videos.items():
+        for number, video in enumerate(row):
+            file = out.with_name(f"{out.stem}-{label}-{number + 1}.webp")
+            pictures.save_video(video, file, policy.family.frame_rate)
+            console.print(f"Written: {file}", soft_wrap=True, markup=False)
     return out
 
 
@@ -129,7 +139,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", "frames", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",

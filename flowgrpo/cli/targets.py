@@ -71,6 +71,7 @@ def image_size(options: EvaluateOptions | SampleOptions, config: Config) -> dict
         "policy.resolution": resolution,
         "policy.height": square if options.height is None else options.height,
         "policy.width": square if options.width is None else options.width,
+        "policy.frames": options.frames,
     }
 
 

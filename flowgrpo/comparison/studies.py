@@ -38,7 +38,8 @@ SET_HERE = (
 
 COMMON = (
     *("policy.model", "policy.variant", "policy.device", "policy.init_adapter"),
-    *("policy.resolution", "policy.height", "policy.width", "policy.embedded_guidance"),
+    *("policy.resolution", "policy.height", "policy.width", "policy.frames"),
+    *("policy.embedded_guidance", "reward.frames"),
     *("sample.prompts", "sample.eval_steps", "sample.guidance_scale", "reward.report"),
     *(
         "run.eval_prompts",

@@ -54,10 +54,12 @@ class PolicyConfig:
     """Pixels of an image from top to bottom; 0: policy.resolution."""
     width: int = 0
     """Pixels of an image from left to right; 0: policy.resolution."""
+    frames: int = 0
+    """Frames of a video, 4n + 1 of them; 0: the model's own default (81 for Wan)."""
     # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
     # FLUX.2 sees the padding, so that its texts have the length that it was trained with.
     max_sequence_length: int = 0
-    """Tokens of a prompt that T5 or Qwen gives the model; 0: 128 as in flow_grpo, 512 of FLUX.2."""
+    """Tokens of a prompt, of T5 or Qwen; 0: 128 as in flow_grpo, 512 of FLUX.2 and Wan."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
@@ -76,6 +78,11 @@ class PolicyConfig:
     """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
     fused: bool = False
     """Run norms, gates and heads of the blocks by fused kernels of ours; not with compile."""
+    # Of the linear layers of the blocks; adapters go on top, as on others. Not with adapter full.
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the transformer's frozen weights in 4 or 8 bits: docs/small-cards.md has the price."""
+    quantize_text: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the weights of the text encoders in 4 or 8 bits."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
     gradient_checkpointing: bool = False
@@ -85,13 +92,24 @@ class PolicyConfig:
         settle_paths(self, "model", "init_adapter", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
-        zero += ("cfg_normalization", "cfg_truncation")
+        zero = ("resolution", "height", "width", "frames", "max_sequence_length")
+        zero += ("embedded_guidance", "cfg_normalization", "cfg_truncation")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
             f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
             "tokens at most; lower it.",
+        )
+        require(
+            self.quantize == "none" or self.adapter == "lora",
+            f"policy.quantize is {self.quantize} with policy.adapter full, but weights in few bits "
+            "cannot take an optimizer's small steps; set policy.adapter to lora, or "
+            "policy.quantize to none.",
+        )
+        require(
+            self.quantize == "none" or not self.compile,
+            f"policy.quantize is {self.quantize} with policy.compile, but a compiled block has its "
+            "weights as inputs, and these are packed; set one of them to none or false.",
         )
         require(
             not (self.compile and self.fused),
@@ -317,6 +335,8 @@ class RewardConfig:
     """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
+    frames: int = 1
+    """Frames of a video, at even distances, whose mean an image reward scores; 1: the middle."""
     retries: int = 2
     """How often a failing reward is tried again before its groups are dropped."""
     timeout: float = 0.0
@@ -341,6 +361,7 @@ class RewardConfig:
             object.__setattr__(self, "options", texts)
         check_types("reward.", self)
         check_positive("reward", self, "retries", "timeout", zero=True)
+        check_positive("reward", self, "frames")
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
         require(
             finite and any(self.weights.values()),

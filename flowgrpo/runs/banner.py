@@ -60,9 +60,10 @@ def servers_lines(servers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _size(policy: Policy) -> str:
+    frames = f"{policy.frames} frames, " if policy.frames else ""
     if policy.height == policy.width:
-        return f"{policy.resolution} pixels a side"
-    return f"{policy.width} pixels wide and {policy.height} high"
+        return f"{frames}{policy.resolution} pixels a side"
+    return f"{frames}{policy.width} pixels wide and {policy.height} high"
 
 
 def length(config: Config, iteration: int) -> str:

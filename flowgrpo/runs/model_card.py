@@ -53,7 +53,7 @@ def write(
         # The Hub knows repositories; a folder's name says nothing there.
         base_model=config.policy.model if _on_hub(config.policy.model) else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-video" if family_of(transformer).frame_rate else "text-to-image",
         tags=[*(["lora"] if lora else []), tag, "reinforcement-learning"],
         model_name=None if summary is None else config.recipe,
         eval_results=None if summary is None else _results(config, summary),
@@ -78,7 +78,7 @@ def write(
 
 
 def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDER") -> str:
-    """Python that makes an image with the weights in `folder`."""
+    """Python that makes an image, or a video, with the weights in `folder`."""
     policy, family = config.policy, family_of(transformer)
     if policy.model in MODELS:
         return (
@@ -91,7 +91,9 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
     if policy.variant:
         base += f', variant="{policy.variant}"'
-    call = f'image = pipe(prompt="a prompt", {_arguments(config, family)}).images[0]'
+    result, attribute = ("video", "frames") if family.frame_rate else ("image", "images")
+    call = f'{result} = pipe(prompt="a prompt", {_arguments(config, family)}).{attribute}[0]'
+    call = "\n".join((*family.card_lines, call))
     if policy.adapter == "lora":
         return (
             f"import torch\nfrom {library} import {pipeline}\n\n"

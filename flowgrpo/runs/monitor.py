@@ -435,6 +435,7 @@ class Monitor:
         if name == "base" and self.evaluated is self.policy:
             self.advice.std = self.policy.decoded.read().std
         self.directory.save_evaluation(evaluation, folder)
+        self._save_videos(evaluation, folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}
             kind = "eval" if name == "base" else "guided"
@@ -519,6 +520,7 @@ class Monitor:
             evaluation = self._measure_kl(evaluation)
         self.latest = (iteration, evaluation)
         self.directory.save_evaluation(evaluation, _step(iteration))
+        self._save_videos(evaluation, _step(iteration))
         self._add({"evaluate": evaluation.seconds})
         values = evaluation.to_dict()
         if final:
@@ -529,6 +531,14 @@ class Monitor:
         self.display.evaluation(iteration, "trained", evaluation)
         self._draw(shown.get("samples"))
         return evaluation
+
+    def _save_videos(self, evaluation: Evaluation, name: str) -> None:
+        """Write the videos of an evaluation that are whole, if any: samples/NAME-1.webp, ..."""
+        rate = self.policy.family.frame_rate
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            file = f"{name}-{number + 1}.webp"
+            with _drawing(file):
+                pictures.save_video(video, self.directory.samples / file, rate)
 
     def _samples(self) -> Image.Image:
         """Draw the latest evaluation's images under the base model's."""

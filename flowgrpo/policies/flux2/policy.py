@@ -44,18 +44,29 @@ TEXT_LAYERS = (9, 18, 27)
 
 
 class TwoRotaries(Rotary):
-    """Rotary tables of the text's tokens and of the image's, which the transformer asks for apart;
-    `text_ids` [L, 4] is the very tensor that it asks for the text's by."""
+    """Rotary tables of the text's tokens and of the image's, which the transformer asks for apart,
+    each by the very tensor of positions [L, 4] or [N, 4] that is named here."""
 
     def __init__(
-        self, text_ids: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]
+        self,
+        text_ids: Tensor,
+        image_ids: Tensor,
+        embed: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
-        super().__init__(image)
-        self.text_ids, self.text = text_ids, text
+        super().__init__(embed(image_ids))
+        self.text_ids, self.image_ids, self.text_tables = text_ids, image_ids, embed(text_ids)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the text's tables for `text_ids`, else the image's."""
-        return self.text if positions is self.text_ids else self.tables
+        """Return the tables of `text_ids` or of `image_ids`.
+
+        Raises:
+            ValueError: positions are other ones.
+        """
+        if positions is self.text_ids:
+            return self.text_tables
+        if positions is not self.image_ids:
+            raise ValueError("positions: tables are made for one text length and one image size")
+        return self.tables
 
 
 @final
@@ -174,8 +185,7 @@ class Flux2KleinPolicy(Policy):
         empty = torch.empty(1, self._length, 1)
         self._text_ids = self.pipeline._prepare_text_ids(empty)[0].to(self.device)
         # The transformer would make them anew, by some fifty small kernels, in every forward.
-        tables = self.transformer.pos_embed
-        self._rotary = TwoRotaries(self._text_ids, tables(self._text_ids), tables(self._image_ids))
+        self._rotary = TwoRotaries(self._text_ids, self._image_ids, self.transformer.pos_embed)
 
     def _set_latent_scale(self) -> None:
         norm, eps = self.pipeline.vae.bn, self.pipeline.vae.config.batch_norm_eps

@@ -211,6 +211,14 @@ def test_a_decoder_in_16_bits_has_the_pipelines_scale(flux2_model):
     assert torch.equal(found, expected) and policy.decode(latents).float().std() > 1
 
 
+def test_tables_of_other_positions_are_not_given(klein):
+    rotary = klein._rotary
+    assert torch.equal(rotary(klein._text_ids)[0], klein.transformer.pos_embed(klein._text_ids)[0])
+    assert rotary(klein._image_ids)[0].shape == (16, 16) and klein._text_ids[-1].tolist()[3] == 23
+    with pytest.raises(ValueError, match="positions: tables are made for one"):
+        rotary(klein._text_ids.clone())
+
+
 @pytest.mark.slow
 def test_looked_up_modulations_are_the_computed_ones(flux2_model):
     """One row of the table for all prompts: of three modulations for all blocks, and a norm."""
