@@ -210,7 +210,7 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     if config.run.eval_resolution:
         side, eval_rows = config.run.eval_resolution, config.eval_batch_size
-        tokens = latent_frames * (side // arch.pixels) ** 2 + text
+        tokens = latent_frames * (side // arch.pixels) ** 2 + through - image
         taken = eval_rows * rows / sample.batch_size * tokens * arch.passing * arch.width
         decoded = decoder_maps(config, arch, side * side, eval_rows, frames)
         moving["evaluation"] = max(gathered + copies + taken * (size / 2), decoded)
