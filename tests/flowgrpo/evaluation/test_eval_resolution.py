@@ -26,8 +26,11 @@ FAMILIES = {
     "flux_model": (16, 32),
     "flux2_model": (32, 64),
     "qwen_model": (16, 32),
+    "wan_model": (32, 64),
     "zimage_model": (32, 64),
 }
+# The text encoder of FLUX.2-klein has a template around a prompt.
+FIELDS = {"flux2_model": {"policy.max_sequence_length": 20}, "wan_model": {"policy.frames": 1}}
 SMALL = {"policy.text_cache": "", "policy.max_sequence_length": 4, "policy.lora_targets": None}
 
 
@@ -43,9 +46,8 @@ def test_evaluations_are_those_of_a_model_of_that_size(request, tmp_path, kind):
     after."""
     small, large = FAMILIES[kind]
     folder = request.getfixturevalue(kind)
-    # The text encoder of FLUX.2-klein has a template around a prompt.
-    length = {"policy.max_sequence_length": 20} if kind == "flux2_model" else {}
-    changes = {**SMALL, **length, "policy.resolution": small, "run.eval_resolution": large}
+    own = FIELDS.get(kind, {})
+    changes = {**SMALL, **own, "policy.resolution": small, "run.eval_resolution": large}
     config = setups.config(folder, tmp_path, **changes)
     made = setups.parts(config)
     policy, evaluated = made.policy, made.policy.evaluated
@@ -53,8 +55,9 @@ def test_evaluations_are_those_of_a_model_of_that_size(request, tmp_path, kind):
     assert (policy.height, policy.width) == (small, small)
     before = images_of(policy)
     found = images_of(evaluated)
-    assert found.shape == (4, 3, large, large) and before.shape == (4, 3, small, small)
-    same = {**SMALL, **length, "policy.resolution": large, "run.eval_resolution": 0}
+    assert found.shape == (4, *evaluated.image_shape)
+    assert found.shape[-2:] == (large, large) and before.shape[-2:] == (small, small)
+    same = {**SMALL, **own, "policy.resolution": large, "run.eval_resolution": 0}
     other = setups.parts(setups.config(folder, tmp_path, **same)).policy
     assert torch.equal(found, images_of(other))
     assert torch.equal(evaluated.sigmas(5), other.sigmas(5))
