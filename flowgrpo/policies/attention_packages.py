@@ -32,7 +32,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Package:
-    """What a kernel needs, by its package's own checks."""
+    """Needs of a kernel, by its package's own checks."""
 
     distribution: str
     """Name at the package index; empty: flash-attn 3, which is to be had as source alone."""
@@ -98,8 +98,8 @@ def refuse(
 
     head: numbers of a head; masked: attention leaves padding out by a mask.
     """
-    if found := _obstacle(backend, device, dtype, head, masked):
-        what, advice = found
+    if obstacle := _obstacle(backend, device, dtype, head, masked):
+        what, advice = obstacle
         raise ConfigError(f"policy.attention is {name_of(backend)}, but {what}; {advice}.")
 
 
@@ -118,7 +118,8 @@ def _obstacle(
         return "it has no backward pass", other
     if name in NOT_REPEATABLE and repeatable:
         return (
-            "its gradients would be sums of any order, and equal seeds would not give equal runs",
+            "diffusers cannot ask it to sum gradients in one order, and equal seeds might not give "
+            "equal runs",
             other,
         )
     if name not in PACKAGES:
@@ -132,13 +133,16 @@ def _obstacle(
         return f"it runs on a GPU, and the device is {device}", other
     if dtype not in package.dtypes:
         kinds = " or ".join(str(kind).removeprefix("torch.") for kind in package.dtypes)
-        given = str(dtype).removeprefix("torch.")
-        return f"it computes in {kinds}, and policy.dtype is {given}", other
+        chosen = str(dtype).removeprefix("torch.")
+        return f"it computes in {kinds}, and policy.dtype is {chosen}", other
     largest = package.largest_repeatable_head if repeatable else package.largest_head
     if head > largest or head % package.head_step:
         steps = f", in steps of {package.head_step}" if package.head_step > 1 else ""
-        kept = " where gradients have to repeat" if largest < package.largest_head else ""
-        return f"it takes heads of up to {largest}{steps}{kept}, and the model's have {head}", other
+        scope = " where gradients have to repeat" if largest < package.largest_head else ""
+        return (
+            f"it takes heads of up to {largest}{steps}{scope}, and the model's have {head}",
+            other,
+        )
     if torch.version.hip is not None:
         return None
     have, newest = torch.cuda.get_device_capability(device), None
@@ -157,11 +161,13 @@ def _missing(backend: AttentionBackendName, package: Package) -> str:
     try:
         attention_dispatch._check_attention_backend_requirements(backend)
     except RuntimeError as error:
-        title = package.distribution or "flash_attn_interface"
-        found = version(package.distribution)
-        if found is None:
-            return f"{title} is not installed"
-        return f"diffusers cannot use {title} {found} ({str(error).strip().rstrip('.')})"
+        if not package.distribution:
+            return "diffusers finds no flash_attn_interface that it can import"
+        release = version(package.distribution)
+        if release is None:
+            return f"{package.distribution} is not installed"
+        reason = str(error).strip().rstrip(".")
+        return f"diffusers cannot use {package.distribution} {release} ({reason})"
     return ""
 
 
@@ -183,10 +189,11 @@ def states(device: torch.device) -> dict[str, str]:
             continue
         package = PACKAGES[name]
         title = package.distribution or "flash-attn 3"
-        found = _obstacle(backend, device, package.dtypes[-1], 64, masked=False)
-        text = f"policy.attention {name}: " + (f"off, {found[0]}" if found else "can be chosen")
-        if found and found[1] == package.install:
-            text += f"; {found[1]}"
+        obstacle = _obstacle(backend, device, package.dtypes[-1], 64, masked=False)
+        text = f"policy.attention {name}: "
+        text += f"off, {obstacle[0]}" if obstacle else "can be chosen"
+        if obstacle and obstacle[1] == package.install:
+            text += f"; {package.install}"
         before = lines.get(title) or version(title.replace(" ", "-")) or "absent"
         lines[title] = f"{before}; {text}"
     return lines
