@@ -13,6 +13,7 @@ PROGRAMS = {
     "ranks-choices": "experiments.ranks_choices",
     "ranks-drill": "experiments.ranks_drill",
     "fuzz": "experiments.fuzz",
+    "quantized": "experiments.quantized",
     "sanitize": "experiments.sanitize",
     "single-pass-loss": "experiments.single_pass_loss",
 }

@@ -159,6 +159,8 @@ def test_metadata(pure_wheel, tmp_path):
         "wandb",
         "flash",
         "xformers",
+        "hub",
+        "quantize",
         "test",
         "bench",
     ]

@@ -1,8 +1,8 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image and
-Z-Image without their text encoders, for what is counted; and tiny ones of the first two's classes
-for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image,
+Z-Image and Wan 2.2 TI2V-5B without their text encoders, for what is counted; and tiny ones of the
+first two's classes for `--smoke`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Model:
 
     name: str
     family: str
-    """sd3, flux, flux2, qwen or zimage."""
+    """sd3, flux, flux2, qwen, zimage or wan."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
@@ -103,10 +103,16 @@ class Model:
     encoders: tuple[tuple[str, dict[str, Any]], ...] = ()
     """("clip" or "t5", configuration) of the text encoders."""
     distilled_guidance: float | None = None
+    frames: int = 0
+    """Frames of a video; 0: an image."""
 
     @property
     def forward(self) -> flops.Forward:
         """Operations of one forward of one sample."""
+        if self.family == "wan":
+            return flops.wan(
+                self.transformer, (self.frames - 1) // 4 + 1, *self.latent[1:], self.text_tokens
+            )
         count = getattr(flops, self.family)
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
@@ -120,6 +126,8 @@ class Model:
         """Width of a token's and of a prompt's embedding, which may be a mask, or nothing as in
         FLUX.2."""
         config = self.transformer
+        if self.family == "wan":
+            return config["text_dim"], 1
         pooled = config.get("pooled_projection_dim", self.text_tokens)
         return config.get("joint_attention_dim") or config["cap_feat_dim"], pooled
 
@@ -274,6 +282,45 @@ Z_IMAGE = Model(
     parameters=6_154_908_736,
     targets=ZIMAGE_LAYERS,
     rank=64,
+    half=torch.bfloat16,
+)
+WAN22_TI2V_5B = Model(
+    name="wan2.2-ti2v-5b",
+    family="wan",
+    transformer={
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 48,
+        "out_channels": 48,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+    },
+    scheduler={"num_train_timesteps": 1000, "shift": 5.0},
+    vae={
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 16,
+        # The model has 48 numbers of each; what is counted does not depend on them.
+        "latents_mean": (0.0,) * 48,
+        "latents_std": (1.0,) * 48,
+    },
+    latent=(48, 16, 26),
+    frames=33,
+    text_tokens=512,
+    parameters=4_999_787_712,
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    rank=32,
     half=torch.bfloat16,
 )
 _TINY_CLIP = {

@@ -1,9 +1,9 @@
 """Floating-point operations of one forward by closed form: 2 for each multiply-add of a matrix.
 
-`sd3`, `flux`, `flux2`, `qwen` and `zimage` count what the model must compute for one sample: linear
-layers, the patch convolution and attention (4 S^2 D a layer: scores and weighted sum). Element-wise
-work, adapters, recomputation and padding count nothing. The tests hold them against torch's
-FlopCounterMode on the full configurations.
+`sd3`, `flux`, `flux2`, `qwen`, `zimage` and `wan` count what the model must compute for one sample:
+linear layers, the patch convolution and attention (4 S^2 D a layer: scores and weighted sum).
+Element-wise work, adapters, recomputation and padding count nothing. The tests hold them against
+torch's FlopCounterMode on the full configurations.
 
 `Forward.backward` is what an adapter's gradient needs of the frozen model: the gradient of every
 input (as much as the forward) and of both factors in attention (twice the forward); the scores that
@@ -87,6 +87,18 @@ def qwen(config: dict[str, Any], height: int, width: int, text: int) -> Forward:
     embeds = 4 * n * d * config["in_channels"] + 2 * m * d * config["joint_attention_dim"]
     embeds += 2 * d * (TIME_CHANNELS + d)
     return Forward(blocks + modulation + embeds, layers * 4 * (n + m) ** 2 * d)
+
+
+def wan(config: dict[str, Any], frames: int, height: int, width: int, text: int) -> Forward:
+    """WanTransformer3DModel on `frames` latents of height x width (two by two are a token)."""
+    d, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    n, m = frames * (height // 2) * (width // 2), text
+    # Attention among the video's tokens, over the text's, and the feed-forward layer.
+    blocks = layers * (12 * n * d * d + 4 * m * d * d + 4 * n * d * config["ffn_dim"])
+    embeds = 8 * n * d * (config["in_channels"] + config["out_channels"])
+    embeds += 2 * m * d * (config["text_dim"] + d)
+    embeds += 2 * d * (config["freq_dim"] + d + 6 * d)
+    return Forward(blocks + embeds, layers * 4 * (n * n + n * m) * d)
 
 
 def zimage(config: dict[str, Any], height: int, width: int, text: int) -> Forward:

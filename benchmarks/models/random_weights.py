@@ -35,6 +35,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             FluxTransformer2DModel,
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
+            WanTransformer3DModel,
             ZImageTransformer2DModel,
         )
 
@@ -43,6 +44,7 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
             "flux": FluxTransformer2DModel,
             "flux2": Flux2Transformer2DModel,
             "qwen": QwenImageTransformer2DModel,
+            "wan": WanTransformer3DModel,
             "zimage": ZImageTransformer2DModel,
         }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
@@ -58,14 +60,23 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
     """The VAE of `model`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLFlux2,
+        AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+    )
 
     if model.name == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
         return network.requires_grad_(False).eval()
-    classes = {"flux2": AutoencoderKLFlux2, "qwen": AutoencoderKLQwenImage}
+    classes = {
+        "flux2": AutoencoderKLFlux2,
+        "qwen": AutoencoderKLQwenImage,
+        "wan": AutoencoderKLWan,
+    }
     cls = classes.get(model.family, AutoencoderKL)
     network = random_module(lambda: cls(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
@@ -95,12 +106,14 @@ def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False)
         FluxPipeline,
         QwenImagePipeline,
         StableDiffusion3Pipeline,
+        WanPipeline,
         ZImagePipeline,
     )
 
     without_encoders = {
         "flux2": Flux2KleinPipeline,
         "qwen": QwenImagePipeline,
+        "wan": WanPipeline,
         "zimage": ZImagePipeline,
     }
     if model.family in without_encoders:
@@ -214,6 +227,9 @@ def _buffer(module: nn.Module, name: str, device: str) -> torch.Tensor:
         return torch.full_like(getattr(module, name), 1 if name == "running_var" else 0)
     if name == "position_ids":
         return torch.arange(module.position_ids.shape[-1], device=device)[None]
+    if name in ("freqs_cos", "freqs_sin"):
+        values = type(module)(module.attention_head_dim, module.patch_size, module.max_seq_len)
+        return getattr(values, name).to(device)
     if name == "pos_embed":
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 

@@ -56,7 +56,11 @@ def config(case: Case, device: str, **changes: Any) -> Config:
         "optim.updates_per_iteration": 1,
         "optim.ratio_tolerance": ANY_DEVIATION,
     }
-    if case.model.name != "nano":
+    if case.model.frames:
+        _, height, width = case.model.latent
+        size = {"height": 16 * height, "width": 16 * width, "frames": case.model.frames}
+        values |= {f"policy.{name}": value for name, value in size.items()}
+    elif case.model.name != "nano":
         values["policy.resolution"] = 8 * case.model.latent[1]
     if case.model.family != "sd3":
         values["policy.max_sequence_length"] = case.model.text_tokens

@@ -56,7 +56,7 @@ FLASH_3 = Package(
     head_step=8,
 )
 """flash-attn 3: hopper/flash_api.cpp, which refuses deterministic gradients of heads of 256."""
-HUB = "pip install 'kernels>=0.12'"
+HUB = "pip install 'flowgrpo[hub]'"
 XFORMERS = Package(
     "xformers",
     "pip install 'flowgrpo[xformers]'",

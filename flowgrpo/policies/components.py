@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flowgrpo.config.validation import require
+from flowgrpo.policies.quantized import is_quantized
 
 
 def check_weights(pipeline: Any, device: torch.device) -> None:
@@ -27,7 +28,13 @@ def check_weights(pipeline: Any, device: torch.device) -> None:
             require(
                 getattr(component, "hf_quantizer", None) is None,
                 f"the pipeline's {role} has quantized weights, but floating-point ones are "
-                "expected; load the pipeline without a quantization_config.",
+                "expected; load the pipeline without a quantization_config, and set "
+                "policy.quantize or policy.quantize_text.",
+            )
+            require(
+                not is_quantized(component),
+                f"the pipeline's {role} has weights that an earlier policy packed "
+                "(policy.quantize), but floating-point ones are expected; load the pipeline anew.",
             )
     for name, module in pipeline.transformer.named_modules():
         require(

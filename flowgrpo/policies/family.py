@@ -29,6 +29,9 @@ class BlockKind:
     image_attention: bool = False
     """No block by itself, but a second attention, of the image's tokens only, inside a block of
     another kind."""
+    text_attention: bool = False
+    """No block by itself, but what an attention over the text keeps of the text's tokens, inside a
+    block of another kind, that works on the image's alone."""
     only: Literal["", "image", "text"] = ""
     """Tokens that the block works on; empty: those of image and text."""
 
@@ -51,6 +54,18 @@ class Architecture:
     """Bytes a token, times the width, that one block has alive beside what is stored."""
     adapted: tuple[tuple[int, int], ...]
     """(in, out) of each linear layer that gets LoRA matrices by default."""
+    tables: int = 0
+    """Numbers of a table of positions that is no parameter and stays beside them; 0 where
+    `parameters` has them."""
+    packed: int = 0
+    """Weights that policy.quantize packs: of the linear layers of the blocks, without those that
+    modulate norms by the time."""
+    modulating: int = 0
+    """Weights of those, of which nf4 makes int8."""
+    packed_largest: int = 0
+    """Weights of the largest of these layers."""
+    encoders_packed: int = 0
+    """Weights that policy.quantize_text packs: of all linear layers of the text encoders."""
     pixels: int = 16
     """Pixels on a side of the square that one image token stands for."""
     channels: int = 16
@@ -63,8 +78,17 @@ class Architecture:
     """Text tokens where policy.max_sequence_length is 0."""
     resolution: int = 1024
     """Pixels on a side of an image where policy.resolution is 0."""
+    size: tuple[int, int] | None = None
+    """Its height and width where they differ."""
+    frames: int = 0
+    """Frames of a video where policy.frames is 0; 0: it makes images."""
+    frame_step: int = 4
+    """Frames of a video that one frame of latents stands for, after the first."""
     decoder_width: int = 256
     """Channels that the VAE's decoder works on at full resolution."""
+    decoder_maps: float = 4.0
+    """Its maps of that size that are alive at a time. The default is three, and a fourth that is
+    the copy that a GPU's group norm makes of a channels-last one."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +175,15 @@ class Family:
     """True: policy.cfg_normalization and policy.cfg_truncation are arguments of the pipeline."""
     embedded_guidance: bool = False
     """True: the model is told policy.embedded_guidance beside the time."""
+    scheduler: str = ""
+    """ "module:function" of (scheduler, name of the model) that returns the
+    FlowMatchEulerDiscreteScheduler which takes the place of the pipeline's own; empty: the pipeline
+    has to have one."""
+    frame_rate: int = 0
+    """Frames a second that its videos, of policy.frames frames, are shown with; 0: a sample is an
+    image."""
+    card_lines: tuple[str, ...] = ()
+    """Lines of Python for the model card, between loading the pipeline as `pipe` and its call."""
 
     def load_class(self, name: str) -> Any:
         """Import the class `name`, the pipeline's or the transformer's."""

@@ -39,8 +39,8 @@ def velocities(
         **({} if policy.parts is None else {"halves": 2}),
     )
     unconditional, conditional = both.chunk(2)
-    if own := policy.own_guide(sigma):
-        return own(conditional, unconditional, guidance_scale), None
+    if combine := policy.own_guide(sigma):
+        return combine(conditional, unconditional, guidance_scale), None
     return conditional, unconditional
 
 

@@ -82,8 +82,8 @@ def layers(
             silu = next(child for child in module.children() if isinstance(child, nn.SiLU))
             pairs.append((silu, module.linear))
         elif type(module).__name__ in (*modulation.blocks, *modulation.ends):
-            found = [getattr(module, name, None) for name in modulation.layers]
-            pairs += [_pair(*sequence) for sequence in found if sequence is not None]
+            sequences = [getattr(module, name, None) for name in modulation.layers]
+            pairs += [_pair(*sequence) for sequence in sequences if sequence is not None]
     return pairs
 
 

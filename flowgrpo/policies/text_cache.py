@@ -179,6 +179,8 @@ def open_cache(
             error,
         )
         return None
+    if source.text_quantizer:
+        identity["quantizer"] = source.text_quantizer
     if source.variant:
         # Of the files of its folder, it has read others.
         identity["variant"] = source.variant

@@ -20,11 +20,13 @@ BASE = "black-forest-labs/FLUX.2-klein-base-4B"
 DISTILLED = "black-forest-labs/FLUX.2-klein-4B"
 
 
-def policy_config(model: str, *, small: bool = False) -> PolicyConfig:
+def policy_config(model: str, *, small: bool = False, card: int = 0) -> PolicyConfig:
     """Describe a FLUX.2-klein model at 384 pixels with LoRA 64/128 (C, D).
 
     Args:
         small: for one GPU: text encoders off it, and blocks recomputed in the backward pass.
+        card: GiB of a small GPU: weights in 8 bits, images decoded one at a time; 0: nothing of
+            that.
     """
     return PolicyConfig(
         model=model,
@@ -33,20 +35,28 @@ def policy_config(model: str, *, small: bool = False) -> PolicyConfig:
         lora_alpha=128,
         offload_text_encoders=small,
         gradient_checkpointing=small,
+        quantize="int8" if card else "none",
+        quantize_text="int8" if card else "none",
+        vae_slicing=card > 0,
     )
 
 
 def base(
-    task: str = "pickscore", *, groups: int = 48, memory: float | None = None, **overrides: Any
+    task: str = "pickscore",
+    *,
+    groups: int = 48,
+    card: int = 0,
+    memory: float | None = None,
+    **overrides: Any,
 ) -> Config:
     """Configure Flow-GRPO with guidance and one trained step of eight on FLUX.2-klein-base.
 
-    Arguments as `flowgrpo.recipes.sd3.paper`.
+    Arguments as `flowgrpo.recipes.sd3.paper`; card: 24 or 0.
     """
     small = groups < 48
     config = Config(
-        recipe=f"flux2_klein_{task}" + ("_1gpu" if small else ""),
-        policy=policy_config(BASE, small=small),
+        recipe=f"flux2_klein_{task}" + (f"_{card}gb" if card else "_1gpu" if small else ""),
+        policy=policy_config(BASE, small=small, card=card),
         sample=SampleConfig(
             prompts=TASKS[task].prompts,
             prompts_per_iteration=groups,  # C: 48
@@ -61,7 +71,7 @@ def base(
             window_size=1,
             window_range=(1, 4),
         ),
-        reward=reward_config(task, SMALL_GUARDS if small else GUARDS),
+        reward=reward_config(task, () if card else SMALL_GUARDS if small else GUARDS),
         optim=OptimConfig(
             lr=3e-4,  # C
             weight_decay=1e-4,  # C
@@ -75,7 +85,7 @@ def base(
         ),
         run=FEW_PARTS,
     )
-    return fit(config, memory, overrides)
+    return fit(config, memory or card or None, overrides)
 
 
 def distilled(*, groups: int = 48, memory: float | None = None, **overrides: Any) -> Config:

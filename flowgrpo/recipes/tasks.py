@@ -77,11 +77,13 @@ CONFIGS = {
     ("sd3", "window", "pickscore"): "pickscore_sd3_fast_nocfg",
     ("flux", "paper", "pickscore"): "pickscore_flux",
     ("flux", "window", "pickscore"): "pickscore_flux_fast",
+    ("wan", "paper", "ocr"): "general_ocr_wan2_1",
 }
 """(file here, function there, task) -> the function of flow_grpo's config/grpo.py, C."""
 OTHERS = {
     ("flux2", "base"): "Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml",
     ("flux2", "distilled"): "Flow-Factory's examples/grpo/lora/flux2_klein/default.yaml",
+    ("wan", "window"): "Flow-Factory's examples/grpo/lora/wan22/t2v.yaml",
     ("zimage", "window"): "Flow-Factory's examples/grpo/lora/z_image/default.yaml",
     ("zimage", "turbo"): "Flow-Factory's examples/grpo/lora/z_image_turbo/default.yaml",
 }
@@ -92,7 +94,7 @@ def describe(family: str, method: str, task: str, reported: Sequence[str]) -> st
     """Describe a recipe for its help: rewards, what they need, where the numbers come from.
 
     Args:
-        family: sd3, flux, flux2 or zimage, the recipe's file; method: its function there.
+        family: sd3, flux, flux2, wan or zimage, the recipe's file; method: its function there.
         reported: rewards that its evaluation reports.
     """
     config = CONFIGS.get((family, method, task))

@@ -22,20 +22,25 @@ MODEL = "Tongyi-MAI/Z-Image"
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
 
 
-def policy_config(model: str, *, small: bool) -> PolicyConfig:
+def policy_config(model: str, *, small: bool, card: int = 0) -> PolicyConfig:
     """Describe a model at 512 pixels with LoRA 64/128 (F, R), with blocks recomputed in the
     backward pass (R), without which one row of a guided update takes half of 80 GB.
 
     Args:
         small: for one GPU: text encoder off it.
+        card: GiB of a small GPU: weights in 8 bits, half the rank, images decoded one at a time; 0:
+            nothing of that.
     """
     return PolicyConfig(
         model=model,
         resolution=512,
-        lora_rank=64,
-        lora_alpha=128,
+        lora_rank=32 if card else 64,
+        lora_alpha=64 if card else 128,
         offload_text_encoders=small,
         gradient_checkpointing=True,
+        quantize="int8" if card else "none",
+        quantize_text="int8" if card else "none",
+        vae_slicing=card > 0,
     )
 
 
@@ -54,19 +59,23 @@ def optim_config() -> OptimConfig:
     )
 
 
-def window(task: str, *, groups: int = 48, memory: float | None = None, **overrides: Any) -> Config:
+def window(
+    task: str, *, groups: int = 48, card: int = 0, memory: float | None = None, **overrides: Any
+) -> Config:
     """Configure Flow-GRPO on Z-Image: guidance, and one noisy step, the second to fourth of ten.
 
     Args:
         task: pickscore or ocr.
         groups: K; 48 with G = 16 (F). Fewer are the single-GPU form.
-        memory: GiB of the GPU, from which the rows of a forward follow; default: what is there.
+        card: GiB of a small GPU, 24, for the form that fits on it; 0: none.
+        memory: GiB of the GPU, from which the rows of a forward follow; default: those of `card`,
+            or what is there.
         overrides: fields of `run` by their names (steps=200), or any by its dotted name.
     """
     small = groups < 48
     config = Config(
-        recipe=f"zimage_{task}" + ("_1gpu" if small else ""),
-        policy=policy_config(MODEL, small=small),
+        recipe=f"zimage_{task}" + (f"_{card}gb" if card else "_1gpu" if small else ""),
+        policy=policy_config(MODEL, small=small, card=card),
         sample=SampleConfig(
             prompts=TASKS[task].prompts,
             prompts_per_iteration=groups,
@@ -80,11 +89,11 @@ def window(task: str, *, groups: int = 48, memory: float | None = None, **overri
             window_size=1,  # F
             window_range=(1, 4),  # F
         ),
-        reward=reward_config(task, SMALL_GUARDS if small else GUARDS),
+        reward=reward_config(task, () if card else SMALL_GUARDS if small else GUARDS),
         optim=optim_config(),
         run=FEW_PARTS,
     )
-    return fit(config, memory, overrides)
+    return fit(config, memory or card or None, overrides)
 
 
 def turbo(task: str, *, groups: int = 48, memory: float | None = None, **overrides: Any) -> Config:

@@ -37,6 +37,12 @@ EIGHT_OF_QWEN = changed(
     transformer={**configurations.QWEN_IMAGE.transformer, "num_layers": 8},
     parameters=2_759_173_696,
 )
+THREE_OF_WAN = changed(
+    configurations.WAN22_TI2V_5B,
+    transformer={**configurations.WAN22_TI2V_5B.transformer, "num_layers": 3},
+    frames=5,
+    parameters=581_056_704,
+)
 # Three of its 25 blocks, one and two.
 THREE_OF_KLEIN = changed(
     configurations.FLUX2_KLEIN_4B,
@@ -58,6 +64,7 @@ REAL = {
     "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
     "flux2": Case(THREE_OF_KLEIN, 2, 2, 4.0, 1, 0.04, 2),
     "qwen": Case(EIGHT_OF_QWEN, 2, 2, 4.0, 1, 0.04, 2),
+    "wan": Case(THREE_OF_WAN, 2, 2, 5.0, 1, 0.04, 2),
     "zimage": Case(FOUR_OF_ZIMAGE, 2, 2, 4.0, 1, 0.04, 2),
 }
 TINY = {

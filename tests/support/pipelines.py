@@ -3,7 +3,8 @@
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the text encoders of SD3.5, `save_flux_pipeline` those of
 FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_flux2_pipeline` those of
-FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_zimage_pipeline` those of Z-Image.
+FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_zimage_pipeline` those of Z-Image,
+`save_wan_pipeline` those of Wan 2.2 TI2V-5B.
 """
 
 from __future__ import annotations
@@ -553,6 +554,81 @@ def save_zimage_pipeline(folder: Path, *, seed: int = 0, shift: float = 6.0, **c
             ),
             tokenizer=words,
             transformer=network,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def umt5(words: int, width: int = 32):
+    """A UMT5EncoderModel of 2 layers over `words` tokens."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=words,
+            d_model=width,
+            d_kv=8,
+            d_ff=width,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def save_wan_pipeline(folder: Path, *, seed: int = 0, **changes) -> Path:
+    """WanPipeline with Wan 2.2 TI2V-5B's parts: two blocks, a residual VAE of factor 8 in space and
+    4 in time with 4 latent channels, UMT5 and the UniPC scheduler with its settings. Its default
+    size is 81 frames of 480 x 832. `changes` are of the transformer."""
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    words = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = WanPipeline(
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            vae=AutoencoderKLWan(
+                base_dim=8,
+                decoder_base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[True, True],
+                latents_mean=[-0.2, 0.1, 0.4, -0.3],
+                latents_std=[0.5, 0.9, 1.2, 0.7],
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+                scale_factor_temporal=4,
+                scale_factor_spatial=8,
+            ),
+            text_encoder=umt5(len(words)),
+            tokenizer=words,
+            transformer=WanTransformer3DModel(
+                **{
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "text_dim": 32,
+                    "freq_dim": 16,
+                    "ffn_dim": 48,
+                    "num_layers": 2,
+                    "rope_max_seq_len": 64,
+                    **changes,
+                }
+            ),
+            expand_timesteps=True,
         )
     pipeline.save_pretrained(folder)
     return Path(folder)

@@ -105,7 +105,9 @@ def experience(made: train.Components, config: Config) -> Experience:
     """One rollout with random rewards."""
     batch = prompt_batch(made.prompts, config, made.state.iteration)
     conditioning = made.policy.encode(batch.texts)
-    trajectory = train.collect(made, conditioning, config)
+    clock = train.Clock(made.policy.device)
+    scouted = train.send_scouts(made, batch, conditioning, config, clock)
+    trajectory = train.collect(made, conditioning, config, None, scouted)
     generator = torch.Generator().manual_seed(2)
     shape = (len(batch), config.sample.group_size)
     rewards = torch.randn(shape, generator=generator, dtype=torch.float64)

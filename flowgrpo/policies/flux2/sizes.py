@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
-from flowgrpo.policies.shared_sizes import decoder_width, latent_pixels
+from flowgrpo.policies.shared_sizes import QWEN3_4B_PACKED, decoder_width, latent_pixels
 
 # Bytes a token, counted on blocks of diffusers' classes in bfloat16 (tests/flowgrpo/test_plan.py).
 DOUBLE = BlockKind(stored=(50.15, 12.0), stored_fused=(48.15, 12.0))
@@ -32,6 +32,9 @@ def architecture(
         blocks=((DOUBLE, double), (SINGLE, single)),
         passing=PASSING,
         adapted=((square,) * 8 + (up, down) * 2) * double + ((width, 9 * width),) * single,
+        # What modulates by the time stands beside the blocks, and stays as it is.
+        packed=(26 * double + 13 * single) * width**2,
+        packed_largest=9 * width**2,
         channels=32,
         text_tokens=512,
     )
@@ -67,6 +70,7 @@ def read(
 
 # Depths and widths are Klein4BParams and Klein9BParams of black-forest-labs/flux2, model.py.
 KLEIN_4B = architecture(3_875_544_576, QWEN3_4B, VAE, 3072, double=5, single=20)
+KLEIN_4B = replace(KLEIN_4B, encoders_packed=QWEN3_4B_PACKED)
 KLEIN_9B = architecture(9_078_581_248, QWEN3_8B, VAE, 4096, double=8, single=24)
 KNOWN = {
     "black-forest-labs/FLUX.2-klein-4B": KLEIN_4B,

@@ -112,14 +112,14 @@ class BatchForward:
         for layer in transformer.noise_refiner:
             x = block(layer, x, None, image_tables, adaln)
         text = transformer.cap_embedder(embeds)
-        own = self.numbers < count[:, None]
-        text = torch.where(own[..., None], text, transformer.cap_pad_token)
+        of_text = self.numbers < count[:, None]
+        text = torch.where(of_text[..., None], text, transformer.cap_pad_token)
         text_mask = additive_mask(seen, x.dtype)
         for layer in transformer.context_refiner:
             text = block(layer, text, text_mask, text_tables)
         x = torch.cat([x, text], dim=1)
-        every = seen.new_ones(len(seen), self.image_tokens)
-        mask = additive_mask(torch.cat([every, seen], dim=1), x.dtype)
+        image_seen = seen.new_ones(len(seen), self.image_tokens)
+        mask = additive_mask(torch.cat([image_seen, seen], dim=1), x.dtype)
         for layer in transformer.layers:
             x = block(layer, x, mask, tables, adaln)
         x = transformer.all_final_layer[KEY](x, c=adaln)

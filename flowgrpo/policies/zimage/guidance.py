@@ -34,8 +34,8 @@ def guide(
     if normalization > 0:
         dims = tuple(range(1, conditional.ndim))
         largest = vector_norm(conditional, dim=dims, keepdim=True) * normalization
-        found = vector_norm(guided, dim=dims, keepdim=True)
-        guided = torch.where(found > largest, guided * (largest / found), guided)
+        norm = vector_norm(guided, dim=dims, keepdim=True)
+        guided = torch.where(norm > largest, guided * (largest / norm), guided)
     # As the pipeline compares: the float32 time, and the limit as it was given.
     beyond = times.double() > truncation
     return torch.where(beyond.view(-1, *[1] * (conditional.ndim - 1)), conditional, guided)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
-from flowgrpo.policies.shared_sizes import VAE, decoder_width, latent_pixels
+from flowgrpo.policies.shared_sizes import QWEN3_4B_PACKED, VAE, decoder_width, latent_pixels
 
 # Bytes a token, counted on blocks of diffusers' class in bfloat16 (tests/flowgrpo/test_plan.py).
 # Fused, PyTorch's own RMSNorm stands in for a norm; on the CPU, where they are counted, it keeps a
@@ -33,6 +33,10 @@ def architecture(
         blocks=((LAYER, layers), (IMAGE_REFINER, refiners), (TEXT_REFINER, refiners)),
         passing=PASSING,
         adapted=block * (layers + 2 * refiners),
+        packed=sum(i * o for i, o in block) * (layers + 2 * refiners),
+        # Four rows of the time's 256 numbers; blocks over the text alone have none.
+        modulating=4 * width * min(width, 256) * (layers + refiners),
+        packed_largest=width * hidden,
     )
 
 
@@ -61,5 +65,6 @@ def read(
 
 
 PUBLISHED = architecture(6_154_908_736, ENCODER, VAE, 3840, layers=30, refiners=2)
+PUBLISHED = replace(PUBLISHED, encoders_packed=QWEN3_4B_PACKED)
 KNOWN = {"Tongyi-MAI/Z-Image": PUBLISHED, "Tongyi-MAI/Z-Image-Turbo": PUBLISHED}
 SIZES = Sizes(read, KNOWN)

@@ -17,15 +17,22 @@ MODELS = {
 }
 MODELS[configurations.FLUX_DEV.name] = configurations.FLUX_DEV
 MODELS[configurations.FLUX2_KLEIN_4B.name] = configurations.FLUX2_KLEIN_4B
+MODELS[configurations.WAN22_TI2V_5B.name] = configurations.WAN22_TI2V_5B
 
 
 def network(model):
-    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import (
+        Flux2Transformer2DModel,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        WanTransformer3DModel,
+    )
 
     kinds = {
         "sd3": SD3Transformer2DModel,
         "flux": FluxTransformer2DModel,
         "flux2": Flux2Transformer2DModel,
+        "wan": WanTransformer3DModel,
     }
     return kinds[model.family](**model.transformer)
 
@@ -40,6 +47,10 @@ def inputs(model, rows, **like):
     }
     if model.family == "sd3":
         return {"hidden_states": torch.randn(rows, c, h, w, **like), **text}
+    if model.family == "wan":
+        del text["pooled_projections"]
+        frames = (model.frames - 1) // 4 + 1
+        return {"hidden_states": torch.randn(rows, c, frames, h, w, **like), **text}
     tokens = h * w // 4
     axes = len(model.transformer["axes_dims_rope"])
     ids = {"img_ids": torch.zeros(tokens, axes, **like)}

@@ -236,7 +236,7 @@ def test_an_absent_package_is_named_with_its_extra():
     for name, extra in (("flash", "flash"), ("xformers", "xformers")):
         said = refusal(name)
         assert "is not installed; pip install " in said and f"'flowgrpo[{extra}]'." in said
-    assert refusal("flash_3_hub") == "kernels is not installed; pip install 'kernels>=0.12'."
+    assert refusal("flash_3_hub") == "kernels is not installed; pip install 'flowgrpo[hub]'."
     assert "no flash_attn_interface that it can import; build" in refusal("flash_3")
     found = doctor.attention()
     assert list(found) == ["flash-attn", "kernels", "flash-attn 3", "xformers"]

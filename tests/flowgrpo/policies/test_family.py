@@ -26,10 +26,12 @@ ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
 HOMES = [
-    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "zimage")),
+    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "wan", "zimage")),
     TRAINER / "nano",
 ]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|ZImage|ZSingle)[A-Z]\w*"
+PREFIXES = (
+    r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|Wan|ZImage|ZSingle)[A-Z]\w*"
+)
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -38,7 +40,8 @@ def classes() -> set[str]:
     names = set()
     for family in FAMILIES.values():
         names |= {family.pipeline, family.transformer, family.policy.partition(":")[2]}
-        names |= {*family.modulation.blocks, *family.modulation.norms, *family.modulation.ends}
+        if family.modulation is not None:
+            names |= {*family.modulation.blocks, *family.modulation.norms, *family.modulation.ends}
         names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
     return names
 
@@ -88,11 +91,14 @@ def test_what_a_record_names_is_there(name):
     family = FAMILIES[name]
     assert family.pipeline == name
     hooks = ("policy", "positions", "attention_processors", "fused_blocks", "guide", "widths")
+    hooks += ("scheduler",)
     for hook in hooks:
         assert not getattr(family, hook) or import_hook(getattr(family, hook))
     pipeline, transformer = map(family.load_class, (family.pipeline, family.transformer))
     assert issubclass(pipeline, diffusers.DiffusionPipeline)
     assert issubclass(transformer, diffusers.ModelMixin)
+    if family.modulation is None:
+        return
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
     for block in (*family.modulation.blocks, *family.modulation.ends):

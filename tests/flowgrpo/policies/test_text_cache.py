@@ -259,7 +259,7 @@ def test_without_what_the_key_is_made_of_there_is_no_cache(tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(text_cache, "fingerprint", fail)
-    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="", text_quantizer="")
     place = str(tmp_path / "text")
     assert text_cache.open_cache(place, source, [], 8, torch.device("cpu")) is None
     assert "Text embeddings are not cached" in caplog.text and type(error).__name__ in caplog.text
@@ -268,7 +268,7 @@ def test_without_what_the_key_is_made_of_there_is_no_cache(tmp_path, monkeypatch
 def test_the_cache_stays_where_it_is_when_the_working_directory_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
-    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="", text_quantizer="")
     cache = text_cache.open_cache("text", source, [], 8, torch.device("cpu"))
     monkeypatch.chdir(tmp_path / "other")
     cache.write("a", Conditioning(torch.ones(1, 2, 3), torch.ones(1, 3)))

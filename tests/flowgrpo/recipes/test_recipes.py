@@ -197,10 +197,14 @@ def test_sizes_of_an_iteration(name):
     one GPU; two updates on them."""
     config = recipe(name, memory=80.0)
     sample, optim, policy = config.sample, config.optim, config.policy
-    small = name.endswith("_1gpu")
+    small, video = name.endswith(("_1gpu", "gb")), name.startswith("wan")
     of_flow_factory = name.startswith(("flux2_klein", "zimage"))
-    whole = 48 * 16 if of_flow_factory else 1152
-    assert sample.rows == (8 * sample.group_size if small else whole)
+    if video:
+        assert (policy.frames, policy.height, policy.width) == (33, 256, 416)
+        assert sample.rows in ((4 * 8, 4 * 16) if small else (32 * 8, 48 * 16))
+    else:
+        whole = 48 * 16 if of_flow_factory else 1152
+        assert sample.rows == (8 * sample.group_size if small else whole)
     assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
     assert policy.offload_text_encoders == small
     need = plan.expected_memory(config, plan.sizes_of(policy.model))["total"]
@@ -214,12 +218,33 @@ def test_sizes_of_an_iteration(name):
         assert plan.expected_memory(trial, plan.sizes_of(policy.model))["total"] > plan.FILL * 80
     # Windows are CPS without guidance; only Guard has the Guard; a KL needs its reference.
     windowed = "_window" in name
-    assert (sample.transition == "cps") == (sample.window_size == 3) == windowed
-    assert sample.window_size == (3 if windowed else 1 if of_flow_factory else 0)
+    cps, one = windowed and not video, of_flow_factory or (windowed and video)
+    assert (sample.transition == "cps") == (sample.window_size == 3) == cps
+    assert sample.window_size == (3 if cps else int(one))
     assert optim.guard == ("_guard" in name)
     assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
-    rank = 64 if name.startswith(("flux", "zimage")) else 32
+    rank = 64 if name.startswith(("flux", "zimage")) or (video and windowed) else 32
+    if name.startswith(("flux_", "zimage_")) and name.endswith("gb"):
+        rank = 32
     assert (policy.lora_rank, policy.lora_alpha) == (rank, 2 * rank)
+
+
+CARDS = {24: 22.0, 12: 11.0}
+"""GiB of a card -> of it, what a run may take: the rest is the driver's, the screen's, and lost."""
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("gb")])
+def test_recipes_of_small_cards_fit(name, monkeypatch):
+    """With what a captured rollout keeps in its pool beside an update, on a larger GPU too."""
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 141.0)
+    config, card = recipe(name), int(name.rpartition("_")[2][:-2])
+    assert config.policy.quantize != "none" and config.policy.gradient_checkpointing
+    memory = plan.expected_memory(config, plan.sizes_of(config.policy.model))
+    assert memory["total"] <= plan.FILL * card
+    assert memory["total"] + memory["rollout"] <= CARDS[card]
+    plain = replace(config, **{"policy.quantize": "none", "policy.quantize_text": "none"})
+    larger = plan.expected_memory(plain, plan.sizes_of(config.policy.model))["total"]
+    assert larger > memory["total"] + 4
 
 
 # examples/grpo/lora/{z_image,z_image_turbo}/default.yaml of Flow-Factory at a0b2bc5.
@@ -293,7 +318,8 @@ def test_every_recipe_stands_on_prompts_and_rewards_that_exist(name):
     for reward in scorer.rewards.values():
         for part in (prompts, load_prompts(config.sample.prompts, "heldout")):
             for text, entry in zip(part.texts, part.metadata, strict=True):
-                assert reward.check is None or reward.check(text, entry) != ""
+                check = getattr(reward, "check", None)
+                assert check is None or check(text, entry) != ""
     assert config.reported[0] == next(iter(config.reward.weights)) + "_strict" * ("geneval" in name)
 
 
