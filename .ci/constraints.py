@@ -1,4 +1,5 @@
-"""Writes constraints.txt: the installed version of all that flowgrpo and its extras require.
+"""Writes constraints.txt: the installed version of all that flowgrpo and its extras require, but
+for extras that need CUDA.
 
 Run in a fresh virtual environment, as the head of constraints.txt says. What the environment holds
 beyond the requirements, pip for one, is left out.
@@ -19,6 +20,8 @@ from packaging.version import Version
 
 PROJECT = "flowgrpo"
 FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
+# Extras whose packages are compiled for CUDA: where constraints.txt is written, there is none.
+CUDA = ("flash", "xformers")
 HEAD = """\
 # Versions that were tested together: all that the extras in pyproject.toml require, directly or
 # not, on {environment}.
@@ -27,6 +30,7 @@ HEAD = """\
 # Behind each version stands what requires it: extras, in brackets, and packages. Pins are marked
 # where the release does not install on Python {oldest}, and with it all that it requires, which an
 # older release may want otherwise. There pip chooses by range.
+# Left out are the extras whose packages need CUDA: {cuda}.
 """
 
 
@@ -80,7 +84,8 @@ def closure(project: Distribution) -> dict[str, set[str]]:
 
 
 def extras(project: Distribution) -> list[str]:
-    return project.metadata.get_all("Provides-Extra") or []
+    """The extras whose requirements are pinned."""
+    return [e for e in project.metadata.get_all("Provides-Extra") or [] if e not in CUDA]
 
 
 def oldest_python(distribution: Distribution) -> int:
@@ -127,6 +132,7 @@ def constraints(project: Distribution) -> str:
         environment=environment(),
         extras=",".join(extras(project)),
         oldest=f"3.{oldest}",
+        cuda=", ".join(CUDA),
     )
     return head + "".join(
         pin(name, distribution.version, pythons[name], oldest, requirers[name])

@@ -73,20 +73,22 @@ def pinned_environment(tool, pins):
                 pytest.skip(f"not installed by constraints.txt: {name} is {version}")
 
 
-def test_the_head_has_the_command(flowgrpo):
+def test_the_head_has_the_command(tool, flowgrpo):
     head = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] == "#"]
-    extras = ",".join(flowgrpo.metadata.get_all("Provides-Extra"))
+    extras = ",".join(tool.extras(flowgrpo))
     command = f"pip install -c constraints.txt '.[{extras}]' && python .ci/constraints.py"
     assert f"#   {command}" in head
 
 
-def test_direct_requirements_are_pinned_within_their_ranges(flowgrpo, pins):
-    """Of extras that are not installed too."""
+def test_direct_requirements_are_pinned_within_their_ranges(tool, flowgrpo, pins):
+    """Of extras that are not installed too, unless they are compiled for CUDA."""
     for requirement in map(Requirement, flowgrpo.requires):
-        if requirement.name != "flowgrpo":
+        extra = re.search(r'extra == "(\w+)"', str(requirement.marker))
+        if extra and extra[1] in tool.CUDA:
+            assert canonicalize_name(requirement.name) not in pins
+        elif requirement.name != "flowgrpo":
             pin = pins[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(pin.version, prereleases=True), requirement
-            extra = re.search(r'extra == "(\w+)"', str(requirement.marker))
             assert (f"[{extra[1]}]" if extra else "flowgrpo") in pin.requirers
 
 
@@ -131,6 +133,14 @@ def test_the_file_is_what_the_tool_writes(tool, flowgrpo, pinned_environment):
     except LookupError as error:
         pytest.skip(f"needs all extras: {error}")
     assert text == (ROOT / "constraints.txt").read_text()
+
+
+def test_extras_for_cuda_are_left_out_by_name(tool, flowgrpo):
+    """Both are declared, and no other extra brings them along."""
+    declared = flowgrpo.metadata.get_all("Provides-Extra")
+    assert set(declared) - set(tool.extras(flowgrpo)) == set(tool.CUDA)
+    for requirement in map(Requirement, flowgrpo.requires):
+        assert not requirement.extras & set(tool.CUDA)
 
 
 def write_distribution(folder: Path, name: str, version: str, *lines: str) -> None:

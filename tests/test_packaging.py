@@ -157,6 +157,8 @@ def test_metadata(pure_wheel, tmp_path):
         "serve",
         "data",
         "wandb",
+        "flash",
+        "xformers",
         "hub",
         "quantize",
         "test",

@@ -46,6 +46,7 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
         "gpus": gpus(),
         "bfloat16": {device: bfloat16(device) for device in devices()},
         "kernels": kernels(),
+        "attention": attention(),
         "optional": {
             name: "present" if importlib.util.find_spec(name) else f"absent: no {use}"
             for name, use in OPTIONAL.items()
@@ -140,6 +141,14 @@ def kernels() -> dict[str, str]:
         texts = [f"{backend} ({', '.join(ops)})" for backend, ops in ops_by_backend.items()]
         lines[f"on {device}"] = "; ".join(texts)
     return lines
+
+
+def attention() -> dict[str, str]:
+    """Describe packages of attention kernels: version, and whether policy.attention can choose
+    them on the first GPU here, in bfloat16 and without masks."""
+    from flowgrpo.policies import attention_packages
+
+    return attention_packages.states(torch.device(devices()[-1]))
 
 
 def nano() -> dict[str, str]:

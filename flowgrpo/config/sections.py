@@ -73,7 +73,8 @@ class PolicyConfig:
     offload_text_encoders: bool = False
     """Keep the text encoders off the GPU except while they encode a text that is not cached."""
     attention: str = "auto"
-    """Attention kernel: auto, plain, or a name of diffusers' such as native_flash or xformers."""
+    """Attention kernel: auto, plain, or a name of diffusers' such as native_flash, flash or
+    xformers."""
     compile: bool = False
     """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
     fused: bool = False

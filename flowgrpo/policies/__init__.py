@@ -17,7 +17,7 @@ shared_sizes.py  parameters of text encoders and VAE, for the memory plan
 
 Rewrites of the transformer, whose order is in surgery.py:
 
-attention.py     one attention kernel, by name
+attention.py     one attention kernel, by name; attention_packages.py: those of other packages
 compiled.py      torch.compile of the blocks
 modulation.py    modulations, computed once per rollout
 blocks.py        blocks with fused element-wise kernels

@@ -7,7 +7,7 @@ leading underscore:
 
     native             what PyTorch chooses (its choice may depend on whether gradients are needed)
     native_flash, native_efficient, native_cudnn, native_math      one of PyTorch's kernels
-    flash, flash_3, flash_3_hub, xformers, ...                     packages, if they are installed
+    flash, flash_hub, flash_3, flash_3_hub, xformers      packages (attention_packages.py)
     plain              softmax(q k^T) v in three calls, for small problems on a CPU
     auto               native_flash on CUDA in 16 bits, native_efficient there in 32 and for models
                        that mask padding, plain on a CPU in 16 bits (native_math for families
@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -34,7 +33,7 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError
-from flowgrpo.policies import deterministic, lora
+from flowgrpo.policies import attention_packages, deterministic, lora
 from flowgrpo.policies.family import Family, import_hook
 
 # Names of the layers that make query, key and value of the tokens of the image, and of the text.
@@ -53,7 +52,8 @@ def pin(
 
     Raises:
         ConfigError: the kernel is unknown, not installed, or cannot run on the device, at the
-            transformer's head size or in `dtype`: it is tried once, with a gradient.
+            transformer's head size or in `dtype`: it is tried once, with a gradient. On a GPU that
+            PyTorch is asked to be deterministic on, its gradients differ from pass to pass.
     """
     if family.fixed_attention:
         if name != "auto":
@@ -76,11 +76,20 @@ def pin(
     if backend in KERNELS:
         _leave_switches_alone(backend)
     _, head = family.widths_of(transformer)
-    try:
-        if backend is not None:
+    if backend is not None:
+        attention_packages.refuse(backend, device, dtype, head, family.masked_attention)
+        if name in attention_packages.PACKAGES:
+            attention_packages.replace_call(backend)
+        try:
             # Checks that the package is there and fetches kernels from the Hub where asked for.
             with _without_notice():
                 transformer.set_attention_backend(backend.value)
+        except Exception as error:
+            raise ConfigError(
+                f"policy.attention is {name}, which could not be loaded ({_first_line(error)}); "
+                "see to that, or choose auto."
+            ) from error
+    try:
         # Once, forward and backward, so that what cannot run, or in an update's backward may not,
         # says so before the first image.
         inputs = [torch.zeros(1, 16, 1, head, device=device, dtype=dtype).requires_grad_()] * 3
@@ -91,10 +100,41 @@ def pin(
     except Exception as error:
         raise ConfigError(
             f"policy.attention {name} cannot compute heads of {head} in {dtype} on {device} "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); install what it "
-            "needs, or choose another, for example native_efficient or native_math."
+            f"({_first_line(error)}); choose another, for example native_efficient or native_math."
         ) from error
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        _check_repeats(name, backend, device, dtype, head)
     return name
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def _check_repeats(
+    name: str,
+    backend: AttentionBackendName | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int,
+) -> None:
+    """Raise ConfigError if two backward passes differ, at a size whose sums have many parts."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, 1024, 4, head)
+    *inputs, weights = (torch.randn(shape, generator=draw).to(device, dtype) for _ in range(4))
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out = attend(*inputs, backend)
+    with deterministic.deterministic_backward():
+        first, second = (
+            torch.autograd.grad(out, inputs, weights, retain_graph=True) for _ in range(2)
+        )
+    if not all(map(torch.equal, first, second)):
+        raise ConfigError(
+            f"policy.attention is {name}, whose gradients of equal inputs differed in two backward "
+            f"passes on {device}, so that equal seeds would not give equal runs; choose auto."
+        )
 
 
 @contextmanager
@@ -147,16 +187,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
-        mask = _aligned(mask).expand(*query.shape[:3], -1)
+        mask = attention_packages.aligned(mask).expand(*query.shape[:3], -1)
     kernel = aten._scaled_dot_product_efficient_attention
     return kernel(query, key, value, mask, _has_backward(query, key, value))[0]
-
-
-def _aligned(mask: Tensor) -> Tensor:
-    """A copy of the mask whose rows begin at addresses that the kernel can read from, as
-    scaled_dot_product_attention makes it: a multiple of 16 numbers apart."""
-    length = mask.shape[-1]
-    return F.pad(mask, (0, -length % 16))[..., :length]
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
