@@ -45,6 +45,7 @@ from .backends.triton import (
     coefficient,
     constant,
     count,
+    exponential,
     guided,
     jit,
     load,
@@ -271,7 +272,7 @@ def grpo_loss_rows_kernel(
     if OLD:
         mean_h = tl.div_rn(row_sum(sums_ptr, SUM_HH, num_blocks, WIDTH), n)
         delta = (delta + (k * (b * b)) * mean_h) * c
-    ratio = tl.exp(delta)
+    ratio = exponential(delta)
 
     abs_dt = coefficient(table_ptr, step, num_steps, COL_ABS_DT)
     policy, g, outside = policy_term(
@@ -392,25 +393,28 @@ def _launch_forward(
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     flags = {"REF": ref is not None, "OLD": old is not None}
     with triton.on(sample.device):
-        launch(grpo_loss_sums_kernel, rows * blocks)(
-            velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step, scale,
-            *sizes,
+        launch(
+            grpo_loss_sums_kernel, rows * blocks,
+            (velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step),
+            (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF_GUIDED=ref_uncond is not None,
             **flags,
             **triton.LAUNCH,
         )  # fmt: skip
-        launch(grpo_loss_rows_kernel, rows)(
-            sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
-            terms, table, step, kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes,
+        launch(
+            grpo_loss_rows_kernel, rows,
+            (sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
+             terms, table, step),
+            (kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes),
             WEIGHT=row_weight is not None,
             KL_WEIGHT=kl_row_weight is not None,
             **flags,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        launch(grpo_loss_totals_kernel, 1)(
-            terms, loss, policy, kl, fraction, kl_weight, rows,
+        launch(
+            grpo_loss_totals_kernel, 1, (terms, loss, policy, kl, fraction), (kl_weight, rows),
             REF=ref is not None, **triton.ONE_WARP,
         )  # fmt: skip
     return results
@@ -428,10 +432,11 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(grpo_loss_backward_kernel, rows * blocks)(
-            grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
-            du if uncond_grad else None, table, step, scale, 1.0 - scale, elements,
-            table.shape[0], step.stride(0), blocks,
+        launch(
+            grpo_loss_backward_kernel, rows * blocks,
+            (grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
+             du if uncond_grad else None, table, step),
+            (scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF=ref is not None,

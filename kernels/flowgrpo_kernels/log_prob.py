@@ -216,8 +216,9 @@ def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step, m
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        launch(log_prob_kernel, rows * blocks)(
-            velocity, uncond, sample, prev_sample, sums, table, step, mean, x0, scale, *sizes,
+        launch(
+            log_prob_kernel, rows * blocks,
+            (velocity, uncond, sample, prev_sample, sums, table, step, mean, x0), (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             SINGLE=blocks == 1,
@@ -226,9 +227,10 @@ def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step, m
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            launch(triton.finish_kernel, rows)(
-                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
-            )
+            launch(
+                triton.finish_kernel, rows, (sums, log_prob, table, step), sizes,
+                **triton.second_pass(blocks),
+            )  # fmt: skip
     return log_prob
 
 
@@ -260,10 +262,11 @@ def _launch_mean_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(log_prob_backward_kernel, rows * blocks)(
-            grad, velocity, uncond, sample, prev_sample, grad_mean, grad_x0, dv,
-            du if uncond_grad else None, table, step, scale, 1.0 - scale, elements, table.shape[0],
-            step.stride(0), blocks,
+        launch(
+            log_prob_backward_kernel, rows * blocks,
+            (grad, velocity, uncond, sample, prev_sample, grad_mean, grad_x0, dv,
+             du if uncond_grad else None, table, step),
+            (scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             UNCOND_GRAD=uncond_grad,

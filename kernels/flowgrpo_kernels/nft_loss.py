@@ -365,26 +365,30 @@ def _launch_forward(launch, *args):
     sums, terms = new(6, rows * blocks), new(3, rows)
     ref = a.ref_velocity is not None
     with triton.on(device):
-        launch(nft_loss_sums_kernel, rows * blocks)(
-            a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
-            a.ref_uncond_velocity, a.sigma, sums, a.guidance_scale, a.beta, elements, blocks,
+        launch(
+            nft_loss_sums_kernel, rows * blocks,
+            (a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
+             a.ref_uncond_velocity, a.sigma, sums),
+            (a.guidance_scale, a.beta, elements, blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=a.uncond_velocity is not None,
             REF=ref,
             REF_GUIDED=a.ref_uncond_velocity is not None,
             **triton.LAUNCH,
         )  # fmt: skip
-        launch(nft_loss_rows_kernel, rows)(
-            sums, a.sigma, a.optimality, a.row_weight, a.kl_row_weight, *per_row, coefs, terms,
-            a.beta, a.floor, a.kl_weight, elements, blocks,
+        launch(
+            nft_loss_rows_kernel, rows,
+            (sums, a.sigma, a.optimality, a.row_weight, a.kl_row_weight, *per_row, coefs, terms),
+            (a.beta, a.floor, a.kl_weight, elements, blocks),
             REF=ref,
             WEIGHT=a.row_weight is not None,
             KL_WEIGHT=a.kl_row_weight is not None,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        launch(nft_loss_totals_kernel, 1)(
-            terms, *totals, a.kl_weight, rows, REF=ref, **triton.ONE_WARP
-        )
+        launch(
+            nft_loss_totals_kernel, 1, (terms, *totals), (a.kl_weight, rows),
+            REF=ref, **triton.ONE_WARP,
+        )  # fmt: skip
     return *totals, *per_row, coefs
 
 
@@ -400,9 +404,11 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(nft_loss_backward_kernel, rows * blocks)(
-            grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
-            du if uncond_grad else None, scale, 1.0 - scale, beta, elements, blocks,
+        launch(
+            nft_loss_backward_kernel, rows * blocks,
+            (grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
+             du if uncond_grad else None),
+            (scale, 1.0 - scale, beta, elements, blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF=ref is not None,

@@ -73,9 +73,10 @@ def _launch(launch, seeds, shape, dtype):
     blocks = triton.num_blocks(elements)
     align = triton.alignment(rows, elements)
     with triton.on(seeds.device):
-        launch(initial_noise_kernel, rows * blocks)(
-            out, seeds, elements, blocks, ALIGN=align, **triton.LAUNCH
-        )
+        launch(
+            initial_noise_kernel, rows * blocks, (out, seeds), (elements, blocks),
+            ALIGN=align, **triton.LAUNCH,
+        )  # fmt: skip
     return out
 
 

@@ -145,9 +145,10 @@ def _launch(
     sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        launch(sde_step_kernel, rows * blocks)(
-            velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0, scale,
-            *sizes,
+        launch(
+            sde_step_kernel, rows * blocks,
+            (velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0),
+            (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             NOISE=source,
@@ -157,9 +158,10 @@ def _launch(
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            launch(triton.finish_kernel, rows)(
-                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
-            )
+            launch(
+                triton.finish_kernel, rows, (sums, log_prob, table, step), sizes,
+                **triton.second_pass(blocks),
+            )  # fmt: skip
 
 
 def sde_step(

@@ -80,13 +80,11 @@ def recorded(calls) -> dict[str, tuple[Variant, tuple]]:
     """Runs calls and returns what they launch: key -> (variant, arguments of its first launch)."""
     launches: dict[str, tuple[Variant, tuple]] = {}
 
-    def launch(kernel, programs: int):
-        def note(*args, **constants) -> None:
-            key = launch_key(kernel, args, constants)
-            if key not in launches:
-                launches[key] = _variant(key, kernel, args, constants), args
-
-        return note
+    def launch(kernel, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
+        key = launch_key(kernel, tensors, constants)
+        if key not in launches:
+            args = (*tensors, *numbers)
+            launches[key] = _variant(key, kernel, args, constants), args
 
     with dispatch.use_launch(launch), torch.enable_grad():
         for call in calls:

@@ -96,9 +96,12 @@ def status() -> tuple[bool, str]:
     return True, f"{len(launchers)} ops{' in the interpreter' if interpreting() else ''}"
 
 
-def launch(kernel, programs: int) -> Callable:
-    """Returns what launches `programs` programs: call it with the kernel's arguments."""
-    return kernel[(programs,)]
+def launch(kernel, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
+    """Launches `programs` programs. tensors, numbers: its arguments, in order; None is no tensor.
+
+    constants: those in capitals, and options of the launch.
+    """
+    kernel[(programs,)](*tensors, *numbers, **constants)
 
 
 def jit(function):
@@ -323,6 +326,29 @@ def score(sum_d, elements, k, c0, c):
     """Returns log_prob from the sum of squares; 0 where C and k are 0."""
     mean = tl.div_rn(sum_d, count(elements))
     return tl.where((c == 0.0) & (k == 0.0), 0.0, -(k * mean) - c0)
+
+
+@jit
+def power_of_two(n):
+    """Returns 2^n as float32 of an int32 n in [-126, 127]."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def exponential(x):
+    """Returns exp of float32, by the polynomial of reference.py."""
+    # Comparisons, since minimum and maximum need not keep a NaN; it is put back at the end.
+    number = tl.where(x > 89.0, 89.0, tl.where(x > -104.0, x, -104.0))
+    n = tl.floor(number * 1.44269504 + 0.5)
+    r = (number - n * 0.693359375) - n * -0.00021219444
+    p = r * 0.000197882517 + 0.00139468687
+    p = p * r + 0.00833351072
+    p = p * r + 0.0416662656
+    p = p * r + 0.166666657
+    p = p * r + 0.5
+    n = n.to(tl.int32)
+    result = ((p * (r * r) + r) + 1.0) * power_of_two(n >> 1) * power_of_two(n - (n >> 1))
+    return tl.where(x == x, result, x)
 
 
 @jit
