@@ -33,7 +33,6 @@ from .arguments import bound, finite
 from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
-    CHUNKS_C,
     COL_A,
     COL_ABS_DT,
     COL_B,
@@ -41,7 +40,8 @@ from .backends.triton import (
     COL_C,
     COL_C0,
     COL_K,
-    LANES_C,
+    PARTS_C,
+    chunk_lanes,
     coefficient,
     constant,
     count,
@@ -49,8 +49,9 @@ from .backends.triton import (
     guided,
     jit,
     load,
-    pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     residual,
     row_sum,
     score,
@@ -141,7 +142,7 @@ def grpo_loss_sums_kernel(
     ref_ptr,  # [B, D] if REF
     ref_u_ptr,  # [B, D] if REF_GUIDED
     old_ptr,  # [B, D] if OLD
-    sums_ptr,  # [3, B * blocks]: of d d, e e, h h
+    sums_ptr,  # [3, B * blocks * PARTS]: of d d, e e, h h
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
     scale,
@@ -155,33 +156,25 @@ def grpo_loss_sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
-    """Writes a block's sums of d d, e e and h h; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes sums of d d, e e and h h; PARTS programs per block."""
+    row, part, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
-    b_dd = tl.zeros([LANES_C], dtype=tl.float32)
-    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
-    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
-            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-        )
-        b_dd += b_d * b_d
-        if REF:
-            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_ee += b_e * b_e
-        if OLD:
-            b_h = b_v - load(old_ptr + base, o_lane, remaining)
-            b_hh += b_h * b_h
+    o_lane = quarter_lanes(part)
+    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    # All loads before the first sum, which waits for them.
+    if REF:
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+    if OLD:
+        b_h = b_v - load(old_ptr + base, o_lane, remaining)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
-    tl.store(p_sum + SUM_DD * programs, pair_tree(b_dd, LANES_C))
+    tl.store(p_sum + SUM_DD * programs, quarter_sum(b_d * b_d))
     if REF:
-        tl.store(p_sum + SUM_EE * programs, pair_tree(b_ee, LANES_C))
+        tl.store(p_sum + SUM_EE * programs, quarter_sum(b_e * b_e))
     if OLD:
-        tl.store(p_sum + SUM_HH * programs, pair_tree(b_hh, LANES_C))
+        tl.store(p_sum + SUM_HH * programs, quarter_sum(b_h * b_h))
 
 
 @jit
@@ -232,7 +225,7 @@ def kl_term(weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, WEIGHT: tl.co
 
 @jit
 def grpo_loss_rows_kernel(
-    sums_ptr,  # [3, B * blocks]
+    sums_ptr,  # [3, B * blocks * PARTS]
     old_log_prob_ptr,  # [B]
     advantages_ptr,  # [B]
     weight_ptr,  # [B] if WEIGHT
@@ -346,8 +339,8 @@ def grpo_loss_backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a chunk of the gradients; PARTS programs per block."""
+    row, chunk, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
@@ -355,21 +348,17 @@ def grpo_loss_backward_kernel(
     c_d = grad * tl.load(coefs_ptr + 3 * row)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_h = grad * tl.load(coefs_ptr + 3 * row + 2)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
-            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-        )
-        b_dv = term(c_d, b_d)
-        if REF:
-            b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_dv += term(c_e, b_v - b_ref)
-        if OLD:
-            b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
-        store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-            GUIDED, UNCOND_GRAD,
-        )  # fmt: skip
+    o_lane = chunk_lanes(chunk)
+    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    b_dv = term(c_d, b_d)
+    if REF:
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_dv += term(c_e, b_v - b_ref)
+    if OLD:
+        b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
+    store_gradient(
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
+    )
 
 
 @triton.launcher("grpo_loss_forward")
@@ -389,12 +378,12 @@ def _launch_forward(
             total.zero_()
         return results
     blocks = triton.num_blocks(elements)
-    sums, terms = new((3, rows * blocks)), new((3, rows))
+    sums, terms = triton.partial_sums(table, 3 * rows, blocks), new((3, rows))
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     flags = {"REF": ref is not None, "OLD": old is not None}
     with triton.on(sample.device):
         launch(
-            grpo_loss_sums_kernel, rows * blocks,
+            grpo_loss_sums_kernel, rows * blocks * triton.PARTS,
             (velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step),
             (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
@@ -433,7 +422,7 @@ def _launch_backward(
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
         launch(
-            grpo_loss_backward_kernel, rows * blocks,
+            grpo_loss_backward_kernel, rows * blocks * triton.PARTS,
             (grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
              du if uncond_grad else None, table, step),
             (scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks),

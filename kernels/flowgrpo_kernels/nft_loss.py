@@ -36,15 +36,16 @@ from .arguments import check_tensor, finite, positive
 from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
-    CHUNKS_C,
-    LANES_C,
+    PARTS_C,
+    chunk_lanes,
     constant,
     count,
     guided,
     jit,
     load,
-    pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     row_sum,
     store_gradient,
     store_three,
@@ -149,7 +150,7 @@ def nft_loss_sums_kernel(
     ref_ptr,  # [B, D] if REF
     ref_u_ptr,  # [B, D] if REF_GUIDED
     sigma_ptr,  # [B]
-    sums_ptr,  # [6, B * blocks]: of |p|, p p, |q|, q q, h h, e e
+    sums_ptr,  # [6, B * blocks * PARTS]: of |p|, p p, |q|, q q, h h, e e
     scale,
     beta,
     elements,
@@ -159,40 +160,28 @@ def nft_loss_sums_kernel(
     REF: tl.constexpr,
     REF_GUIDED: tl.constexpr,
 ):
-    """Writes a block's six sums; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes six sums; PARTS programs per block."""
+    row, part, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     sigma = unit(sigma_ptr, row)
     sigma_beta = sigma * beta
-    b_abs_p = tl.zeros([LANES_C], dtype=tl.float32)
-    b_pp = tl.zeros([LANES_C], dtype=tl.float32)
-    b_abs_q = tl.zeros([LANES_C], dtype=tl.float32)
-    b_qq = tl.zeros([LANES_C], dtype=tl.float32)
-    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        if REF:
-            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_ee += b_e * b_e
-        b_old = load(old_ptr + base, o_lane, remaining)
-        b_h = b_v - b_old
-        b_hh += b_h * b_h
-        b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
-        # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
-        b_abs_p += tl.abs(b_p)
-        b_pp += b_p * b_p
-        b_abs_q += tl.abs(b_q)
-        b_qq += b_q * b_q
+    o_lane = quarter_lanes(part)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+    # All loads before the first sum, which waits for them.
+    if REF:
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining)
+    b_h = b_v - b_old
+    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
-    tl.store(p_sum + SUM_ABS_P * programs, pair_tree(b_abs_p, LANES_C))
-    tl.store(p_sum + SUM_P * programs, pair_tree(b_pp, LANES_C))
-    tl.store(p_sum + SUM_ABS_Q * programs, pair_tree(b_abs_q, LANES_C))
-    tl.store(p_sum + SUM_Q * programs, pair_tree(b_qq, LANES_C))
-    tl.store(p_sum + SUM_H * programs, pair_tree(b_hh, LANES_C))
+    # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
+    tl.store(p_sum + SUM_ABS_P * programs, quarter_sum(tl.abs(b_p)))
+    tl.store(p_sum + SUM_P * programs, quarter_sum(b_p * b_p))
+    tl.store(p_sum + SUM_ABS_Q * programs, quarter_sum(tl.abs(b_q)))
+    tl.store(p_sum + SUM_Q * programs, quarter_sum(b_q * b_q))
+    tl.store(p_sum + SUM_H * programs, quarter_sum(b_h * b_h))
     if REF:
-        tl.store(p_sum + SUM_E * programs, pair_tree(b_ee, LANES_C))
+        tl.store(p_sum + SUM_E * programs, quarter_sum(b_e * b_e))
 
 
 @jit
@@ -316,29 +305,25 @@ def nft_loss_backward_kernel(
     REF_GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a chunk of the gradients; PARTS programs per block."""
+    row, chunk, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     sigma = unit(sigma_ptr, row)
     sigma_beta = sigma * beta
     grad = tl.load(grad_ptr).to(tl.float32)
     c_p = grad * tl.load(coefs_ptr + 3 * row)
     c_q = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 2)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_old = load(old_ptr + base, o_lane, remaining)
-        b_p, b_q = errors(
-            x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta
-        )
-        b_dv = term(c_p, b_p) + term(c_q, b_q)
-        if REF:
-            b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_dv += term(c_e, b_v - b_ref)
-        store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-            GUIDED, UNCOND_GRAD,
-        )  # fmt: skip
+    o_lane = chunk_lanes(chunk)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining)
+    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta)
+    b_dv = term(c_p, b_p) + term(c_q, b_q)
+    if REF:
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_dv += term(c_e, b_v - b_ref)
+    store_gradient(
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
+    )
 
 
 @triton.launcher("nft_loss_forward")
@@ -362,11 +347,11 @@ def _launch_forward(launch, *args):
             total.zero_()
         return *totals, *per_row, coefs
     blocks = triton.num_blocks(elements)
-    sums, terms = new(6, rows * blocks), new(3, rows)
+    sums, terms = triton.partial_sums(loss, 6 * rows, blocks), new(3, rows)
     ref = a.ref_velocity is not None
     with triton.on(device):
         launch(
-            nft_loss_sums_kernel, rows * blocks,
+            nft_loss_sums_kernel, rows * blocks * triton.PARTS,
             (a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
              a.ref_uncond_velocity, a.sigma, sums),
             (a.guidance_scale, a.beta, elements, blocks),
@@ -405,7 +390,7 @@ def _launch_backward(
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
         launch(
-            nft_loss_backward_kernel, rows * blocks,
+            nft_loss_backward_kernel, rows * blocks * triton.PARTS,
             (grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
              du if uncond_grad else None),
             (scale, 1.0 - scale, beta, elements, blocks),
