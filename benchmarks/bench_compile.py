@@ -5,8 +5,9 @@
     python benchmarks/bench_compile.py --kernels heads    # replaces the rows of those kernels
 
 Writes results/compile.json and its page, results/compile.md: registers a thread, bytes of shared
-memory, lines of PTX or AMD assembly, bytes of stack and local memory. Exits with 1 when a kernel
-has float64 arithmetic, a fused multiply-add, local memory or no 128-bit accesses (see
+memory, lines of PTX or AMD assembly, bytes of stack and local memory; for NVIDIA's GPUs also what
+its assembler makes of the lines: instructions, and the barriers among them. Exits with 1 when a
+kernel has float64 arithmetic, a fused multiply-add, local memory or no 128-bit accesses (see
 flowgrpo_kernels/aot).
 """
 
@@ -27,6 +28,8 @@ UNITS = {
     "shared": "bytes",
     "instructions": "lines",
     "local": "bytes",
+    "machine": "instructions",
+    "barriers": "instructions",
 }
 
 

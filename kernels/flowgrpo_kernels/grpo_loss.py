@@ -22,15 +22,13 @@ backward. When grad_loss turns out to be another value, backward reads everythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import checks, reference
 from .arguments import bound, finite
-from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
     COL_A,
@@ -61,6 +59,7 @@ from .backends.triton import (
     term,
     tl,
 )
+from .loss_function import loss_function
 from .reference import LossArguments
 from .transitions import Transitions
 
@@ -440,97 +439,11 @@ def _launch_backward(
 @triton.launcher("grpo_loss_gradient")
 def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
-    *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(launch, *args)
-    loss, *_, coefs = outputs
-    grad = torch.full_like(loss, grad_loss)
-    shared = LossArguments(*args).of_backward()
-    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
+    passes = (functools.partial(run, launch) for run in (_launch_forward, _launch_backward))
+    return reference.in_turn(LossArguments, *passes, args)
 
 
-class LossInTwoPasses(torch.autograd.Function):
-    """Loss whose backward reads the latents once more."""
-
-    @staticmethod
-    def forward(ctx, uncond_grad, *args):
-        *results, coefs = forward_op(*args)
-        _save(ctx, uncond_grad, LossArguments(*args), results, coefs)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("grpo_loss")
-    def backward(ctx, grad_loss, *unused):
-        if grad_loss is None:
-            dv = du = None
-        else:
-            dv, du = _gradients(ctx, ctx.saved_tensors, grad_loss)
-        # One result for each argument of forward: uncond_grad, the velocities, the constants.
-        constants = [None] * (len(LossArguments._fields) - 2)
-        return None, dv, du, *constants
-
-
-class LossInOnePass(torch.autograd.Function):
-    """Loss whose forward writes the gradient too.
-
-    The constants come in one tuple: autograd spends time on each argument of its own.
-    """
-
-    # grad_loss of the last backward: a guess at the next one, which changes no result.
-    expected = 1.0
-
-    @staticmethod
-    def forward(ctx, velocity, uncond, uncond_grad, constants):
-        args = LossArguments(velocity, uncond, *constants)
-        expected = LossInOnePass.expected
-        *results, coefs, dv, du = gradient_op(*args, expected, uncond_grad)
-        ctx.ready = expected, dv, du
-        _save(ctx, uncond_grad, args, results, coefs)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("grpo_loss")
-    def backward(ctx, grad_loss, *unused):
-        if grad_loss is None:
-            return None, None, None, None
-        # Read even if not needed: autograd then refuses what was changed in place meanwhile.
-        saved = ctx.saved_tensors
-        # Handed out once: whoever gets the gradient may change it in place.
-        ready, ctx.ready = ctx.ready, None
-        asked = None
-        if ready is not None and readable(grad_loss):
-            # Not compared through the class, where another thread may write, too.
-            asked = LossInOnePass.expected = grad_loss.item()
-        if ready is not None and ready[0] == asked:
-            _, dv, du = ready
-            du = du if ctx.uncond_grad else None
-        else:
-            dv, du = _gradients(ctx, saved, grad_loss)
-        return dv, du, None, None
-
-
-def _save(
-    ctx, uncond_grad: bool, args: LossArguments, results: Sequence[Tensor], coefs: Tensor
-) -> None:
-    """Saves what `_gradients` needs. results: of the op grpo_loss_forward, without coefs."""
-    ctx.save_for_backward(
-        coefs, args.velocity, args.uncond_velocity, args.sample, args.prev_sample, args.table,
-        args.step, args.ref_velocity, args.ref_uncond_velocity, args.old_velocity,
-    )  # fmt: skip
-    ctx.scale, ctx.uncond_grad = args.guidance_scale, uncond_grad
-    _loss, *others = results
-    ctx.mark_non_differentiable(*others)
-    # The gradients of the other outputs are never used: no zeros are made for them.
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Computes the gradients of both velocities from what `_save` saved."""
-    coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = saved
-    dv, du = backward_op(
-        grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,
-        ref, ref_u, old, ctx.uncond_grad,
-    )  # fmt: skip
-    return dv, (du if ctx.uncond_grad else None)
+LossFunction = loss_function("grpo_loss", LossArguments, forward_op, gradient_op, backward_op)
 
 
 def grpo_loss(
@@ -602,13 +515,7 @@ def grpo_loss(
         row_weight, row_weight if kl_row_weight is None else kl_row_weight,
         kl_weight, low, high, adv_clip,
     )  # fmt: skip
-    check_transforms("grpo_loss", velocity, uncond)
-    if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
-        *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
-    elif dispatch.in_one_pass("grpo_loss_gradient", velocity, sample):
-        results = LossInOnePass.apply(velocity, uncond, uncond_grad, constants)
-    else:
-        results = LossInTwoPasses.apply(uncond_grad, velocity, uncond, *constants)
+    results = LossFunction.evaluate(velocity, uncond, uncond_grad, *constants)
     loss, policy_loss, kl, clip_fraction, lp, ratio = results
     return GrpoLoss(loss, policy_loss, kl, lp, ratio, clip_fraction)
 

@@ -26,6 +26,7 @@ does.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,6 @@ from torch import Tensor
 
 from . import checks, reference
 from .arguments import check_tensor, finite, positive
-from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
     PARTS_C,
@@ -53,6 +53,7 @@ from .backends.triton import (
     term,
     tl,
 )
+from .loss_function import loss_function
 from .reference import NftArguments
 
 # Sums of a row that the forward pass leaves: of |p|, p p, |q|, q q, h h and e e (see reference.py).
@@ -407,64 +408,11 @@ def _launch_backward(
 @triton.launcher("nft_loss_gradient")
 def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
-    *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(launch, *args)
-    loss, *_, coefs = outputs
-    grad = torch.full_like(loss, grad_loss)
-    shared = NftArguments(*args).of_backward()
-    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
+    passes = (functools.partial(run, launch) for run in (_launch_forward, _launch_backward))
+    return reference.in_turn(NftArguments, *passes, args)
 
 
-class NftLossFunction(torch.autograd.Function):
-    """Loss whose forward may write the gradient too, for the grad_loss of the last backward."""
-
-    # grad_loss of the last backward: a guess at the next one, which changes no result.
-    expected = 1.0
-
-    @staticmethod
-    def forward(ctx, one_pass, uncond_grad, *args):
-        a = NftArguments(*args)
-        ctx.ready = None
-        if one_pass:
-            expected = NftLossFunction.expected
-            *results, coefs, dv, du = gradient_op(*args, expected, uncond_grad)
-            ctx.ready = expected, dv, du
-        else:
-            *results, coefs = forward_op(*args)
-        ctx.save_for_backward(
-            coefs, a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.sigma,
-            a.ref_velocity, a.ref_uncond_velocity,
-        )  # fmt: skip
-        ctx.scale, ctx.beta, ctx.uncond_grad = a.guidance_scale, a.beta, uncond_grad
-        _loss, *others = results
-        ctx.mark_non_differentiable(*others)
-        # The gradients of the other outputs are never used: no zeros are made for them.
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("nft_loss")
-    def backward(ctx, grad_loss, *unused):
-        # One result for each argument of forward: two switches, the velocities, the constants.
-        constants = [None] * (len(NftArguments._fields) - 2)
-        if grad_loss is None:
-            return None, None, None, None, *constants
-        # Read even if not needed: autograd then refuses what was changed in place meanwhile.
-        coefs, velocity, uncond, sample, x0, old, sigma, ref, ref_u = ctx.saved_tensors
-        # Handed out once: whoever gets the gradient may change it in place.
-        ready, ctx.ready = ctx.ready, None
-        asked = None
-        if ready is not None and readable(grad_loss):
-            # Not compared through the class, where another thread may write, too.
-            asked = NftLossFunction.expected = grad_loss.item()
-        if ready is not None and ready[0] == asked:
-            _, dv, du = ready
-        else:
-            dv, du = backward_op(
-                grad_loss, coefs, velocity, uncond, ctx.scale, sample, x0, old, sigma, ref, ref_u,
-                ctx.beta, ctx.uncond_grad,
-            )  # fmt: skip
-        return None, None, dv, du if ctx.uncond_grad else None, *constants
+LossFunction = loss_function("nft_loss", NftArguments, forward_op, gradient_op, backward_op)
 
 
 def nft_loss(
@@ -537,13 +485,7 @@ def nft_loss(
         scale, sample, x0, old_velocity, sigma, optimality, ref_velocity, ref_uncond_velocity,
         row_weight, row_weight if kl_row_weight is None else kl_row_weight, beta, floor, kl_weight,
     )  # fmt: skip
-    check_transforms("nft_loss", velocity, uncond)
-    if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
-        *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
-    else:
-        one_pass = dispatch.in_one_pass("nft_loss_gradient", velocity, sample)
-        results = NftLossFunction.apply(one_pass, uncond_grad, velocity, uncond, *constants)
-    return NftLoss(*results)
+    return NftLoss(*LossFunction.evaluate(velocity, uncond, uncond_grad, *constants))
 
 
 def _check(

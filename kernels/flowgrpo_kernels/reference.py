@@ -550,18 +550,25 @@ def grpo_loss_backward(
     return _split_gradient(dv, velocity, uncond_velocity, guidance_scale, uncond_grad)
 
 
-def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
-    """Computes what grpo_loss_forward and grpo_loss_backward do, for a grad_loss known beforehand.
+def in_turn(arguments: type, forward, backward, args: tuple) -> tuple[Tensor, ...]:
+    """Computes a loss and its gradients by its two ops, for a grad_loss known beforehand.
 
-    args: LossArguments, then grad_loss (a number) and uncond_grad. For backends that save a pass
-    over memory with it.
+    arguments: the NamedTuple of those of forward. args: these, then grad_loss (a number) and
+    uncond_grad. Returns the results of forward, then those of backward.
     """
     *args, grad_loss, uncond_grad = args
-    outputs = grpo_loss_forward(*args)
+    outputs = forward(*args)
     loss, *_, coefs = outputs
     grad = torch.full_like(loss, grad_loss)
-    shared = LossArguments(*args).of_backward()
-    return *outputs, *grpo_loss_backward(grad, coefs, *shared, uncond_grad)
+    return *outputs, *backward(grad, coefs, *arguments(*args).of_backward(), uncond_grad)
+
+
+def grpo_loss_gradient(*args) -> tuple[Tensor, ...]:
+    """Computes what grpo_loss_forward and grpo_loss_backward do; `args` as in in_turn.
+
+    For backends that save a pass over memory with it.
+    """
+    return in_turn(LossArguments, grpo_loss_forward, grpo_loss_backward, args)
 
 
 class NftArguments(NamedTuple):
@@ -680,16 +687,8 @@ def nft_loss_backward(
 
 
 def nft_loss_gradient(*args) -> tuple[Tensor, ...]:
-    """Computes what nft_loss_forward and nft_loss_backward do, for a grad_loss known beforehand.
-
-    args: NftArguments, then grad_loss (a number) and uncond_grad.
-    """
-    *args, grad_loss, uncond_grad = args
-    outputs = nft_loss_forward(*args)
-    loss, *_, coefs = outputs
-    grad = torch.full_like(loss, grad_loss)
-    shared = NftArguments(*args).of_backward()
-    return *outputs, *nft_loss_backward(grad, coefs, *shared, uncond_grad)
+    """Computes what nft_loss_forward and nft_loss_backward do; `args` as in in_turn."""
+    return in_turn(NftArguments, nft_loss_forward, nft_loss_backward, args)
 
 
 def initial_noise(seeds: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
