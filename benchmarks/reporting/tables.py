@@ -58,8 +58,10 @@ def compiled_kernels() -> str:
     note = (
         f"{len(variants)} variants for each target, local memory at most {max(local):.0f} bytes. "
         f"Shown are {len(lines)}: velocity / sample of {', '.join(PAIRS)}. A cell: registers a "
-        "thread / bytes of shared memory / instructions, and for NVIDIA's GPUs barriers among them."
+        "thread / bytes of shared memory / instructions"
     )
+    counted = any(r["metric"] == "barriers" for r in record["rows"])
+    note += ", and for NVIDIA's GPUs the barriers among them." if counted else "."
     head = ["kernel", "velocity/sample", *columns]
     return page("The compiled kernels", "compile.json", note, markdown(head, lines), record)
 
