@@ -124,19 +124,26 @@ def host_times(library: Path) -> dict[str, dict[str, float]]:
     stub_triton.install(library)
     b, transitions = inputs(), flow_sde([1.0, 0.5, 0.0])
     step = transitions.row_numbers[0].expand(ROWS)
-    sums = torch.empty(ROWS * 16)
+    sums = torch.empty(ROWS * 16 * triton.PARTS)
     tensors = (
         b["velocity"], b["uncond"], b["sample"], None, b["next"], sums, transitions.table, step,
         b["seeds"], None, None,
     )  # fmt: skip
     numbers = (4.5, 65536, transitions.num_steps, 0, 16)
     constants = dict(
-        ALIGN=16, GUIDED=True, NOISE="seeds", SINGLE=False, MEAN=False, X0=False, **triton.LAUNCH
+        ALIGN=16,
+        GUIDED=True,
+        NOISE="seeds",
+        SINGLE=False,
+        SPLIT=True,
+        MEAN=False,
+        X0=False,
+        **triton.LAUNCH,
     )
     times: dict[str, dict[str, list[float]]] = {"launch": {}, "sde_step": {}}
 
     def kernel(launch) -> None:
-        launch(sde_step_kernel, ROWS * 16, tensors, numbers, **constants)
+        launch(sde_step_kernel, ROWS * 16 * triton.PARTS, tensors, numbers, **constants)
 
     def op(launch) -> None:
         sde_step(
