@@ -175,14 +175,14 @@ def nft_loss_sums_kernel(
     b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
+    if REF:
+        tl.store(p_sum + SUM_E * programs, quarter_sum(b_e * b_e))
+    tl.store(p_sum + SUM_H * programs, quarter_sum(b_h * b_h))
     # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
     tl.store(p_sum + SUM_ABS_P * programs, quarter_sum(tl.abs(b_p)))
     tl.store(p_sum + SUM_P * programs, quarter_sum(b_p * b_p))
     tl.store(p_sum + SUM_ABS_Q * programs, quarter_sum(tl.abs(b_q)))
     tl.store(p_sum + SUM_Q * programs, quarter_sum(b_q * b_q))
-    tl.store(p_sum + SUM_H * programs, quarter_sum(b_h * b_h))
-    if REF:
-        tl.store(p_sum + SUM_E * programs, quarter_sum(b_e * b_e))
 
 
 @jit

@@ -25,7 +25,7 @@ that must be a multiple of 16, threads of a program, bytes of shared memory, byt
 LAUNCH = "<QQ"
 """FgLaunch of csrc/abi.h: stream, programs. The parameters follow."""
 MISALIGNED = -1
-"""What a launch returns, in place of the driver's code, where a parameter is no multiple of 16."""
+"""Result of a launch, in place of the driver's code, where a parameter is no multiple of 16."""
 INVALID_CONTEXT = 201
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 # Keys of the last argument of cuLaunchKernel.

@@ -211,10 +211,10 @@ class _Group:
     def read(self, start: int, length: int) -> bytes:
         """Returns a piece of the unpacked bytes."""
         missing = start + length - len(self._raw)
-        if missing > 0:
+        if missing > 0 and not self._decoder.eof:
             try:
                 self._raw += self._decoder.decompress(self._packed, max_length=missing)
-            except (self._error, EOFError) as error:
+            except self._error as error:
                 raise ImageError(f"{self.path} cannot be unpacked ({error}); {_AGAIN}") from None
             # The decoder keeps what it has not used.
             self._packed = b""

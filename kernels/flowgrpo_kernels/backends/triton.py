@@ -411,14 +411,14 @@ def exponential(x):
     """Returns exp of float32, by the polynomial of reference.py."""
     # Comparisons, since minimum and maximum need not keep a NaN; it is put back at the end.
     number = tl.where(x > 89.0, 89.0, tl.where(x > -104.0, x, -104.0))
-    n = tl.floor(number * 1.44269504 + 0.5)
-    r = (number - n * 0.693359375) - n * -0.00021219444
-    p = r * 0.000197882517 + 0.00139468687
-    p = p * r + 0.00833351072
-    p = p * r + 0.0416662656
-    p = p * r + 0.166666657
-    p = p * r + 0.5
-    n = n.to(tl.int32)
+    # floor, without the library's, which flushes subnormal numbers.
+    scaled = number * 1.44269504 + 0.5
+    n = scaled.to(tl.int32)
+    n -= tl.where(n.to(tl.float32) > scaled, 1, 0)
+    whole = n.to(tl.float32)
+    r = (number - whole * 0.693359375) - whole * -0.00021219444
+    p = (r * 0.000197882517 + 0.00139468687) * r + 0.00833351072
+    p = ((p * r + 0.0416662656) * r + 0.166666657) * r + 0.5
     result = ((p * (r * r) + r) + 1.0) * power_of_two(n >> 1) * power_of_two(n - (n >> 1))
     return tl.where(x == x, result, x)
 

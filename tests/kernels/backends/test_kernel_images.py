@@ -150,7 +150,7 @@ def test_comments_and_hosts_change_no_kernel(tmp_path):
     load = "        seed = tl.load(seeds_ptr + row)"
     for old, new, changes in (
         (load, "        # The key.\n" + load, False),
-        ('"""Writes a block of x\' and', '"""Stores a block of x\' and', False),
+        ('"""Writes x\' and', '"""Stores x\' and', False),
         ("    source = \"none\"", "    source = str(\"none\")", False),
         ("tl.load(seeds_ptr + row)", "tl.load(seeds_ptr + row + 0)", True),
         ("    scale,\n    elements,", "    elements,\n    scale,", True),
