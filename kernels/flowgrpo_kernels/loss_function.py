@@ -22,6 +22,8 @@ def loss_function(
     gradients. Only the loss is differentiable, in the velocities.
     """
 
+    both, sample_at = f"{name}_gradient", arguments._fields.index("sample") - 2
+
     class LossFunction(torch.autograd.Function):
         # grad_loss of the last backward: a guess at the next one, which changes no result.
         expected = 1.0
@@ -33,12 +35,13 @@ def loss_function(
             if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
                 *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
                 return results
-            sample = arguments(velocity, uncond, *constants).sample
-            one_pass = dispatch.in_one_pass(f"{name}_gradient", velocity, sample)
-            return LossFunction.apply(one_pass, uncond_grad, velocity, uncond, *constants)
+            one_pass = dispatch.in_one_pass(both, velocity, constants[sample_at])
+            return LossFunction.apply(one_pass, uncond_grad, velocity, uncond, constants)
 
         @staticmethod
-        def forward(ctx, one_pass, uncond_grad, *args):
+        def forward(ctx, one_pass, uncond_grad, velocity, uncond, constants):
+            # The constants come in one tuple: autograd spends time on each argument of its own.
+            args = arguments(velocity, uncond, *constants)
             ctx.ready = None
             if one_pass:
                 expected = LossFunction.expected
@@ -46,11 +49,14 @@ def loss_function(
                 ctx.ready = expected, dv, du
             else:
                 *results, coefs = forward_op(*args)
-            shared = arguments(*args).of_backward()
-            ctx.numbers = [None if x is None or isinstance(x, Tensor) else x for x in shared]
-            tensors = [x if isinstance(x, Tensor) else None for x in shared]
-            ctx.save_for_backward(coefs, *tensors)
-            ctx.uncond_grad = uncond_grad
+            tensors, numbers = [coefs], []
+            for i, x in enumerate(args.of_backward()):
+                if x is None or isinstance(x, Tensor):
+                    tensors.append(x)
+                else:
+                    numbers.append((i, x))
+            ctx.save_for_backward(*tensors)
+            ctx.numbers, ctx.uncond_grad = numbers, uncond_grad
             _loss, *others = results
             ctx.mark_non_differentiable(*others)
             # The gradients of the other outputs are never used: no zeros are made for them.
@@ -60,12 +66,10 @@ def loss_function(
         @staticmethod
         @once_differentiable(name)
         def backward(ctx, grad_loss, *unused):
-            # One result for each argument of forward: two switches, the velocities, the constants.
-            constants = [None] * (len(arguments._fields) - 2)
             if grad_loss is None:
-                return None, None, None, None, *constants
+                return None, None, None, None, None
             # Read even if not needed: autograd then refuses what was changed in place meanwhile.
-            coefs, *tensors = ctx.saved_tensors
+            coefs, *shared = ctx.saved_tensors
             # Handed out once: whoever gets the gradient may change it in place.
             ready, ctx.ready = ctx.ready, None
             asked = None
@@ -75,9 +79,9 @@ def loss_function(
             if ready is not None and ready[0] == asked:
                 _, dv, du = ready
             else:
-                pairs = zip(tensors, ctx.numbers, strict=True)
-                shared = [x if number is None else number for x, number in pairs]
+                for i, number in ctx.numbers:
+                    shared.insert(i, number)
                 dv, du = backward_op(grad_loss, coefs, *shared, ctx.uncond_grad)
-            return None, None, dv, du if ctx.uncond_grad else None, *constants
+            return None, None, dv, du if ctx.uncond_grad else None, None
 
     return LossFunction
