@@ -10,8 +10,10 @@ PROGRAMS = {
     "tables": "reporting.tables",
     "ocr": "experiments.ocr",
     "crash-drill": "experiments.crash_drill",
+    "ranks-choices": "experiments.ranks_choices",
     "ranks-drill": "experiments.ranks_drill",
     "fuzz": "experiments.fuzz",
+    "quantized": "experiments.quantized",
     "sanitize": "experiments.sanitize",
     "single-pass-loss": "experiments.single_pass_loss",
 }

@@ -22,9 +22,10 @@ those bytes.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 from measuring import memory, timers
+from measuring.timing import Options, Timing, matches
 from reporting import records
 
 
@@ -57,6 +59,7 @@ SMOKE = {
     "tiny-sd3": Model((16, 5), 48, 3, False, SECOND),
     "tiny-flux": Model((5, 16), 32, 2, True, ("norm", "gate", "heads")),
 }
+PROVIDERS = ("ours", "eager", "compile", "ceiling")
 BATCHES = (16, 1, 8)
 # Accesses of an element: forward, backward.
 ACCESSES = {
@@ -173,19 +176,39 @@ def providers(case: Case, compiled: bool) -> dict[str, Callable[[Buffers], None]
     return calls
 
 
+def dtype_on(device: str) -> torch.dtype:
+    """The dtype of the tokens: float32 on a CPU, whose bfloat16 may be emulated."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def ready(case: Case, device: str, names: Sequence[str]) -> dict[str, timers.Timed]:
+    """Make buffers and warm up some providers; one more round of each."""
+    dtype = dtype_on(device)
+    count = min(16, max(2, 250_000_000 // case.bytes(dtype))) if device == "cuda" else 2
+    sets = [Buffers(case, device, dtype, seed) for seed in range(count)]
+    calls = providers(case, "compile" in names)
+    return timers.rotating({name: calls[name] for name in names}, sets, device, PROVIDERS)
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark."""
+    names = tuple(name for name in PROVIDERS if options.compiled or name != "compile")
+    return [
+        Timing(case.name, names, functools.partial(ready, case, options.device))
+        for case in cases(options.smoke, "")
+    ]
+
+
+def test_blocks(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
+
+
 def time_rows(case: Case, device: str, rounds: int, compiled: bool) -> list[dict]:
     """Rows of a case's times and bandwidths."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    moved = case.bytes(dtype)
-    count = min(16, max(2, 250_000_000 // moved)) if device == "cuda" else 2
-    sets = [Buffers(case, device, dtype, seed) for seed in range(count)]
-    calls = providers(case, compiled)
-    if device == "cuda":
-        replays = {name: timers.captured(call, sets).run for name, call in calls.items()}
-        times = timers.interleaved(replays, rounds, device)
-        times = {name: [t / count for t in values] for name, values in times.items()}
-    else:
-        times = timers.time_cpu(calls, sets, rounds)
+    names = [name for name in PROVIDERS if compiled or name != "compile"]
+    times = timers.take_turns(ready(case, device, names), rounds)
+    moved = case.bytes(dtype_on(device))
     rows, line = [], []
     for name, values in times.items():
         t = statistics.median(values)
@@ -197,8 +220,8 @@ def time_rows(case: Case, device: str, rounds: int, compiled: bool) -> list[dict
 
 
 def cases(smoke: bool, pattern: str) -> list[Case]:
-    """Cases whose name contains `pattern`. The largest batch comes first: a limit of time cuts off
-    the others."""
+    """Cases whose name contains one of the comma-separated texts of `pattern`. The largest batch
+    comes first: a limit of time cuts off the others."""
     models, batches = (SMOKE, (2,)) if smoke else (MODELS, BATCHES)
     every_case = [
         Case(op, name, model, batch, backward)
@@ -207,7 +230,7 @@ def cases(smoke: bool, pattern: str) -> list[Case]:
         for op in model.ops
         for backward in (False, True)
     ]
-    return [case for case in every_case if pattern in case.name]
+    return [case for case in every_case if matches(case.name, pattern)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -215,7 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each provider")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases whose name contains one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--compile-cases", default="", help="compile only cases whose name contains this"

@@ -5,7 +5,8 @@
 No GPU and no memory is needed: measuring/on_meta.py says what is counted and what is not. Cases:
 SD3.5-M and FLUX.1-dev, the geometries of suite `iteration` with one trained step of two, since
 peaks and counts a step do not depend on their number. Providers: `ours` by default, `ours-fused`,
-`ours-recomputed` (policy.gradient_checkpointing), `eager` (a lower bound, see on_meta.pretending;
+`ours-recomputed` (policy.gradient_checkpointing), `ours-int8` and `ours-nf4` (that and
+policy.quantize, which needs bitsandbytes), `eager` (a lower bound, see on_meta.pretending;
 `compile` runs code that Inductor makes for a device, and cannot be counted). Text encoders are not
 in it. Rows: `counted_memory` (most bytes alive in an iteration, weights included),
 `counted_weights` (before it), `launches` (operations) and `waits` of a step of the rollout and of a
@@ -37,6 +38,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-fused": {"policy.fused": True},
     "ours-recomputed": {"policy.gradient_checkpointing": True},
+    "ours-int8": {"policy.gradient_checkpointing": True, "policy.quantize": "int8"},
+    "ours-nf4": {"policy.gradient_checkpointing": True, "policy.quantize": "nf4"},
 }
 
 
@@ -114,7 +117,8 @@ def micro_step(provider: Any, rollout: Any) -> tuple[AbstractContextManager, Cal
     policy, schedule, micro_step = components.policy, components.schedule, components.micro_step
     experience = objectives.with_prepared_conditioning(policy, schedule, experience)
     batch = objectives.gather_trained_steps(schedule, experience, rows, range(1))
-    return micro_step.accumulating(), lambda: micro_step(batch, provider.config, 1)
+    accumulating = micro_step.accumulating(components.world, components.dealing, provider.config)
+    return accumulating, lambda: micro_step(batch, provider.config, 1)
 
 
 def main(argv: list[str] | None = None) -> int:

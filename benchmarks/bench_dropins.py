@@ -6,13 +6,19 @@
 
 A replay scores a stored x' of 16 samples of 16 x 64 x 64 in float32, with autograd on for the
 velocity as in training: the forward alone (`replay`), and with the gradient to the velocity
-(`backward`). Providers: `ours` (the drop-in), `eager`
-(providers/peer_steps.py: the trainers' sequences of torch ops, written from their formulas; their
-own code does not run here), and `bare`, the op log_prob alone, without the mean and x0 that the
-trainers' functions return as well. Providers take turns, in another order each round (a call finds
-the caches as the one before it left them), and every call works on the next of several buffer sets,
-together larger than the caches. Times are the processor's, of the one thread that computes: what
-other processes take is not in them. `time` is the median, `best` the shortest.
+(`backward`). `host` is the forward of latents of 4 elements where the caches hold other things, as
+they do behind a pass over large latents: what Python, autograd and the dispatcher take.
+
+Providers: `ours` (the drop-in), `eager` (providers/peer_steps.py: the trainers' sequences of torch
+ops, written from their formulas; their own code does not run here), `bare`, the op log_prob alone,
+without the mean and x0 that the trainers' functions return as well, and `pass`: one torch op that
+reads the three latents and writes a new tensor, as each function must that returns the mean; with
+the gradient two of them, for it reads the latents again and writes the gradient. So eager / pass is
+the most that any replacement gains over the sequence, on the machine and in the state of the run.
+Providers take turns, in another order each round (a call finds the caches as the one before it left
+them), and every call works on the next of several buffer sets, together larger than the caches.
+Times are the processor's, of the one thread that computes: what other processes take is not in
+them. `time` is the median, `best` the shortest.
 
 With --keep-memory the process keeps what it has freed (glibc's MALLOC_TRIM_THRESHOLD_ and
 MALLOC_MMAP_THRESHOLD_), for every provider: then no call is charged for fresh pages, which the
@@ -22,13 +28,14 @@ eager sequences ask for most.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -49,12 +56,15 @@ from flowgrpo_kernels.compat import (
     verl_omni,
 )
 from measuring import timers
+from measuring.timing import Options, Timing
 from providers import flow_grpo_ops, peer_steps
 from reporting import records
 
 SHAPE, SMOKE_SHAPE = (16, 16, 64, 64), (2, 3, 5, 7)
+TINY = (1, 2, 2)
 SIGMAS = torch.tensor([1 - i / 10 for i in range(11)])
 STEP, LEVEL, ETA = 4, 0.7, 0.3
+PROVIDERS, METRICS = ("ours", "bare", "eager", "pass"), ("replay", "backward")
 # So that glibc keeps what is freed.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "2000000000"}
 
@@ -165,6 +175,16 @@ def bare(batch: int) -> Callable[[Buffers], tuple]:
     return lambda b: (log_prob(*b, transitions, steps),)
 
 
+def one_pass(b: Buffers) -> tuple:
+    """Reads the three latents and writes a new tensor: (it,)."""
+    return (torch.addcmul(b.sample, b.velocity.detach(), b.prev_sample),)
+
+
+def two_passes(b: Buffers) -> tuple:
+    """The same for the mean and, after it, for the gradient."""
+    return (*one_pass(b), *one_pass(b))
+
+
 def with_backward(call: Callable[[Buffers], tuple], at: int) -> Callable[[Buffers], None]:
     """The call and the gradient of its log_probs in the velocity."""
 
@@ -186,43 +206,102 @@ def check(case: Case, b: Buffers) -> None:
         )
 
 
-def in_turns(
-    calls: dict[str, Callable[[Buffers], object]], sets: list[Buffers], rounds: int
+def buffer_sets(shape: tuple[int, ...]) -> list[Buffers]:
+    """Buffers of so many calls that none finds its own in a cache."""
+    moved = 3 * 4 * torch.Size(shape).numel()
+    # One more than a multiple of the providers, so that each meets every set.
+    count = timers.buffer_sets(moved, "cpu") // len(PROVIDERS) * len(PROVIDERS) + 1
+    return [Buffers.make(shape, seed) for seed in range(count)]
+
+
+def ready(
+    case: Case, shape: tuple[int, ...], metric: str, names: Sequence[str]
+) -> dict[str, timers.Timed]:
+    """Check a trainer's sequences and warm up some providers: seconds of the processor of one more
+    call of each, on the set that was used longest ago."""
+    sets = buffer_sets(shape)
+    check(case, sets[0])
+    wrap = with_backward if metric == "backward" else (lambda call, at: call)
+    calls = {
+        "ours": wrap(case.ours, case.ours_at),
+        "bare": wrap(bare(shape[0]), 0),
+        "eager": wrap(case.eager, case.eager_at),
+        "pass": two_passes if metric == "backward" else one_pass,
+    }
+    turn = itertools.cycle(sets)
+
+    def timed(call: Callable[[Buffers], object]) -> float:
+        buffers = next(turn)
+        start = time.thread_time()
+        call(buffers)
+        return time.thread_time() - start
+
+    for name in names:
+        calls[name](next(turn))
+    return {name: functools.partial(timed, calls[name]) for name in names}
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark, on the CPU alone."""
+    if options.device != "cpu":
+        return []
+    shape = SMOKE_SHAPE if options.smoke else SHAPE
+    return [
+        Timing(
+            f"{case.name} {metric}", PROVIDERS, functools.partial(ready, case, shape, metric),
+            threads=1,
+        )
+        for case in cases(shape[0])
+        for metric in METRICS
+    ]  # fmt: skip
+
+
+def test_dropins(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
+
+
+def host_times(
+    calls: dict[str, Callable[[Buffers], object]], tiny: Buffers, sets: list[Buffers], rounds: int
 ) -> dict[str, list[float]]:
-    """Times calls in turns, each on the set that was used longest ago: seconds of the processor."""
+    """Times calls on tiny latents, each after a pass over all sets: seconds of the processor."""
+
+    def evict() -> None:
+        for buffers in sets:
+            one_pass(buffers)
+
     times: dict[str, list[float]] = {name: [] for name in calls}
-    turn, order, chance = itertools.cycle(sets), list(calls), random.Random(0)
+    order, chance = list(calls), random.Random(0)
     for i in range(rounds + 1):
         chance.shuffle(order)
         for name in order:
-            buffers = next(turn)
+            evict()
             start = time.thread_time()
-            calls[name](buffers)
+            calls[name](tiny)
             if i > 0:
                 times[name].append(time.thread_time() - start)
     return times
 
 
+def rows_of_times(name: str, times: dict[str, list[float]]) -> list[dict]:
+    """Rows of a case: median and best of each provider."""
+    return [
+        records.row("dropins", name, provider, kind, value * 1e6, "us")
+        for provider, seconds in times.items()
+        for kind, value in (("time", statistics.median(seconds)), ("best", min(seconds)))
+    ]
+
+
 def rows_of(case: Case, shape: tuple[int, ...], rounds: int) -> list[dict]:
     """Measures one trainer."""
-    moved = 3 * 4 * torch.Size(shape).numel()
-    # One more than a multiple of the providers, so that each meets every set.
-    count = timers.buffer_sets(moved, "cpu") // 3 * 3 + 1
-    sets = [Buffers.make(shape, seed) for seed in range(count)]
-    check(case, sets[0])
-    alone = bare(shape[0])
     rows = []
-    for metric, wrap in (("replay", lambda call, at: call), ("backward", with_backward)):
-        calls = {
-            "ours": wrap(case.ours, case.ours_at),
-            "bare": wrap(alone, 0),
-            "eager": wrap(case.eager, case.eager_at),
-        }
-        times = in_turns(calls, sets, rounds)
-        name = f"{case.name} {metric}"
-        for provider, seconds in times.items():
-            for kind, value in (("time", statistics.median(seconds)), ("best", min(seconds))):
-                rows.append(records.row("dropins", name, provider, kind, value * 1e6, "us"))
+    for metric in METRICS:
+        timed = ready(case, shape, metric, PROVIDERS)
+        times = timers.take_turns(timed, rounds, chance=random.Random(0))
+        rows += rows_of_times(f"{case.name} {metric}", times)
+    calls = {"ours": case.ours, "bare": bare(shape[0])}
+    tiny = Buffers.make((shape[0], *TINY), 0)
+    rows += rows_of_times(f"{case.name} host", host_times(calls, tiny, buffer_sets(shape), rounds))
     return rows
 
 

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from measuring import memory, suites, timers
+from measuring import memory, model_timings, suites, timers
 from measuring.suites import SuiteRun
+from measuring.timing import Options, Timing
 from models import cases, random_weights
 from models.cases import Case
 
@@ -36,7 +39,7 @@ def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> 
     """Measure providers that are in memory together; their seconds."""
     title, ready = case.training_name, {}
     for name in names:
-        provider = run.attempt("set-up", name, title, lambda n=name: run.build(n, case))
+        provider = run.attempt("set-up", name, title, lambda n=name: run.pool.build(n, case))
         error = provider and run.attempt("iteration", name, title, provider.iteration)
         if error is not None:
             run.row(title, name, "max_ratio_error", error, "1")
@@ -59,8 +62,8 @@ def measure_memory(run: SuiteRun, case: Case) -> None:
     """Rows of the memory of one case, a provider at a time."""
     title, text = case.training_name, {}
     for name in ("ours", "ours-offload", "eager"):
-        run.drop("eager")
-        run.forget()
+        run.pool.drop("eager")
+        run.pool.forget()
         before = memory.resident(run.device)
         usage = run.attempt("iteration", name, title, lambda n=name: _alone(run, n, case))
         if usage is None:
@@ -76,12 +79,27 @@ def measure_memory(run: SuiteRun, case: Case) -> None:
 def _alone(run: SuiteRun, name: str, case: Case) -> tuple[int, memory.Peak]:
     """(resident bytes of the provider, peak of an iteration beyond them)."""
     if name == "eager":
-        provider = run.build(name, case)
+        provider = run.pool.build(name, case)
         half = provider.setting.embeds
         provider.encoders = random_weights.text_encoders(case.model, run.device, half)
     else:
-        provider = run.build("ours", case, whole=name == "ours")
+        provider = run.pool.build("ours", case, whole=name == "ours")
     return memory.resident(run.device), memory.peak(provider.iteration, run.device)
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark: whole iterations."""
+
+    def iteration(provider: Any, case: Case) -> Callable[[], Any]:
+        return provider.iteration
+
+    chosen = cases.timed(cases.iteration, options)
+    return model_timings.of(chosen, lambda case: case.training_name, options, True, iteration)
+
+
+def test_iteration(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ from flowgrpo_kernels import (
 )
 from flowgrpo_kernels.backends import dispatch
 from measuring import memory, profiles, timers
+from measuring.timing import Options, Timing, matches
 from providers import diffusion_nft_ops, flow_grpo_ops
 from reporting import records
 
@@ -215,14 +216,51 @@ def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[Bu
     return calls
 
 
+def names_of_providers(case: Case, device: str, compiled: bool) -> list[str]:
+    """Providers that are timed in a case."""
+    # At the large shape the reference's float64 temporaries and int64 words do not fit beside the
+    # buffers.
+    small = case.bytes <= 1 << 30
+    chosen = {"reference": small, "ours-loop": device == "cuda", "compile": compiled}
+    names = ("ours", "reference", "eager", "ceiling", "ours-loop", "compile")
+    return [name for name in names if chosen.get(name, True)]
+
+
+def ready(case: Case, device: str, names: Sequence[str]) -> dict[str, timers.Timed]:
+    """Make buffers and warm up some providers; one more round of each."""
+    sets = [Buffers(case, device, seed) for seed in range(timers.buffer_sets(case.bytes, device))]
+    calls = providers(case, device, "compile" in names)
+    return timers.rotating({name: calls[name] for name in names}, sets, device)
+
+
+def limit(device: str) -> float:
+    """Seconds for a provider: called from Python on a GPU it takes long at the large shape."""
+    return timers.LOOP_SECONDS if device == "cuda" else float("inf")
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark: all shapes but the large one."""
+    return [
+        Timing(
+            case.name, tuple(names_of_providers(case, options.device, options.compiled)),
+            functools.partial(ready, case, options.device), limit=limit(options.device),
+        )
+        for case in cases(SMOKE_SHAPES if options.smoke else SHAPES, "")
+    ]  # fmt: skip
+
+
+def test_kernels(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
+
+
 def time_rows(case: Case, device: str, rounds: int, compiled: bool, reference: bool) -> list[dict]:
     """Rows of a case's times and bandwidths, and on a GPU of its kernels."""
-    sets = [Buffers(case, device, seed) for seed in range(timers.buffer_sets(case.bytes, device))]
-    calls = providers(case, device, compiled)
-    if not reference or case.bytes > 1 << 30:
-        # At the large shape its float64 temporaries and int64 words do not fit beside the buffers.
-        del calls["reference"]
-    times = (timers.time_gpu if device == "cuda" else timers.time_cpu)(calls, sets, rounds)
+    names = names_of_providers(case, device, compiled)
+    if not reference:
+        names.remove("reference")
+    timed = ready(case, device, names)
+    times = timers.take_turns(timed, rounds, limit(device))
     rows, seconds = [], {}
     for name, values in times.items():
         seconds[name] = s = statistics.median(values)
@@ -231,9 +269,10 @@ def time_rows(case: Case, device: str, rounds: int, compiled: bool, reference: b
         gb = case.bytes / s / 1e9
         rows.append(records.row("kernels", case.name, name, "bandwidth", gb, "GB/s"))
     if device == "cuda" and case.batch == 16:
+        calls, b = providers(case, device, compiled=False), Buffers(case, device, 0)
         for name in ("ours", "eager"):
             # A fresh call, not the replay: a graph's kernels would count as one launch.
-            count = profiles.record(lambda n=name: calls[n](sets[0]), device).kernels
+            count = profiles.record(lambda n=name: calls[n](b), device).kernels
             rows.append(records.row("kernels", case.name, name, "kernels", count, "kernels"))
     speed = seconds["eager"] / seconds["ours"]
     best = min(times["eager"]) / min(times["ours"])
@@ -260,7 +299,7 @@ def memory_rows(case: Case, device: str) -> list[dict]:
 
 
 def cases(shapes: dict, pattern: str) -> list[Case]:
-    """Cases whose name contains `pattern`."""
+    """Cases whose name contains one of the comma-separated texts of `pattern`."""
     every_case = []
     for model, (shape, batches) in shapes.items():
         for batch in batches:
@@ -269,7 +308,7 @@ def cases(shapes: dict, pattern: str) -> list[Case]:
                 dtypes.append(("bfloat16", "float32"))
             for op in OPS:
                 every_case += [Case(op, model, shape, batch, v, x) for v, x in dtypes]
-    return [c for c in every_case if pattern in c.name]
+    return [c for c in every_case if matches(c.name, pattern)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -277,7 +316,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each provider")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases whose name contains one of these")
     parser.add_argument("--large", action="store_true", help="add a shape that moves 2 GiB")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(

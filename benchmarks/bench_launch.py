@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -27,21 +28,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "0"
+if __name__ == "__main__":
+    # Before Triton is imported: its JIT, not its interpreter.
+    os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 
-from flowgrpo_kernels import flow_sde, grpo_loss, sde_step
+from flowgrpo_kernels import Transitions, flow_sde, grpo_loss, sde_step
 from flowgrpo_kernels.backends import compiled, cuda_driver, dispatch, triton
 from flowgrpo_kernels.sde_step import sde_step_kernel
 from measuring import stub_driver
+from measuring.timers import Timed, take_turns
+from measuring.timing import Options, Timing
 from reporting import records
 
 PATH = records.RESULTS / "launch.json"
 ROWS, SHAPE = 4, (16, 64, 64)
 CALLS, ROUNDS = 200, 41
+CASES, PROVIDERS = ("launch", "sde_step"), ("triton", "ours", "ours ctypes")
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -114,15 +122,8 @@ def cold_start(provider: str, library: Path) -> dict[str, float]:
     return json.loads(done.stdout) | {"compiled": len(kernels)}
 
 
-def host_times(library: Path) -> dict[str, dict[str, float]]:
-    """{case: {provider: microseconds}}, providers in turns, medians of the rounds."""
-    torch.set_num_threads(1)
-    from measuring import stub_triton
-
-    stub = stub_driver.Stub(library)
-    stub.set_device(0)
-    stub_triton.install(library)
-    b, transitions = inputs(), flow_sde([1.0, 0.5, 0.0])
+def kernel_arguments(b: dict[str, torch.Tensor], transitions: Transitions) -> tuple[tuple, dict]:
+    """(arguments, constants) of a launch of sde_step's kernel."""
     step = transitions.row_numbers[0].expand(ROWS)
     sums = torch.empty(ROWS * 16 * triton.PARTS)
     tensors = (
@@ -140,7 +141,29 @@ def host_times(library: Path) -> dict[str, dict[str, float]]:
         X0=False,
         **triton.LAUNCH,
     )
-    times: dict[str, dict[str, list[float]]] = {"launch": {}, "sde_step": {}}
+    return args, constants
+
+
+class Ways(NamedTuple):
+    """The ways that a launch can go, over a stub that is loaded."""
+
+    stub: stub_driver.Stub
+    calls: dict[str, Callable]
+    """Case -> a call by the launch that it is given."""
+    launches: dict[str, tuple]
+    """Provider -> (launch of a kernel, launch of the driver)."""
+
+
+@functools.cache
+def ways(library: Path) -> Ways:
+    """Load the stub, which stays in the process, and make the arguments once."""
+    from measuring import stub_triton
+
+    stub = stub_driver.Stub(library)
+    stub.set_device(0)
+    stub_triton.install(library)
+    b, transitions = inputs(), flow_sde([1.0, 0.5, 0.0])
+    args, constants = kernel_arguments(b, transitions)
 
     def kernel(launch) -> None:
         launch(sde_step_kernel, ROWS * 16 * triton.PARTS, tensors, numbers, **constants)
@@ -151,29 +174,62 @@ def host_times(library: Path) -> dict[str, dict[str, float]]:
             uncond_velocity=b["uncond"], guidance_scale=4.5, out=b["next"],
         )  # fmt: skip
 
-    with stub.tensors_of("cpu"):
+    driver = cuda_driver.load()
+    launches = {
+        "triton": (triton.launch, driver.launch),
+        "ours": (compiled.launch, driver.launch),
+        "ours ctypes": (compiled.launch, driver.launch_by_ctypes),
+    }
+    return Ways(stub, {"launch": kernel, "sde_step": op}, launches)
+
+
+def ready(case: str, names: Sequence[str]) -> dict[str, Timed]:
+    """Warm up some providers: seconds of a call on the host, each the mean of CALLS calls."""
+    stub, calls, launches = ways(stub_driver.build())
+    call = calls[case]
+
+    def timed(name: str) -> float:
         driver = cuda_driver.load()
-        native = driver.launch
-        ways = {"triton": (triton.launch, native), "ours": (compiled.launch, native)}
-        ways["ours ctypes"] = compiled.launch, driver.launch_by_ctypes
-        for turn in range(ROUNDS + 1):
-            for provider, (launch, way) in ways.items():
-                driver.launch = way
-                compiled.forget_plans()
-                with dispatch.use_launch(launch):
-                    for case, call in (("launch", kernel), ("sde_step", op)):
-                        call(launch)
-                        stub.record(False)
-                        start = time.perf_counter()
-                        for _ in range(CALLS):
-                            call(launch)
-                        seconds = (time.perf_counter() - start) / CALLS
-                        stub.record(True)
-                        if turn:
-                            times[case].setdefault(provider, []).append(1e6 * seconds)
+        before, (launch, driver.launch) = driver.launch, launches[name]
+        compiled.forget_plans()
+        try:
+            with stub.tensors_of("cpu"), dispatch.use_launch(launch):
+                call(launch)
+                stub.record(False)
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    call(launch)
+                return (time.perf_counter() - start) / CALLS
+        finally:
+            stub.record(True)
+            driver.launch = before
+
+    for name in names:
+        timed(name)
+    return {name: functools.partial(timed, name) for name in names}
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark: the host's part, where no driver is that the stub would hide."""
+    if options.device != "cpu" or stub_driver.missing():
+        return []
+    return [Timing(case, PROVIDERS, functools.partial(ready, case), threads=1) for case in CASES]
+
+
+def test_launch(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
+
+
+def host_times() -> dict[str, dict[str, float]]:
+    """{case: {provider: microseconds}}, providers in turns, medians of the rounds."""
+    torch.set_num_threads(1)
     return {
-        case: {provider: statistics.median(values) for provider, values in figures.items()}
-        for case, figures in times.items()
+        case: {
+            provider: 1e6 * statistics.median(values)
+            for provider, values in take_turns(ready(case, PROVIDERS), ROUNDS).items()
+        }
+        for case in CASES
     }
 
 
@@ -200,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     ratio = seconds["triton"] / seconds["ours"]
     rows.append(records.row("launch", "cold start", "ours", "times faster", ratio, "ratio"))
     print(f"cold start: {seconds['triton']:.2f} s by the JIT, {seconds['ours']:.4f} s compiled")
-    for case, figures in host_times(library).items():
+    for case, figures in host_times().items():
         for provider, micros in figures.items():
             rows.append(records.row("launch", case, provider, "host", micros, "us"))
             ratio = figures["triton"] / micros

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from measuring import memory, suites, timers
+from measuring import memory, model_timings, suites, timers
 from measuring.suites import SuiteRun
+from measuring.timing import Options, Timing
 from models import cases
 from models.cases import Case
 
@@ -37,7 +40,7 @@ def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> 
     """Measure providers that are in memory together; their seconds."""
     ready, rollouts = {}, {}
     for name in names:
-        provider = run.attempt("set-up", name, case.name, lambda n=name: run.build(n, case))
+        provider = run.attempt("set-up", name, case.name, lambda n=name: run.pool.build(n, case))
         if provider is None:
             continue
         peak = run.attempt(
@@ -80,6 +83,21 @@ def _decoding(run: SuiteRun, case: Case, ready: dict, rollouts: dict, times: dic
         run.row(case.name, name, "decoding", 1e3 * seconds / case.rows, "ms/image")
         whole = statistics.median(times[name]) + seconds
         run.row(case.name, name, "images_with_decoding", case.rows / whole, "images/s")
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark: a whole rollout."""
+
+    def rollout(provider: Any, case: Case) -> Callable[[], Any]:
+        return provider.rollout
+
+    chosen = cases.timed(cases.rollout, options)
+    return model_timings.of(chosen, lambda case: case.name, options, False, rollout)
+
+
+def test_rollout(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,11 +14,15 @@ rollout), `speedup_vs_eager`.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from measuring import memory, suites, timers
+from measuring import memory, model_timings, suites, timers
 from measuring.suites import SuiteRun
+from measuring.timing import Options, Timing
 from models import cases
 from models.cases import Case
 
@@ -33,7 +37,7 @@ def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> 
     title, ready = case.training_name, {}
     per = case.chunks * case.trained_steps
     for name in names:
-        provider = run.attempt("set-up", name, title, lambda n=name: run.build(n, case))
+        provider = run.attempt("set-up", name, title, lambda n=name: run.pool.build(n, case))
         out = provider and run.attempt("rollout", name, title, provider.rollout)
         if out is None:
             continue
@@ -58,6 +62,21 @@ def _time_providers(run: SuiteRun, case: Case, names: list[str], text: dict) -> 
         run.host_rows(title, name, ready[name], per, "micro-step")
         text[name] = f"{1e3 * seconds / per:.4g} ms"
     return times
+
+
+def timings(options: Options) -> list[Timing]:
+    """Cases for pytest-benchmark: an update after its rollout."""
+
+    def update(provider: Any, case: Case) -> Callable[[], Any]:
+        return functools.partial(provider.update, provider.rollout())
+
+    chosen = cases.timed(cases.update, options)
+    return model_timings.of(chosen, lambda case: case.training_name, options, True, update)
+
+
+def test_update(hand_over) -> None:
+    """Under pytest-benchmark: each case and provider."""
+    hand_over()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,8 +44,9 @@ from flowgrpo.policies import Policy, compiled, lora
 
 WARM_UPS = 2
 LIMIT = 12
-"""Graphs that are kept. A run needs at most eight: the rollout's steps at four numbers of rows (or
-the whole), evaluation of the trained model, of the base and of that with guidance, the update."""
+"""Graphs that are kept. A run needs at most nine: the rollout's steps at four numbers of rows (or
+the whole), its scouts, evaluation of the trained model, of the base and of that with guidance, the
+update."""
 
 log = logging.getLogger("flowgrpo")
 
@@ -268,6 +269,10 @@ def prepare(policy: Policy, config: Config) -> None:
     # Config refuses "on" for a sharded transformer, whose weights have no address to stay at.
     capture = cuda and config.sample.capture != "off" and not policy.sharded
     policy.graphs = Graphs(policy, CudaRecorder(policy.device)) if capture else None
+    evaluated = policy.evaluated
+    if evaluated is not policy:
+        # One pool of memory, as no two graphs run at the same time.
+        evaluated.graphs = Graphs(evaluated, policy.graphs.recorder) if capture else None
 
 
 # Not torch.utils._pytree: every record and every section of the configuration would have to be

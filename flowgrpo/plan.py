@@ -4,7 +4,8 @@ The memory is an estimate for one GPU with 16-bit frozen weights and LoRA: what 
 the largest of what comes and goes.
 
     always     weights      2 bytes (4 in float32) for each parameter of transformer, VAE and text
-                            encoders; the encoders not if they are offloaded
+                            encoders and for tables of positions, less for what policy.quantize and
+                            policy.quantize_text pack; the encoders not if they are offloaded
                adapters     20 bytes a parameter: itself, its gradient, AdamW's two moments and the
                             average; 4 more where it starts from policy.init_adapter
                sums         4 bytes a parameter of the adapters for each partial sum of gradients
@@ -19,25 +20,34 @@ the largest of what comes and goes.
                passing      what one block has alive beside that
                copies       [W, s B] and A of the adapted layers in 16 bits, see policies/lora.py;
                             with recomputed activations too, since they are held for an update;
-                            with captured rollouts they are one piece that stays
+                            with captured rollouts they are one piece that stays; with
+                            policy.quantize the largest layer alone, made whole
     rollout    copies and what one block has alive, or the VAE's feature maps
+    evaluation the same, of images of run.eval_resolution, if that is set
     encode     text encoders that are offloaded
 
+With run.parallel fsdp a process has its piece of the transformer's weights (none with
+run.cpu_offload) and, in forward and backward, three blocks whole: the one that runs, the next,
+whose weights come meanwhile, and the buffer that these come in. Merged copies are then those of one
+block.
+
 Not in it: the pools of captured and compiled graphs, and what fragmentation costs; so at most 80 %
-of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium and FLUX.1-dev,
-counted tensor by tensor on torch's meta device, the estimate is 0.97 to 1.07
-(tests/flowgrpo/test_on_device_memory.py). No figure has been compared with a GPU yet.
+of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium, FLUX.1-dev,
+FLUX.2-klein and Qwen-Image, counted tensor by tensor on torch's meta device, the estimate is 0.97
+to 1.07 (tests/flowgrpo/test_on_device_memory.py); what fsdp gathers is reckoned, not counted. No
+figure has been compared with a GPU yet.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from flowgrpo.config import Config, replace
+from flowgrpo.config import Config, PolicyConfig, replace
 from flowgrpo.config.config import parts_of
 from flowgrpo.policies.families import FAMILIES
 from flowgrpo.policies.family import Architecture
@@ -49,6 +59,12 @@ MOST_ROWS = 12
 """Rows of a forward, at most: 12 images of 512 pixels are about 15,000 tokens, enough for a GPU."""
 OVERHEAD = 1.5 * GIB
 BYTES_A_TRAINED = 20
+BYTES_PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
+"""Bytes of a weight by quantizer, see policies/quantized.py; scales of whole rows are few."""
+BYTES_WHOLE = 12
+"""Bytes, for each weight of the largest packed layer, of what makes it whole and merges it."""
+GATHERED_BLOCKS = 3
+"""Blocks whose weights are whole at a time with run.parallel fsdp."""
 
 REWARD_MODELS = {
     "pickscore": {"CLIP-H": 986e6},
@@ -76,24 +92,37 @@ def sizes_of(model: str, variant: str = "") -> Architecture | None:
         vae_config = json.loads(vae.read_text(encoding="utf-8")) if vae.is_file() else {}
         for family in families:
             if config["_class_name"] == family.transformer:
-                return family.sizes.read(
+                encoders = [*folder.glob("text_encoder*")]
+                sizes = family.sizes.read(
                     config,
                     vae_config,
                     _parameters(folder / "transformer", variant),
-                    sum(_parameters(path, variant) for path in folder.glob("text_encoder*")),
+                    sum(_parameters(path, variant) for path in encoders),
                     _parameters(folder / "vae", variant),
                 )
+                packed = sum(_parameters(path, variant, _of_a_linear_layer) for path in encoders)
+                return sizes and dataclasses.replace(sizes, encoders_packed=packed)
     except (OSError, ValueError, KeyError, TypeError):
         # A folder that cannot be read has no plan; loading it says why.
         return None
     return None
 
 
-def _parameters(folder: Path, variant: str) -> int:
+def _of_a_linear_layer(name: str, shape: list[int]) -> bool:
+    """Tell a text encoder's linear layers from its tables of embeddings, by its file's header."""
+    tables = ("embed", "shared", "relative_attention_bias")
+    return len(shape) == 2 and not any(table in name for table in tables)
+
+
+def _parameters(
+    folder: Path, variant: str, counts: Callable[[str, list[int]], bool] = lambda *_: True
+) -> int:
     """Numbers in the .safetensors files of a component, from their headers; 0 without files.
 
     A folder may hold the same weights several times, in variants such as fp16: those of `variant`
     count, or those without one.
+
+    counts: (name, shape) -> whether a tensor counts.
     """
     from safetensors import safe_open
 
@@ -106,7 +135,8 @@ def _parameters(folder: Path, variant: str) -> int:
     for file in files.get(variant) or files.get("", ()):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                count += math.prod(tensors.get_slice(name).get_shape())
+                shape = tensors.get_slice(name).get_shape()
+                count += math.prod(shape) if counts(name, shape) else 0
     return count
 
 
@@ -115,21 +145,40 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     peak."""
     policy, sample, optim = config.policy, config.sample, config.optim
     size = 4 if policy.dtype == "float32" else 2
-    resolution = policy.resolution or arch.resolution
-    height, width = policy.height or resolution, policy.width or resolution
-    image = (height // arch.pixels) * (width // arch.pixels)
+    height, width, frames = _size(policy, arch)
+    # One frame of an image; of a video the first frame of latents stands for one.
+    latent_frames = 1 if frames == 0 else (frames - 1) // arch.frame_step + 1
+    image = latent_frames * (height // arch.pixels) * (width // arch.pixels)
     text = arch.fixed_tokens + (policy.max_sequence_length or arch.text_tokens)
     latent = arch.channels * (height // arch.latent_pixels) * (width // arch.latent_pixels)
+    latent *= latent_frames
     rank = policy.lora_rank
     rows = sample.batch_size * (2 if sample.guidance_scale != 1 else 1)
-    encoders = size * arch.encoders
+    # See policies/quantized.py.
+    by_time = "int8" if policy.quantize == "nf4" else policy.quantize
+    encoders = _weights(arch.encoders, arch.encoders_packed, size, policy.quantize_text)
     trained = sum(rank * (i + o) for i, o in arch.adapted)
     # The largest share of an optimizer step's leaves, and of the rows.
     leaves = parts_of(config.chunks_per_update, config.run.leaves)
     leaves_here = -(-leaves // gpus)
     rows_here = min(-(-leaves_here * sample.rows // leaves), sample.rows)
+    blocks = sum(
+        number for kind, number in arch.blocks if not (kind.image_attention or kind.text_attention)
+    )
+    transformer, gathered = _weights(arch.parameters, arch.packed, size, policy.quantize), 0.0
+    transformer += _weights(0, arch.modulating, size, by_time)
+    copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
+    if policy.quantize != "none":
+        copies = BYTES_WHOLE * arch.packed_largest
+    if config.run.parallel == "fsdp":
+        gathered = transformer / blocks * GATHERED_BLOCKS
+        transformer /= config.run.shard_size or gpus
+        if config.run.cpu_offload:
+            transformer = 0
+        copies /= blocks
     always = {
-        "weights": size * (arch.parameters + arch.vae)
+        "weights": transformer
+        + size * (arch.vae + arch.tables)
         + (0 if policy.offload_text_encoders else encoders),
         "adapters": (BYTES_A_TRAINED + 4 * bool(policy.init_adapter)) * trained,
         "sums": 4 * trained * partial_sums(config.reduction, leaves_here, gpus),
@@ -139,30 +188,71 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     if optim.keeps_velocities:
         always["trajectory"] += rows_here * latent * size * sample.steps
-    copies = size * sum((i + rank) * o + rank * i for i, o in arch.adapted)
-    stored, count = 0.0, 0
+    # The text's tokens go through the blocks too, unless these only attend to them.
+    through = image if any(kind.text_attention for kind, _ in arch.blocks) else image + text
+    stored = 0.0
     for kind, number in arch.blocks:
         a, b = kind.stored_fused if policy.fused else kind.stored
-        tokens = image if kind.image_attention else image + text
+        of = "image" if kind.image_attention else "text" if kind.text_attention else kind.only
+        tokens = {"": image + text, "image": image, "text": text}[of]
         stored += number * tokens * (a * arch.width + b * rank)
-        count += 0 if kind.image_attention else number
     if policy.gradient_checkpointing:
         # The inputs of the blocks, and one block whole.
-        stored = stored / max(count, 1) + 2 * arch.width * (image + text) * count
-    passing = arch.passing * arch.width * (image + text)
-    decoding = 0
-    if arch.vae:
-        # Three of the decoder's maps at full resolution are alive at a time; a fourth is the copy
-        # that a GPU's group norm makes of a channels-last one.
-        images = 1 if policy.vae_slicing else sample.batch_size
-        decoding = 4 * arch.decoder_width * height * width * size * images
+        stored = stored / blocks + 2 * arch.width * through * blocks
+    passing = arch.passing * arch.width * through
+    decoding = decoder_maps(config, arch, height * width, frames, sample.batch_size)
     moving = {
-        "update": copies + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
-        "rollout": max(copies + passing * rows * (size / 2), decoding),
+        "update": gathered
+        + copies
+        + (stored + passing) * rows * optim.steps_per_forward * (size / 2),
+        "rollout": max(gathered + copies + passing * rows * (size / 2), decoding),
         "encode": encoders if policy.offload_text_encoders else 0,
     }
+    if config.run.eval_resolution:
+        side, eval_rows = config.run.eval_resolution, config.eval_batch_size
+        tokens = latent_frames * (side // arch.pixels) ** 2 + through - image
+        taken = eval_rows * rows / sample.batch_size * tokens * arch.passing * arch.width
+        decoded = decoder_maps(config, arch, side * side, frames, eval_rows)
+        moving["evaluation"] = max(gathered + copies + taken * (size / 2), decoded)
     memory = {name: value / GIB for name, value in {**always, **moving}.items()}
     return {**memory, "total": (sum(always.values()) + max(moving.values())) / GIB}
+
+
+def _size(policy: PolicyConfig, arch: Architecture) -> tuple[int, int, int]:
+    """Height, width and frames of a sample; 0 frames for an image."""
+    sides = (policy.resolution,) * 2 if policy.resolution else arch.size or (arch.resolution,) * 2
+    height, width = policy.height or sides[0], policy.width or sides[1]
+    return height, width, (policy.frames or arch.frames) if arch.frames else 0
+
+
+def _weights(count: int, packed: int, size: int, quantizer: str) -> float:
+    """Bytes of `count` weights of `size` bytes, of which `packed` are if `quantizer` is one."""
+    return size * count + packed * (BYTES_PACKED.get(quantizer, size) - size)
+
+
+def decoder_maps(config: Config, arch: Architecture, pixels: int, frames: int, rows: int) -> float:
+    """Bytes of the VAE's feature maps while `rows` images, or videos of `frames` frames, of so many
+    pixels are decoded."""
+    if not arch.vae:
+        return 0.0
+    size = 4 if config.policy.dtype == "float32" else 2
+    images = 1 if config.policy.vae_slicing else rows
+    maps = arch.decoder_maps * arch.decoder_width * pixels * size * images
+    # Frames come one after the other, and are put together.
+    return maps + 3 * frames * pixels * size * rows
+
+
+def trained_weights(config: Config, arch: Architecture, gpus: int = 1) -> float:
+    """GiB that a GPU holds for a transformer that is trained as a whole, in float32: itself, its
+    gradient, AdamW's two moments, the average, and the reference of a KL."""
+    fsdp = config.run.parallel == "fsdp"
+    if fsdp and config.run.cpu_offload:
+        return 0.0
+    # A sharded reference is of the type that forwards are computed in.
+    size = 2 if fsdp and config.policy.dtype == "bfloat16" else 4
+    reference = size * (config.optim.beta > 0 or config.run.eval_kl > 0)
+    pieces = (config.run.shard_size or gpus) if fsdp else 1
+    return (BYTES_A_TRAINED + reference) * arch.parameters / pieces / GIB
 
 
 def partial_sums(reduction: str, leaves: int, gpus: int = 1) -> int:
@@ -356,13 +446,14 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
         ConfigError: so many processes cannot share an iteration.
     """
     # Objectives come with torch, which the command line's help does without.
-    from flowgrpo.objectives.describe import looked_at
+    from flowgrpo.objectives.describe import looked_at, scouted_by
     from flowgrpo.rewards.table import is_address
 
     sample, optim = config.sample, config.optim
     lines = {
         "images": f"{sample.prompts_per_iteration} prompts x {sample.group_size} = {sample.rows} "
         "an iteration",
+        **({"scouts": scouted_by(config)} if sample.scouts else {}),
         "updates": f"{optim.updates_per_iteration} an iteration, each of "
         f"{config.chunks_per_update} micro-batches of {sample.batch_size} images x "
         f"{looked_at(config)}",
@@ -375,11 +466,21 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
             for name, urls in servers.items()
         )
     arch = sizes_of(config.policy.model, config.policy.variant)
-    # The estimate is for one GPU that has the whole model.
-    if arch is None or config.policy.adapter == "full" or config.run.parallel == "fsdp":
+    if arch is None:
+        return lines
+    if config.policy.adapter == "full":
+        gib = trained_weights(config, arch, gpus)
+        # Activations are known of frozen weights with adapters alone.
+        lines["memory"] = (
+            f"{gib:.1f} GiB a GPU for weights, gradients, AdamW, average and reference; what else "
+            "a run needs is not known for policy.adapter full"
+        )
         return lines
     memory = expected_memory(config, arch, gpus)
     total = memory.pop("total")
+    last = "update, rollout, evaluation and encode"
+    if "evaluation" not in memory:
+        last = last.replace(" evaluation", "").replace("rollout,", "rollout")
     components = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.items() if gib >= 0.05)
     text = f"about {total:.0f} GiB"
     if available is not None:
@@ -388,5 +489,5 @@ def plan_lines(config: Config, available: float | None = None, gpus: int = 1) ->
             text += ", which is more than there is: lower sample.batch_size"
     if gpus > 1:
         text += " a GPU"
-    lines["memory"] = f"{text} ({components}; of update, rollout and encode the largest counts)"
+    lines["memory"] = f"{text} ({components}; of {last} the largest counts)"
     return lines

@@ -2,6 +2,7 @@
 
 One iteration, for K prompts with G samples each (B = K G rows), T steps of the sampler:
 
+    scouts      with sample.scouts: G of N candidates a prompt, by cheap previews and their rewards
     rollout     x_0 ~ N(0, I);  x_{i+1} = A_i x_i + B_i v(x_i, sigma_i) + C_i eps
     rewards     R_b = sum_n weight_n reward_n(image_b, prompt_b)
     advantages  A_b = (R_b - mean of its group) / (std + 1e-4)
@@ -50,7 +51,7 @@ from torch import Tensor
 from flowgrpo import cuda_graphs
 from flowgrpo.config import Config
 from flowgrpo.distributed import sharding
-from flowgrpo.distributed.dealing import Dealing, deal
+from flowgrpo.distributed.dealing import Dealing, deal, share_of
 from flowgrpo.distributed.world import ALONE, World, join
 from flowgrpo.objectives import Objective, objective_of
 from flowgrpo.objectives.curated import Curated
@@ -73,6 +74,7 @@ from flowgrpo.runs.state import State
 from flowgrpo.sampling import finite
 from flowgrpo.sampling.rollout import rollout
 from flowgrpo.sampling.schedule import Schedule, table_rows, training_schedule, windows
+from flowgrpo.sampling.scouts import Scouted, check_previews, sample_scouts
 from flowgrpo.sampling.shared_prefix import Leaders, rollout_shared_prefix
 from flowgrpo.update import MicroStep, update
 
@@ -128,9 +130,11 @@ def run(
             clock = Clock(policy.device)
             with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
-                conditioning = policy.encode(batch.texts)
+                conditioning = policy.encode_shares(batch.texts, world)
+            scouted = send_scouts(components, batch, conditioning, config, clock)
+            with clock("rollout"), world.together(lockstep=policy.sharded):
                 scoring = background_scoring(components, batch, config)
-                trajectory = collect(components, conditioning, config, scoring)
+                trajectory = collect(components, conditioning, config, scoring, scouted)
             with clock("reward"):
                 scores = share_scores(components, scoring, trajectory, conditioning, config)
                 rewards = scores.total.view(-1, config.sample.group_size)
@@ -141,7 +145,7 @@ def run(
                 inputs = (components.schedule, state, components.micro_step, experience, config)
                 metrics = update(*inputs, components.curated, world, components.dealing)
             state.iteration += 1
-            monitor.iteration({**describe(scores), **metrics}, clock.seconds)
+            monitor.iteration({**describe(scores, scouted), **metrics}, clock.seconds)
         return monitor.finish(interrupted=stop.requested)
 
 
@@ -239,7 +243,7 @@ def _setup(
     if config.optim.capture == "on":
         recorder = cuda_graphs.CudaRecorder(policy.device)
         graphs = policy.graphs or cuda_graphs.Graphs(policy, recorder)
-    uncond = policy.encode([""]) if config.sample.guidance_scale != 1 else None
+    uncond = policy.encode_empty(config.sample.guidance_scale)
     records = load_curated(config, objective.pairs) if config.sample.curated else None
     reward_thread = None
     if overlap:
@@ -267,23 +271,25 @@ def collect(
     conditioning: Conditioning,
     config: Config,
     scoring: BackgroundScoring | None = None,
+    scouted: Scouted | None = None,
 ) -> Trajectory:
     """Sample this process's rows of one iteration, each with its seeds and its window, if any.
 
-    The images of each chunk go to `scoring` as soon as they are there.
+    The images of each chunk go to `scoring` as soon as they are there. With `scouted` the rows are
+    the candidates that were chosen.
     """
-    policy, iteration, options = components.policy, components.state.iteration, config.sample
+    policy, options = components.policy, config.sample
     policy.decoded.begin()
 
     def score(latents: Tensor) -> None:
         if scoring is not None:
             scoring.add(policy.decode(latents))
 
-    count = len(conditioning)
-    trained_steps = windows(count, config, iteration)
-    if components.objective.rollout == "deterministic":
-        trained_steps = trained_steps[:0]
-    seeds, noise_seeds = row_seeds(count, config, iteration)
+    trained_steps, seeds, noise_seeds = drawn(components, len(conditioning), config)
+    if scouted is not None:
+        chosen = scouted.rows
+        trained_steps, seeds = trained_steps[:, chosen], seeds[chosen]
+        noise_seeds = noise_seeds[chosen]
     table = table_rows(trained_steps, options.steps)
     rows = torch.arange(len(seeds)) if components.dealing is None else components.dealing.own_rows
     # Without noise in common, or with all windows at the first step, there is nothing to share.
@@ -309,13 +315,83 @@ def collect(
         )
 
 
-def background_scoring(components: Components, batch: Prompts, config: Config) -> BackgroundScoring:
-    """Make what scores this process's images of one iteration, while they come."""
-    thread, rows = components.reward_thread, components.dealing.own_rows
+def drawn(components: Components, count: int, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw what `count` groups of this iteration are sampled with, of each row or candidate: its
+    trained steps [W, B], seed of the steps' noise [B] and of the initial noise [B], all int64."""
+    iteration = components.state.iteration
+    trained_steps = windows(count, config, iteration)
+    if components.objective.rollout == "deterministic":
+        trained_steps = trained_steps[:0]
+    return trained_steps, *row_seeds(count, config, iteration)
+
+
+def send_scouts(
+    components: Components,
+    batch: Prompts,
+    conditioning: Conditioning,
+    config: Config,
+    clock: Clock,
+) -> Scouted | None:
+    """Preview the candidates of one iteration, a share in each process, and choose those that are
+    sampled in full (sampling/scouts.py). None without `sample.scouts`.
+
+    Raises:
+        NotFiniteError: previews are no finite numbers.
+    """
+    options, policy, world = config.sample, components.policy, components.world
+    if not options.scouts:
+        return None
+    size, total = options.scouts, options.candidates
+    share = torch.tensor(share_of(total, options.batch_size, world.size, world.rank))
+    with clock("scout"):
+        with world.together(lockstep=policy.sharded), components.state.rollout_weights():
+            scoring = background_scoring(components, batch, config, size, share)
+            trained_steps, seeds, noise_seeds = drawn(components, len(batch), config)
+            policy.decoded.begin()
+            sample_scouts(
+                policy,
+                conditioning,
+                components.schedule,
+                table_rows(trained_steps, options.steps)[:, share],
+                forwards=options.forwards_of_a_scout,
+                groups=share // size,
+                seeds=seeds[share],
+                noise_seeds=noise_seeds[share],
+                batch_size=options.batch_size,
+                uncond=components.uncond,
+                guidance_scale=options.guidance_scale,
+                # Forwards of a sharded model are those of all processes.
+                chunk_count=-(-total // options.batch_size // world.size) if policy.sharded else 0,
+                on_chunk=lambda latents: scoring.add(policy.decode(latents)),
+            )
+        with world.together():
+            scores_here = scoring.rewards()
+            check_previews(policy, f"iteration {components.state.iteration + 1}")
+        rewards = gather_scores(components, scores_here)
+        joined = {name: torch.cat(parts) for name, parts in rewards.items()}
+        previews = components.scorer.combine(joined, size).total.view(-1, size)
+        return Scouted.of(previews, options.group_size)
+
+
+def background_scoring(
+    components: Components,
+    batch: Prompts,
+    config: Config,
+    size: int = 0,
+    rows: Tensor | None = None,
+) -> BackgroundScoring:
+    """Make what scores this process's images of one iteration, while they come.
+
+    Args:
+        size: images of a prompt; 0: those of a group.
+        rows: of this process; None: those that it is dealt.
+    """
+    thread = components.reward_thread
+    rows = components.dealing.own_rows if rows is None else rows
     return BackgroundScoring(
         components.scorer,
         batch,
-        config.sample.group_size,
+        size or config.sample.group_size,
         thread,
         rows,
         # The others' forwards need this process till the end of the rollout.
@@ -332,16 +408,23 @@ def share_scores(
 ) -> Scores:
     """Wait for the scores, check that the images are of finite numbers, and put together the scores
     of all processes."""
-    scorer, world = components.scorer, components.world
-    with world.together():
+    with components.world.together():
         scores_here = scoring.rewards()
         check_finite(components, trajectory, conditioning, config)
-    shares = world.gather((scores_here, scorer.problems))
+    parts, in_order = gather_scores(components, scores_here), components.dealing.in_order
+    rewards = {name: in_order(scores) for name, scores in parts.items()}
+    return components.scorer.combine(rewards, config.sample.group_size)
+
+
+def gather_scores(
+    components: Components, scores_here: dict[str, Tensor]
+) -> dict[str, list[Tensor]]:
+    """Collect the scores of all processes, by reward and rank, and what went wrong."""
+    scorer = components.scorer
+    shares = components.world.gather((scores_here, scorer.problems))
     for _, problems in shares:
         scorer.problems = {**problems, **scorer.problems}
-    in_order = components.dealing.in_order
-    rewards = {name: in_order([share[name] for share, _ in shares]) for name in scores_here}
-    return scorer.combine(rewards, config.sample.group_size)
+    return {name: [share[name] for share, _ in shares] for name in scores_here}
 
 
 def own_experience(
@@ -392,13 +475,15 @@ def check_finite(
     finite.raise_if_unsound(policy.decoded.read(), explain, name)
 
 
-def describe(scores: Scores) -> dict[str, Any]:
-    """Describe the rewards of one iteration, for metrics.jsonl."""
+def describe(scores: Scores, scouted: Scouted | None = None) -> dict[str, Any]:
+    """Describe the rewards of one iteration, for metrics.jsonl, with those of its scouts if any."""
     scored = scores.total.isfinite()
     groups = scores.total.view(len(scores.dropped), -1)
     # A dropped group is NaN, which is not equal to itself.
     equal = groups.amax(dim=1) == groups.amin(dim=1)
+    scouts = {} if scouted is None else {"scouts": scouted.describe(groups)}
     return {
+        **scouts,
         "reward": float(scores.total[scored].mean()),
         "reward_std": float(scores.total[scored].std(correction=0)),
         "rewards": {name: float(score[scored].mean()) for name, score in scores.rewards.items()},

@@ -34,7 +34,7 @@ from flowgrpo.recipes import RECIPES, recipe, tasks
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import REWARDS, Scorer
 from flowgrpo_kernels.compat import flow_grpo
-from support import grey_pictures
+from support import grey_pictures, hub_copy
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -307,6 +307,37 @@ def block_kernels(text, monkeypatch, capsys):
     assert scope["q"].shape == (2, 8, 24, 4)
 
 
+def test_the_hub_page_lists_every_layer():
+    listed = {name for _, cell in table("docs/hub.md", "| model |") for name in names(cell)}
+    layers = {name: getattr(kernels.layers, name) for name in kernels.layers.__all__}
+    modules = {
+        n for n, x in layers.items() if isinstance(x, type) and issubclass(x, torch.nn.Module)
+    }
+    assert listed == modules
+
+
+@runs("import fuse")
+def fused_transformer(text, monkeypatch, capsys):
+    transformer, inputs = hub_copy.sd3()
+    theirs = transformer(**inputs, return_dict=False)[0]
+    exec(text, {"pipeline": SimpleNamespace(transformer=transformer)})
+    assert "forward" in vars(transformer.transformer_blocks[0])
+    ours = transformer(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@runs("LocalLayerRepository(")
+def kernelized(text, monkeypatch, capsys):
+    """Run by tests/kernels/test_hub_copy.py, with the library installed."""
+    assert text == hub_copy.snippets()[0]
+
+
+@runs("get_local_kernel(")
+def from_a_repository(text, monkeypatch, capsys):
+    """As the one before."""
+    assert text == hub_copy.snippets()[1]
+
+
 def own_rewards(text: str, monkeypatch) -> types.ModuleType:
     """The module my_rewards with the text of a snippet."""
     module = types.ModuleType("my_rewards")
@@ -339,6 +370,16 @@ def configurable_reward(text, monkeypatch, capsys):
         scorer = Scorer.of(config.reward, reported)
         assert list(scorer.weights) == ["my_rewards:score"]
         assert scorer(blue_images(), Prompts.of(["a"]), 2).total.tolist() == [0.0, 2.0]
+
+
+@runs("def calm(")
+def reward_of_videos(text, monkeypatch, capsys):
+    """Given whole videos: a still one is calm, black and white in turn is not."""
+    own_rewards(text, monkeypatch)
+    videos = torch.zeros(2, 4, 3, 4, 4, dtype=torch.uint8)
+    videos[1, ::2] = 255
+    scorer = Scorer({"my_rewards:calm": 1.0}, frames=3)
+    assert scorer(videos, Prompts.of(["a"]), 2).total.tolist() == [0.0, -1.0]
 
 
 @runs("nano.recipe(")
@@ -808,6 +849,52 @@ def test_results_of_nano_are_those_of_the_records():
     assert f"Seeds 1 and 2 end at {others[0]} and {others[1]}." in text
 
 
+def test_results_of_scouts_are_those_of_the_records():
+    folder = ROOT / "benchmarks" / "results" / "nano" / "scouts"
+    record = json.loads((folder / "comparison.json").read_text())
+
+    def rows(case, arm, metric):
+        """The row over all seeds, then those of each."""
+        keys = ("case", "provider", "metric")
+        here = [r for r in record["rows"] if tuple(r[k] for k in keys) == (case, arm, metric)]
+        return sorted(here, key=lambda r: "seed" in r)
+
+    def accuracy(case, arm):
+        values = (
+            rows(case, arm, "accuracy")[0]["value"],
+            *rows(case, arm, "accuracy")[0]["interval"],
+        )
+        return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
+
+    lines = [["base", accuracy("start", "base"), *["-"] * 5]]
+    for arm in record["arms"]:
+        seeds = [100 * row["value"] for row in rows("seconds", arm, "accuracy")[1:]]
+        files = sorted(folder.glob(f"metrics-{arm.replace(' + ', '-')}-seed*.jsonl"))
+        assert len(files) == (3 if "scouts" in arm else 0)
+        logged = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        logged = [line for line in logged if line["kind"] == "train"]
+        agreement = share = "-"
+        if logged:
+            agreement = f"{sum(x['scouts']['agreement'] for x in logged) / len(logged):.2f}"
+            spent = sum(x["seconds"]["scout"] for x in logged)
+            share = f"{100 * spent / sum(sum(x['seconds'].values()) for x in logged):.0f} %"
+        lines.append(
+            [
+                arm,
+                accuracy("seconds", arm),
+                f"{min(seeds):.1f} to {max(seeds):.1f}",
+                f"{rows('seconds', arm, 'images')[0]['value']:,.0f}",
+                accuracy("images", arm),
+                agreement,
+                share,
+            ]
+        )
+    budgets = record["budgets"]
+    head = f"| | after {budgets['seconds']['value']:.0f} s | seeds, lowest to highest | images |"
+    assert f"after {budgets['images']['value']:,.0f} images" in PAGES["docs/objectives.md"]
+    assert table("docs/objectives.md", head) == lines
+
+
 def test_seconds_of_the_trainer_are_those_of_the_record():
     page = "docs/performance.md"
     record = linked_record(page, "summary-seed0.json")
@@ -887,6 +974,8 @@ def test_speeds_of_the_drop_ins_are_those_of_the_records():
             f"{replay[0] / replay[1]:.2f}",
             f"{replay[2] / 1000:.2f}",
             *(f"{eager / ours:.1f}" for ours, _, eager in times),
+            f"{times[2][2] / medians[1][f'{name} replay', 'pass']:.1f}",
+            f"{medians[1][f'{name} host', 'ours'] / 1000:.2f}",
         ]
 
 

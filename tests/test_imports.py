@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it
     import tomli as tomllib
 
-from support import torch_fork
+from support import hf_kernels, torch_fork
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "flowgrpo_kernels"
@@ -82,19 +82,6 @@ def probe(*extra_path: Path) -> tuple[str, str]:
     return available, origin
 
 
-def install_hf_kernels(target: Path) -> None:
-    """Hugging Face's package, installed for real beside the environment."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*pip, "--no-deps", "--only-binary", ":all:", "--target", str(target), "kernels"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if done.returncode:
-        pytest.skip(f"Hugging Face's kernels could not be installed: {done.stderr.strip()[-300:]}")
-
-
 def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
@@ -109,7 +96,7 @@ def test_transformers_and_diffusers_without_hf_kernels():
 
 @pytest.mark.slow
 def test_transformers_and_diffusers_with_hf_kernels(tmp_path):
-    install_hf_kernels(tmp_path)
+    hf_kernels.install(tmp_path)
     _, origin = probe(tmp_path)
     assert Path(origin).is_relative_to(tmp_path)
 
@@ -373,7 +360,7 @@ def test_third_party_imports_are_declared():
     assert third_party(KERNELS, ROOT / "kernels") == declared("triton")
     imported = third_party(TRAINER, ROOT)
     # paddleocr is the other engine of the OCR reward, for users who have it.
-    optional = declared("rewards", "serve", "data", "wandb") | {"paddleocr"}
+    optional = declared("rewards", "serve", "data", "wandb", "quantize") | {"paddleocr"}
     assert imported <= declared("train") | optional
     # accelerate and tensorboard are imported by diffusers and torch when the trainer asks for it.
     assert declared("train") - imported == {"accelerate", "tensorboard"}

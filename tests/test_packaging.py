@@ -157,6 +157,7 @@ def test_metadata(pure_wheel, tmp_path):
         "serve",
         "data",
         "wandb",
+        "hub",
         "test",
         "bench",
     ]

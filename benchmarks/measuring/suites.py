@@ -10,9 +10,7 @@ that does not fit in memory has a row that says so, one that fails another way i
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -21,27 +19,10 @@ from typing import Any
 
 import torch
 
-from measuring import ceiling, memory, profiles, waits
+from measuring import ceiling, gpu_state, memory, profiles, waits
 from models.cases import Case
-from providers import flow_grpo, ours
-from providers.flow_grpo import FlowGrpoBaseline
+from providers.pool import COMPILED, GPU_ONLY, PROVIDERS, Pool
 from reporting import records
-
-# As the trainer sets it, which here would be too late: the ceiling is measured first.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "ours-loop": {"sample.capture": "off"},
-    "ours-captured": {"optim.capture": "on"},
-    "ours-compiled": {"policy.compile": True},
-    "ours-fused": {"policy.fused": True},
-}
-"""Variants of ours: changes of the trainer's configuration."""
-PROVIDERS = (*CHANGES, "eager", "compile")
-GPU_ONLY = ("ours-loop", "ours-captured")
-"""Without a GPU nothing is captured, and these are `ours`."""
-COMPILED = ("ours-compiled", "compile")
 
 
 def parser(doc: str | None, providers: str) -> argparse.ArgumentParser:
@@ -115,8 +96,8 @@ class SuiteRun:
         self.ceiling = ceiling.measure(self.device, args.smoke)
         self.row("device", "ceiling", "matmul", self.ceiling.matmul / 1e12, "TFLOP/s")
         self.row("device", "ceiling", "copy", self.ceiling.copy / 1e9, "GB/s")
-        self._baselines: dict[str, FlowGrpoBaseline] = {}
-        self.resident: dict[str, int] = {}
+        changes = typed(dict(args.set))
+        self.pool = Pool(self.device, trained=suite != "rollout", changes=changes)
         self.write()
 
     def row(self, case: str, provider: str, metric: str, value: float, unit: str) -> None:
@@ -149,8 +130,8 @@ class SuiteRun:
             yield some
             if self.args.alone:
                 for name in some:
-                    self.drop(name)
-                self.forget()
+                    self.pool.drop(name)
+                self.pool.forget()
 
     def compare(self, case: Case, title: str, measure: Callable[..., dict]) -> None:
         """Measure a case's providers beside each other; a line and the rows of their speed.
@@ -168,49 +149,6 @@ class SuiteRun:
             self.speed_rows(title, times)
         print_line(title, text)
 
-    def build(self, name: str, case: Case, whole: bool = False) -> Any:
-        """The provider `name` ready for `case`; all cases of a model share a baseline."""
-        if name in CHANGES:
-            changes = {**CHANGES[name], **dict(self.args.set)}
-            before = memory.resident(self.device)
-            provider = ours.Ours(case, self.device, whole, **typed(changes))
-            self.resident[name] = memory.resident(self.device) - before
-            return provider
-        label = f"{name} {case.model.name}"
-        if label not in self._baselines:
-            self.forget()
-            self._baselines = {
-                key: baseline
-                for key, baseline in self._baselines.items()
-                if key.endswith(f" {case.model.name}")
-            }
-            before = memory.resident(self.device)
-            setting = flow_grpo.setting(name, case.model, self.device)
-            baseline = FlowGrpoBaseline(case.model, setting, self.device)
-            _ = baseline.serving
-            if self.suite != "rollout":
-                # Now, so that the weights count as resident in every case.
-                _ = baseline.trained
-            self._baselines[label] = baseline
-            self.resident[name] = memory.resident(self.device) - before
-        self._baselines[label].prepare(case)
-        return self._baselines[label]
-
-    def forget(self) -> None:
-        """Free compiled code and memory that earlier cases have left."""
-        # Its import takes as long as a small suite, and without compile it is not needed.
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-        memory.release(self.device)
-
-    def drop(self, name: str) -> None:
-        """Build the baseline `name`, or "all", anew next time."""
-        self._baselines = {
-            key: baseline
-            for key, baseline in self._baselines.items()
-            if name != "all" and not key.startswith(f"{name} ")
-        }
-
     def attempt(self, what: str, name: str, case: str, action: Callable[[], Any]) -> Any:
         """Result of the action; None after it ran out of memory or failed, which is recorded."""
         try:
@@ -224,8 +162,8 @@ class SuiteRun:
                 first = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.failures.append(f"{case} {name} {what}: {first}")
                 traceback.print_exc()
-        self.drop(name)
-        self.forget()
+        self.pool.drop(name)
+        self.pool.forget()
         return None
 
     def each(self, cases: Iterable[Case], one: Callable[[Case], None], name: Callable) -> int:
@@ -234,10 +172,15 @@ class SuiteRun:
             if self.over_budget():
                 self.skipped.append(name(case))
                 continue
-            self.forget()
+            self.pool.forget()
+            count = len(self.rows)
             try:
-                self.attempt("case", "all", name(case), lambda case=case: one(case))
+                with gpu_state.watched(self.device) as watch:
+                    self.attempt("case", "all", name(case), lambda case=case: one(case))
             finally:
+                # Also of a case that is interrupted.
+                watch.mark(self.rows[count:])
+                records.tell_throttled(name(case), watch)
                 self.write()
         self.write()
         print(f"wrote {self.out}")
@@ -257,7 +200,7 @@ class SuiteRun:
 
     def memory_rows(self, case: str, name: str, peak: memory.Peak) -> None:
         """Row of a provider's memory: its resident weights and what the call took beyond them."""
-        resident = self.resident.get(name, 0)
+        resident = self.pool.resident.get(name, 0)
         self.row(case, name, "peak_memory", (resident + peak.reserved) / memory.GIB, "GiB")
 
     def host_rows(self, case: str, name: str, call: Callable[[], Any], per: int, unit: str) -> None:

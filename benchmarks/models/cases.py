@@ -6,8 +6,10 @@ A case is one forward geometry. `batch` rows go through one forward (guidance do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from measuring.timing import Options
 from models import configurations
 from models.configurations import FLUX_DEV, SD35_MEDIUM, TINY_FLUX, TINY_SD3, Model
 
@@ -84,6 +86,15 @@ class Case:
     def iteration_flops(self) -> int:
         """Operations of a rollout and its update, without decoding."""
         return self.rollout_flops + self.chunks * self.trained_steps * self.micro_step_flops
+
+
+def timed(cases: Callable[[bool], list[Case]], options: Options) -> list[Case]:
+    """Cases that are timed with these options: without a GPU those of nano alone, since one call of
+    a larger model takes minutes there and tens of gigabytes."""
+    chosen = cases(options.smoke)
+    if options.smoke or options.device == "cuda":
+        return chosen
+    return [case for case in chosen if case.model.name == "nano"]
 
 
 def _chunks(batch: int) -> int:

@@ -1,12 +1,13 @@
 """Configurations of the models that are measured, written out as their repositories have them.
 
-SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; Qwen-Image without its text
-encoder, for what is counted; and tiny ones of the first two's classes for `--smoke`.
+SD3.5-medium and FLUX.1-dev, their schedulers, VAEs and text encoders; FLUX.2-klein, Qwen-Image,
+Z-Image and Wan 2.2 TI2V-5B without their text encoders, for what is counted; and tiny ones of the
+first two's classes for `--smoke`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,18 @@ FLUX_LAYERS = (
     *SD3_ATTENTION,
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
+FLUX2_LAYERS = (
+    *SD3_ATTENTION,
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+    "attn.to_qkv_mlp_proj",
+)
 QWEN_LAYERS = (
     *SD3_ATTENTION,
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+ZIMAGE_LAYERS = (
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
 VAE = {
     "in_channels": 3,
@@ -77,12 +87,12 @@ class Model:
 
     name: str
     family: str
-    """sd3, flux or qwen."""
+    """sd3, flux, flux2, qwen, zimage or wan."""
     transformer: dict[str, Any]
     scheduler: dict[str, Any]
     vae: dict[str, Any]
     latent: tuple[int, int, int]
-    """C, H, W of a latent, before FLUX or Qwen-Image packs it."""
+    """C, H, W of a latent, before FLUX, FLUX.2 or Qwen-Image packs it."""
     text_tokens: int
     parameters: int
     """Parameters of the transformer."""
@@ -93,19 +103,33 @@ class Model:
     encoders: tuple[tuple[str, dict[str, Any]], ...] = ()
     """("clip" or "t5", configuration) of the text encoders."""
     distilled_guidance: float | None = None
+    frames: int = 0
+    """Frames of a video; 0: an image."""
 
     @property
     def forward(self) -> flops.Forward:
         """Operations of one forward of one sample."""
-        count = {"sd3": flops.sd3, "flux": flops.flux, "qwen": flops.qwen}[self.family]
+        if self.family == "wan":
+            return flops.wan(
+                self.transformer, (self.frames - 1) // 4 + 1, *self.latent[1:], self.text_tokens
+            )
+        count = getattr(flops, self.family)
         return count(self.transformer, *self.latent[1:], self.text_tokens)
 
     @property
+    def masked(self) -> bool:
+        """True: a prompt's second embedding is the mask of its tokens."""
+        return self.family in ("qwen", "zimage")
+
+    @property
     def text_width(self) -> tuple[int, int]:
-        """Width of a token's and of a prompt's embedding, which is a mask in Qwen-Image."""
+        """Width of a token's and of a prompt's embedding, which may be a mask, or nothing as in
+        FLUX.2."""
         config = self.transformer
+        if self.family == "wan":
+            return config["text_dim"], 1
         pooled = config.get("pooled_projection_dim", self.text_tokens)
-        return config["joint_attention_dim"], pooled
+        return config.get("joint_attention_dim") or config["cap_feat_dim"], pooled
 
 
 SD35_MEDIUM = Model(
@@ -167,6 +191,44 @@ FLUX_DEV = Model(
     encoders=(("clip", CLIP_L), ("t5", T5_XXL)),
     distilled_guidance=3.5,
 )
+FLUX2_KLEIN_4B = Model(
+    name="flux.2-klein-4b",
+    family="flux2",
+    transformer={
+        "patch_size": 1,
+        "in_channels": 128,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (32, 32, 32, 32),
+        "rope_theta": 2000,
+        "guidance_embeds": False,
+    },
+    scheduler=FLUX_DEV.scheduler,
+    # The class's defaults are the model's.
+    vae={},
+    latent=(32, 64, 64),
+    text_tokens=512,
+    parameters=3_875_544_576,
+    targets=FLUX2_LAYERS,
+    rank=64,
+    half=torch.bfloat16,
+)
+FLUX2_KLEIN_9B = replace(
+    FLUX2_KLEIN_4B,
+    name="flux.2-klein-9b",
+    transformer={
+        **FLUX2_KLEIN_4B.transformer,
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+    },
+    parameters=9_078_581_248,
+)
 QWEN_IMAGE = Model(
     name="qwen-image",
     family="qwen",
@@ -197,6 +259,68 @@ QWEN_IMAGE = Model(
     parameters=20_430_401_088,
     targets=QWEN_LAYERS,
     rank=64,
+    half=torch.bfloat16,
+)
+Z_IMAGE = Model(
+    name="z-image",
+    family="zimage",
+    transformer={
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "cap_feat_dim": 2560,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1024, 512, 512],
+    },
+    scheduler={"num_train_timesteps": 1000, "shift": 6.0},
+    vae={**VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    latent=(16, 64, 64),
+    text_tokens=128,
+    parameters=6_154_908_736,
+    targets=ZIMAGE_LAYERS,
+    rank=64,
+    half=torch.bfloat16,
+)
+WAN22_TI2V_5B = Model(
+    name="wan2.2-ti2v-5b",
+    family="wan",
+    transformer={
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 48,
+        "out_channels": 48,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+    },
+    scheduler={"num_train_timesteps": 1000, "shift": 5.0},
+    vae={
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 16,
+        # The model has 48 numbers of each; what is counted does not depend on them.
+        "latents_mean": (0.0,) * 48,
+        "latents_std": (1.0,) * 48,
+    },
+    latent=(48, 16, 26),
+    frames=33,
+    text_tokens=512,
+    parameters=4_999_787_712,
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    rank=32,
     half=torch.bfloat16,
 )
 _TINY_CLIP = {

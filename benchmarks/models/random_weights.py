@@ -31,15 +31,21 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
         network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).to(device)
     else:
         from diffusers import (
+            Flux2Transformer2DModel,
             FluxTransformer2DModel,
             QwenImageTransformer2DModel,
             SD3Transformer2DModel,
+            WanTransformer3DModel,
+            ZImageTransformer2DModel,
         )
 
         cls = {
             "sd3": SD3Transformer2DModel,
             "flux": FluxTransformer2DModel,
+            "flux2": Flux2Transformer2DModel,
             "qwen": QwenImageTransformer2DModel,
+            "wan": WanTransformer3DModel,
+            "zimage": ZImageTransformer2DModel,
         }[model.family]
         network = random_module(lambda: cls(**model.transformer), device, dtype, seed)
         if model.family == "qwen":
@@ -54,14 +60,24 @@ def transformer(model: Model, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 def vae(model: Model, device: str, dtype: torch.dtype, seed: int = 1) -> nn.Module:
     """The VAE of `model`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLFlux2,
+        AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+    )
 
     if model.name == "nano":
         from flowgrpo.nano import MODEL_DIR
 
         network = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", torch_dtype=dtype).to(device)
         return network.requires_grad_(False).eval()
-    cls = AutoencoderKLQwenImage if model.family == "qwen" else AutoencoderKL
+    classes = {
+        "flux2": AutoencoderKLFlux2,
+        "qwen": AutoencoderKLQwenImage,
+        "wan": AutoencoderKLWan,
+    }
+    cls = classes.get(model.family, AutoencoderKL)
     network = random_module(lambda: cls(**model.vae), device, dtype, seed)
     return network.requires_grad_(False).eval()
 
@@ -85,12 +101,25 @@ def text_encoders(model: Model, device: str, dtype: torch.dtype) -> list[nn.Modu
 def pipeline(model: Model, device: str, dtype: torch.dtype, whole: bool = False):
     """The diffusers pipeline of `model`. Without `whole` its text encoders are tiny stand-ins: the
     suites hand over embeddings, and only the memory of the real encoders matters."""
-    from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
+    from diffusers import (
+        Flux2KleinPipeline,
+        FluxPipeline,
+        QwenImagePipeline,
+        StableDiffusion3Pipeline,
+        WanPipeline,
+        ZImagePipeline,
+    )
 
-    if model.family == "qwen":
+    without_encoders = {
+        "flux2": Flux2KleinPipeline,
+        "qwen": QwenImagePipeline,
+        "wan": WanPipeline,
+        "zimage": ZImagePipeline,
+    }
+    if model.family in without_encoders:
         if whole:
             raise ValueError(f"{model.name}: its text encoder is not among the configurations")
-        return QwenImagePipeline(
+        return without_encoders[model.family](
             transformer=transformer(model, device, dtype),
             scheduler=scheduler(model),
             vae=vae(model, device, dtype),
@@ -145,11 +174,11 @@ def sigmas(model: Model, steps: int) -> torch.Tensor:
 def conditioning(
     model: Model, prompts: int, device: str, dtype: torch.dtype, seed: int = PROMPTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; Qwen-Image's mask is 1."""
+    """Random embeddings of `prompts` prompts: [K, L, D] and [K, P]; a mask is 1."""
     width, pooled = model.text_width
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(prompts, model.text_tokens, width, generator=generator)
-    if model.family == "qwen":
+    if model.masked:
         vectors = torch.ones(prompts, pooled)
     else:
         vectors = torch.randn(prompts, pooled, generator=generator)
@@ -194,8 +223,13 @@ def _materialize(module: nn.Module, device: str, dtype: torch.dtype) -> None:
 
 def _buffer(module: nn.Module, name: str, device: str) -> torch.Tensor:
     """Values that a module's constructor gives its buffer, which the meta device lost."""
+    if name in ("running_mean", "running_var", "num_batches_tracked"):
+        return torch.full_like(getattr(module, name), 1 if name == "running_var" else 0)
     if name == "position_ids":
         return torch.arange(module.position_ids.shape[-1], device=device)[None]
+    if name in ("freqs_cos", "freqs_sin"):
+        values = type(module)(module.attention_head_dim, module.patch_size, module.max_seq_len)
+        return getattr(values, name).to(device)
     if name == "pos_embed":
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 

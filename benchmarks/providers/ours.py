@@ -56,14 +56,17 @@ def config(case: Case, device: str, **changes: Any) -> Config:
         "optim.updates_per_iteration": 1,
         "optim.ratio_tolerance": ANY_DEVIATION,
     }
-    if case.model.name != "nano":
+    if case.model.frames:
+        _, height, width = case.model.latent
+        size = {"height": 16 * height, "width": 16 * width, "frames": case.model.frames}
+        values |= {f"policy.{name}": value for name, value in size.items()}
+    elif case.model.name != "nano":
         values["policy.resolution"] = 8 * case.model.latent[1]
     if case.model.family != "sd3":
         values["policy.max_sequence_length"] = case.model.text_tokens
     if device == "meta":
         # A GPU's defaults; and one thread, since on_meta.py counts in the thread that enters it.
-        masked = case.model.family == "qwen"
-        kernel = "native_efficient" if masked else "native_flash"
+        kernel = "native_efficient" if case.model.masked else "native_flash"
         values |= {"policy.dtype": "bfloat16", "policy.attention": kernel}
         values["sample.overlap"] = 0
     return replace(Config(), **{**values, **changes})

@@ -3,6 +3,9 @@
     {"device", "driver", "versions": {...}, "commit", "command", "date",
      "rows": [{"suite", "case", "provider", "metric", "value", "unit"}, ...]}
 
+A row that was measured on a GPU also has "clocks" ({"sm_mhz": [before, after], "memory_mhz",
+"watts", "celsius"} around its case) and "throttled", the reasons why the clocks were lowered then.
+
 Providers: `ours` (and variants of it), `eager` (flow_grpo's code), `compile` (that code at its
 best under torch.compile), `ceiling` (what the device can do, measured in the same run). A suite may
 add facts such as "failures" and "skipped" (cases that did not fit into the time given).
@@ -29,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from measuring import gpu_state
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
@@ -67,40 +72,6 @@ def cpu_name() -> str:
     return f"{name}, {cores} cores"
 
 
-def gpu_facts() -> tuple[str, str]:
-    """(name with clocks and power limit, driver version) of the current GPU, by nvidia-ml-py."""
-    name = torch.cuda.get_device_name()
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        memory = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
-        watts = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) // 1000
-        facts = f"{name}, SM up to {clock} MHz, memory {memory} MHz, {watts} W"
-        return facts, pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:  # pynvml raises its own family of errors, and may be absent
-        return f"{name} (nvidia-ml-py: {error})", "unknown"
-
-
-def gpu_state() -> dict[str, int]:
-    """Clocks, power and temperature of the current GPU now; empty without nvidia-ml-py."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) // 1000,
-            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        }
-    except Exception:  # as in gpu_facts
-        return {}
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that a measurement depends on."""
     versions = {"python": platform.python_version()}
@@ -137,10 +108,8 @@ def command() -> str:
 
 def record(rows: list[dict], device: str, **more: Any) -> dict[str, Any]:
     """A full record of `rows` measured on "cpu" or "cuda"."""
-    name, driver = gpu_facts() if device == "cuda" else (cpu_name(), platform.release())
-    if device == "cuda":
-        # Right after measuring: what the clocks were while it ran.
-        more["state"] = gpu_state()
+    described = gpu_state.described() if device == "cuda" else (cpu_name(), platform.release())
+    name, driver = described
     return {
         "device": name,
         "driver": driver,
@@ -159,6 +128,12 @@ def write(content: dict[str, Any], path: Path) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=1) + "\n")
     beside.replace(path)
+
+
+def tell_throttled(case: str, watch: gpu_state.Watch) -> None:
+    """Print why a case ran with lowered clocks, where it did."""
+    if reasons := watch.facts().get("throttled"):
+        print(f"{case}: throttled ({', '.join(reasons)})", flush=True)
 
 
 def record_cases(
@@ -182,12 +157,17 @@ def record_cases(
         if time.perf_counter() - start > budget:
             skipped.append(case.name)
             continue
-        try:
-            rows += rows_of(case)
-        # A provider may fail in any way; the other cases are measured all the same.
-        except Exception as error:
-            failures.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
-            traceback.print_exc()
+        measured: list[dict] = []
+        with gpu_state.watched(device) as watch:
+            try:
+                measured = rows_of(case)
+            # A provider may fail in any way; the other cases are measured all the same.
+            except Exception as error:
+                failures.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
+                traceback.print_exc()
+        watch.mark(measured)
+        tell_throttled(case.name, watch)
+        rows += measured
         write(record(rows, device, **facts, failures=failures, skipped=skipped), out)
     write(record(rows, device, **facts, failures=failures, skipped=skipped), out)
     print(f"wrote {out}" + (f"; not begun: {', '.join(skipped)}" if skipped else ""))

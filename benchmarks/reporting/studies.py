@@ -1,6 +1,7 @@
-"""Tables of the studies (`flowgrpo compare`), as they stand in README.md between two comments each.
+"""Tables of README.md, each between two comments: of the models, and of the studies (`flowgrpo
+compare`).
 
-A table's figures come from results/nano/STUDY/comparison.json; `python benchmarks tables` writes
+A study's figures come from results/nano/STUDY/comparison.json; `python benchmarks tables` writes
 them, and with --check compares.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reporting import records
+from reporting import models, records
 
 README = records.BENCHMARKS.parent / "README.md"
 NANO = records.RESULTS / "nano"
@@ -130,6 +131,7 @@ def steps() -> tuple[list[str], list[list[str]]]:
 
 
 TABLES: dict[str, Callable[[], tuple[list[str], list[list[str]]]]] = {
+    "models": models.table,
     "methods": methods,
     "kl": kl,
     "steps": steps,
@@ -137,9 +139,9 @@ TABLES: dict[str, Callable[[], tuple[list[str], list[list[str]]]]] = {
 
 
 def with_tables(text: str, markdown: Callable[[list[str], list[list[str]]], str]) -> str:
-    """Put the tables into a page, each between `<!-- study: NAME -->` and `<!-- end -->`."""
+    """Put the tables into a page, each between `<!-- table: NAME -->` and `<!-- end -->`."""
     for name, table in TABLES.items():
-        begin = f"<!-- study: {name} -->\n"
+        begin = f"<!-- table: {name} -->\n"
         pattern = re.compile(f"({re.escape(begin)}).*?(<!-- end -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"{begin.strip()} ... <!-- end --> is not there once")

@@ -1,7 +1,7 @@
 """Tables of the records as pages of Markdown beside them.
 
     python benchmarks tables            # write compile.md and kernels-memory-cpu.md in results, and
-                                        # the studies' tables in README.md (studies.py)
+                                        # the tables of README.md (studies.py, models.py)
     python benchmarks tables --check    # exit with 1 where a page differs from its record
 
 bench_compile.py writes its page itself.

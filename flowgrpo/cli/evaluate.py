@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from flowgrpo.cli.targets import (
     check_numbers,
     check_same_command,
     check_writable,
+    evaluated_rows,
     image_size,
     load_base,
     resolve_target,
@@ -22,7 +25,7 @@ from flowgrpo.cli.targets import (
 from flowgrpo.config import Config, replace
 from flowgrpo.config.validation import require
 from flowgrpo.distributed.world import World, join
-from flowgrpo.evaluation import evaluate, pictures, systems
+from flowgrpo.evaluation import card, evaluate, pictures, systems
 from flowgrpo.evaluation.evaluate import Evaluation
 from flowgrpo.evaluation.evaluation_set import EvaluationSet, load_evaluation_set, seeded
 from flowgrpo.evaluation.picture_sets import one_index_a_text
@@ -30,7 +33,9 @@ from flowgrpo.evaluation.quality import quality_of, tolerances_of
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap
 from flowgrpo.evaluation.systems import Measurement, System, quality_rewards
 from flowgrpo.evaluation.table import comparison, print_whole
+from flowgrpo.nano import MODELS
 from flowgrpo.policies import Policy
+from flowgrpo.policies.adapter_files import origin
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import ANY, fingerprint, load_prompts
@@ -40,6 +45,8 @@ from flowgrpo.runs import checkpoints, content
 from flowgrpo.runs.display import EvaluationProgress, Terminal, mode_of
 from flowgrpo.runs.export import add_initial, load_trained
 from flowgrpo.runs.process import versions
+
+log = logging.getLogger("flowgrpo")
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> di
     """
     _check_target(options)
     check_numbers(options, "samples", "quality_samples", "steps", "cfg", "guidance", "batch_size")
-    check_numbers(options, "prompts", "resolution", "height", "width", zero=True)
+    check_numbers(options, "prompts", "resolution", "height", "width", "frames", zero=True)
     config, checkpoint = resolve_target(options.target, options.checkpoint == "best")
     require(
         options.model is None or checkpoint is not None or options.target in RECIPES,
@@ -139,9 +146,11 @@ def _evaluate(
         policy.check_texts(prompts.texts)
         warn_of_cut(policy, prompts.texts)
         benchmark.scorer.try_out(prompts, policy.blank_image())
+    description = ""
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
         console.print(f"Adapter {description}.", soft_wrap=True, markup=False)
+        warn_of_base(options.adapter, config.policy.model)
     if world.first:
         check_writable(out)
     _check_same_content(world, policy, benchmarks)
@@ -152,18 +161,42 @@ def _evaluate(
     if not world.first:
         return report
     pictures.save(pictures.evaluation_grid(evaluations, evaluation_set), out / "grid.png")
+    _save_videos(evaluations, policy, out)
     files.write_json(out / "report.json", report)
     rows = _rows(config, options, checkpoint, benchmarks, results)
     systems.write(out, rows, report["versions"])
+    card.write(
+        out,
+        _subject(config, options, checkpoint, rows[-1].label, description),
+        config.sample.prompts,
+        options.split,
+        report["reports"],
+        {
+            label: row.quality
+            for label, row in zip(evaluations, rows, strict=True)
+            if row.quality is not None
+        },
+        report["versions"],
+    )
     print_whole(console, comparison(evaluations, tolerances_of(config.sample.prompts)))
     if report["change"] is not None:
         _print_changes(report["change"], evaluations["base"].label == "accuracy", console)
     if quality:
         console.print()
         systems.show(rows, console)
-    names = f"report.json, grid.png, table.md, {systems.NAME}"
+    names = f"report.json, grid.png, table.md, {systems.NAME}, {card.NAME}"
     console.print(f"Written to {out}: {names}.", soft_wrap=True, markup=False)
     return report
+
+
+def _save_videos(evaluations: Mapping[str, Evaluation], policy: Policy, out: Path) -> None:
+    """Write the videos of the evaluations that are whole, if any: LABEL-1.webp, ..."""
+    for label, evaluation in evaluations.items():
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            # "base, CFG 4.5" is base-CFG-4.5.
+            name = re.sub(r"[^\w.]+", "-", label)
+            file = out / f"{name}-{number + 1}.webp"
+            pictures.save_video(video, file, policy.family.frame_rate)
 
 
 def _check_same_content(world: World, policy: Policy, benchmarks: Sequence[Benchmark]) -> None:
@@ -233,6 +266,7 @@ def _benchmarks(
         options=quality,
         timeout=config.reward.timeout,
         devices=config.reward.devices,
+        frames=config.reward.frames,
     )
     evaluation_set = seeded(one_index_a_text(prompts), options.quality_samples)
     return [task, Benchmark(systems.QUALITY, options.quality_prompts, evaluation_set, scorer)]
@@ -286,24 +320,68 @@ def _rows(
             name = model + label.removeprefix("base")
         elif options.adapter is not None:
             name = f"{model} + {Path(options.adapter).name}"
-        measurements = {b.kind: _measurement(b, results[b.kind][label]) for b in benchmarks}
+        measurements = {
+            b.kind: _measurement(b, results[b.kind][label], config.policy.quantize)
+            for b in benchmarks
+        }
         rows.append(System(name, **measurements))
     return rows
 
 
-def _measurement(benchmark: Benchmark, evaluation: Evaluation) -> Measurement:
-    """Describe one evaluation as a system's figures."""
+def warn_of_base(adapter: str, model: str) -> None:
+    """Warn if an adapter says that it was trained on a model of another name."""
+    base = origin(adapter).get("base_model", "")
+    if base and Path(base).name.lower() != Path(model).name.lower():
+        log.warning(
+            "the adapter %r says that its base model is %s, and is evaluated on %s; its matrices "
+            "fit both.",
+            adapter,
+            base,
+            model,
+        )
+
+
+def _subject(
+    config: Config,
+    options: EvaluateOptions,
+    checkpoint: Path | None,
+    label: str,
+    description: str,
+) -> card.Subject:
+    """Describe what was evaluated, for its card; `label`: of the last row of the table."""
+    model, lora = config.policy.model, options.adapter is not None
+    # A Hub id, or else a folder or an embedded model.
+    on_hub = model not in MODELS and not Path(model).exists()
+    name, note = label, description
+    if options.adapter is not None:
+        name = options.adapter
+        if Path(name).exists():
+            name = Path(name).resolve().name
+        if revision := origin(options.adapter).get("revision"):
+            note += f", revision {revision}"
+    elif checkpoint is not None:
+        lora = config.policy.adapter == "lora"
+    base = model if on_hub or model in MODELS else Path(model).name
+    return card.Subject(name, base, lora, on_hub, note)
+
+
+def _measurement(benchmark: Benchmark, evaluation: Evaluation, quantizer: str) -> Measurement:
+    """Describe one evaluation, on weights that `quantizer` has packed or "none", as a system's
+    figures."""
     evaluation_set = benchmark.evaluation_set
     height, width = evaluation.shown.shape[-2:]
     entries = range(len(evaluation_set.prompts))
     pictures_of = [entry for entry in entries for _ in range(evaluation_set.samples)]
+    source = f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}"
+    if quantizer != "none":
+        source += f", weights {quantizer}"
     return systems.measurement(
         benchmark.prompt_set,
         evaluation.per_reward,
         evaluation_set.prompts.take(pictures_of),
         benchmark.scorer,
         balanced=benchmark.kind == systems.TASK,
-        source=f"{evaluation.steps} steps, guidance scale {evaluation.guidance_scale:g}",
+        source=source,
         sizes={f"{width}x{height}": evaluation.images},
     )
 
@@ -321,6 +399,7 @@ def _report(
         "target": options.target,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "adapter": options.adapter,
+        "adapter_origin": origin(options.adapter) if options.adapter else None,
         "prompt_set": config.sample.prompts,
         "split": options.split,
         "reports": {label: evaluation.to_dict() for label, evaluation in evaluations.items()},
@@ -349,7 +428,8 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         "sample.guidance_scale": options.cfg,
         "policy.device": options.device,
         "policy.variant": options.variant,
-        **image_size(options),
+        "policy.quantize": options.quantize,
+        **image_size(options, config),
         "reward.options": {**reward_options, **options.reward_options},
     }
     reported = options.rewards or (*config.reward.weights, *config.reward.report)
@@ -367,11 +447,12 @@ def _with_options(config: Config, options: EvaluateOptions, quality: Sequence[st
         }
         changes["reward.report"] = options.rewards
         changes["reward.weights"] = dict.fromkeys(options.rewards, 1.0)
-    if options.batch_size is not None:
+    if (rows := options.batch_size or evaluated_rows(options, config)) is not None:
         # Of one prompt, so that any number is allowed: training's group has no part in this.
-        changes["sample.batch_size"] = options.batch_size
-        changes["sample.group_size"] = max(2, options.batch_size)
-        changes["sample.prompts_per_iteration"] = 2 * options.batch_size
+        changes["sample.batch_size"] = rows
+        changes["sample.group_size"] = max(2, rows)
+        changes["sample.prompts_per_iteration"] = 2 * rows
+        changes["sample.scouts"] = changes["sample.scout_forwards"] = 0
         changes["optim.updates_per_iteration"] = 1
     return replace(config, **{name: v for name, v in changes.items() if v is not None})
 

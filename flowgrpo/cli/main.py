@@ -8,6 +8,7 @@ exits with 130, one whose output nobody reads any more with 141.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import textwrap
@@ -46,6 +47,8 @@ flowgrpo COMMAND --help lists the options of a command.
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # PEFT imports it where it is installed, and it warns of CPU kernels that nothing here calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "compare": compare,

@@ -53,7 +53,8 @@ class EvaluateOptions:
     table: tuple[str, ...] = ()
     """Folders of evaluations, or their evaluation.json: one table of all their rows."""
     adapter: str | None = None
-    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model."""
+    """LoRA weights in diffusers' or PEFT's format, to compare with a recipe's or a bare model: a
+    file, a folder, or OWNER/NAME, OWNER/NAME/FOLDER, OWNER/NAME@REVISION on the Hub."""
     model: str | None = None
     """Where the model of a run or recipe is now: a folder or a Hub id; default: where it was."""
     checkpoint: Literal["last", "best"] = "last"
@@ -88,12 +89,16 @@ class EvaluateOptions:
     """Pixels from top to bottom; default: --resolution, or as in training."""
     width: int | None = None
     """Pixels from left to right; default: --resolution, or as in training."""
+    frames: int | None = None
+    """Frames of a video; default: as in training, or the model's own."""
     batch_size: int | None = None
     """Rows of one forward; default: as in training, or 8. With --images: pictures at once, 16."""
     out: str | None = None
     """Folder for the results; default: in the run's, or runs/images/evaluation; --table: none."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device; with --images, that of the rewards."""
 
@@ -117,7 +122,7 @@ class SampleOptions:
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
     out: str = "sample.png"
-    """The picture to write: .png, .jpg or .jpeg."""
+    """The picture to write: .png, .jpg or .jpeg; videos are written beside it, as .webp."""
     count: int = 4
     """Images for each prompt."""
     steps: int | None = None
@@ -130,10 +135,14 @@ class SampleOptions:
     """Pixels from top to bottom; default: --resolution, or the run's."""
     width: int | None = None
     """Pixels from left to right; default: --resolution, or the run's."""
+    frames: int | None = None
+    """Frames of a video; default: the run's, or the model's own."""
     seed: int = 0
     """Seed of the noise."""
     variant: str | None = None
     """Which of the model's files, such as fp16; default: the run's, or those without a variant."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Bits of the transformer's frozen weights; default: the run's, or none."""
     device: str = "auto"
     """Torch device."""
 
@@ -160,7 +169,7 @@ class CompareOptions:
     """Compare the arms of a study; fields of the configuration are changed in all arms."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """A shipped study (methods, kl, steps), or a .yaml or .json file."""
+    """A shipped study (methods, kl, steps, scouts), or a .yaml or .json file."""
     arms: tuple[str, ...] = ()
     """Labels of the arms to compare; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -15,6 +15,7 @@ from flowgrpo.cli.targets import (
     check_same_command,
     check_writable,
     config_of_model,
+    evaluated_rows,
     image_size,
     load_base,
     resolve_target,
@@ -26,6 +27,7 @@ from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
+from flowgrpo.rewards.frames import spread
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
 from flowgrpo.runs.export import add_initial, load_trained
@@ -45,21 +47,29 @@ def sample_pictures(options: SampleOptions, console: Console | None = None) -> P
         "policy.model": options.model,
         "policy.device": options.device,
         "policy.variant": options.variant,
-        **image_size(options),
+        "policy.quantize": options.quantize,
+        **image_size(options, config),
         "sample.eval_steps": options.steps,
         "sample.guidance_scale": options.guidance,
     }
+    rows = evaluated_rows(options, config) or config.sample.batch_size
     config = replace(config, **{name: v for name, v in changes.items() if v is not None})
     world = join(config.run.rank_timeout)
     console = console or Terminal(highlight=False, quiet=not world.first)
     with world.together():
         check_same_command(world, config, options, checkpoint)
-        return _sample(options, config, checkpoint, world, console)
+        return _sample(options, config, checkpoint, rows, world, console)
 
 
 def _sample(
-    options: SampleOptions, config: Config, checkpoint: Path | None, world: World, console: Console
+    options: SampleOptions,
+    config: Config,
+    checkpoint: Path | None,
+    rows: int,
+    world: World,
+    console: Console,
 ) -> Path:
+    """Sample, draw and write; `rows`: of one forward."""
     policy, out = load_base(config), Path(options.out)
     if config.run.resume:
         content.warn_of_another_model(config.out_dir, policy)
@@ -84,27 +94,35 @@ def _sample(
             torch.from_numpy(drawn),
             options.count,
             steps=config.sample.eval_steps,
-            batch_size=config.sample.batch_size,
+            batch_size=rows,
             guidance_scale=config.sample.guidance_scale,
-            rows=evaluate.rows_of(len(drawn), config.sample.batch_size, world),
+            rows=evaluate.rows_of(len(drawn), rows, world),
         )
         return torch.cat(world.collect_rows(images_here) or [images_here.cpu()[:0]])
 
-    rows = {"base": images()}
+    shown = {"base": images()}
     if checkpoint is not None:
         if add_initial(policy, config):
-            rows["start"] = images()
+            shown["start"] = images()
         load_trained(policy.transformer, config.optim, checkpoint)
-        rows["trained"] = images()
+        shown["trained"] = images()
     if options.adapter is not None:
         load_adapter(policy, options.adapter)
-        rows["trained"] = images()
+        shown["trained"] = images()
     if not world.first:
         return out
     captions = [text for text in texts for _ in range(options.count)]
-    picture = pictures.grid(rows, captions, columns=min(max(options.count, 4), 8))
-    out = pictures.save(picture, out)
+    columns = min(max(options.count, 4), 8)
+    videos = shown if policy.frames else {}
+    if videos:
+        shown, columns = {n: spread(row, evaluate.STRIP) for n, row in shown.items()}, 2
+    out = pictures.save(pictures.grid(shown, captions, columns=columns), out)
     console.print(f"Written: {out}", soft_wrap=True, markup=False)
+    for label, row in videos.items():
+        for number, video in enumerate(row):
+            file = out.with_name(f"{out.stem}-{label}-{number + 1}.webp")
+            pictures.save_video(video, file, policy.family.frame_rate)
+            console.print(f"Written: {file}", soft_wrap=True, markup=False)
     return out
 
 
@@ -121,7 +139,7 @@ def _check_sample(options: SampleOptions) -> None:
         f"--count is {options.count}, but at least one image is expected; raise it.",
     )
     check_numbers(options, "steps", "guidance")
-    check_numbers(options, "seed", "resolution", "height", "width", zero=True)
+    check_numbers(options, "seed", "resolution", "height", "width", "frames", zero=True)
     require(
         options.seed < 2**63,
         f"--seed is {options.seed}, but it must be below 2^63; lower it.",

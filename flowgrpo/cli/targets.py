@@ -58,15 +58,29 @@ def check_numbers(
         require(good, f"--{name.replace('_', '-')} is {value}, but it must be {rule}; change it.")
 
 
-def image_size(options: EvaluateOptions | SampleOptions) -> dict[str, int | None]:
-    """Changes of the configuration that the options ask for; a new resolution also replaces the
-    height and width of before."""
-    square = None if options.resolution is None else 0
+def image_size(options: EvaluateOptions | SampleOptions, config: Config) -> dict[str, int | None]:
+    """Changes of the configuration that the options ask for, or else run.eval_resolution; a new
+    resolution also replaces the height and width of before."""
+    resolution = options.resolution
+    if resolution is None and options.height is None and options.width is None:
+        resolution = config.run.eval_resolution or None
+    square = None if resolution is None else 0
     return {
-        "policy.resolution": options.resolution,
+        # All images are of one size here.
+        "run.eval_resolution": 0,
+        "policy.resolution": resolution,
         "policy.height": square if options.height is None else options.height,
         "policy.width": square if options.width is None else options.width,
+        "policy.frames": options.frames,
     }
+
+
+def evaluated_rows(options: EvaluateOptions | SampleOptions, config: Config) -> int | None:
+    """Rows of a forward with which a run evaluates at a size of its own; None: those of training,
+    or another size is asked for."""
+    if any(side is not None for side in (options.resolution, options.height, options.width)):
+        return None
+    return None if config.eval_batch_size == config.sample.batch_size else config.eval_batch_size
 
 
 def config_of_model(model: str) -> Config:

@@ -104,6 +104,8 @@ def _run(result: Result) -> dict[str, Any]:
         names = ("iterations", "images", "seconds", "max_ratio_error", "dropped_groups", "weights")
         names += ("device", "backend", "versions")
         values |= {name: result.summary.get(name) for name in names}
+        if "scouts" in result.summary:
+            values["scouts"] = result.summary["scouts"]
     return {**values, "config": to_dict(result.run.config)}
 
 

@@ -38,9 +38,17 @@ SET_HERE = (
 
 COMMON = (
     *("policy.model", "policy.variant", "policy.device", "policy.init_adapter"),
-    *("policy.resolution", "policy.height", "policy.width", "policy.embedded_guidance"),
+    *("policy.resolution", "policy.height", "policy.width", "policy.frames"),
+    *("policy.embedded_guidance", "reward.frames"),
     *("sample.prompts", "sample.eval_steps", "sample.guidance_scale", "reward.report"),
-    *("run.eval_prompts", "run.eval_samples", "run.eval_guidance", "run.eval_kl", "run.threads"),
+    *(
+        "run.eval_prompts",
+        "run.eval_samples",
+        "run.eval_resolution",
+        "run.eval_guidance",
+        "run.eval_kl",
+        "run.threads",
+    ),
 )
 """Fields in which arms may not differ: they decide what is measured, from which base, and how
 long a second is."""
@@ -224,6 +232,16 @@ FORWARD = {
     "optim.ema_decay": 0.97,
 }
 
+# As nano_awm, where large errors count less.
+ADVANTAGE_MATCHING = {
+    "optim.objective": "awm",
+    "optim.level_weight": "normalized",
+    "optim.levels": 3,
+    **FORWARD,
+}
+
+SCOUTS = {"sample.scouts": 24, "sample.scout_forwards": 3}
+
 # A rate that falls by the number of updates would be read at another height in each arm. Half of
 # the recipe's held-out prompts, as many runs are evaluated many times.
 STEADY = {"optim.decay": 0, "run.eval_prompts": 120}
@@ -287,13 +305,7 @@ STUDIES = {
                     "optim.levels": 2,
                     "optim.lr": 6e-3,
                 },
-                # As nano_awm, where large errors count less.
-                "AWM": {
-                    "optim.objective": "awm",
-                    "optim.level_weight": "normalized",
-                    "optim.levels": 3,
-                    **FORWARD,
-                },
+                "AWM": ADVANTAGE_MATCHING,
                 "NFT": {"optim.objective": "nft", "optim.levels": 3, **FORWARD},
             },
             # Forty iterations of most, and as long as they take GRPO on one core.
@@ -331,6 +343,23 @@ STUDIES = {
             common={**STEADY, "sample.eval_steps": 40},
             arms={f"T={steps}": {"sample.steps": steps} for steps in (5, 10, 20, 40)},
             images=9_600,
+            panels=("seconds", "images"),
+        ),
+        Study(
+            name="scouts",
+            question="Do scouts, cheap previews of twice as many candidates, learn more in equal "
+            "seconds?",
+            recipe="nano",
+            common=STEADY,
+            # Half of the forwards of an image each. Everything else is the recipe's own.
+            arms={
+                "GRPO": {},
+                "GRPO + scouts": SCOUTS,
+                "AWM": ADVANTAGE_MATCHING,
+                "AWM + scouts": {**ADVANTAGE_MATCHING, **SCOUTS},
+            },
+            seconds=80.0,
+            evaluations=4,
             panels=("seconds", "images"),
         ),
     )

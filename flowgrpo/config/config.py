@@ -80,6 +80,24 @@ class Config:
         return self.sample.chunks // self.optim.updates_per_iteration
 
     @property
+    def evaluated_policy(self) -> PolicyConfig:
+        """The model with the image size of evaluations."""
+        if not self.run.eval_resolution:
+            return self.policy
+        size = {"resolution": self.run.eval_resolution, "height": 0, "width": 0}
+        return dataclasses.replace(self.policy, **size)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of an evaluation's forward: as many pixels as training's has, where its images are
+        larger (training's size is stated then), and at least one."""
+        policy, rows = self.policy, self.sample.batch_size
+        pixels = (policy.height or policy.resolution) * (policy.width or policy.resolution)
+        if not pixels or self.run.eval_resolution**2 <= pixels:
+            return rows
+        return max(rows * pixels // self.run.eval_resolution**2, 1)
+
+    @property
     def reported(self) -> tuple[str, ...]:
         """Names of the rewards that evaluation reports, those of training among them; the first is
         the accuracy."""

@@ -25,6 +25,11 @@ def check(policy: PolicyConfig, sample: SampleConfig, optim: OptimConfig, run: R
             f"{name}.capture to off.",
         )
     require(
+        policy.quantize == "none",
+        f"policy.quantize is {policy.quantize} with run.parallel fsdp, but FSDP shards parameters, "
+        "and packed weights are none; set policy.quantize to none, or run.parallel to replicate.",
+    )
+    require(
         not policy.compile,
         "policy.compile is on with run.parallel fsdp, but nobody has tried both together; set "
         "policy.compile to false.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from flowgrpo.config.validation import (
@@ -54,12 +54,20 @@ class PolicyConfig:
     """Pixels of an image from top to bottom; 0: policy.resolution."""
     width: int = 0
     """Pixels of an image from left to right; 0: policy.resolution."""
+    frames: int = 0
+    """Frames of a video, 4n + 1 of them; 0: the model's own default (81 for Wan)."""
     # flow_grpo encodes 128 tokens for SD3.5 and FLUX.1; diffusers' defaults are 256 (SD3) and 512.
+    # FLUX.2 sees the padding, so that its texts have the length that it was trained with.
     max_sequence_length: int = 0
-    """Tokens of a prompt that T5 or Qwen2.5-VL gives the model; 0: 128, as in flow_grpo."""
+    """Tokens of a prompt, of T5 or Qwen; 0: 128 as in flow_grpo, 512 of FLUX.2 and Wan."""
     # FLUX.1's default in diffusers, and flow_grpo's in its pickscore_flux recipes.
     embedded_guidance: float = 3.5
     """Guidance value that a guidance-distilled model (FLUX.1-dev) is told; not a second forward."""
+    # Arguments of Z-Image's pipeline, by their names there.
+    cfg_normalization: float = 0.0
+    """Z-Image: largest norm of a guided velocity, in norms of the conditional one; 0: any."""
+    cfg_truncation: float = 1.0
+    """Z-Image: time 1 - sigma beyond which steps have no guidance; 1: all have it."""
     text_cache: str = "auto"
     """Folder of text embeddings; auto: flowgrpo/text in $XDG_CACHE_HOME or ~/.cache; "": none."""
     offload_text_encoders: bool = False
@@ -70,6 +78,11 @@ class PolicyConfig:
     """torch.compile the transformer's blocks; the first call of each kind takes minutes."""
     fused: bool = False
     """Run norms, gates and heads of the blocks by fused kernels of ours; not with compile."""
+    # Of the linear layers of the blocks; adapters go on top, as on others. Not with adapter full.
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the transformer's frozen weights in 4 or 8 bits: docs/small-cards.md has the price."""
+    quantize_text: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the weights of the text encoders in 4 or 8 bits."""
     vae_slicing: bool = False
     """Decode images one at a time: less memory, more time."""
     gradient_checkpointing: bool = False
@@ -79,12 +92,24 @@ class PolicyConfig:
         settle_paths(self, "model", "init_adapter", "text_cache")
         check_types("policy.", self)
         check_positive("policy", self, "lora_rank", "lora_alpha")
-        zero = ("resolution", "height", "width", "max_sequence_length", "embedded_guidance")
+        zero = ("resolution", "height", "width", "frames", "max_sequence_length")
+        zero += ("embedded_guidance", "cfg_normalization", "cfg_truncation")
         check_positive("policy", self, *zero, zero=True)
         require(
             self.max_sequence_length <= 512,
             f"policy.max_sequence_length is {self.max_sequence_length}, but diffusers takes 512 "
             "tokens at most; lower it.",
+        )
+        require(
+            self.quantize == "none" or self.adapter == "lora",
+            f"policy.quantize is {self.quantize} with policy.adapter full, but weights in few bits "
+            "cannot take an optimizer's small steps; set policy.adapter to lora, or "
+            "policy.quantize to none.",
+        )
+        require(
+            self.quantize == "none" or not self.compile,
+            f"policy.quantize is {self.quantize} with policy.compile, but a compiled block has its "
+            "weights as inputs, and these are packed; set one of them to none or false.",
         )
         require(
             not (self.compile and self.fused),
@@ -116,6 +141,12 @@ class SampleConfig:
     """K: prompts drawn for one iteration."""
     group_size: int = 12
     """G: images sampled for each prompt; rewards are compared inside the group."""
+    # Deterministic rollouts agree with their scouts best; `scouts.agreement` in metrics.jsonl.
+    scouts: int = 0
+    """N: candidates of a prompt that are previewed by few forwards and scored, of which the best
+    and the worst, G in all, are sampled in full and learned from; 0: none, G are sampled."""
+    scout_forwards: int = 0
+    """Forwards of a preview, fewer than sample.steps; 0: half of them."""
     batch_size: int = 48
     """Rows of one forward in rollout and update alike; it must divide K G."""
     steps: int = 10
@@ -132,6 +163,20 @@ class SampleConfig:
     """Consecutive steps that are stochastic and trained, the rest ODE; 0: all but the last."""
     window_range: tuple[int, int] | None = None
     """First step and end (exclusive) between which a window is drawn; default: all but the last."""
+    window_schedule: Literal["random", "progressive"] = "random"
+    """Place of a window: drawn for each group, or MixGRPO's, which moves on from the first step."""
+    window_interval: int = 25
+    """Iterations that a progressive window stays at a place before it moves."""
+    window_stride: int = 1
+    """Steps that a progressive window moves by."""
+    # 0.1 and 13 by default in the code of MixGRPO's authors.
+    window_decay: float = 0.0
+    """k: at step l a progressive window stays ceil(interval exp(-k max(0, l - window_decay_from)))
+    iterations; 0: everywhere as long."""
+    window_decay_from: int = 0
+    """Step of a progressive window from which on it stays shorter, by window_decay."""
+    window_return: bool = False
+    """Move a progressive window from the last place to the first again; else it stays there."""
     shared_noise: bool = False
     """Start the images of one group from the same initial noise."""
     # Its last steps run in other batches, so bits of the images differ from the plain rollout's.
@@ -164,6 +209,7 @@ class SampleConfig:
             f"{self.group_size}); choose a batch_size that divides {self.rows}, for example "
             f"{_nearest_divisor(self.rows, self.batch_size)}.",
         )
+        self._check_scouts()
         low, high = self.window_bounds
         require(
             0 <= low < high <= self.steps and self.window_size >= 0,
@@ -187,11 +233,66 @@ class SampleConfig:
             f"sample.window_size {self.window_size} does not fit into the window range "
             f"[{low}, {high}); make the window smaller or the range wider.",
         )
+        self._check_window_schedule()
+
+    def _check_window_schedule(self) -> None:
+        """Raise ConfigError for a progressive window that cannot move, or for numbers of one."""
+        check_positive("sample", self, "window_interval", "window_stride")
+        check_positive("sample", self, "window_decay", "window_decay_from", zero=True)
+        if self.window_schedule == "progressive":
+            low, high = self.window_bounds
+            require(
+                self.last_start > low,
+                f"sample.window_schedule is progressive with sample.window_size {self.window_size} "
+                f"and the range [{low}, {high}), which has one place for a window alone; make the "
+                "window smaller or the range wider.",
+            )
+            return
+        for name in ("interval", "stride", "decay", "decay_from", "return"):
+            [default] = [f.default for f in fields(self) if f.name == f"window_{name}"]
+            value = getattr(self, f"window_{name}")
+            require(
+                value == default,
+                f"sample.window_{name} is {value!r} with sample.window_schedule random, but only a "
+                f"progressive window has one; set window_schedule to progressive, or leave it at "
+                f"{default!r}.",
+            )
+
+    def _check_scouts(self) -> None:
+        """Raise ConfigError for candidates of which there is nothing to choose, or that cost as
+        much as images."""
+        check_positive("sample", self, "scouts", "scout_forwards", zero=True)
+        require(
+            self.scouts == 0 or self.scouts > self.group_size,
+            f"sample.scouts is {self.scouts}, but the {self.group_size} images of a group "
+            "(sample.group_size) are chosen of them, so more are expected; raise it, or set it to "
+            "0.",
+        )
+        require(
+            self.scout_forwards < self.steps,
+            f"sample.scout_forwards is {self.scout_forwards}, but a preview is to cost less than "
+            f"the {self.steps} steps of an image (sample.steps); lower it.",
+        )
+        require(
+            self.scouts > 0 or self.scout_forwards == 0,
+            f"sample.scout_forwards is {self.scout_forwards} with sample.scouts 0, but without "
+            "candidates there are no previews; set sample.scouts, or leave it at 0.",
+        )
 
     @property
     def rows(self) -> int:
         """Images sampled in one iteration, B = K G."""
         return self.prompts_per_iteration * self.group_size
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of one iteration, K N; 0 without scouts."""
+        return self.prompts_per_iteration * self.scouts
+
+    @property
+    def forwards_of_a_scout(self) -> int:
+        """Forwards of a preview, S."""
+        return self.scout_forwards or self.steps // 2
 
     @property
     def chunks(self) -> int:
@@ -234,6 +335,8 @@ class RewardConfig:
     """Rewards and their weights: a name in flowgrpo.rewards, module:function, file.py:function."""
     report: tuple[str, ...] = ()
     """Rewards that evaluation reports, the first as the accuracy; those of weights follow."""
+    frames: int = 1
+    """Frames of a video, at even distances, whose mean an image reward scores; 1: the middle."""
     retries: int = 2
     """How often a failing reward is tried again before its groups are dropped."""
     timeout: float = 0.0
@@ -258,6 +361,7 @@ class RewardConfig:
             object.__setattr__(self, "options", texts)
         check_types("reward.", self)
         check_positive("reward", self, "retries", "timeout", zero=True)
+        check_positive("reward", self, "frames")
         finite = all(abs(weight) < float("inf") for weight in self.weights.values())
         require(
             finite and any(self.weights.values()),
@@ -418,6 +522,9 @@ class RunConfig:
     """Held-out prompts of an evaluation; 0: all of the set."""
     eval_samples: int = 2
     """Images for each prompt of an evaluation (two or more show diversity within a prompt)."""
+    # Rows of an evaluation's forward become fewer as its images become larger.
+    eval_resolution: int = 0
+    """Pixels on each side of an evaluation's images; 0: as in training."""
     eval_guidance: float = 1.0
     """Guidance scale of one more evaluation of the untrained model, for comparison; 1: none."""
     eval_kl: float = 0.0
@@ -459,6 +566,6 @@ class RunConfig:
             "run", self, "steps", "eval_samples", "eval_guidance", "rank_timeout", "leaves"
         )
         counts = ("seed", "eval_every", "eval_prompts", "checkpoint_every", "threads", "shard_size")
-        seconds = ("min_seconds", "eval_seconds")
-        check_positive("run", self, *counts, *seconds, "eval_kl", zero=True)
+        others = ("min_seconds", "eval_seconds", "eval_kl", "eval_resolution")
+        check_positive("run", self, *counts, *others, zero=True)
         require(self.seed < 2**63, f"run.seed is {self.seed}, but it must be below 2^63; lower it.")

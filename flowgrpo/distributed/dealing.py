@@ -80,6 +80,12 @@ def runs_of(count: int, ranks: int) -> tuple[range, ...]:
     return tuple(range(*pair) for pair in pairwise(bounds))
 
 
+def share_of(total: int, batch_size: int, ranks: int, rank: int) -> range:
+    """Find the rows, of `total`, that a rank has: a contiguous run of whole chunks."""
+    run = runs_of(-(-total // batch_size), ranks)[rank]
+    return range(min(run.start * batch_size, total), min(run.stop * batch_size, total))
+
+
 def deal(
     micro_steps: Sequence[Numbered],
     updates: int,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from flowgrpo import files, rewards
-from flowgrpo.distributed.dealing import runs_of
+from flowgrpo.distributed.dealing import share_of
 from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.evaluation.quality import Quality
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
 from flowgrpo.policies import Policy
+from flowgrpo.rewards.frames import is_video, spread
 from flowgrpo.sampling.rollout import chunks, sample_images
 
 OnProgress = Callable[[str, int], None]
@@ -38,6 +39,10 @@ OnProgress = Callable[[str, int], None]
 
 SHOWN = 24
 """Prompts of an evaluation that its pictures show."""
+STRIP = 4
+"""Frames of a video, at even distances, that stand for it in pictures and in the diversity."""
+VIDEOS = 4
+"""Prompts of an evaluation whose videos are kept whole."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,19 @@ class Evaluation:
     per_image: Tensor = field(repr=False)
     """float64 [N * samples]: the first reward, NaN where it failed."""
     shown: Tensor = field(repr=False)
-    """uint8 [S, 3, H, W]: the first image of the first S prompts."""
+    """uint8 [S, 3, H, W]: the first image of the first S prompts; of videos [S, f, 3, H, W], the
+    STRIP frames of each that pictures show."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95 % interval of every score."""
     per_reward: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Reward -> its scores, float64 [N * samples]; not saved."""
     kl: float | None = None
     """KL to the untrained model, see kl.py; None: not measured."""
+    size: tuple[int, int] | None = None
+    """Width and height of an image in pixels; None: of an older record, which has none."""
+    videos: Tensor | None = field(default=None, repr=False)
+    """uint8 [v, F, 3, H, W]: the first video of the first VIDEOS prompts, in the first process; not
+    saved."""
 
     def to_dict(self) -> dict[str, Any]:
         """List what report.json, metrics.jsonl and summary.json hold: all but images, seconds."""
@@ -83,6 +94,8 @@ class Evaluation:
             "guidance_scale": self.guidance_scale,
             "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
         }
+        if self.size is not None:
+            values["size"] = list(self.size)
         return values if self.kl is None else {**values, "kl": self.kl}
 
     @property
@@ -113,6 +126,8 @@ class Evaluation:
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tensors = files.read_tensors(folder / "images.safetensors")
         values["interval"] = tuple(values["interval"])
+        if "size" in values:
+            values["size"] = tuple(values["size"])
         values["intervals"] = {n: tuple(b) for n, b in values.get("intervals", {}).items()}
         return cls(**values, **tensors)
 
@@ -183,14 +198,17 @@ def evaluate(
             torch.cat(parts), per_reward, evaluation_set, steps, guidance_scale, quality, started
         )
 
-    return world.from_first(summary)
+    evaluation = world.from_first(summary)
+    if policy.frames and world.first:
+        # Not sent to the others, which write nothing.
+        whole = torch.cat(parts)[:: evaluation_set.samples][:VIDEOS].clone()
+        evaluation = replace(evaluation, videos=whole)
+    return evaluation
 
 
 def rows_of(total: int, batch_size: int, world: World) -> range:
     """Find the images, of `total`, that this process samples: a run of whole chunks."""
-    number = -(-total // batch_size)
-    run = runs_of(number, world.size)[world.rank]
-    return range(min(run.start * batch_size, total), min(run.stop * batch_size, total))
+    return share_of(total, batch_size, world.size, world.rank)
 
 
 def score_images(
@@ -220,12 +238,14 @@ def summarize(
     quality: Quality | None,
     started: float,
 ) -> Evaluation:
-    """Compute the figures of an evaluation from all images and their scores.
+    """Compute the figures of an evaluation from all images, or videos, and their scores.
 
     Args:
         started: time.perf_counter() when it began.
     """
     prompts, samples, tags = evaluation_set.prompts, evaluation_set.samples, evaluation_set.tags
+    if is_video(images):
+        images = spread(images, STRIP)
     per_prompt = {
         name: scores.view(len(prompts), samples).mean(dim=1).numpy()
         for name, scores in per_reward.items()
@@ -255,6 +275,7 @@ def summarize(
         shown=images[::samples][:SHOWN].cpu(),
         intervals=intervals,
         per_reward=per_reward,
+        size=(images.shape[-1], images.shape[-2]),
     )
 
 
@@ -280,14 +301,15 @@ def generate_images(
             are dropped; None: those of `rows`.
 
     Returns:
-        uint8 [N * samples, 3, H, W], or those of `rows`.
+        uint8 [N * samples, 3, H, W], of a model of videos [N * samples, F, 3, H, W], or those of
+        `rows`.
     """
     total = len(texts) * samples
     rows = range(total) if rows is None else rows
     size = min(batch_size, total)
     repeated = max((forwards or 0) * size - len(rows), 0)
     if not rows and not repeated:
-        return torch.empty(0, 3, policy.height, policy.width, dtype=torch.uint8)
+        return torch.empty(0, *policy.image_shape, dtype=torch.uint8)
     sampled = [*rows, *[rows[-1] if rows else 0] * repeated]
     # Embeddings of whole portions of texts, which may give others than their parts.
     first = sampled[0] // samples // batch_size * batch_size
@@ -309,7 +331,7 @@ def generate_images(
         groups=torch.tensor([row // samples - first for row in sampled]),
         seeds=seeds[torch.tensor(sampled)],
         batch_size=size,
-        uncond=policy.encode([""]) if guidance_scale != 1 else None,
+        uncond=policy.encode_empty(guidance_scale),
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )

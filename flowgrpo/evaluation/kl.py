@@ -51,7 +51,7 @@ def path_kl(
     sample = SampleConfig(steps=STEPS, transition="flow_sde", noise_level=noise_level)
     schedule = training_schedule(policy, sample, "gaussian")
     conditioning = policy.encode(list(prompts.texts[:count]))
-    uncond = policy.encode([""]) if guidance_scale != 1 else None
+    uncond = policy.encode_empty(guidance_scale)
     trained_steps = torch.arange(STEPS - 1)[:, None].expand(-1, count)
     # A graph would be recorded for this length alone.
     graphs, policy.graphs = policy.graphs, None

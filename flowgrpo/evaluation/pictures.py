@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowgrpo.config import ConfigError
 from flowgrpo.files import replacing
+from flowgrpo.rewards.frames import is_video
 
 if TYPE_CHECKING:
     from flowgrpo.evaluation.evaluate import Evaluation
@@ -52,7 +53,10 @@ def evaluation_grid(
             label += f"\n{sum(map(int, scores))} of {len(scores)}"
         rows[label], marks[label] = evaluation.shown[:count], scores
     texts = evaluation_set.prompts.texts[:count]
-    return grid(rows, texts, marks, columns=6 if count <= 12 else 8)
+    columns = 6 if count <= 12 else 8
+    if any(is_video(images) for images in rows.values()):
+        columns = 2
+    return grid(rows, texts, marks, columns=columns)
 
 
 def grid(
@@ -65,7 +69,7 @@ def grid(
 
     Args:
         rows: label -> uint8 [N, 3, H, W]; the rows of one caption stand above each other. A label
-            may have several lines.
+            may have several lines. Frames of videos [N, f, 3, H, W] stand side by side.
         captions: N texts, written under the columns.
         marks: label -> N scores, NaN where there is none. If all are in [0, 1], each draws a bar
             under the image, green for 1, else red; if one is neither 0 nor 1, all are written.
@@ -73,13 +77,17 @@ def grid(
     """
     captions = list(captions)
     for label, images in rows.items():
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(captions):
+        if images.dtype != torch.uint8 or images.ndim not in (4, 5) or len(images) != len(captions):
             raise ValueError(
                 f"rows[{label!r}] is {images.dtype} {list(images.shape)}, but uint8 "
-                f"[{len(captions)}, 3, H, W] is expected, one image a caption."
+                f"[{len(captions)}, 3, H, W] or [{len(captions)}, f, 3, H, W] is expected, one "
+                "image a caption, or one video."
             )
     first = next(iter(rows.values()))
-    tiles = {label: [_tile(image) for image in images] for label, images in rows.items()}
+    tiles = {
+        label: [(_strip if is_video(images) else _tile)(image) for image in images]
+        for label, images in rows.items()
+    }
     width, height = tiles[next(iter(rows))][0].size if len(first) else (TILE, TILE)
     # A column is no narrower than words under a high image need.
     column_width = max(width, min(height, TILE))
@@ -151,6 +159,16 @@ def _tile(image: torch.Tensor) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
+def _strip(frames: torch.Tensor) -> Image.Image:
+    """Make the tile of a video: frames, uint8 [f, 3, H, W], side by side."""
+    tiles = [_tile(frame) for frame in frames]
+    (width, height), gap = tiles[0].size, 2
+    strip = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), PAPER)
+    for number, tile in enumerate(tiles):
+        strip.paste(tile, (number * (width + gap), 0))
+    return strip
+
+
 def _wrap(text: str, font: Any, width: int) -> list[str]:
     """Break `text` at spaces, and words that are too long at a letter, into lines no wider than
     `width` pixels, at most four."""
@@ -195,6 +213,31 @@ def save(picture: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, format=format, **options)
+    return path
+
+
+def save_video(video: torch.Tensor, path: Path, frame_rate: int) -> Path:
+    """Write a video, uint8 [F, 3, H, W], as an animated WebP that begins again at its end, so that
+    a reader sees the old file or the new one.
+
+    Args:
+        frame_rate: frames a second.
+    """
+    frames = [Image.fromarray(f.numpy()) for f in video.permute(0, 2, 3, 1).contiguous().cpu()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whole milliseconds, whose rounding errors do not add up.
+    ends = [round(1000 * (t + 1) / frame_rate) for t in range(len(frames))]
+    durations = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    with replacing(path) as temporary:
+        frames[0].save(
+            temporary,
+            format="WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            quality=90,
+        )
     return path
 
 

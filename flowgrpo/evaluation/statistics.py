@@ -62,7 +62,8 @@ def diversity(images: Tensor, samples: int) -> float:
     """Average the root-mean-square distance of two images of one prompt, for pixels in [0, 1].
 
     Args:
-        images: uint8 [N * samples, 3, H, W], those of one entry together.
+        images: uint8 [N * samples, 3, H, W], or frames of videos [N * samples, f, 3, H, W], those
+            of one entry together.
         samples: images of each entry, at least 2.
     """
     pixels = images.view(-1, samples, images[0].numel()).float() / 255

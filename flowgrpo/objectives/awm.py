@@ -34,7 +34,7 @@ import torch
 from flowgrpo.config import Config
 from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
+from flowgrpo.objectives.interface import MIXTURE, SCOUTS, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
@@ -108,5 +108,5 @@ OBJECTIVE = Objective(
     gather=matching.gather,
     loss=loss,
     rollout="deterministic",
-    options=("optim.levels", "optim.level_weight", *MIXTURE),
+    options=("optim.levels", "optim.level_weight", *MIXTURE, *SCOUTS),
 )

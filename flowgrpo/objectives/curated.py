@@ -62,6 +62,11 @@ class Curated:
         height, width = self.records.resolution
         policy = self.policy
         require(
+            not policy.frames,
+            f"sample.curated {str(self.records.folder)!r} is a set of images, but {policy.name} "
+            "makes videos; leave sample.curated empty, or choose a model of images.",
+        )
+        require(
             (height, width) == (policy.height, policy.width),
             f"sample.curated {str(self.records.folder)!r} has images of {width} x {height} pixels, "
             f"but the model makes {policy.width} x {policy.height}; curate to that size, or set "

@@ -17,9 +17,28 @@ def sampled_by(config: Config) -> str:
     if rollout == "deterministic":
         return f"{sample.steps} steps of the ODE, whose results are noised again"
     low, high = sample.window_bounds
-    return (
+    text = (
         f"{sample.steps} steps of {sample.transition}, trained: {sample.trained_steps} of the "
         f"steps {low} to {high - 1}"
+    )
+    if sample.window_schedule == "progressive":
+        often = "about " if sample.window_decay else ""
+        text += f", on by {sample.window_stride} every {often}{sample.window_interval} iterations"
+    return text
+
+
+def scouted_by(config: Config) -> str:
+    """Describe the scouts of an iteration, and what they cost beside its rollout; "" without."""
+    sample = config.sample
+    if not sample.scouts:
+        return ""
+    number, worst = sample.forwards_of_a_scout, sample.group_size // 2
+    share = sample.candidates * number / (sample.rows * sample.steps)
+    return (
+        f"{sample.prompts_per_iteration} prompts x {sample.scouts} = {sample.candidates} an "
+        f"iteration, by {number} forward{'s' if number > 1 else ''} each, {share:.2g} x those of "
+        f"the rollout; of a prompt the best {sample.group_size - worst} and the worst {worst} are "
+        "sampled in full"
     )
 
 

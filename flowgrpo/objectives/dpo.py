@@ -30,7 +30,7 @@ from torch import Tensor
 from flowgrpo.config import Config, OptimConfig
 from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import Loss, Objective
+from flowgrpo.objectives.interface import SCOUTS, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import velocities
 from flowgrpo.records import Batch, Experience
@@ -122,7 +122,7 @@ OBJECTIVE = Objective(
     loss=loss,
     rollout="deterministic",
     reference=True,
-    options=OPTIONS,
+    options=(*OPTIONS, *SCOUTS),
     offline=OFFLINE,
     by_rows=False,
 )

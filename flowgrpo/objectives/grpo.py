@@ -35,7 +35,7 @@ from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
+from flowgrpo.objectives.interface import MIXTURE, SCOUTS, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
@@ -225,5 +225,6 @@ OBJECTIVE = Objective(
         "optim.steps_per_forward",
         "optim.split_forward",
         *MIXTURE,
+        *SCOUTS,
     ),
 )

@@ -15,6 +15,8 @@ from flowgrpo.sampling.schedule import Schedule
 
 MIXTURE = ("optim.sft_weight", "sample.curated")
 """Fields of a mixture with supervised learning, for `Objective.options`."""
+SCOUTS = ("sample.scouts", "sample.scout_forwards")
+"""Fields of scouts, for `Objective.options` of those that compare the rewards of a group."""
 
 
 @dataclass(frozen=True)

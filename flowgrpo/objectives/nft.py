@@ -33,7 +33,7 @@ import torch
 from flowgrpo.config import Config
 from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import MIXTURE, Loss, Objective
+from flowgrpo.objectives.interface import MIXTURE, SCOUTS, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.policies.guidance import guide, kernel_scale, velocities
 from flowgrpo.records import Batch, Experience
@@ -105,5 +105,12 @@ OBJECTIVE = Objective(
     loss=loss,
     rollout="deterministic",
     old_policy=True,
-    options=("optim.levels", "optim.nft_beta", "optim.old_decay", "optim.old_decay_rise", *MIXTURE),
+    options=(
+        "optim.levels",
+        "optim.nft_beta",
+        "optim.old_decay",
+        "optim.old_decay_rise",
+        *MIXTURE,
+        *SCOUTS,
+    ),
 )

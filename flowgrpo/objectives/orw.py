@@ -25,7 +25,7 @@ from torch import Tensor
 from flowgrpo.config import OptimConfig
 from flowgrpo.objectives import matching, sft
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import Objective
+from flowgrpo.objectives.interface import SCOUTS, Objective
 
 
 def weigh(rewards: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
@@ -44,5 +44,5 @@ OBJECTIVE = Objective(
     gather=matching.gather,
     loss=sft.loss,
     rollout="deterministic",
-    options=("optim.levels", "optim.level_weight", "optim.tau"),
+    options=("optim.levels", "optim.level_weight", "optim.tau", *SCOUTS),
 )

@@ -27,7 +27,7 @@ from torch import Tensor
 from flowgrpo.config import Config, OptimConfig, replace
 from flowgrpo.objectives import matching
 from flowgrpo.objectives.advantages import advantages
-from flowgrpo.objectives.interface import Loss, Objective
+from flowgrpo.objectives.interface import SCOUTS, Loss, Objective
 from flowgrpo.policies import Policy
 from flowgrpo.records import Batch, Experience
 from flowgrpo.sampling.schedule import Schedule
@@ -92,7 +92,7 @@ OBJECTIVE = Objective(
     gather=gather,
     loss=loss,
     rollout="deterministic",
-    options=OPTIONS,
+    options=(*OPTIONS, *SCOUTS),
     offline=OFFLINE,
     by_rows=False,
 )

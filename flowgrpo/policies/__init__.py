@@ -3,7 +3,8 @@
 The interface, and how a model gets there:
 
 base.py          `Policy`: encode, velocity, decode
-sd3/  flux/  qwen/  the families: policy.py encodes texts and calls the transformer
+sd3/  flux/  flux2/  qwen/  zimage/
+                 the families: policy.py encodes texts and calls the transformer
 family.py        the record of a family; families.py lists them
 pipelines.py     diffusers pipelines from a folder, the Hub or memory
 load.py          the model of a run, with its adapters

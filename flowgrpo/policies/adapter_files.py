@@ -9,6 +9,10 @@ PEFT's `adapter_config.json` holds its alpha; the adapters that flow_grpo's auth
 are of this kind. Where no alpha is stored, it is the rank, as in diffusers, also for one module
 beside others that have theirs.
 
+A folder may also hold one such file under another name, or in `lora/`, as flow_grpo's checkpoints
+do. A Hub repository is OWNER/NAME, with a folder in it and a revision if need be:
+OWNER/NAME/FOLDER@REVISION.
+
 What a file holds is checked before anything of it is loaded (`AdapterFile.check`): PEFT and
 diffusers leave out, without a word, the matrices and keys that they have no place for.
 """
@@ -34,6 +38,10 @@ from flowgrpo.config.validation import require
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+CHECKPOINT = "lora"
+"""Folder of a checkpoint of flow_grpo's that holds PEFT's files."""
+REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<folder>[^@]+?))?/?(@(?P<revision>.+))?")
+"""OWNER/NAME, OWNER/NAME/FOLDER, each with @REVISION or without."""
 DIFFUSERS, PEFT, BARE = "transformer.", "base_model.model.", ""
 FORMATS = {DIFFUSERS: "diffusers' format", PEFT: "PEFT's format", BARE: "bare module names"}
 """Prefix of the keys -> name of the format."""
@@ -227,7 +235,7 @@ def _find(adapter: str) -> Path | None:
         return path
     if not os.path.isdir(path):
         return _from_hub(adapter)
-    for name in (LORA_FILE, PEFT_FILE):
+    for name in (LORA_FILE, PEFT_FILE, f"{CHECKPOINT}/{PEFT_FILE}"):
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.safetensors"))
@@ -245,19 +253,66 @@ def _find(adapter: str) -> Path | None:
 
 
 def _from_hub(adapter: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
+    """Fetch the file of weights of a Hub repository, and PEFT's settings beside it."""
+    from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+    match = REPOSITORY.fullmatch(adapter)
+    if match is None:
+        return None
+    repository, folder, revision = match["repo"], match["folder"] or "", match["revision"]
+    # OSError: there is no network, and OfflineModeIsEnabled is one too.
+    absent = (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError)
+
     def fetch(name: str) -> Path | None:
+        name = f"{folder}/{name}" if folder else name
         try:
-            return Path(hf_hub_download(adapter, name))
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except absent:
             return None
 
-    if (path := fetch(LORA_FILE)) is None and (path := fetch(PEFT_FILE)) is not None:
-        # Into the same folder; where the repository has none, `_settings_beside` says so.
-        fetch(PEFT_CONFIG)
-    return path
+    def only_file() -> str | None:
+        """Find the one file of weights that has another name."""
+        try:
+            names = list_repo_files(repository, revision=revision)
+        except absent:
+            return None
+        start = f"{folder}/" if folder else ""
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+        weights = [n for n in inside if n.endswith(".safetensors") and "/" not in n]
+        require(
+            len(weights) < 2,
+            f"the adapter {adapter!r} is a repository with {', '.join(weights[:3])}, but one file "
+            f"of weights, {LORA_FILE} or {PEFT_FILE} is expected; download one and name the file.",
+        )
+        return weights[0] if weights else None
+
+    for name in (LORA_FILE, PEFT_FILE, f"{CHECKPOINT}/{PEFT_FILE}"):
+        if (path := fetch(name)) is not None:
+            if name != LORA_FILE:
+                # Into the same folder; where the repository has none, `_settings_beside` says so.
+                fetch(f"{name.removesuffix(PEFT_FILE)}{PEFT_CONFIG}")
+            return path
+    return None if (name := only_file()) is None else fetch(name)
+
+
+def origin(adapter: str) -> dict[str, str]:
+    """Say where an adapter comes from, for a record: the "file", and where they are known the
+    "revision" (commit) of its Hub repository and the "base_model" that it says it was trained on.
+    """
+    path = _find(adapter)
+    if path is None:
+        return {}
+    known = {"file": path.name}
+    # The Hub's cache has a folder for each commit.
+    if match := re.search(r"/snapshots/([0-9a-f]{40})/", path.absolute().as_posix()):
+        known["revision"] = match[1]
+    try:
+        beside = json.loads(path.with_name(PEFT_CONFIG).read_text(encoding="utf-8"))
+        base = beside.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return {**known, "base_model": base} if isinstance(base, str) and base else known
 
 
 def _settings_of_header(header: dict[str, str], path: Path) -> dict[str, Any]:

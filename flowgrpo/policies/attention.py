@@ -75,7 +75,7 @@ def pin(
     backend = None if name == PLAIN else _backend(name)
     if backend in KERNELS:
         _leave_switches_alone(backend)
-    head = transformer.config.attention_head_dim
+    _, head = family.widths_of(transformer)
     try:
         if backend is not None:
             # Checks that the package is there and fetches kernels from the Hub where asked for.

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
+from flowgrpo.distributed.world import World
 from flowgrpo.policies import lora, modulation, pipelines, split_forward, surgery, vae
 from flowgrpo.policies.compiled import as_training_forward
 from flowgrpo.policies.decoded import Decoded
 from flowgrpo.policies.device import choose_device
 from flowgrpo.policies.family import Family, import_hook
+from flowgrpo.policies.text_cache import TextEncoder
 from flowgrpo.records import Conditioning
 
 
@@ -35,7 +37,8 @@ class Policy(ABC):
     """A flow-matching text-to-image model. Subclasses are final.
 
     A subclass is made of (pipelines.Pipeline, device, PolicyConfig, encode or None). It places the
-    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`.
+    pipeline's models and sets all fields below from `name` to `latent_shape` but `attention`. With
+    run.eval_resolution a second one is made of the same pipeline, for images of another size.
     """
 
     family: Family
@@ -59,16 +62,26 @@ class Policy(ABC):
     """Pixels of an image from top to bottom; `load` sets it to `resolution` where it is 0."""
     width: int = 0
     """Pixels of an image from left to right; `load` sets it to `resolution` where it is 0."""
+    frames: int = 0
+    """Frames of a video; 0: a sample is an image."""
     latent_shape: tuple[int, ...]
-    """Shape of one sample: C, H, W, or N, C where the model works on packed tokens."""
+    """Shape of one sample: C, H, W, or N, C where the model works on packed tokens; of a video
+    C, frames, H, W."""
     compiled: bool = False
     """True: the transformer's blocks go through torch.compile, see policies/compiled.py."""
     fused: bool = False
     """True: the blocks run with the kernels of policies/blocks.py."""
+    quantizer: str = ""
+    """Quantizer of the transformer's weights, such as "nf4 (bitsandbytes 0.50.2)", see
+    policies/quantized.py; empty: none."""
+    text_quantizer: str = ""
+    """Quantizer of the text encoders' weights."""
     graphs: Any = None
     """cuda_graphs.Graphs that replay rollouts and evaluations; None: they are not captured."""
     custom_encode: bool = False
     """True: a function of the caller's embeds the texts."""
+    distilled: bool = False
+    """True: the model is distilled to a few steps without guidance, and is given none."""
     decoded: Decoded
     """Figures of the latents and pixels that `decode` has seen."""
     sharded: bool = False
@@ -76,6 +89,11 @@ class Policy(ABC):
     one of all processes."""
     parts: split_forward.Parts | None = None
     """How forwards of several steps are split (`split`); None: they are not."""
+    _texts: Callable[[Sequence[str]], Conditioning] | None = None
+    """Function that embeds the texts; None: `encode` itself does."""
+    _source: pipelines.Pipeline
+    _encode: Callable[[Sequence[str]], Conditioning] | None = None
+    _other_size: Policy | None = None
     _frozen: nn.Module | None = None
     _teacher: nn.Module | None = None
 
@@ -112,10 +130,28 @@ class Policy(ABC):
         else:
             source = pipelines.adopt(model, dtype, device, masters)
         source = replace(source, on_host=on_host)
+        _check_limits(source, config)
+        source = surgery.quantize(source, config, device)
         encode = None if encode is None else _checked(encode, source)
+        policy = Policy._of(source, device, config, encode)
+        policy.attention = surgery.rewrite(
+            policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
+        )
+        return policy
+
+    @staticmethod
+    def _of(
+        source: pipelines.Pipeline,
+        device: torch.device,
+        config: PolicyConfig,
+        encode: Callable[[Sequence[str]], Conditioning] | None,
+    ) -> Policy:
+        """Make a policy of a loaded pipeline, whose transformer is as it was loaded."""
         policy = import_hook(source.family.policy)(source, device, config, encode)
+        policy._source, policy._encode = source, encode
         policy.family, policy.compiled = source.family, config.compile
         policy.fused, policy.decoded = config.fused, Decoded()
+        policy.quantizer, policy.text_quantizer = source.quantizer, source.text_quantizer
         policy.custom_encode = encode is not None
         policy.height = policy.height or policy.resolution
         policy.width = policy.width or policy.resolution
@@ -126,14 +162,81 @@ class Policy(ABC):
                     f"policy.{side} is {asked}, but {policy.name} makes images of {policy.width} x "
                     f"{policy.height} pixels alone; leave policy.{side} at 0."
                 )
-        policy.attention = surgery.rewrite(
-            policy.transformer, policy.family, config, policy.latent_shape, device, policy.dtype
-        )
+        if config.frames and not policy.family.frame_rate:
+            raise ConfigError(
+                f"policy.frames is {config.frames}, but {policy.name} makes images, not videos; "
+                "leave policy.frames at 0."
+            )
         return policy
+
+    def add_evaluated_size(self, config: PolicyConfig) -> None:
+        """Prepare `evaluated`, of the size that `config` states. To be called before there are
+        adapters.
+
+        Raises:
+            ConfigError: the model makes no images of that size.
+        """
+        try:
+            other = self._of(self._source, self.device, config, self._encode)
+        except ConfigError as error:
+            # The size is all that is new.
+            text = str(error).replace("policy.resolution", "run.eval_resolution")
+            raise ConfigError(text) from error
+        if other.resolution != config.resolution:
+            raise ConfigError(
+                f"run.eval_resolution is {config.resolution}, but {self.name} makes images of "
+                f"{self.width} x {self.height} pixels alone; leave it at 0."
+            )
+        other.attention = self.attention
+        if (other.height, other.width) != (self.height, self.width):
+            self._other_size = other
+
+    @property
+    def evaluated(self) -> Policy:
+        """The policy that evaluations sample with: this one, or one of the same weights for images
+        of run.eval_resolution. What is done to its modules is done to this one's."""
+        other = self._other_size
+        if other is None:
+            return self
+        # What has come since it was made.
+        other._frozen, other.parts, other.sharded = self._frozen, self.parts, self.sharded
+        return other
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
+
+    def encode_empty(self, guidance_scale: float) -> Conditioning | None:
+        """Embed the empty prompt, for guidance of this scale; None at 1, which is none.
+
+        Raises:
+            ConfigError: the model takes no guidance.
+        """
+        if guidance_scale == 1:
+            return None
+        if self.distilled:
+            raise ConfigError(
+                f"the guidance scale is {guidance_scale:g}, but {self.name} is distilled and takes "
+                "no guidance; set it to 1 (sample.guidance_scale, run.eval_guidance, --cfg, "
+                "--guidance), or choose the model that it was distilled from."
+            )
+        return self.encode([""])
+
+    def encode_shares(self, texts: Sequence[str], world: World) -> Conditioning:
+        """Embeddings of the texts, of which each process encodes a share and gets the others': the
+        bits of `encode`. A collective.
+
+        Where a row could depend on the texts beside it, each process encodes all."""
+        if world.size == 1 or not isinstance(self._texts, TextEncoder):
+            return self.encode(texts)
+        count = -(-len(texts) // world.size)
+        share = texts[count * world.rank :][:count]
+        # A process without a text encodes the first, for its shape, and drops it.
+        rows = self.encode(share or texts[:1])
+        embeds, pooled = (
+            torch.cat(world.all_rows(tensor[: len(share)])) for tensor in (rows.embeds, rows.pooled)
+        )
+        return Conditioning(embeds, pooled)
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -176,7 +279,8 @@ class Policy(ABC):
         blocks = "compiled" if self.compiled else "fused" if self.fused else "diffusers'"
         why = self.why_not_precomputed()
         times = "once a rollout" if why is None else f"in every forward ({why})"
-        return f"attention {self.attention}, blocks {blocks}, modulation {times}"
+        packed = f", weights {self.quantizer}" if self.quantizer else ""
+        return f"attention {self.attention}, blocks {blocks}, modulation {times}{packed}"
 
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning, sigmas: Tensor) -> Conditioning:
@@ -215,10 +319,16 @@ class Policy(ABC):
             values[names.text_norm] = conditioning.embeds
         return modulation.using(self.transformer, **values)
 
+    def own_guide(self, sigma: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+        """Function of conditional and unconditional velocity [B, *latent_shape] and the scale that
+        guides at the noise levels sigma [B] in a way of the model's own, in float32; None: the
+        kernels do."""
+        return import_hook(self.family.guide) if self.family.guide else None
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, height, width] of latents [B, *latent_shape]; figures of
-        both go to `decoded`."""
+        """uint8 images [B, 3, height, width], or videos [B, frames, 3, height, width], of latents
+        [B, *latent_shape]; figures of both go to `decoded`."""
         pixels = self.pixels(latents)
         self.decoded.add(latents, pixels)
         return vae.to_images(pixels)
@@ -226,22 +336,28 @@ class Policy(ABC):
     @abstractmethod
     def pixels(self, latents: Tensor) -> Tensor:
         """float32 pixels [B, 3, height, width], about [-1, 1], of latents
-        [B, *latent_shape]."""
+        [B, *latent_shape]; of videos [B, frames, 3, height, width]."""
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """float32 latents [B, *latent_shape] of uint8 images [B, 3, height, width], on the policy's
-        device: what `decode` makes images of."""
+        """float32 latents [B, *latent_shape] of uint8 images [B, 3, height, width], or of videos
+        [B, frames, 3, height, width], on the policy's device: what `decode` makes these of."""
         return self.latents(vae.to_pixels(images.to(self.device)))
 
     @abstractmethod
     def latents(self, pixels: Tensor) -> Tensor:
-        """float32 latents [B, *latent_shape] of float32 pixels [B, 3, height, width] in [-1, 1]."""
+        """float32 latents [B, *latent_shape] of float32 pixels [B, 3, height, width] in [-1, 1]; of
+        videos [B, frames, 3, height, width]."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of what `decode` makes of one sample: 3, H, W, or of a video frames, 3, H, W."""
+        frames = (self.frames,) if self.family.frame_rate else ()
+        return (*frames, 3, self.height, self.width)
 
     def blank_image(self) -> Tensor:
-        """Make a black image of the size that `decode` returns, uint8 [3, H, W]."""
-        shape = (3, self.height, self.width)
-        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        """Make a black image, or a black video, as `decode` returns them, uint8."""
+        return torch.zeros(self.image_shape, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
@@ -326,6 +442,17 @@ class Policy(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters."""
         return (p for p in self.transformer.parameters() if p.requires_grad)
+
+
+def _check_limits(source: pipelines.Pipeline, config: PolicyConfig) -> None:
+    """Raise ConfigError for limits of guidance that the model's pipeline does not know."""
+    limits = {"cfg_normalization": 0, "cfg_truncation": 1}
+    for name, none in limits.items():
+        if getattr(config, name) != none and not source.family.limited_guidance:
+            raise ConfigError(
+                f"policy.{name} is {getattr(config, name):g}, but the guidance of a "
+                f"{source.family.pipeline} has no such limit; leave it at {none}."
+            )
 
 
 def check_list(texts: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flowgrpo.config.validation import require
+from flowgrpo.policies.quantized import is_quantized
 
 
 def check_weights(pipeline: Any, device: torch.device) -> None:
@@ -27,7 +28,13 @@ def check_weights(pipeline: Any, device: torch.device) -> None:
             require(
                 getattr(component, "hf_quantizer", None) is None,
                 f"the pipeline's {role} has quantized weights, but floating-point ones are "
-                "expected; load the pipeline without a quantization_config.",
+                "expected; load the pipeline without a quantization_config, and set "
+                "policy.quantize or policy.quantize_text.",
+            )
+            require(
+                not is_quantized(component),
+                f"the pipeline's {role} has weights that an earlier policy packed "
+                "(policy.quantize), but floating-point ones are expected; load the pipeline anew.",
             )
     for name, module in pipeline.transformer.named_modules():
         require(
@@ -67,16 +74,23 @@ def _strange(parameter: nn.Parameter, device: torch.device) -> str:
     return "a tensor of inference mode" if parameter.is_inference() else ""
 
 
-def check_vae(vae: Any, channels: int, factor: int, model: str) -> None:
+def check_vae(
+    vae: Any,
+    channels: int,
+    factor: int,
+    model: str,
+    scale: Sequence[str] = ("scaling_factor", "shift_factor"),
+) -> None:
     """Raise ConfigError unless `vae` decodes latents of `channels` channels to `factor` times their
     size.
 
     Args:
         factor: of the pipeline, which computed it from the VAE that it was made with.
         model: what the user called the pipeline.
+        scale: fields of its configuration that have to be finite numbers.
     """
     config = getattr(vae, "config", None)
-    for name in ("scaling_factor", "shift_factor"):
+    for name in scale:
         value = getattr(config, name, None)
         require(
             isinstance(value, int | float) and math.isfinite(value),

@@ -7,10 +7,15 @@ from typing import Any
 from flowgrpo.config import ConfigError
 from flowgrpo.policies.family import Family
 from flowgrpo.policies.flux.family import FLUX
+from flowgrpo.policies.flux2.family import FLUX2
 from flowgrpo.policies.qwen.family import QWEN
 from flowgrpo.policies.sd3.family import SD3
+from flowgrpo.policies.wan.family import WAN
+from flowgrpo.policies.zimage.family import ZIMAGE
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, QWEN)}
+FAMILIES: dict[str, Family] = {
+    family.pipeline: family for family in (SD3, FLUX, FLUX2, QWEN, WAN, ZIMAGE)
+}
 """Class of a pipeline -> its family. A new family is one entry."""
 
 

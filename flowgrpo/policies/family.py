@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 Json = Mapping[str, Any]
 
@@ -29,6 +29,11 @@ class BlockKind:
     image_attention: bool = False
     """No block by itself, but a second attention, of the image's tokens only, inside a block of
     another kind."""
+    text_attention: bool = False
+    """No block by itself, but what an attention over the text keeps of the text's tokens, inside a
+    block of another kind, that works on the image's alone."""
+    only: Literal["", "image", "text"] = ""
+    """Tokens that the block works on; empty: those of image and text."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,18 @@ class Architecture:
     """Bytes a token, times the width, that one block has alive beside what is stored."""
     adapted: tuple[tuple[int, int], ...]
     """(in, out) of each linear layer that gets LoRA matrices by default."""
+    tables: int = 0
+    """Numbers of a table of positions that is no parameter and stays beside them; 0 where
+    `parameters` has them."""
+    packed: int = 0
+    """Weights that policy.quantize packs: of the linear layers of the blocks, without those that
+    modulate norms by the time."""
+    modulating: int = 0
+    """Weights of those, of which nf4 makes int8."""
+    packed_largest: int = 0
+    """Weights of the largest of these layers."""
+    encoders_packed: int = 0
+    """Weights that policy.quantize_text packs: of all linear layers of the text encoders."""
     pixels: int = 16
     """Pixels on a side of the square that one image token stands for."""
     channels: int = 16
@@ -61,8 +78,17 @@ class Architecture:
     """Text tokens where policy.max_sequence_length is 0."""
     resolution: int = 1024
     """Pixels on a side of an image where policy.resolution is 0."""
+    size: tuple[int, int] | None = None
+    """Its height and width where they differ."""
+    frames: int = 0
+    """Frames of a video where policy.frames is 0; 0: it makes images."""
+    frame_step: int = 4
+    """Frames of a video that one frame of latents stands for, after the first."""
     decoder_width: int = 256
     """Channels that the VAE's decoder works on at full resolution."""
+    decoder_maps: float = 4.0
+    """Its maps of that size that are alive at a time. The default is three, and a fourth that is
+    the copy that a GPU's group norm makes of a channels-last one."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +111,11 @@ class Modulation:
     """Classes of blocks that use c for their norms alone."""
     norms: tuple[str, ...]
     """Classes of those norms, of the one behind the last block too."""
+    ends: tuple[str, ...] = ()
+    """Classes behind the last block that have `layers` as the blocks do."""
     layers: tuple[str, ...] = ()
-    """Attributes of the blocks that are silu and linear layer in sequence, beside these norms."""
+    """Attributes of the blocks that are silu and linear layer in sequence, or a linear layer alone,
+    beside these norms; a block that lacks one is not modulated there."""
     time: str = "time_text_embed"
     """The transformer's module that makes c."""
     text: str = "context_embedder"
@@ -113,6 +142,11 @@ class Family:
     """Module that both classes are imported from."""
     blocks: tuple[str, ...] = ("transformer_blocks",)
     """Attributes of the transformer that list its blocks, in the order of the forward pass."""
+    last_norm: str = "norm_out"
+    """The transformer's module with the norm behind the last block, by its name."""
+    widths: str = ""
+    """ "module:function" of (transformer) that returns the numbers of a token and of a head; empty:
+    its `inner_dim`, and `attention_head_dim` of its configuration."""
     positions: str = ""
     """ "module:function" of (transformer, latent_shape) that fixes position embeddings to one image
     size; empty: they stay as they are."""
@@ -137,8 +171,19 @@ class Family:
     guide: str = ""
     """ "module:function" of (conditional velocity, unconditional velocity, guidance_scale) that
     returns the guided velocity in float32; empty: u + scale (c - u), inside the kernels."""
+    limited_guidance: bool = False
+    """True: policy.cfg_normalization and policy.cfg_truncation are arguments of the pipeline."""
     embedded_guidance: bool = False
     """True: the model is told policy.embedded_guidance beside the time."""
+    scheduler: str = ""
+    """ "module:function" of (scheduler, name of the model) that returns the
+    FlowMatchEulerDiscreteScheduler which takes the place of the pipeline's own; empty: the pipeline
+    has to have one."""
+    frame_rate: int = 0
+    """Frames a second that its videos, of policy.frames frames, are shown with; 0: a sample is an
+    image."""
+    card_lines: tuple[str, ...] = ()
+    """Lines of Python for the model card, between loading the pipeline as `pipe` and its call."""
 
     def load_class(self, name: str) -> Any:
         """Import the class `name`, the pipeline's or the transformer's."""
@@ -147,6 +192,12 @@ class Family:
     def blocks_of(self, transformer: Any) -> list[Any]:
         """List the transformer's blocks, in the order of the forward pass."""
         return [block for name in self.blocks for block in getattr(transformer, name)]
+
+    def widths_of(self, transformer: Any) -> tuple[int, int]:
+        """Numbers of a token, and of a head."""
+        if self.widths:
+            return import_hook(self.widths)(transformer)
+        return transformer.inner_dim, transformer.config.attention_head_dim
 
 
 def import_hook(hook: str) -> Any:

@@ -1,8 +1,8 @@
 """Classifier-free guidance: both velocities from one forward, and what they make together.
 
-Of most families the two go to the kernels, which combine them while they read them. Where a family
-has a guidance of its own (`Family.guide`), it is computed here, with its gradient, and the kernels
-are given its result as a velocity without guidance (`kernel_scale`).
+Of most families the two go to the kernels, which combine them while they read them. Where a model
+has a guidance of its own (`Policy.own_guide`), it is computed here, with its gradient, and the
+kernels are given its result as a velocity without guidance (`kernel_scale`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flowgrpo.policies.base import Policy
-from flowgrpo.policies.family import import_hook
 from flowgrpo.records import Conditioning
 
 
@@ -40,8 +39,8 @@ def velocities(
         **({} if policy.parts is None else {"halves": 2}),
     )
     unconditional, conditional = both.chunk(2)
-    if policy.family.guide:
-        return import_hook(policy.family.guide)(conditional, unconditional, guidance_scale), None
+    if combine := policy.own_guide(sigma):
+        return combine(conditional, unconditional, guidance_scale), None
     return conditional, unconditional
 
 

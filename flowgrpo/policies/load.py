@@ -49,6 +49,8 @@ def load_policy(
         masters=masters and mesh is not None,
         on_host=mesh is not None,
     )
+    if config.run.eval_resolution:
+        policy.add_evaluated_size(config.evaluated_policy)
     if not trainable:
         return policy
     if full and (config.optim.beta > 0 or config.run.eval_kl > 0 or reference):

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flowgrpo.policies.quantized import QuantizedLinear
+
 Matrices = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -55,7 +57,7 @@ class Product:
     initial: bool = False
     """True inside `initial_adapters`: A and B are the layer's `initial_A` and `initial_B`."""
     again: bool = False
-    """True: what a call merges is merged again for its backward, not kept (`merge_again`)."""
+    """True: each call merges anew, and so does its backward; nothing is kept (`merge_again`)."""
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
@@ -120,11 +122,12 @@ def initial_adapters(layers: list[nn.Module]) -> Iterator[None]:
 def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[None]:
     """Merge A and [W, s B] once for all calls inside: no parameter may change.
 
+    Layers of `merge_again` go on merging in each call.
+
     fixed: always in the same memory, which stays taken, so that a CUDA graph that was recorded
     inside holds for every later time.
     """
-    products = [product_of(layer) for layer in layers]
-    products = [product for product in products if product is not None and product.layers]
+    products = _lasting(layers)
     for product in products:
         if fixed:
             product.fixed = merge(product.layers, product.fixed)
@@ -139,17 +142,24 @@ def merged_matrices(layers: list[nn.Module], fixed: bool = False) -> Iterator[No
 
 
 def keep_merged(layers: list[nn.Module]) -> None:
-    """Merge A and [W, s B] once for good: no parameter of the layers will change."""
-    for product in map(product_of, layers):
-        if product is not None and product.layers:
-            product.fixed = merge(product.layers)
-            product.matrices = product.fixed
+    """Merge A and [W, s B] once for good: no parameter of the layers will change. Layers of
+    `merge_again` go on merging in each call."""
+    for product in _lasting(layers):
+        product.fixed = merge(product.layers)
+        product.matrices = product.fixed
+
+
+def _lasting(layers: list[nn.Module]) -> list[Product]:
+    """The products whose merged matrices may be kept."""
+    products = map(product_of, layers)
+    return [p for p in products if p is not None and p.layers and not p.again]
 
 
 def merge_again(layers: list[nn.Module]) -> None:
-    """Let the backward of each call merge A and [W, s B] once more, in place of keeping them.
+    """Let each call merge A and [W, s B], and its backward once more, in place of keeping them.
 
-    For weights that are there only while a block runs: what is kept would be a copy of them all.
+    For weights that are whole only while a block runs, or packed: what is kept would be a copy of
+    them all.
     """
     for product in map(product_of, layers):
         if product is not None:
@@ -173,7 +183,7 @@ def install(model: nn.Module) -> None:
         if _is_plain(layer):
             # On the instance, so that the layer stays of PEFT's class for everything else.
             layer.forward = MethodType(_forward, layer)
-            layer._flowgrpo = Product((layer,))
+            layer._flowgrpo = Product((layer,), again=isinstance(layer.base_layer, QuantizedLinear))
     for module in model.modules():
         shared = vars(module).get("_flowgrpo")
         for names in shared.groups if isinstance(shared, SharedInput) else ():
@@ -210,7 +220,7 @@ def _is_plain(layer: nn.Module) -> bool:
     (name,) = layer.active_adapters
     return (
         list(layer.lora_A) == [name]
-        and type(layer.base_layer) is nn.Linear
+        and type(layer.base_layer) in (nn.Linear, QuantizedLinear)
         and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
         and isinstance(layer.lora_dropout[name], nn.Identity)
@@ -257,9 +267,11 @@ def merge(group: tuple[nn.Module, ...], into: Matrices | None = None) -> Matrice
     out summed over the group; written over `into` if that fits."""
     terms = [(layer.base_layer, *_parameters(layer), _scale(layer)) for layer in group]
     base, low_a, b, scale = terms[0]
-    weight, bias, scaled_b = base.weight, base.bias, b * scale
+    # Reading a packed weight makes it whole: once for each layer.
+    weights = [base.weight for base, _, _, _ in terms]
+    weight, bias, scaled_b = weights[0], base.bias, b * scale
     if len(group) > 1:
-        weight = torch.cat([base.weight for base, _, _, _ in terms])
+        weight = torch.cat(weights)
         bias = None if bias is None else torch.cat([base.bias for base, _, _, _ in terms])
         low_a = torch.cat([a for _, a, _, _ in terms])
         scaled_b = torch.block_diag(*(b * scale for _, _, b, scale in terms))

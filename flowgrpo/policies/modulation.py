@@ -14,8 +14,10 @@ the number of rows.
 norm (not one for all norms: their weights would have to be copied side by side, 1.5 GB for
 SD3.5-medium, and T N rows fill the device as well). A row of this table is M = 325 x 1536 numbers
 for SD3.5-medium, 1 MB in bfloat16, and 2 MB for FLUX.1-dev. Rollout and update look up the same
-numbers, whatever rows their forwards have. Where c is made of the time alone, as in Qwen-Image, the
-prompts of a step share one row, 4.4 MB there.
+numbers, whatever rows their forwards have. Where c is made of the time alone, as in Qwen-Image and
+Z-Image, the prompts of a step share one row, 4.4 and 1.0 MB there; and 0.1 MB in FLUX.2, all of
+whose blocks of a kind share one modulation beside them. Blocks of Z-Image have no silu in front of
+the linear layer.
 
 The blocks stay diffusers': in place of c they are handed a row of the table, and the layers that
 would compute from c take their columns of it. It is an argument like c, so a block that is run
@@ -68,16 +70,26 @@ def using(model: nn.Module, **values: object) -> Iterator[None]:
             setattr(model, name, module)
 
 
-def layers(transformer: nn.Module, modulation: Modulation) -> list[tuple[nn.Module, nn.Module]]:
-    """The silu and the linear layer of each modulation, in the order of their columns in the
-    table."""
+def layers(
+    transformer: nn.Module, modulation: Modulation
+) -> list[tuple[nn.Module | None, nn.Module]]:
+    """The silu, if there is one, and the linear layer of each modulation, in the order of their
+    columns in the table."""
     pairs = []
     for module in transformer.modules():
         if type(module).__name__ in modulation.norms:
-            pairs.append((module.silu, module.linear))
-        elif type(module).__name__ in modulation.blocks:
-            pairs += [tuple(getattr(module, name)) for name in modulation.layers]
+            # By its class, as the norms' silu has no name in common.
+            silu = next(child for child in module.children() if isinstance(child, nn.SiLU))
+            pairs.append((silu, module.linear))
+        elif type(module).__name__ in (*modulation.blocks, *modulation.ends):
+            sequences = [getattr(module, name, None) for name in modulation.layers]
+            pairs += [_pair(*sequence) for sequence in sequences if sequence is not None]
     return pairs
+
+
+def _pair(*modules: nn.Module) -> tuple[nn.Module | None, nn.Module]:
+    """A silu, or None, and the linear layer behind it."""
+    return (None, *modules) if len(modules) == 1 else modules
 
 
 def install(transformer: nn.Module, modulation: Modulation) -> None:
@@ -90,8 +102,9 @@ def install(transformer: nn.Module, modulation: Modulation) -> None:
     for silu, linear in modulated:
         end = start + linear.out_features
         # On the instances, as in lora.py, so that they stay of their classes for all else.
-        silu._flowgrpo = Columns(width, slice(None))
-        silu.forward = MethodType(_silu, silu)
+        if silu is not None:
+            silu._flowgrpo = Columns(width, slice(None))
+            silu.forward = MethodType(_silu, silu)
         linear._flowgrpo = Columns(width, slice(start, end))
         linear.forward = MethodType(_linear, linear)
         start = end
@@ -139,6 +152,6 @@ def precompute(transformer: nn.Module, modulation: Modulation, c: Tensor) -> Ten
     modulated = layers(transformer, modulation)
     table = c.new_empty(len(c), modulated[0][1]._flowgrpo.width)
     active = F.silu(c)
-    for _, linear in modulated:
-        table[:, linear._flowgrpo.columns] = linear(active)
+    for silu, linear in modulated:
+        table[:, linear._flowgrpo.columns] = linear(c if silu is None else active)
     return table

@@ -20,7 +20,7 @@ from flowgrpo.config.validation import require
 from flowgrpo.nano import MODELS
 from flowgrpo.policies import components, families, in_use
 from flowgrpo.policies.device import choose_dtype
-from flowgrpo.policies.family import Family
+from flowgrpo.policies.family import Family, import_hook
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 """Class of diffusers that a pipeline's scheduler is of."""
@@ -46,6 +46,10 @@ class Pipeline:
     """Which of its files were loaded, "fp16" for NAME.fp16.safetensors; empty: those without."""
     on_host: bool = False
     """True: the transformer stays in host memory until it is sharded."""
+    quantizer: str = ""
+    """Quantizer of the transformer's weights, with its version; empty: none."""
+    text_quantizer: str = ""
+    """Quantizer of the text encoders' weights."""
 
 
 def load(
@@ -69,7 +73,8 @@ def load(
     index = _read_index(source, model)
     family = families.family_named(index["_class_name"], model)
     # Before the weights, which may be a download of hours.
-    _check_scheduler_class(_class_of(index, "scheduler", SCHEDULER), model)
+    if not family.scheduler:
+        _check_scheduler_class(_class_of(index, "scheduler", SCHEDULER), model)
     transformer = _class_of(index, "transformer", family.transformer)
     require(
         transformer == family.transformer,
@@ -93,7 +98,7 @@ def load(
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             f"{_remedy(error)}."
         ) from error
-    check_scheduler(pipeline.scheduler, model)
+    _settle_scheduler(pipeline, family, model)
     components.check_weights(pipeline, device)
     return Pipeline(pipeline, family, dtype, model, folder, variant)
 
@@ -118,20 +123,35 @@ def adopt(
     """
     family = families.family_of_pipeline(pipeline)
     name = str(pipeline.name_or_path or family.pipeline)
-    check_scheduler(pipeline.scheduler, name)
+    _settle_scheduler(pipeline, family, name)
     in_use.restore(pipeline, family.transformer, device)
     dtype = choose_dtype(pipeline.transformer.dtype if dtype == "auto" else dtype, device)
     for role, component in pipeline.components.items():
         target = torch.float32 if role == "vae" and dtype == torch.float16 else dtype
-        if masters and role == "transformer":
-            target = torch.float32
-        if isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
+        if role == "transformer":
+            cast(component, torch.float32 if masters else dtype)
+        elif isinstance(component, nn.Module) and getattr(component, "dtype", None) != target:
             component.to(target)
-    # What a module says of itself is the dtype of one weight. T5 keeps some of its in float32.
-    target = torch.float32 if masters else dtype
-    if any(parameter.dtype != target for parameter in pipeline.transformer.parameters()):
-        pipeline.transformer.to(target)
     return Pipeline(pipeline, family, dtype, name)
+
+
+def cast(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights of `transformer` their type: `dtype`, or float32 for those that its class
+    keeps so where it is loaded in 16 bits."""
+    in_float32 = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    # Each by itself: what a module says of its dtype is that of one weight.
+    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+        if tensor.is_floating_point():
+            # As from_pretrained matches them.
+            stays = bool(in_float32 & set(name.split(".")))
+            tensor.data = tensor.data.to(torch.float32 if stays else dtype)
+
+
+def _settle_scheduler(pipeline: Any, family: Family, model: str) -> None:
+    """Put the family's scheduler in place of the pipeline's, where it has one, and check it."""
+    if family.scheduler:
+        pipeline.scheduler = import_hook(family.scheduler)(pipeline.scheduler, model)
+    check_scheduler(pipeline.scheduler, model)
 
 
 def check_scheduler(scheduler: Any, model: str) -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+
+class RowTables(NamedTuple):
+    """Cosines and sines, float32 [B, S, head_dim], of rows that have positions of their own."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class Rotary(nn.Module):

@@ -8,6 +8,11 @@ T5_XXL = 4_762_310_656
 CLIP_L, CLIP_G = 123_650_304, 694_659_840
 CLIP_L_PROJECTION = 768 * 768
 CLIP_TOKENS = 77
+# Of their linear layers alone: CLIP's with the projection of its pooled vector.
+QWEN3_4B_PACKED = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728)
+T5_XXL_PACKED = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
+CLIP_L_PACKED = 12 * 12 * 768 * 768 + CLIP_L_PROJECTION
+CLIP_G_PACKED = 32 * 12 * 1280 * 1280 + 1280 * 1280
 VAE = 83_819_683
 """AutoencoderKL of 16 channels and factor 8."""
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowgrpo.policies.rotary import RowTables
+
 
 @dataclass(eq=False)
 class Parts:
@@ -55,10 +57,12 @@ class Parts:
             self.count, self.rows, self.halves = before
 
     def take(self, value: Any, part: int) -> Any:
-        """Take the rows of a part of a tensor of all rows, or of those in a dictionary; other
-        values as they are."""
+        """Take the rows of a part of a tensor of all rows, of those in a dictionary, or of tables
+        of all rows; other values as they are."""
         if isinstance(value, dict):
             return {name: self.take(item, part) for name, item in value.items()}
+        if isinstance(value, RowTables):
+            return RowTables(*(self.take(table, part) for table in value))
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != self.rows:
             return value
         return value.unflatten(0, (self.halves, self.count, -1))[:, part].flatten(0, 1)

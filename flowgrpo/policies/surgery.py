@@ -4,11 +4,12 @@ A module is rewritten on the instance: it stays of its class, keeps its paramete
 and is saved as before. What a rewrite has to remember lies in one attribute, `_flowgrpo`.
 
     rewrite             where                    modules                    attributes added
+    0  packed weights   quantize                 linear layers              their class
     1  positions        Family.positions         the position embedding     the family's
     2  attention        attention.pin            attention layers           processor, _flowgrpo
     3  compiled blocks  compiled.compile_blocks  blocks                     _compiled_call_impl
     4  modulation       modulation.install       silus, linears of norms    forward, _flowgrpo
-    5  fused blocks     blocks.fuse              blocks and norm_out        forward
+    5  fused blocks     blocks.fuse              blocks and the last norm   forward
                                                  their attention layers     _flowgrpo
     6  LoRA products    lora.install             PEFT's linear layers       forward, _flowgrpo
     7  recomputation    recompute                transformer and blocks     diffusers' own
@@ -16,14 +17,16 @@ and is saved as before. What a rewrite has to remember lies in one attribute, `_
                                                  beside them
     9  pieces           sharding.shard           blocks and transformer     their class, torch's own
 
-`rewrite` does 1 to 5 to a transformer that was just loaded. 6 belongs to the adapters and comes
-with them (`adapters.add_adapter`), 7 to 9 to training (`load.load_policy`).
+`quantize` does 0 to a pipeline that was just loaded, and to its text encoders; what comes later
+finds its layers as they are then. `rewrite` does 1 to 5 to the transformer. 6 belongs to the
+adapters and comes with them (`adapters.add_adapter`), 7 to 9 to training (`load.load_policy`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,9 +42,47 @@ from flowgrpo.policies import (
     deterministic,
     lora,
     modulation,
+    quantized,
     split_forward,
 )
 from flowgrpo.policies.family import Family, import_hook
+from flowgrpo.policies.pipelines import Pipeline
+
+
+def quantize(source: Pipeline, config: PolicyConfig, device: torch.device) -> Pipeline:
+    """Pack the weights of a loaded pipeline as `config` says, on `device`, before it is placed.
+
+    In the transformer these are the linear layers of its blocks. Those that scale and shift norms
+    by the time get eight bits with nf4 too: they are computed once a rollout, and their error is in
+    every token. In the text encoders these are all linear layers but one that would
+    predict tokens.
+
+    Returns:
+        `source` with the quantizers' names and versions.
+    """
+    transformer, family = source.pipeline.transformer, source.family
+    if config.quantize != "none":
+        layers = {m for block in family.blocks_of(transformer) for m in block.modules()}
+        by_time: set[nn.Module] = set()
+        if family.modulation is not None:
+            by_time |= {linear for _, linear in modulation.layers(transformer, family.modulation)}
+        for chosen, quantizer in (
+            (layers - by_time, config.quantize),
+            (layers & by_time, quantized.MODULATION.get(config.quantize, config.quantize)),
+        ):
+            quantized.quantize_layers(transformer, chosen, quantizer, device, "policy.quantize")
+        source = replace(source, quantizer=quantized.describe(config.quantize))
+    if config.quantize_text != "none":
+        for name, module in source.pipeline.components.items():
+            if name.startswith("text_encoder") and isinstance(module, nn.Module):
+                # Nobody asks for a next token.
+                head = getattr(module, "get_output_embeddings", lambda: None)()
+                layers = set(module.modules()) - {head}
+                quantized.quantize_layers(
+                    module, layers, config.quantize_text, device, "policy.quantize_text"
+                )
+        source = replace(source, text_quantizer=quantized.describe(config.quantize_text))
+    return source
 
 
 def rewrite(
@@ -122,10 +163,13 @@ def split(transformer: nn.Module, family: Family, parts: split_forward.Parts) ->
     they call, and before 9."""
     rows = family.blocks_of(transformer)
     lists = {getattr(transformer, name) for name in family.blocks}
+    others = []
+    for child in transformer.children():
+        if child not in lists:
+            # What runs of a dictionary of modules are those in it.
+            others += child.values() if isinstance(child, nn.ModuleDict) else [child]
     # What has no weights has nothing to say about a row that the number of rows could change.
-    others = [
-        m for m in transformer.children() if m not in lists and any(True for _ in m.parameters())
-    ]
+    others = [m for m in others if any(True for _ in m.parameters())]
     split_forward.install([*rows, *others], parts)
 
 

@@ -22,7 +22,11 @@ def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
     dtype. Without a VAE the latents are the pixels."""
     if vae is None:
         return latents
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return run_decoder(vae, latents / vae.config.scaling_factor + vae.config.shift_factor)
+
+
+def run_decoder(vae: nn.Module, latents: Tensor) -> Tensor:
+    """float32 pixels [B, 3, H, W] of latents [B, C, h, w] at the decoder's own scale."""
     latents = latents.to(vae.dtype)
     if latents.device.type == "cuda":
         latents = latents.contiguous(memory_format=torch.channels_last)
@@ -34,11 +38,17 @@ def encode(vae: nn.Module | None, pixels: Tensor) -> Tensor:
     them: the mean of the VAE's distribution. Without a VAE the pixels are the latents."""
     if vae is None:
         return pixels
+    latents = run_encoder(vae, pixels)
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).contiguous()
+
+
+def run_encoder(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """float32 latents [B, C, h, w], at the encoder's own scale, of pixels [B, 3, H, W]: the mean of
+    its distribution."""
     pixels = pixels.to(vae.dtype)
     if pixels.device.type == "cuda":
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-    latents = vae.encode(pixels, return_dict=False)[0].mode().float()
-    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).contiguous()
+    return vae.encode(pixels, return_dict=False)[0].mode().float()
 
 
 def to_images(pixels: Tensor) -> Tensor:

@@ -34,14 +34,16 @@ def prompt_batch(prompts: Prompts, config: Config, iteration: int) -> Prompts:
 
 
 def row_seeds(count: int, config: Config, iteration: int) -> tuple[Tensor, Tensor]:
-    """Draw the seeds of `count` groups: of the steps' noise and of the initial noise, int64 [B].
+    """Draw the seeds of `count` groups: of the steps' noise and of the initial noise, int64 [B];
+    with `sample.scouts` those of all candidates, int64 [K N].
 
     With `sample.shared_noise` the rows of one group start from the same latent.
     """
-    rows = np.arange(count * config.sample.group_size)
+    size = config.sample.scouts or config.sample.group_size
+    rows = np.arange(count * size)
     step_seeds = seeds.sample_seeds(config.run.seed, seeds.ROW, iteration, rows)
     if not config.sample.shared_noise:
         return torch.from_numpy(step_seeds), torch.from_numpy(step_seeds)
-    groups = rows // config.sample.group_size
+    groups = rows // size
     group_seeds = seeds.sample_seeds(config.run.seed, seeds.GROUP, iteration, groups)
     return torch.from_numpy(step_seeds), torch.from_numpy(group_seeds)

@@ -4,13 +4,20 @@
     ..._window    Flow-GRPO-Fast: CPS, three trained steps, no guidance
     ..._guard     GRPO-Guard: balanced ratios, a smaller clip range, no KL
     ..._1gpu      eight groups in place of 48, text encoders off the GPU, fewer reward models
+    ..._24gb, sd35m_ocr_12gb    the same on one card of so many GiB: weights in 4 or 8 bits, blocks
+                  recomputed; FLUX.1-dev and Z-Image at rank 32
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
+    flux2_klein_pickscore, flux2_klein_ocr, ..._1gpu    Flow-Factory's numbers, on FLUX.2-klein-base
+    flux2_klein_distilled_pickscore    the same for FLUX.2-klein, in four steps without guidance
+    wan22_ti2v_5b_ocr, wan22_ti2v_5b_pickscore_window, ..._1gpu    videos of Wan 2.2 TI2V-5B
+    zimage_pickscore, zimage_ocr, zimage_turbo_pickscore, ..._1gpu    Z-Image and its Turbo
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
-sd3.py  flux.py   the numbers of one family, each with its source
-tasks.py          what the papers train for: prompts, rewards, weight of the KL, length
-fit.py            a recipe's last step: the user's own values, and the rows of a forward
+sd3.py  flux.py  flux2.py  wan.py  zimage.py
+           the numbers of one family, each with its source
+tasks.py   what the papers train for: prompts, rewards, weight of the KL, length
+fit.py     a recipe's last step: the user's own values, and the rows of a forward
 
 None of these recipes has been run to its end here; only the embedded model's has. Ours, in all of
 them: the frozen weights are bfloat16 (flow_grpo: float16 for SD3.5, under a GradScaler; here
@@ -28,7 +35,9 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
-SD3, FLUX = "flowgrpo.recipes.sd3", "flowgrpo.recipes.flux"
+SD3, FLUX, FLUX2, WAN, ZIMAGE = (
+    f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "flux2", "wan", "zimage")
+)
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("flowgrpo.nano:recipe", {}),
@@ -36,23 +45,48 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano_text": ("flowgrpo.nano.text:recipe", {}),
     "sd35m_geneval": (f"{SD3}:paper", {"task": "geneval"}),
     "sd35m_geneval_1gpu": (f"{SD3}:paper", {"task": "geneval", "groups": 8}),
+    "sd35m_geneval_24gb": (f"{SD3}:paper", {"task": "geneval", "groups": 8, "card": 24}),
     "sd35m_geneval_window": (f"{SD3}:window", {"task": "geneval"}),
     "sd35m_geneval_window_1gpu": (f"{SD3}:window", {"task": "geneval", "groups": 8}),
     "sd35m_geneval_guard": (f"{SD3}:guard", {"task": "geneval"}),
     "sd35m_ocr": (f"{SD3}:paper", {"task": "ocr"}),
     "sd35m_ocr_1gpu": (f"{SD3}:paper", {"task": "ocr", "groups": 8}),
+    "sd35m_ocr_12gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 12}),
+    "sd35m_ocr_24gb": (f"{SD3}:paper", {"task": "ocr", "groups": 8, "card": 24}),
     "sd35m_ocr_window": (f"{SD3}:window", {"task": "ocr"}),
     "sd35m_ocr_window_1gpu": (f"{SD3}:window", {"task": "ocr", "groups": 8}),
     "sd35m_ocr_guard": (f"{SD3}:guard", {"task": "ocr"}),
     "sd35m_pickscore": (f"{SD3}:paper", {"task": "pickscore"}),
     "sd35m_pickscore_1gpu": (f"{SD3}:paper", {"task": "pickscore", "groups": 8}),
+    "sd35m_pickscore_24gb": (f"{SD3}:paper", {"task": "pickscore", "groups": 8, "card": 24}),
     "sd35m_pickscore_window": (f"{SD3}:window", {"task": "pickscore"}),
     "sd35m_pickscore_window_1gpu": (f"{SD3}:window", {"task": "pickscore", "groups": 8}),
     "sd35m_pickscore_guard": (f"{SD3}:guard", {"task": "pickscore"}),
     "flux_pickscore": (f"{FLUX}:paper", {}),
     "flux_pickscore_1gpu": (f"{FLUX}:paper", {"groups": 8}),
+    "flux_pickscore_24gb": (f"{FLUX}:paper", {"groups": 8, "card": 24}),
     "flux_pickscore_window": (f"{FLUX}:window", {}),
     "flux_pickscore_window_1gpu": (f"{FLUX}:window", {"groups": 8}),
+    "flux2_klein_pickscore": (f"{FLUX2}:base", {"task": "pickscore"}),
+    "flux2_klein_pickscore_1gpu": (f"{FLUX2}:base", {"task": "pickscore", "groups": 8}),
+    "flux2_klein_pickscore_24gb": (f"{FLUX2}:base", {"task": "pickscore", "groups": 8, "card": 24}),
+    "flux2_klein_ocr": (f"{FLUX2}:base", {"task": "ocr"}),
+    "flux2_klein_ocr_1gpu": (f"{FLUX2}:base", {"task": "ocr", "groups": 8}),
+    "flux2_klein_ocr_24gb": (f"{FLUX2}:base", {"task": "ocr", "groups": 8, "card": 24}),
+    "flux2_klein_distilled_pickscore": (f"{FLUX2}:distilled", {}),
+    "flux2_klein_distilled_pickscore_1gpu": (f"{FLUX2}:distilled", {"groups": 8}),
+    "wan22_ti2v_5b_ocr": (f"{WAN}:paper", {"task": "ocr"}),
+    "wan22_ti2v_5b_ocr_1gpu": (f"{WAN}:paper", {"task": "ocr", "groups": 4}),
+    "wan22_ti2v_5b_pickscore_window": (f"{WAN}:window", {}),
+    "wan22_ti2v_5b_pickscore_window_1gpu": (f"{WAN}:window", {"groups": 4}),
+    "zimage_ocr": (f"{ZIMAGE}:window", {"task": "ocr"}),
+    "zimage_ocr_1gpu": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8}),
+    "zimage_ocr_24gb": (f"{ZIMAGE}:window", {"task": "ocr", "groups": 8, "card": 24}),
+    "zimage_pickscore": (f"{ZIMAGE}:window", {"task": "pickscore"}),
+    "zimage_pickscore_1gpu": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8}),
+    "zimage_pickscore_24gb": (f"{ZIMAGE}:window", {"task": "pickscore", "groups": 8, "card": 24}),
+    "zimage_turbo_pickscore": (f"{ZIMAGE}:turbo", {"task": "pickscore"}),
+    "zimage_turbo_pickscore_1gpu": (f"{ZIMAGE}:turbo", {"task": "pickscore", "groups": 8}),
 }
 """Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
 EMBEDDED = {name for name, (target, _) in RECIPES.items() if target.startswith("flowgrpo.nano")}
@@ -120,7 +154,7 @@ def describe(name: str, config: Config) -> str:
     numbers. The empty string for the embedded model's and for those of other modules."""
     target, arguments = RECIPES.get(name, ("", {}))
     module, _, method = target.partition(":")
-    if module not in (SD3, FLUX):
+    if module not in (SD3, FLUX, FLUX2, WAN, ZIMAGE):
         return ""
     from flowgrpo.recipes import tasks
 

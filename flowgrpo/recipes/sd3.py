@@ -16,14 +16,29 @@ from flowgrpo.recipes.tasks import FEW_PARTS, GUARDS, RUN, SMALL_GUARDS, TASKS, 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
 
-def policy_config(*, offload: bool = False) -> PolicyConfig:
-    """Describe SD3.5-M at 512 pixels with LoRA 32/64 (P, C)."""
+PACKED = {24: ("int8", "int8"), 12: ("int8", "nf4")}
+"""GiB of a card -> policy.quantize and policy.quantize_text on it; docs/small-cards.md says why."""
+
+
+def policy_config(*, offload: bool = False, card: int = 0) -> PolicyConfig:
+    """Describe SD3.5-M at 512 pixels with LoRA 32/64 (P, C).
+
+    Args:
+        offload: keep the text encoders off the GPU.
+        card: GiB of a small GPU: weights are packed, blocks recomputed in the backward pass and
+            images decoded one at a time; 0: nothing of that.
+    """
+    weights, text = PACKED[card] if card else ("none", "none")
     return PolicyConfig(
         model=MODEL,
         resolution=512,
         lora_rank=32,
         lora_alpha=64,
         offload_text_encoders=offload,
+        quantize=weights,
+        quantize_text=text,
+        gradient_checkpointing=card > 0,
+        vae_slicing=card > 0,
     )
 
 
@@ -32,6 +47,7 @@ def paper(
     *,
     groups: int = 48,
     kl: Kl = "std_dev",
+    card: int = 0,
     memory: float | None = None,
     **overrides: Any,
 ) -> Config:
@@ -42,13 +58,17 @@ def paper(
         groups: K; 48 with G = 24 are the paper's 1152 images. Fewer are the single-GPU form, whose
             text encoders leave the GPU.
         kl: the convention that beta is stated in.
-        memory: GiB of the GPU, from which the rows of a forward follow; default: what is there.
+        card: GiB of a small GPU, a key of `PACKED`, for the form that fits on it; 0: none.
+        memory: GiB of the GPU, from which the rows of a forward follow; default: those of `card`,
+            or what is there.
         overrides: fields of `run` by their names (steps=200), or any by its dotted name.
     """
     small = groups < 48
+    form = f"_{card}gb" if card else "_1gpu" if small else ""
+    guards = SMALL_GUARDS if small else GUARDS
     config = Config(
-        recipe=f"sd35m_{task}" + ("_1gpu" if small else ""),
-        policy=policy_config(offload=small),
+        recipe=f"sd35m_{task}{form}",
+        policy=policy_config(offload=small, card=card),
         sample=SampleConfig(
             prompts=TASKS[task].prompts,
             prompts_per_iteration=groups,
@@ -60,7 +80,8 @@ def paper(
             noise_level=0.7,  # P, C
             guidance_scale=4.5,  # C, in rollout and update alike
         ),
-        reward=reward_config(task, SMALL_GUARDS if small else GUARDS),
+        # There is no room for a reward model that is only reported on less than 24 GiB.
+        reward=reward_config(task, () if 0 < card < 24 else guards),
         optim=OptimConfig(
             lr=3e-4,  # C
             weight_decay=1e-4,  # C
@@ -75,7 +96,7 @@ def paper(
         ),
         run=FEW_PARTS if small else RUN,
     )
-    return fit(config, memory, overrides)
+    return fit(config, memory or card or None, overrides)
 
 
 def window(task: str, *, groups: int = 0, memory: float | None = None, **overrides: Any) -> Config:

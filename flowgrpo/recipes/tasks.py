@@ -77,19 +77,29 @@ CONFIGS = {
     ("sd3", "window", "pickscore"): "pickscore_sd3_fast_nocfg",
     ("flux", "paper", "pickscore"): "pickscore_flux",
     ("flux", "window", "pickscore"): "pickscore_flux_fast",
+    ("wan", "paper", "ocr"): "general_ocr_wan2_1",
 }
 """(file here, function there, task) -> the function of flow_grpo's config/grpo.py, C."""
+OTHERS = {
+    ("flux2", "base"): "Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml",
+    ("flux2", "distilled"): "Flow-Factory's examples/grpo/lora/flux2_klein/default.yaml",
+    ("wan", "window"): "Flow-Factory's examples/grpo/lora/wan22/t2v.yaml",
+    ("zimage", "window"): "Flow-Factory's examples/grpo/lora/z_image/default.yaml",
+    ("zimage", "turbo"): "Flow-Factory's examples/grpo/lora/z_image_turbo/default.yaml",
+}
+"""(file here, function there) -> where its numbers come from, if it is not flow_grpo."""
 
 
 def describe(family: str, method: str, task: str, reported: Sequence[str]) -> str:
     """Describe a recipe for its help: rewards, what they need, where the numbers come from.
 
     Args:
-        family: sd3 or flux, the recipe's file; method: its function there.
+        family: sd3, flux, flux2, wan or zimage, the recipe's file; method: its function there.
         reported: rewards that its evaluation reports.
     """
     config = CONFIGS.get((family, method, task))
     source = "flow_grpo's config/" + (f"grpo.py:{config}" if config else "grpo_guard.py")
+    source = OTHERS.get((family, method), source)
     published = ""
     if (family, method) == ("sd3", "paper"):
         source = f"the paper (arXiv 2505.05470, section 4) and {source}"

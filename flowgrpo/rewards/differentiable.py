@@ -5,22 +5,26 @@ attribute of the function that is called for images.
 
     of_pixels(pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata) -> B scores
 
-It is to score as the reward does, but for the rounding of pixels to whole numbers.
+It is to score as the reward does, but for the rounding of pixels to whole numbers. Of videos it is
+given what the reward is (frames.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from flowgrpo.config import RewardConfig
+from flowgrpo.rewards.frames import as_asked
 from flowgrpo.rewards.interface import RewardError
 from flowgrpo.rewards.table import load, on_device, options_of
 
 OfPixels = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
-"""Pixels float32 [B, 3, H, W] in 0 ... 255, prompts, metadata -> B scores, differentiable."""
+"""Pixels float32 [B, 3, H, W] in 0 ... 255, or of videos [B, F, 3, H, W], prompts, metadata -> B
+scores, differentiable."""
 
 
 def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]:
@@ -42,5 +46,20 @@ def differentiable_rewards(config: RewardConfig) -> list[tuple[float, OfPixels]]
                 "nano_classifier, or give your function an attribute of_pixels "
                 "(flowgrpo/rewards/differentiable.py)."
             )
-        functions.append((weight, of_pixels))
+        functions.append((weight, partial(_score, reward, of_pixels, config.frames)))
     return functions
+
+
+def _score(
+    reward: Any,
+    of_pixels: OfPixels,
+    count: int,
+    pixels: Tensor,
+    prompts: list[str],
+    metadata: list[dict[str, Any]],
+) -> Tensor:
+    """Score images, or videos by `count` frames of each where the reward is one of images, [B]."""
+    pictures, frames = as_asked(reward, pixels, count)
+    texts = [text for text in prompts for _ in range(frames)]
+    entries = [entry for entry in metadata for _ in range(frames)]
+    return of_pixels(pictures, texts, entries).view(-1, frames).mean(dim=1)

@@ -24,10 +24,25 @@ def check_images(images: Any, prompts: Sequence[Any], metadata: Sequence[Any]) -
         raise TypeError(f"images is {kind}, but a uint8 tensor [B, 3, H, W] is expected.")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}, but [B, 3, H, W] is expected.")
-    if not len(images) == len(prompts) == len(metadata):
+    _check_counts("image", len(images), prompts, metadata)
+
+
+def check_videos(videos: Any, prompts: Sequence[Any], metadata: Sequence[Any]) -> None:
+    """Raise unless `videos` is uint8 [B, F, 3, H, W] with B prompts and B metadata."""
+    if not isinstance(videos, Tensor) or videos.dtype != torch.uint8:
+        kind = getattr(videos, "dtype", type(videos).__name__)
+        raise TypeError(f"videos is {kind}, but a uint8 tensor [B, F, 3, H, W] is expected.")
+    if videos.ndim != 5 or videos.shape[2] != 3:
+        shape = tuple(videos.shape)
+        raise ValueError(f"videos has shape {shape}, but [B, F, 3, H, W] is expected.")
+    _check_counts("video", len(videos), prompts, metadata)
+
+
+def _check_counts(kind: str, count: int, prompts: Sequence[Any], metadata: Sequence[Any]) -> None:
+    if not count == len(prompts) == len(metadata):
         raise ValueError(
-            f"there are {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata, "
-            "but one prompt and one metadata for each image are expected."
+            f"there are {count} {kind}s, {len(prompts)} prompts and {len(metadata)} metadata, "
+            f"but one prompt and one metadata for each {kind} are expected."
         )
 
 
@@ -168,3 +183,9 @@ def comparison_picture(height: int, width: int) -> Tensor:
     neighbours alike, and the same everywhere."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((x * 255 // width, y * 255 // height, (x ^ y) % 256)).to(torch.uint8)
+
+
+def comparison_video(frames: int, height: int, width: int) -> Tensor:
+    """Draw the video that servers are compared by, uint8 [F, 3, H, W]: the picture, moving."""
+    picture = comparison_picture(height, width)
+    return torch.stack([picture.roll(t * t, dims=-1) for t in range(frames)])

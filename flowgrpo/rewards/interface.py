@@ -14,7 +14,8 @@ from torch import Tensor
 from flowgrpo.config import ConfigError
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
-"""f(images uint8 [B, 3, H, W], prompts, metadata) -> B scores."""
+"""f(images uint8 [B, 3, H, W], prompts, metadata) -> B scores; one with an attribute `frames` that
+is True is given videos, uint8 [B, F, 3, H, W] (frames.py)."""
 
 
 class RewardError(ConfigError):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowgrpo.config.user_code import is_installed
 from flowgrpo.config.validation import similar
-from flowgrpo.rewards.images import check_images
+from flowgrpo.rewards.images import check_images, check_videos
 from flowgrpo.rewards.interface import Reward, RewardError, check_arguments
 
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -49,7 +49,9 @@ class ConfigurableReward:
         build: Callable[..., Reward],
         options: Mapping[str, Any] | None = None,
         check: Check | None = None,
+        frames: bool | str = False,
     ) -> None:
+        """frames: True for a reward of videos, or the name of the option that says so."""
         for parameter in inspect.signature(build).parameters.values():
             named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
             if not named or parameter.default is parameter.empty:
@@ -57,7 +59,7 @@ class ConfigurableReward:
                     f"the options of reward {name!r} have the parameter {parameter}, but options "
                     "with a name and a default are expected; give it a default."
                 )
-        self.name, self.check = name, check
+        self.name, self.check, self._frames = name, check, frames
         self.__doc__ = build.__doc__
         self._build, self._explicit = build, dict(options or {})
         self._reward: Reward | None = None
@@ -72,6 +74,13 @@ class ConfigurableReward:
     def options(self) -> dict[str, Any]:
         """Option name -> its present value: explicit, of the environment, or the default."""
         return {option: self._value(option, default) for option, default in self.defaults.items()}
+
+    @property
+    def frames(self) -> bool:
+        """True: it is given videos, uint8 [B, F, 3, H, W]."""
+        if isinstance(self._frames, str):
+            return self._value(self._frames, self.defaults[self._frames])
+        return self._frames
 
     def configured(self, **options: Any) -> ConfigurableReward:
         """Return the same reward with these options.
@@ -91,7 +100,8 @@ class ConfigurableReward:
             options[option] = self._typed(
                 f"the option {option} of reward {self.name!r}", option, value
             )
-        return ConfigurableReward(self.name, self._build, {**self._explicit, **options}, self.check)
+        options = {**self._explicit, **options}
+        return ConfigurableReward(self.name, self._build, options, self.check, self._frames)
 
     def build(self) -> Reward:
         """Load what the reward needs; a second call changes nothing.
@@ -112,8 +122,8 @@ class ConfigurableReward:
             return self._reward
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-        """Score images, uint8 [B, 3, H, W], by B numbers."""
-        check_images(images, prompts, metadata)
+        """Score images, uint8 [B, 3, H, W], or with `frames` videos, by B numbers."""
+        (check_videos if self.frames else check_images)(images, prompts, metadata)
         return self.build()(images, prompts, metadata)
 
     def _value(self, option: str, default: Any) -> Any:
@@ -158,13 +168,14 @@ def _convert(text: str, kind: type) -> Any:
 
 
 def configurable(
-    name: str, check: Check | None = None
+    name: str, check: Check | None = None, frames: bool | str = False
 ) -> Callable[[Callable[..., Reward]], ConfigurableReward]:
     """Decorate a function of options that returns a reward: it becomes a `ConfigurableReward`.
 
-    check: called with the prompts of a run before its first image.
+    check: called with the prompts of a run before its first image. frames: True for a reward of
+    videos, or the name of the bool option that says so.
     """
-    return lambda build: ConfigurableReward(name, build, check=check)
+    return lambda build: ConfigurableReward(name, build, check=check, frames=frames)
 
 
 def check_numbers(

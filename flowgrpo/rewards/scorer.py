@@ -41,7 +41,8 @@ from flowgrpo.config.isolation import isolated
 from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.records import Prompts, Scores
 from flowgrpo.rewards import models
-from flowgrpo.rewards.images import comparison_picture
+from flowgrpo.rewards.frames import as_asked, takes_videos
+from flowgrpo.rewards.images import comparison_picture, comparison_video
 from flowgrpo.rewards.interface import ReplyError, RewardError, describe_error
 from flowgrpo.rewards.table import Reward, is_remote, is_users, load, on_device, options_of
 
@@ -75,12 +76,14 @@ class Scorer:
         normalize: str = "none",
         devices: Mapping[str, str] | None = None,
         offset: int = 0,
+        frames: int = 1,
     ) -> None:
         """options: reward name -> its options. timeout: of the rewards that have one; 0: theirs.
         devices: reward name, or all -> the device of its model, unless `options` has it. offset: of
-        remote rewards, the server of several that is asked first."""
+        remote rewards, the server of several that is asked first. frames: of a video, whose mean
+        the score of a reward of images is."""
         self.weights = dict(weights)
-        self.retries, self.normalize = retries, normalize
+        self.retries, self.normalize, self.frames = retries, normalize, frames
         self.rewards = {}
         for name in self.weights:
             arguments = on_device(name, (options or {}).get(name, {}), devices or {})
@@ -105,6 +108,7 @@ class Scorer:
             normalize=config.normalize,
             devices=config.devices,
             offset=offset,
+            frames=config.frames,
         )
 
     def prepare(self, prompts: Prompts) -> None:
@@ -150,7 +154,8 @@ class Scorer:
                     call_users(partial(check, text, entry), name, f"check the prompt {text!r}")
 
     def try_out(self, prompts: Prompts, blank: Tensor) -> None:
-        """Call the rewards with a blank image, uint8 [3, H, W], before real ones.
+        """Call the rewards with a blank image, uint8 [3, H, W], or a blank video, uint8
+        [F, 3, H, W], before real ones.
 
         An error of which a blank image may be the reason, or that may pass, is only logged. Several
         servers of one reward are compared by a picture that is not blank.
@@ -159,14 +164,17 @@ class Scorer:
             RewardError: what a reward returns is not one number an image, or it failed by one of
                 the `CERTAIN` errors; or two of its servers score differently.
         """
-        images = torch.stack([blank] * BLANKS)
+        blanks = torch.stack([blank] * BLANKS)
         for name, reward in self.rewards.items():
             if is_remote(name, reward):
                 servers = reward.build().servers
-                picture = comparison_picture(*blank.shape[1:])
+                picture = comparison_picture(*blank.shape[-2:])
+                if takes_videos(reward):
+                    picture = comparison_video(*blank.shape[:-3] or (1,), *blank.shape[-2:])
                 servers.compare(picture, prompts.texts[0], prompts.metadata[0])
+            images, _ = as_asked(reward, blanks, self.frames)
             try:
-                answer = _ask(reward, name, images, prompts.take([0]), [BLANKS])
+                answer = _ask(reward, name, images, prompts.take([0]), [len(images)])
             except RewardError:
                 raise
             except CERTAIN as error:
@@ -180,14 +188,14 @@ class Scorer:
                 log.warning(message, name, describe_error(error))
                 continue
             try:
-                _scores(answer, name, BLANKS)
+                _scores(answer, name, len(images))
             except RewardError:
                 raise
             # Numbers are asked for, and what was returned may answer that by any error.
             except Exception as error:
                 words = " ".join(str(answer).split())[:80]
                 raise RewardError(
-                    f"reward {name!r} returned {words} for {BLANKS} images, but one number an "
+                    f"reward {name!r} returned {words} for {len(images)} images, but one number an "
                     "image is expected; correct it."
                 ) from error
 
@@ -202,7 +210,8 @@ class Scorer:
     def score_each(
         self, images: Tensor, prompts: Prompts, counts: int | Sequence[int]
     ) -> dict[str, Tensor]:
-        """Score images by each reward, float64 [b]; NaN in groups that failed.
+        """Score images [b, 3, H, W] or videos [b, F, 3, H, W] by each reward, float64 [b]; NaN in
+        groups that failed.
 
         Args:
             counts: images of each prompt, in turn; one number for all, or one each.
@@ -212,7 +221,15 @@ class Scorer:
         """
         if isinstance(counts, int):
             counts = [counts] * len(prompts)
-        return {name: self._all_groups(name, images, prompts, counts) for name in self.weights}
+        # Of videos, too, all rewards of images get one tensor, as one may know it again.
+        prepared: dict[bool, tuple[Tensor, int]] = {}
+        scores = {}
+        for name, reward in self.rewards.items():
+            kind = takes_videos(reward)
+            if kind not in prepared:
+                prepared[kind] = as_asked(reward, images, self.frames)
+            scores[name] = self._all_groups(name, *prepared[kind], prompts, counts)
+        return scores
 
     def combine(self, rewards: dict[str, Tensor], group_size: int) -> Scores:
         """Sum the rewards of all groups, float64 [B] each, by their weights.
@@ -240,10 +257,11 @@ class Scorer:
         return Scores(total, rewards, dropped)
 
     def _all_groups(
-        self, name: str, images: Tensor, prompts: Prompts, counts: Sequence[int]
+        self, name: str, images: Tensor, frames: int, prompts: Prompts, counts: Sequence[int]
     ) -> Tensor:
-        """Score images by one reward, float64 [b]; NaN in the groups that failed every attempt."""
-        scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
+        """Score b images by one reward, or b videos by `frames` images of each in turn, float64
+        [b]; NaN in the groups that failed every attempt."""
+        scores = torch.full((len(images) // frames,), torch.nan, dtype=torch.float64)
         ends = np.cumsum(counts).tolist()
         groups = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
         problems = [NOT_FINITE]
@@ -254,9 +272,12 @@ class Scorer:
         def attempt(rows: slice, asked: Prompts, counts: Sequence[int]) -> None:
             try:
                 # All rows as the tensor itself: a reward may know it again.
-                chunk = images if asked is prompts else images[rows]
-                answer = _ask(self.rewards[name], name, chunk, asked, counts)
-                scores[rows] = _scores(answer, name, len(chunk))
+                chunk = images
+                if asked is not prompts:
+                    chunk = images[rows.start * frames : rows.stop * frames]
+                each = [frames * count for count in counts]
+                answer = _ask(self.rewards[name], name, chunk, asked, each)
+                scores[rows] = _scores(answer, name, len(chunk)).view(-1, frames).mean(dim=1)
             except RewardError:
                 raise
             # A reward is the user's code or a remote service: anything may come out of it.

@@ -2,6 +2,8 @@
 
     fn(images uint8 [B, 3, H, W], prompts list[str], metadata list[dict]) -> B scores
 
+What is done with videos, and how a reward asks for them, is in frames.py.
+
 A name is one of `REWARDS`, or "package.module:function" or "file.py:function" of the user's own.
 The import happens in `load`, so no reward's dependencies are needed for another's.
 """
@@ -32,6 +34,7 @@ REWARDS = {
     "imagereward": "flowgrpo.rewards.imagereward:score",
     "jpeg_compressibility": "flowgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowgrpo.rewards.jpeg:incompressibility",
+    "motion_smoothness": "flowgrpo.rewards.motion:smoothness",
     "ocr": "flowgrpo.rewards.ocr:score",
     "ocr_strict": "flowgrpo.rewards.ocr:strict",
     "pickscore": "flowgrpo.rewards.pickscore:score",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flowgrpo.config import Config
 from flowgrpo.distributed.sharding import original_class
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
-from flowgrpo.objectives.describe import looked_at, sampled_by
+from flowgrpo.objectives.describe import looked_at, sampled_by, scouted_by
 from flowgrpo.policies import Policy
 from flowgrpo.prompts.load import has_splits
 from flowgrpo.rewards.table import is_address
@@ -42,6 +42,7 @@ def banner(
         "rollout": f"{sample.prompts_per_iteration} prompts x {sample.group_size} images = "
         f"{sample.rows} rows in {sample.chunks} chunks of {sample.batch_size}; "
         f"{sampled_by(config)}",
+        **({"scouts": scouted_by(config)} if sample.scouts else {}),
         "update": f"{optim.objective}: {optim.updates_per_iteration} updates, each on "
         f"{config.chunks_per_update * sample.batch_size} rows x {looked_at(config)}",
         "length": length(config, state.iteration),
@@ -59,9 +60,10 @@ def servers_lines(servers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _size(policy: Policy) -> str:
+    frames = f"{policy.frames} frames, " if policy.frames else ""
     if policy.height == policy.width:
-        return f"{policy.resolution} pixels a side"
-    return f"{policy.width} pixels wide and {policy.height} high"
+        return f"{frames}{policy.resolution} pixels a side"
+    return f"{frames}{policy.width} pixels wide and {policy.height} high"
 
 
 def length(config: Config, iteration: int) -> str:
@@ -80,6 +82,8 @@ def evaluated(config: Config, evaluation_set: EvaluationSet) -> str:
     """Describe the evaluation, and say if training sees its prompts."""
     prompts, samples = len(evaluation_set.prompts), evaluation_set.samples
     text = f"{prompts} prompts x {samples} images in {config.sample.eval_steps} steps"
+    if config.run.eval_resolution:
+        text += f" at {config.run.eval_resolution} pixels a side"
     if has_splits(config.sample.prompts):
         return f"{text}, prompts held out"
     return f"{text}, of the prompts of training: {config.sample.prompts} is one file, not a folder"

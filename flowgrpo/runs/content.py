@@ -4,7 +4,8 @@ A run names its files by places, which may change: a model is moved, a prompt fi
 machine. What lies there may not. content.json of the run directory holds
 
     prompts   of training and of evaluation: their number, SHA-256 of texts and metadata
-    model     a digest of samples of each component's weights, and the sampler's sigmas
+    model     a digest of samples of each component's weights, what packs them, with its version,
+              and the sampler's sigmas
     rewards   of the options that name files of rewards: digests of these, or the name on the Hub
     code      of rewards of the user's own: SHA-256 of their files. Another one is said and
               recorded, not refused, as a run goes on once a reward that failed is mended
@@ -13,7 +14,8 @@ machine. What lies there may not. content.json of the run directory holds
 A model of tens of gigabytes is sampled, as reading all of it would take longer than an iteration:
 eight blocks of each large tensor, so a change between them is not seen. Weights count as bfloat16,
 so that they are the same in a process that loads them in float32; names of tensors do not count,
-because versions of libraries rename them.
+because versions of libraries rename them. Those of policy.quantize count as they were before they
+were packed; by which quantizer and version of its library that was is an entry of its own.
 """
 
 from __future__ import annotations
@@ -38,14 +40,13 @@ from flowgrpo.distributed import sharding
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.objectives import curated, objective_of
 from flowgrpo.policies import Policy
+from flowgrpo.policies.quantized import QuantizedLinear
+from flowgrpo.policies.weight_digests import digest_of
 from flowgrpo.prompts.load import fingerprint, load_prompts
 from flowgrpo.rewards.table import is_address, is_users
 
 log = logging.getLogger("flowgrpo")
 FILE = "content.json"
-WHOLE = 1 << 16
-"""Elements up to which a tensor counts whole; a larger one by `BLOCKS` blocks of `BLOCK`."""
-BLOCKS, BLOCK = 8, 1024
 PLACE_OPTIONS = ("model", "clip_model", "tokenizer", "head")
 """Options of rewards that name files: a folder, a file or a Hub id."""
 READ = 1 << 20
@@ -76,10 +77,13 @@ def content_of(
     if config.sample.curated:
         records = curated.load(config, objective_of(config).pairs)
         counts["the curated set"] = dataset.content_of(records)
+    quantizers = {"transformer": policy.quantizer, "text encoders": policy.text_quantizer}
+    quantizers = {name: quantizer for name, quantizer in quantizers.items() if quantizer}
     return {
         "prompts": counts,
         "model": {
             "weights": weights_of(policy),
+            **({"quantizers": quantizers} if quantizers else {}),
             "sigmas": policy.sigmas(config.sample.steps).tolist(),
         },
         "rewards": files_of_rewards(rewards or {}),
@@ -145,26 +149,13 @@ def weights_digest(module: nn.Module) -> str:
     """Digest the values of the module's weights, without adapters: "bfloat16:..." or, where they
     are float16 and cannot be compared with those, "float16:..."."""
     weights = [p.detach() for name, p in module.named_parameters() if ".lora_" not in name]
-    half = any(weight.dtype == torch.float16 for weight in weights)
+    packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    dtypes = {*(weight.dtype for weight in weights), *(layer.compute_dtype for layer in packed)}
     # A sharded one is put together, which all processes do.
-    digests = sorted(_digest(sharding.whole(weight)) for weight in weights)
+    digests = [digest_of(sharding.whole(weight)) for weight in weights]
+    digests = sorted([*digests, *(layer.digest for layer in packed)])
     total = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return f"{'float16' if half else 'bfloat16'}:{total}"
-
-
-def _digest(weight: torch.Tensor) -> str:
-    digest = hashlib.sha256(str(list(weight.shape)).encode())
-    if weight.is_meta:
-        return digest.hexdigest()
-    flat = weight.reshape(-1)
-    if len(flat) > WHOLE:
-        last = len(flat) - BLOCK
-        starts = [last * number // (BLOCKS - 1) for number in range(BLOCKS)]
-        flat = torch.cat([flat[start : start + BLOCK] for start in starts])
-    if flat.is_floating_point() and flat.dtype != torch.float16:
-        flat = flat.to(torch.bfloat16)
-    digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return f"{'float16' if torch.float16 in dtypes else 'bfloat16'}:{total}"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -227,6 +218,12 @@ def model_differences(before: Content, now: Content) -> list[str]:
         for name, digest in now["weights"].items()
         if _kind(before["weights"].get(name, "")) == _kind(digest)
         and before["weights"][name] != digest
+    ]
+    old, new = before.get("quantizers", {}), now.get("quantizers", {})
+    names += [
+        f"quantizer of the {name} ({old[name]} then, {new[name]} now)"
+        for name in old.keys() & new.keys()
+        if old[name] != new[name]
     ]
     sigmas = [torch.tensor(model["sigmas"], dtype=torch.float64) for model in (before, now)]
     if len(sigmas[0]) == len(sigmas[1]) and not torch.allclose(

@@ -5,7 +5,8 @@
       content.json         fingerprints of prompts and weights, see content.py
       metrics.jsonl        one object a line; see `RunDirectory.log`
       tensorboard/         the same numbers as TensorBoard events, and the samples
-      samples/*.png        the same prompts and seeds before, during and after
+      samples/*.png        the same prompts and seeds before, during and after; of videos four
+                           frames of each, and the first ones whole as .webp
       curve.png            held-out accuracy against iterations
       checkpoints/step-*   see checkpoints.py
       initial/             the adapter of policy.init_adapter, where the run started from one

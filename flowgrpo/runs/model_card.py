@@ -15,11 +15,13 @@ from torch import nn
 
 from flowgrpo import files
 from flowgrpo.config import Config
+from flowgrpo.evaluation import card
 from flowgrpo.nano import MODELS
 from flowgrpo.objectives import objective_of
-from flowgrpo.objectives.describe import sampled_by
+from flowgrpo.objectives.describe import sampled_by, scouted_by
 from flowgrpo.policies.families import family_of
 from flowgrpo.policies.family import Family
+from flowgrpo.prompts.load import has_splits
 from flowgrpo.runs.state import Weights
 
 FILE = "README.md"
@@ -51,8 +53,10 @@ def write(
         # The Hub knows repositories; a folder's name says nothing there.
         base_model=config.policy.model if _on_hub(config.policy.model) else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-video" if family_of(transformer).frame_rate else "text-to-image",
         tags=[*(["lora"] if lora else []), tag, "reinforcement-learning"],
+        model_name=None if summary is None else config.recipe,
+        eval_results=None if summary is None else _results(config, summary),
     )
     average = f"; the weights' average of decay {optim.ema_decay:g}" if optim.ema_decay else ""
     if optim.ema_decay and weights == "live":
@@ -74,7 +78,7 @@ def write(
 
 
 def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDER") -> str:
-    """Python that makes an image with the weights in `folder`."""
+    """Python that makes an image, or a video, with the weights in `folder`."""
     policy, family = config.policy, family_of(transformer)
     if policy.model in MODELS:
         return (
@@ -87,7 +91,9 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
     base = f'"{policy.model}", torch_dtype=torch.bfloat16'
     if policy.variant:
         base += f', variant="{policy.variant}"'
-    call = f'image = pipe("a prompt", {_arguments(config, family)}).images[0]'
+    result, attribute = ("video", "frames") if family.frame_rate else ("image", "images")
+    call = f'{result} = pipe(prompt="a prompt", {_arguments(config, family)}).{attribute}[0]'
+    call = "\n".join((*family.card_lines, call))
     if policy.adapter == "lora":
         return (
             f"import torch\nfrom {library} import {pipeline}\n\n"
@@ -104,7 +110,7 @@ def load_lines(config: Config, transformer: nn.Module, folder: str = "THIS_FOLDE
 
 def _arguments(config: Config, family: Family) -> str:
     """The pipeline's arguments that make it sample as evaluation did."""
-    policy = config.policy
+    policy = config.evaluated_policy
     sides = {"height": policy.height, "width": policy.width}
     arguments: dict[str, Any] = {
         name: pixels or policy.resolution
@@ -149,6 +155,7 @@ def _settings(config: Config, transformer: nn.Module) -> list[tuple[str, str]]:
             f"images an iteration, {optim.updates_per_iteration} updates of "
             f"{config.chunks_per_update} chunks of {sample.batch_size} images",
         ),
+        *([("Scouts", scouted_by(config))] if sample.scouts else []),
         (
             "Sampler",
             f"{sampler} in training, {sample.eval_steps} steps of the ODE in evaluation",
@@ -186,6 +193,14 @@ def _numbers(summary: Mapping[str, Any]) -> str:
         f"score over prompts after training: {_number(low)} to {_number(high)}."
     )
     return _table(("", "before", f"iteration {after['iteration']}"), rows) + "\n\n" + note
+
+
+def _results(config: Config, summary: Mapping[str, Any]) -> list[Any]:
+    """List the scores after training as the Hub reads them."""
+    prompts = config.sample.prompts
+    # Of one file they are among those of training.
+    split = "heldout" if has_splits(prompts) else "train"
+    return card.results(prompts, split, summary["after"])
 
 
 def _number(value: float | None) -> str:

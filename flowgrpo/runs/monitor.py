@@ -45,6 +45,8 @@ from flowgrpo.runs.process import Stop, device_name, kernel_backends, versions
 from flowgrpo.runs.state import State, start_share
 
 log = logging.getLogger("flowgrpo")
+TRAINING = ("scout", "rollout", "reward", "update")
+"""Stages whose seconds are those of training."""
 LEFT = "The evaluation is left; it is made when the run goes on."
 
 
@@ -92,6 +94,8 @@ class Monitor:
         world: World = ALONE,
     ) -> None:
         self.config, self.policy, self.state = config, policy, state
+        self.evaluated = policy.evaluated
+        """The policy at the size of evaluations."""
         self.stop, self.world = stop or Stop(), world
         self.evaluation_set = load_evaluation_set(config)
         self.scorer = rewards.Scorer.of(config.reward, config.reported, offset=world.rank)
@@ -103,7 +107,7 @@ class Monitor:
         if has_splits(config.sample.prompts):
             # Of one file they are among those of training, which were counted.
             warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
-        self.scorer.try_out(self.evaluation_set.prompts, policy.blank_image())
+        self.scorer.try_out(self.evaluation_set.prompts, self.evaluated.blank_image())
         self.display = Display(config)
         self.advice = Advice(config, sum(p.numel() for p in state.parameters.values()))
         self.untrained: dict[str, Evaluation] = {}
@@ -268,8 +272,7 @@ class Monitor:
         Args:
             metrics: its figures; "max_ratio_error" and "dropped_groups" are also added to totals.
                 Logged beside them is "lr", the learning rate of the last update.
-            seconds: its phases, as {"rollout", "reward", "update"}; of several processes the
-                first's count.
+            seconds: its phases, some of `TRAINING`; of several processes the first's count.
         """
         seconds = self._agree(seconds)
         totals, iteration = self.state.totals, self.state.iteration
@@ -373,7 +376,7 @@ class Monitor:
         """Raise NotFiniteError unless the present weights give an image of finite numbers, which an
         evaluation would have shown."""
         evaluate.generate_images(
-            self.policy,
+            self.evaluated,
             self.evaluation_set.prompts.texts[:1],
             self.evaluation_set.seeds[:1],
             1,
@@ -392,6 +395,7 @@ class Monitor:
             "recipe": self.config.recipe,
             "iterations": self.state.iteration,
             "images": self.state.iteration * self.config.sample.rows,
+            **self._scouted(),
             "interrupted": interrupted,
             "weights": self.state.ema.weights,
             "before": base.to_dict(),
@@ -410,6 +414,11 @@ class Monitor:
             "versions": versions(),
         }
 
+    def _scouted(self) -> dict[str, int]:
+        """Count the candidates of the run that were previewed, if it has scouts."""
+        candidates = self.config.sample.candidates
+        return {"scouts": self.state.iteration * candidates} if candidates else {}
+
     def _evaluate_untrained(self, name: str, guidance_scale: float, restored: bool) -> Evaluation:
         """Read the untrained model's evaluation if the run is resumed, or make and log it."""
         folder, label = _step(0) if name == "base" else name, _label(name, guidance_scale)
@@ -421,11 +430,12 @@ class Monitor:
         # LoRA is turned off, not merely zero: a product with zeros in it may round differently.
         # A whole transformer is its own reference before the first iteration.
         is_reference = self.config.policy.adapter == "full" and self.state.iteration == 0
-        with contextlib.nullcontext() if is_reference else self.policy.reference():
+        with contextlib.nullcontext() if is_reference else self.evaluated.reference():
             evaluation = self._measure(label, guidance_scale)
-        if name == "base":
+        if name == "base" and self.evaluated is self.policy:
             self.advice.std = self.policy.decoded.read().std
         self.directory.save_evaluation(evaluation, folder)
+        self._save_videos(evaluation, folder)
         if not restored:
             seconds = {"evaluate": evaluation.seconds, "training": 0.0}
             kind = "eval" if name == "base" else "guided"
@@ -478,11 +488,11 @@ class Monitor:
                     raise EvaluationStopped
 
             return evaluate.evaluate(
-                self.policy,
+                self.evaluated,
                 self.evaluation_set,
                 self.scorer,
                 steps=self.config.sample.eval_steps,
-                batch_size=self.config.sample.batch_size,
+                batch_size=self.config.eval_batch_size,
                 guidance_scale=guidance_scale,
                 quality=self.quality,
                 on_progress=on_progress,
@@ -510,6 +520,7 @@ class Monitor:
             evaluation = self._measure_kl(evaluation)
         self.latest = (iteration, evaluation)
         self.directory.save_evaluation(evaluation, _step(iteration))
+        self._save_videos(evaluation, _step(iteration))
         self._add({"evaluate": evaluation.seconds})
         values = evaluation.to_dict()
         if final:
@@ -520,6 +531,14 @@ class Monitor:
         self.display.evaluation(iteration, "trained", evaluation)
         self._draw(shown.get("samples"))
         return evaluation
+
+    def _save_videos(self, evaluation: Evaluation, name: str) -> None:
+        """Write the videos of an evaluation that are whole, if any: samples/NAME-1.webp, ..."""
+        rate = self.policy.family.frame_rate
+        for number, video in enumerate(() if evaluation.videos is None else evaluation.videos):
+            file = f"{name}-{number + 1}.webp"
+            with _drawing(file):
+                pictures.save_video(video, self.directory.samples / file, rate)
 
     def _samples(self) -> Image.Image:
         """Draw the latest evaluation's images under the base model's."""
@@ -564,7 +583,7 @@ class Monitor:
     def _training(self) -> float:
         """Sum the seconds of training, over all processes of the run."""
         sums = self.state.totals.get("seconds", {})
-        return sum(sums.get(name, 0.0) for name in ("rollout", "reward", "update"))
+        return sum(sums.get(name, 0.0) for name in TRAINING)
 
     def _total(self) -> float:
         """Sum the seconds of all processes of the run."""

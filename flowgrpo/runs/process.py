@@ -20,6 +20,8 @@ from flowgrpo.config import ConfigError, RunConfig
 from flowgrpo.distributed.world import is_first
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "triton")
+OPTIONAL = ("bitsandbytes",)
+"""Named where they are installed."""
 
 
 def versions() -> dict[str, str | None]:
@@ -29,6 +31,7 @@ def versions() -> dict[str, str | None]:
         "flowgrpo": __version__,
     }
     installed |= {name: _version(name) for name in PACKAGES}
+    installed |= {name: _version(name) for name in OPTIONAL if _version(name)}
     # The package's version does not always name the build, such as +cu130; the module's does.
     installed["torch"] = str(torch.__version__)
     return installed

@@ -315,7 +315,8 @@ def sample_images(
     guidance_scale: float = 1.0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample images, uint8 [B, 3, H, W], by the deterministic sampler, as evaluation does.
+    """Sample images, uint8 [B, 3, H, W], by the deterministic sampler, as evaluation does; of a
+    model of videos, these, uint8 [B, F, 3, H, W], in host memory.
 
     Arguments are those of `rollout`, and:
         steps: steps of the sampler.
@@ -357,6 +358,9 @@ def sample_images(
 
     def decode(latents: Tensor) -> None:
         images.append(policy.decode(latents))
+        if policy.frames:
+            # A clip is as large as a hundred images; those of an evaluation would fill a GPU.
+            images[-1] = images[-1].cpu()
         if on_progress is not None:
             on_progress(sum(map(len, images)))
             # Whoever shows the progress has waited for the images.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +81,51 @@ def step_weights(transitions: Transitions, low: int, high: int) -> Tensor:
 
 
 def windows(groups: int, config: Config, iteration: int) -> Tensor:
-    """Draw the window of each group: the trained steps of each row, int64 [W, B]."""
-    low, high = config.sample.window_bounds
-    length = config.sample.trained_steps
-    choices = high - low - length + 1
-    shift = seeds.below(choices, config.run.seed, seeds.WINDOW, iteration, np.arange(groups))
-    start = torch.from_numpy(low + shift).repeat_interleave(config.sample.group_size)
-    return start[None, :] + torch.arange(length)[:, None]
+    """Draw the window of each group: the trained steps of each row, int64 [W, B]; with
+    `sample.scouts` those of each candidate, int64 [W, K N]."""
+    sample = config.sample
+    if sample.window_schedule == "progressive":
+        starts = np.full(groups, progressive_start(sample, iteration))
+    else:
+        low, choices = sample.window_bounds[0], sample.last_start - sample.window_bounds[0] + 1
+        numbers = np.arange(groups)
+        starts = low + seeds.below(choices, config.run.seed, seeds.WINDOW, iteration, numbers)
+    start = torch.from_numpy(starts).repeat_interleave(sample.scouts or sample.group_size)
+    return start[None, :] + torch.arange(sample.trained_steps)[:, None]
+
+
+def progressive_start(sample: SampleConfig, iteration: int) -> int:
+    """Find where MixGRPO's window begins (arXiv 2507.21802), by the iterations completed before.
+
+    It begins at the first step of the range, stays at step l for
+
+        ceil(tau exp(-k max(0, l - l0)))        tau, k, l0: window_interval, _decay, _decay_from
+
+    iterations, and moves on by `window_stride` steps, at most to the last place that holds a whole
+    window. There it stays, or goes back to the first with `window_return`. A function of the
+    iteration alone, so that a resumed run needs no state of it.
+
+    Departures from the authors' code: their window becomes shorter at the end of the schedule, and
+    empty at last; here all have one length.
+    """
+    starts = [*range(sample.window_bounds[0], sample.last_start + 1, sample.window_stride)]
+    if starts[-1] != sample.last_start and not sample.window_return:
+        # The last move is a shorter one.
+        starts.append(sample.last_start)
+    stays = [
+        math.ceil(
+            sample.window_interval
+            * math.exp(-sample.window_decay * max(0, start - sample.window_decay_from))
+        )
+        for start in starts
+    ]
+    if sample.window_return:
+        iteration %= sum(stays)
+    for start, stay in zip(starts, stays, strict=True):
+        if iteration < stay:
+            return start
+        iteration -= stay
+    return starts[-1]
 
 
 def table_rows(trained_steps: Tensor, steps: int) -> Tensor:

@@ -7,7 +7,11 @@
     out.loss.backward()
 
 The mathematics is in transitions.py, the numerical contract of all backends in reference.py.
+Parts of transformer blocks are in `blocks`, diffusers' blocks made of them in `layers`, drop-ins
+for other trainers in `compat`.
 """
+
+import importlib
 
 from .backends.compiled import warm_up
 from .backends.info import backend_info
@@ -24,11 +28,14 @@ __all__ = [
     "NftLoss",
     "Transitions",
     "backend_info",
+    "blocks",
+    "compat",
     "cps",
     "dance_sde",
     "flow_sde",
     "grpo_loss",
     "initial_noise",
+    "layers",
     "log_prob",
     "matching",
     "nft_loss",
@@ -38,3 +45,10 @@ __all__ = [
     "warm_up",
     "window",
 ]
+
+
+def __getattr__(name: str):
+    # Imported when first asked for; a copy from the Hub has no name to import them by.
+    if name in ("blocks", "compat", "layers"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

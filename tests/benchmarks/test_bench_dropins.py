@@ -16,8 +16,8 @@ def test_smoke(tmp_path):
     assert record["failures"] == record["skipped"] == []
     cases = {row["case"] for row in record["rows"]}
     names = [case.name for case in bench_dropins.cases(2)]
-    assert cases == {f"{name} {kind}" for name in names for kind in ("replay", "backward")}
-    assert {row["provider"] for row in record["rows"]} == {"ours", "bare", "eager"}
+    assert cases == {f"{name} {kind}" for name in names for kind in ("replay", "backward", "host")}
+    assert {row["provider"] for row in record["rows"]} == {"ours", "bare", "eager", "pass"}
     assert all(row["value"] > 0 and row["unit"] == "us" for row in record["rows"])
 
 

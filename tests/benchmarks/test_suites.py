@@ -1,4 +1,6 @@
-"""The suites of whole models: smoke runs leave valid records; memory, failures and time run out."""
+"""The suites of whole models: smoke runs leave valid records; memory, failures and time run out.
+
+Whole records of rollout, update, iteration and memory are in the rehearsal of test_run_all.py."""
 
 from __future__ import annotations
 
@@ -10,35 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_iteration
 import bench_rollout
 import bench_update
 from measuring import memory, profiles, suites
 from providers import flow_grpo
 from providers.flow_grpo import FlowGrpoBaseline
-from reporting import plots, records
+from reporting import records
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 ROW = {"suite", "case", "provider", "metric", "value", "unit"}
+ON_A_GPU = {"clocks", "throttled"}
 pytestmark = pytest.mark.slow
-UNITS = {
-    "images": "images/s",
-    "images_with_decoding": "images/s",
-    "decoding": "ms/image",
-    "step": "ms",
-    "micro_step": "ms",
-    "time": "s",
-    "rate": "TFLOP/s",
-    "matmul": "TFLOP/s",
-    "copy": "GB/s",
-    "of_measured": "%",
-    "peak_memory": "GiB",
-    "peak_tensors": "GiB",
-    "max_ratio_error": "1",
-    "out_of_memory": "1",
-    "speedup_vs_eager": "x",
-}
 
 
 @pytest.fixture
@@ -58,60 +43,9 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def check(record, suite, metrics):
-    """The record's format, and the metrics of `ours` in every case."""
-    assert {"device", "driver", "versions", "commit", "command", "date"} <= set(record)
-    assert "--smoke" in record["command"] and f"bench_{suite}" in record["command"]
-    assert record["failures"] == [] and record["skipped"] == []
-    for row in record["rows"]:
-        assert set(row) == ROW and row["value"] >= 0
-        assert row["unit"] == UNITS[row["metric"]], row
-    cases = {r["case"] for r in record["rows"]} - {"device"}
-    for case in cases:
-        for name in ("ours", "ours-fused", "eager"):
-            found = {
-                r["metric"] for r in record["rows"] if (r["case"], r["provider"]) == (case, name)
-            }
-            assert found == (metrics | {"speedup_vs_eager"} if name != "eager" else metrics)
-    return cases
-
-
-def test_rollout_and_its_picture(run, tmp_path):
-    code, record = run(bench_rollout, "--cases", "b1 cfg,tiny-flux")
-    metrics = {"images", "images_with_decoding", "decoding", "step", "rate", "of_measured"}
-    cases = check(record, "rollout", metrics | {"peak_memory"})
-    assert code == 0 and cases == {"tiny-sd3 t3 b1 cfg", "tiny-flux t2 b2 no-cfg"}
-    rows = record["rows"]
-    for case in cases:
-        ceiling = records.find(rows, case=case, provider="ceiling", metric="images")
-        share = records.find(rows, case=case, provider="ours", metric="of_measured")
-        images = records.find(rows, case=case, provider="ours", metric="images")
-        assert images / ceiling == pytest.approx(share / 100, rel=1e-3)
-    plots.main([str(tmp_path / "r.json"), "--out", str(tmp_path / "p.png")])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_update(run):
-    code, record = run(
-        bench_update, "--alone", "--cases", "b1 cfg", "--set", "optim.steps_per_forward", "1"
-    )
-    metrics = {"micro_step", "rate", "of_measured", "peak_memory", "max_ratio_error"}
-    assert code == 0 and check(record, "update", metrics) == {"tiny-sd3 t4 b1 cfg w2 kl"}
-    error = records.find(record["rows"], provider="ours", metric="max_ratio_error")
-    assert error == 0.0 and "steps_per_forward" in record["command"]
-
-
-def test_iteration_and_memory(run):
-    code, record = run(bench_iteration, "--cases", "cfg w2 kl")
-    metrics = {"time", "images", "rate", "of_measured", "max_ratio_error"}
-    assert code == 0 and check(record, "iteration", metrics) == {"tiny-sd3 t4 b2 cfg w2 kl"}
-    code, record = run(bench_iteration, "--memory", "--cases", "cfg w2 kl")
-    providers = {r["provider"] for r in record["rows"] if r["metric"] == "peak_memory"}
-    assert code == 0 and providers == {"ours", "ours-offload", "eager"}
-
-
 def test_profile(run, tmp_path):
-    code, record = run(bench_update, "--profile", "--cases", "b1 cfg", "--providers", "ours")
+    chosen = ("--cases", "b1 cfg", "--providers", "ours", "--set", "optim.steps_per_forward", "1")
+    code, record = run(bench_update, "--profile", *chosen)
     assert code == 0 and (tmp_path / "r.txt").read_text().count("matrix products") == 1
     rows = {r["metric"]: r["value"] for r in record["rows"] if r["suite"] == "profile"}
     assert rows["matrix products"] > 0 and rows["ours count"] >= 2
@@ -211,4 +145,4 @@ def test_recorded_files_have_rows_with_units(path):
     record = json.loads(path.read_text())
     if "rows" not in record:
         pytest.skip("a table of its own")
-    assert all(set(row) == ROW and row["unit"] for row in record["rows"])
+    assert all(set(row) - ON_A_GPU == ROW and row["unit"] for row in record["rows"])

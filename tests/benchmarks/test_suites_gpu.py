@@ -57,7 +57,7 @@ def test_kernels_launches_and_peaks_are_counted():
 def test_the_record_names_the_gpu_and_its_clocks():
     record = records.record([], "cuda")
     assert record["device"].startswith(torch.cuda.get_device_name()) and " MHz" in record["device"]
-    assert record["driver"][0].isdigit() and record["state"]["watts"] > 0
+    assert record["driver"][0].isdigit()
 
 
 @pytest.mark.parametrize("case", ["tiny-sd3", "tiny-flux"])
@@ -94,6 +94,7 @@ def test_kernels(run):
     rows = run(bench_kernels)["rows"]
     found = {r["provider"] for r in rows}
     assert found == {"ours", "ours-loop", "reference", "eager", "ceiling"}
+    assert all(r["clocks"]["sm_mhz"][1] > 0 and isinstance(r["throttled"], list) for r in rows)
     assert all(r["value"] > 0 for r in rows)
 
 

@@ -46,15 +46,34 @@ def flux_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux2_model(tmp_path_factory) -> Path:
+    """A pipeline of FLUX.2-klein-base's parts; its default resolution is 256."""
+    return pipelines.save_flux2_pipeline(tmp_path_factory.mktemp("flux2"))
+
+
+@pytest.fixture(scope="session")
 def qwen_model(tmp_path_factory) -> Path:
     """A pipeline of Qwen-Image's parts; its default resolution is 256."""
     return pipelines.save_qwen_pipeline(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
-def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
+def wan_model(tmp_path_factory) -> Path:
+    """A pipeline of Wan 2.2 TI2V-5B's parts; its default size is 81 frames of 480 x 832."""
+    return pipelines.save_wan_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def zimage_model(tmp_path_factory) -> Path:
+    """A pipeline of Z-Image's parts; its default resolution is 1024."""
+    return pipelines.save_zimage_pipeline(tmp_path_factory.mktemp("zimage"))
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory, flux_model, flux2_model, zimage_model) -> dict[str, tuple[Path, dict]]:
     """Blocks of every kind -> (folder, changes of a test's configuration): dual, plain and last
-    blocks with norms of queries and keys; without them; double and single blocks."""
+    blocks with norms of queries and keys; without them; double and single blocks, of FLUX.1 and of
+    FLUX.2; Z-Image's, with rotary tables for each row."""
     folder = tmp_path_factory.mktemp("kinds")
     small = {"policy.resolution": 16, "policy.max_sequence_length": 8, "policy.text_cache": ""}
     medium = pipelines.save_pixel_pipeline(folder / "sd3.5-medium", layers=3, dual=(0,))
@@ -62,6 +81,14 @@ def kinds(tmp_path_factory, flux_model) -> dict[str, tuple[Path, dict]]:
         "sd3.5-medium": (medium, {}),
         "sd3": (pipelines.save_pixel_pipeline(folder / "sd3", qk_norm=None), {}),
         "flux": (flux_model, small),
+        "flux2": (
+            flux2_model,
+            {**small, "policy.max_sequence_length": 24, "policy.lora_targets": None},
+        ),
+        "zimage": (
+            zimage_model,
+            {**small, "policy.max_sequence_length": 64, "policy.lora_targets": None},
+        ),
     }
 
 

@@ -17,6 +17,7 @@ CASES = {
     "float16": {"policy.dtype": "float16"},
     "full": {"policy.adapter": "full", "policy.dtype": "auto"},
     "recomputed": {"policy.gradient_checkpointing": True},
+    "packed, recomputed": {"policy.quantize": "nf4", "policy.gradient_checkpointing": True},
 }
 
 

@@ -17,14 +17,23 @@ pytestmark = pytest.mark.slow
 IDS = {
     "sd3.5-m": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+    "flux.2-klein-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux.2-klein-9b": "black-forest-labs/FLUX.2-klein-9B",
     "qwen-image": "Qwen/Qwen-Image",
+    "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "z-image": "Tongyi-MAI/Z-Image",
 }
 CASES = {
     "sd3 with guidance and KL": ("ours", Case(configurations.SD35_MEDIUM, 4, 2, 4.5, 1, 0.04)),
     "sd3 recomputed": ("ours-recomputed", Case(configurations.SD35_MEDIUM, 16, 2, window=1)),
+    "sd3 int8": ("ours-int8", Case(configurations.SD35_MEDIUM, 12, 2, 4.5, 1, 0.04)),
     "sd3 fused": ("ours-fused", Case(configurations.SD35_MEDIUM, 9, 2, 4.5, 1, 0.04)),
     "flux": ("ours", Case(configurations.FLUX_DEV, 4, 2, window=1)),
+    "flux2 4B fused": ("ours-fused", Case(configurations.FLUX2_KLEIN_4B, 4, 2, 4.0, 1, 0.04)),
+    "flux2 9B": ("ours", Case(configurations.FLUX2_KLEIN_9B, 4, 2, window=1)),
     "qwen with guidance and KL": ("ours", Case(configurations.QWEN_IMAGE, 2, 2, 4.0, 1, 0.04)),
+    "wan recomputed": ("ours-recomputed", Case(configurations.WAN22_TI2V_5B, 2, 2, window=1)),
+    "z-image fused": ("ours-fused", Case(configurations.Z_IMAGE, 4, 2, window=1)),
     "flux fused": ("ours-fused", Case(configurations.FLUX_DEV, 4, 2, window=1)),
 }
 

@@ -33,6 +33,7 @@ import torch
 
 import flowgrpo_kernels as fk
 import flowgrpo_kernels.blocks as blocks
+import flowgrpo_kernels.layers as layers
 from flowgrpo_kernels.compat import dance_grpo, flow_factory, flow_grpo, miles, mixgrpo, precise
 from flowgrpo_kernels.compat import unirl, verl_omni
 
@@ -48,6 +49,7 @@ out.loss.backward()
 row = torch.ones(2, 5)
 y = blocks.norm_modulate(x, row, row)
 assert blocks.gated_residual(x, row, y).isfinite().all()
+assert fk.layers is layers and not layers.fits(torch.nn.Linear(2, 2))
 backends = fk.backend_info()["backends"]
 print(out.ratio.tolist(), velocity.grad.abs().sum().item() > 0, bool(x_next.isfinite().all()))
 print(backends["triton"]["available"], backends["triton"]["reason"])

@@ -2,7 +2,9 @@
 
 `save_pixel_pipeline` has no VAE and one CLIP text encoder, as the embedded model has;
 `save_latent_pipeline` has the VAE and the text encoders of SD3.5, `save_flux_pipeline` those of
-FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_qwen_pipeline` those of Qwen-Image.
+FLUX.1-dev, with a CLIP and a T5 tokenizer made here, `save_flux2_pipeline` those of
+FLUX.2-klein, `save_qwen_pipeline` those of Qwen-Image, `save_zimage_pipeline` those of Z-Image,
+`save_wan_pipeline` those of Wan 2.2 TI2V-5B.
 """
 
 from __future__ import annotations
@@ -417,6 +419,216 @@ def save_qwen_pipeline(folder: Path, *, seed: int = 0, **changes) -> Path:
                     **changes,
                 }
             ),
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Qwen3's, of messages without tools; what stands before the text is 3 of its own tokens."""
+
+
+def save_flux2_pipeline(
+    folder: Path, *, distilled: bool = False, blocks: int = 2, seed: int = 0
+) -> Path:
+    """Flux2KleinPipeline with FLUX.2-klein's parts: a double and two single blocks, a VAE of factor
+    2^(blocks - 1) with 4 latent channels and statistics of a batch norm, Qwen3 of the 27 layers
+    that the pipeline reads, a chat template and the resolution-dependent shift. Its default
+    resolution is 256 for 2 blocks."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = qwen_tokenizer()
+    words.chat_template = CHAT_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        decoder.bn.running_mean.normal_(0.0, 0.3)
+        decoder.bn.running_var.uniform_(1.0, 4.0)
+        pipeline = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=decoder,
+            text_encoder=Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=len(words),
+                    hidden_size=16,
+                    intermediate_size=16,
+                    num_hidden_layers=27,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=8,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+            ),
+            tokenizer=words,
+            transformer=Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=48,
+                axes_dims_rope=(4, 4, 4, 4),
+                guidance_embeds=False,
+            ),
+            is_distilled=distilled,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+ZIMAGE_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""What Qwen3's chat template makes of messages without tools."""
+
+
+def save_zimage_pipeline(folder: Path, *, seed: int = 0, shift: float = 6.0, **changes) -> Path:
+    """ZImagePipeline with Z-Image's parts: a refiner each and two layers, a VAE of factor 2 with 4
+    latent channels, Qwen3 with a chat template, and the scheduler's settings of Z-Image; Turbo's
+    `shift` is 3. `changes` are of the transformer."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3Model
+
+    words = qwen_tokenizer()
+    words.chat_template = ZIMAGE_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ZImageTransformer2DModel(
+            **{
+                "in_channels": 4,
+                "dim": 32,
+                "n_layers": 2,
+                "n_refiner_layers": 1,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "cap_feat_dim": 32,
+                "axes_dims": [4, 4, 8],
+                "axes_lens": [200, 64, 64],
+                **changes,
+            }
+        )
+        for name, parameter in network.named_parameters():
+            if name.endswith("pad_token"):
+                # A trained model's are no zeros.
+                torch.nn.init.normal_(parameter)
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=vae(8),
+            text_encoder=Qwen3Model(
+                Qwen3Config(
+                    vocab_size=len(words),
+                    hidden_size=32,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=16,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+            ),
+            tokenizer=words,
+            transformer=network,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def umt5(words: int, width: int = 32):
+    """A UMT5EncoderModel of 2 layers over `words` tokens."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=words,
+            d_model=width,
+            d_kv=8,
+            d_ff=width,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def save_wan_pipeline(folder: Path, *, seed: int = 0, **changes) -> Path:
+    """WanPipeline with Wan 2.2 TI2V-5B's parts: two blocks, a residual VAE of factor 8 in space and
+    4 in time with 4 latent channels, UMT5 and the UniPC scheduler with its settings. Its default
+    size is 81 frames of 480 x 832. `changes` are of the transformer."""
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    words = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = WanPipeline(
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            vae=AutoencoderKLWan(
+                base_dim=8,
+                decoder_base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[True, True],
+                latents_mean=[-0.2, 0.1, 0.4, -0.3],
+                latents_std=[0.5, 0.9, 1.2, 0.7],
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+                scale_factor_temporal=4,
+                scale_factor_spatial=8,
+            ),
+            text_encoder=umt5(len(words)),
+            tokenizer=words,
+            transformer=WanTransformer3DModel(
+                **{
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "text_dim": 32,
+                    "freq_dim": 16,
+                    "ffn_dim": 48,
+                    "num_layers": 2,
+                    "rope_max_seq_len": 64,
+                    **changes,
+                }
+            ),
+            expand_timesteps=True,
         )
     pipeline.save_pretrained(folder)
     return Path(folder)

@@ -75,9 +75,14 @@ def _copy(cls, folder, **options):
     return copy.deepcopy(LOADED[key])
 
 
+def read_once():
+    """Let pipelines of the same files be read once a process, inside, and copied then."""
+    return mock.patch.object(DiffusionPipeline, "from_pretrained", classmethod(_copy))
+
+
 def parts(config: Config, spread: float = 0.1) -> train.Components:
     """`train.setup` with trained weights moved away from the base model by `spread`."""
-    with mock.patch.object(DiffusionPipeline, "from_pretrained", classmethod(_copy)):
+    with read_once():
         made = train.setup(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -100,7 +105,9 @@ def experience(made: train.Components, config: Config) -> Experience:
     """One rollout with random rewards."""
     batch = prompt_batch(made.prompts, config, made.state.iteration)
     conditioning = made.policy.encode(batch.texts)
-    trajectory = train.collect(made, conditioning, config)
+    clock = train.Clock(made.policy.device)
+    scouted = train.send_scouts(made, batch, conditioning, config, clock)
+    trajectory = train.collect(made, conditioning, config, None, scouted)
     generator = torch.Generator().manual_seed(2)
     shape = (len(batch), config.sample.group_size)
     rewards = torch.randn(shape, generator=generator, dtype=torch.float64)

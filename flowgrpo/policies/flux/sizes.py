@@ -7,8 +7,10 @@ from dataclasses import replace
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
 from flowgrpo.policies.shared_sizes import (
     CLIP_L,
+    CLIP_L_PACKED,
     CLIP_L_PROJECTION,
     T5_XXL,
+    T5_XXL_PACKED,
     VAE,
     decoder_width,
     latent_pixels,
@@ -35,6 +37,9 @@ def architecture(
         blocks=((DOUBLE, double), (SINGLE, single)),
         passing=PASSING,
         adapted=((square,) * 8 + (up, down) * 2) * double + (square,) * 3 * single,
+        packed=(24 * double + 12 * single) * width**2,
+        modulating=(12 * double + 3 * single) * width**2,
+        packed_largest=(5 if single else 4) * width**2,
     )
 
 
@@ -64,15 +69,18 @@ def read(
     )
 
 
+DEV = architecture(
+    11_901_408_320,
+    # Its CLIP-L comes without the projection.
+    CLIP_L - CLIP_L_PROJECTION + T5_XXL,
+    VAE,
+    3072,
+    double=19,
+    single=38,
+)
 KNOWN = {
-    "black-forest-labs/FLUX.1-dev": architecture(
-        11_901_408_320,
-        # Its CLIP-L comes without the projection.
-        CLIP_L - CLIP_L_PROJECTION + T5_XXL,
-        VAE,
-        3072,
-        double=19,
-        single=38,
+    "black-forest-labs/FLUX.1-dev": replace(
+        DEV, encoders_packed=CLIP_L_PACKED - CLIP_L_PROJECTION + T5_XXL_PACKED
     )
 }
 SIZES = Sizes(read, KNOWN)

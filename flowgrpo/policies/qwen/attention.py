@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowgrpo.policies import lora
 from flowgrpo.policies.attention import IMAGE_LAYERS, TEXT_LAYERS, attend, projections
+from flowgrpo_kernels.layers.qwen import real_tables
 
 
 def set_processors(transformer: nn.Module) -> list[nn.Module]:
@@ -34,14 +35,6 @@ def additive_mask(valid: Tensor, image_tokens: int, dtype: torch.dtype) -> Tenso
     mask = valid.new_zeros(len(valid), valid.shape[1] + image_tokens, dtype=dtype)
     mask[:, : valid.shape[1]].masked_fill_(valid == 0, float("-inf"))
     return mask[:, None, None]
-
-
-def real_tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L + N, D], each twice, of complex rotations [N, D / 2] of the image's
-    tokens and [L, D / 2] of the text's."""
-    image, text = rotary
-    angles = torch.view_as_real(torch.cat([text, image])).repeat_interleave(2, dim=1)
-    return angles[..., 0].contiguous(), angles[..., 1].contiguous()
 
 
 class MaskedAttention:

@@ -27,6 +27,9 @@ def architecture(parameters: int, encoders: int, vae: int, width: int, joint: in
         blocks=((JOINT, joint),),
         passing=PASSING,
         adapted=((square,) * 8 + (up, down) * 2) * joint,
+        packed=24 * joint * width**2,
+        modulating=12 * joint * width**2,
+        packed_largest=4 * width**2,
         decoder_width=144,
     )
 

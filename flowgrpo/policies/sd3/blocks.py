@@ -3,92 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    RMSNorm,
-    SD35AdaLayerNormZeroX,
-)
-from torch import Tensor, nn
+from diffusers.models.normalization import AdaLayerNormContinuous
 
 from flowgrpo.policies import blocks
-from flowgrpo.policies.attention import IMAGE_LAYERS, TEXT_LAYERS, projections
-from flowgrpo.policies.blocks import FusedForward, modulation_rows
+from flowgrpo.policies.blocks import FusedForward
 from flowgrpo.policies.sd3.attention import JointAttention
-from flowgrpo_kernels.blocks import gated_residual, norm_modulate
+from flowgrpo_kernels.layers import sd3
 
-
-def joint_block(
-    self: nn.Module,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Forward of a JointTransformerBlock: (text or, in the last block, None; image)."""
-    blocks.check_arguments(joint_attention_kwargs)
-    image, text, eps = hidden_states, encoder_hidden_states, self.norm1.norm.eps
-    if self.use_dual_attention:
-        rows = modulation_rows(self.norm1, temb, 9)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, shift2, scale2, gate2 = rows
-        normed, normed2 = norm_modulate(image, scale, shift, second=(scale2, shift2), eps=eps)
-        second = (gate2, attention(self.attn2, normed2))
-    else:
-        rows = modulation_rows(self.norm1, temb, 6)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = rows
-        normed, second = norm_modulate(image, scale, shift, eps=eps), None
-    if self.context_pre_only:
-        text_scale, text_shift = modulation_rows(self.norm1_context, temb, 2)
-    else:
-        text_shift, text_scale, *text_rows = modulation_rows(self.norm1_context, temb, 6)
-    text_normed = norm_modulate(text, text_scale, text_shift, eps=self.norm1_context.norm.eps)
-    attended, text_attended = attention(self.attn, normed, text_normed)
-    image = gated_residual(image, gate, attended, second=second)
-    image = blocks.feed_forward(self.norm2, self.ff, image, shift_ff, scale_ff, gate_ff)
-    if self.context_pre_only:
-        return None, image
-    text = gated_residual(text, text_rows[0], text_attended)
-    text = blocks.feed_forward(self.norm2_context, self.ff_context, text, *text_rows[1:])
-    return text, image
-
-
-def attention(attn: nn.Module, image: Tensor, text: Tensor | None = None) -> Any:
-    """The function of JointAttention: image [B, N, C], or (image, text)."""
-    norms = [[attn.norm_q], [attn.norm_k], [None]]
-    projected = [projections(attn, IMAGE_LAYERS, image)]
-    if text is not None:
-        norms = [[attn.norm_q, attn.norm_added_q], [attn.norm_k, attn.norm_added_k], [None, None]]
-        projected.append(projections(attn, TEXT_LAYERS, text))
-    out = blocks.joint_attention(attn, projected, norms)
-    if text is None:
-        return attn.to_out[1](attn.to_out[0](out))
-    attended, text_attended = out.split([image.shape[1], text.shape[1]], dim=1)
-    if not attn.context_pre_only:
-        text_attended = attn.to_add_out(text_attended)
-    return attn.to_out[1](attn.to_out[0](attended)), text_attended
-
-
-def check_block(name: str, block: nn.Module) -> None:
-    """Raise unless all modules of the block are those that its fused forward computes."""
-    kind = SD35AdaLayerNormZeroX if block.use_dual_attention else AdaLayerNormZero
-    blocks.check_norm(f"{name}.norm1", block.norm1, kind)
-    kind = AdaLayerNormContinuous if block.context_pre_only else AdaLayerNormZero
-    blocks.check_norm(f"{name}.norm1_context", block.norm1_context, kind)
-    blocks.check_layer_norm(f"{name}.norm2", block.norm2)
-    if not block.context_pre_only:
-        blocks.check_layer_norm(f"{name}.norm2_context", block.norm2_context)
-    for suffix in ("attn", "attn2"):
-        attn = getattr(block, suffix)
-        if attn is None:
-            continue
-        if type(attn) is not Attention or not isinstance(attn.processor, JointAttention):
-            raise blocks.unknown_module(f"{name}.{suffix}", attn)
-        blocks.check_head_norms(f"{name}.{suffix}", attn, RMSNorm)
-
+joint_block = partial(sd3.joint_block, calls=blocks.CALLS)
+check_block = partial(sd3.check_joint_block, processors=(JointAttention.__name__,))
 
 FUSED = {
     JointTransformerBlock: FusedForward(check_block, joint_block),

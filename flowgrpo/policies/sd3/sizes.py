@@ -7,9 +7,12 @@ from dataclasses import replace
 from flowgrpo.policies.family import Architecture, BlockKind, Json, Sizes
 from flowgrpo.policies.shared_sizes import (
     CLIP_G,
+    CLIP_G_PACKED,
     CLIP_L,
+    CLIP_L_PACKED,
     CLIP_TOKENS,
     T5_XXL,
+    T5_XXL_PACKED,
     VAE,
     decoder_width,
     latent_pixels,
@@ -36,6 +39,11 @@ def architecture(
         passing=PASSING,
         # Query, key, value and output of both streams; the last block has no output for the text.
         adapted=((width, width),) * max(8 * joint - 1, 0),
+        # These, the feed-forward layers of both streams, but the last one's of the text, and attn2.
+        packed=(max(24 * joint - 9, 0) + 4 * dual) * width**2,
+        # Six rows for each norm of a stream, three more for attn2; two for the last one's text.
+        modulating=(max(12 * joint - 4, 0) + 3 * dual) * width**2,
+        packed_largest=4 * width**2,
         fixed_tokens=CLIP_TOKENS,
     )
 
@@ -66,12 +74,21 @@ def read(
 
 
 ENCODERS = CLIP_L + CLIP_G + T5_XXL
+PACKED = CLIP_L_PACKED + CLIP_G_PACKED + T5_XXL_PACKED
 KNOWN = {
-    "stabilityai/stable-diffusion-3.5-medium": architecture(
-        2_243_171_520, ENCODERS, VAE, 1536, joint=24, dual=13
-    ),
-    "stabilityai/stable-diffusion-3.5-large": architecture(
-        8_056_627_520, ENCODERS, VAE, 2432, joint=38
-    ),
+    name: replace(sizes, tables=side**2 * sizes.width, encoders_packed=PACKED)
+    for name, side, sizes in (
+        (
+            "stabilityai/stable-diffusion-3.5-medium",
+            384,
+            architecture(2_243_171_520, ENCODERS, VAE, 1536, joint=24, dual=13),
+        ),
+        (
+            "stabilityai/stable-diffusion-3.5-large",
+            192,
+            architecture(8_056_627_520, ENCODERS, VAE, 2432, joint=38),
+        ),
+    )
 }
+"""Each with the side of its table of positions."""
 SIZES = Sizes(read, KNOWN)

@@ -5,10 +5,17 @@
     -> {"scores": [number, ...]}
 
 one prompt, metadata and score for each image, all images of one size. PNG keeps every bit, and JSON
-runs nothing on either side. `flowgrpo.rewards.remote.serve` is the other end for any reward of this
-package. An address without a path gets /score. Several addresses with commas between them are
-servers of one reward that share the requests (servers.py); GET of `health` beside the path says
-whether one serves, and in {"reward": name} which reward.
+runs nothing on either side. With the option `frames` a request of videos has one key more,
+
+    "frames": [[base64 of a PNG file, ... of each frame], ... for each video]
+
+and "images" are their middle frames, so that a server of images scores them as before. Without the
+option such a server gets the frames of reward.frames as images.
+
+`flowgrpo.rewards.remote.serve` is the other end for any reward of this package. An address without
+a path gets /score. Several addresses with commas between them are servers of one reward that share
+the requests (servers.py); GET of `health` beside the path says whether one serves, and in
+{"reward": name} which reward.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from flowgrpo.rewards.frames import is_video, positions
 from flowgrpo.rewards.images import to_png
 from flowgrpo.rewards.interface import ReplyError, RewardError
 from flowgrpo.rewards.options import check_numbers, configurable
@@ -28,7 +36,7 @@ from flowgrpo.rewards.remote.server import RemoteError, Server
 from flowgrpo.rewards.remote.servers import Servers, addresses
 
 
-@configurable("http")
+@configurable("http", frames="frames")
 def score(
     *,
     url: str = "",
@@ -41,9 +49,11 @@ def score(
     wait: float = 300.0,
     tolerance: float = 1e-3,
     offset: int = 0,
+    frames: bool = False,
 ):
     """Build a remote reward: `batch_size` images a request, `concurrency` requests to a server.
 
+    frames: send whole videos; a request has as many as come to `batch_size` images, at least one.
     url: one address, or several with commas between them. retries, backoff, wait, tolerance and
     offset: see servers.py.
     """
@@ -67,12 +77,14 @@ def score(
     )
 
     def rate(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        size = max(batch_size // images.shape[1], 1) if frames else batch_size
+
         def ask(server: Server, start: int) -> list[float]:
-            rows = slice(start, start + batch_size)
+            rows = slice(start, start + size)
             return score_batch(server, images[rows], prompts[rows], metadata[rows])
 
         servers.compare_by_first(images, prompts, metadata)
-        batches = servers.each(ask, range(0, len(images), batch_size))
+        batches = servers.each(ask, range(0, len(images), size))
         return [value for values in batches for value in values]
 
     rate.reach, rate.servers = servers.reach, servers
@@ -86,12 +98,15 @@ def score_batch(
     metadata: Sequence[dict[str, Any]],
     finite: bool = True,
 ) -> list[float]:
-    """Score images, uint8 [b, 3, H, W], by one request; see `scores_in`."""
-    payload = {
-        "images": [to_png(image) for image in images],
-        "prompts": list(prompts),
-        "metadata": list(metadata),
-    }
+    """Score images, uint8 [b, 3, H, W], or videos, uint8 [b, F, 3, H, W], by one request; see
+    `scores_in`."""
+    payload: dict[str, Any] = {"prompts": list(prompts), "metadata": list(metadata)}
+    if is_video(images):
+        (middle,) = positions(images.shape[1], 1)
+        payload["frames"] = [[to_png(frame) for frame in video] for video in images]
+        payload["images"] = [video[middle] for video in payload["frames"]]
+    else:
+        payload["images"] = [to_png(image) for image in images]
     return scores_in(server, server.post(payload), len(images), finite)
 
 

@@ -2,7 +2,7 @@
 
     POST /score     {"images": [base64 PNG], "prompts": [...], "metadata": [...]}
                     -> {"scores": [...]}
-    GET  /health    {"reward": name}
+    GET  /health    {"reward": name, "frames": whether it judges videos}
     GET  /docs      the OpenAPI page
 
 With a token every request to /score must carry it; without one the server listens on the loopback
@@ -30,6 +30,7 @@ import torch
 
 from flowgrpo.records import without_nulls
 from flowgrpo.rewards import Reward, RewardError, load
+from flowgrpo.rewards.frames import takes_videos
 from flowgrpo.rewards.images import from_png
 from flowgrpo.rewards.options import library
 from flowgrpo.rewards.scorer import call_users
@@ -125,6 +126,11 @@ def app(
         images: list[str] = Field(min_length=1, max_length=max_images, description="base64 PNG")
         prompts: list[str]
         metadata: list[dict[str, Any]]
+        frames: list[list[str]] | None = Field(
+            default=None,
+            description="base64 PNG of each frame of each video, whose middle frames `images` are; "
+            "read by rewards of videos alone",
+        )
 
     class Reply(BaseModel):
         """One score for each image; null where the reward gave no finite number."""
@@ -144,12 +150,15 @@ def app(
         return fastapi.Response(body, 422, media_type="application/json")
 
     @api.get("/health")
-    def health() -> dict[str, str]:
-        return {"reward": name}
+    def health() -> dict[str, str | bool]:
+        return {"reward": name, "frames": takes_videos(reward)}
 
     @api.post("/score", dependencies=documented)
     def score(request: Request) -> Reply:
-        images = _images(fastapi, request, max_pixels)
+        if takes_videos(reward):
+            images = _videos(fastapi, request, name, max_images, max_pixels)
+        else:
+            images = _images(fastapi, request, max_pixels)
         try:
             with lock:
                 metadata = [without_nulls(entry) for entry in request.metadata]
@@ -219,12 +228,38 @@ def _images(fastapi: Any, request: Any, max_pixels: int) -> torch.Tensor:
     counts = {len(request.images), len(request.prompts), len(request.metadata)}
     if len(counts) > 1:
         raise fastapi.HTTPException(422, "images, prompts and metadata differ in number")
+    return _decoded(fastapi, request.images, "image", max_pixels)
+
+
+def _videos(
+    fastapi: Any, request: Any, name: str, max_images: int, max_pixels: int
+) -> torch.Tensor:
+    """Decode the videos of a request, uint8 [B, F, 3, H, W]; status 422 if that fails."""
+    if request.frames is None:
+        problem = f"the reward {name!r} judges videos, but the request has no frames; set the"
+        raise fastapi.HTTPException(422, f"{problem} option frames of reward http to true")
+    counts = {len(request.frames), len(request.prompts), len(request.metadata)}
+    if len(counts) > 1:
+        raise fastapi.HTTPException(422, "frames, prompts and metadata differ in number")
+    lengths = {len(video) for video in request.frames}
+    if len(lengths) > 1 or 0 in lengths:
+        raise fastapi.HTTPException(422, "videos differ in their number of frames, or have none")
+    frames = [frame for video in request.frames for frame in video]
+    if len(frames) > max_images:
+        problem = f"there are {len(frames)} frames, but at most {max_images} are allowed"
+        raise fastapi.HTTPException(422, f"{problem}; lower the option batch_size")
+    decoded = _decoded(fastapi, frames, "frame", max_pixels)
+    return decoded.view(len(request.frames), -1, *decoded.shape[1:])
+
+
+def _decoded(fastapi: Any, texts: list[str], kind: str, max_pixels: int) -> torch.Tensor:
+    """Decode PNG files of one size, uint8 [N, 3, H, W]; status 422 if that fails."""
     images = []
-    for number, text in enumerate(request.images):
+    for number, text in enumerate(texts):
         try:
             images.append(from_png(text, max_pixels))
         except ValueError as error:
-            raise fastapi.HTTPException(422, f"image {number}: {error}") from error
+            raise fastapi.HTTPException(422, f"{kind} {number}: {error}") from error
         if images[-1].shape != images[0].shape:
-            raise fastapi.HTTPException(422, f"image {number} has another size than image 0")
+            raise fastapi.HTTPException(422, f"{kind} {number} has another size than {kind} 0")
     return torch.stack(images)

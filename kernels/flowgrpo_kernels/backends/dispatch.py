@@ -31,7 +31,8 @@ and the buffers to write of an op that writes. Launchers get contiguous tensors 
 defined with any_strides. A function that has no code for a call raises Unserved: then the next
 backend of ORDER runs it.
 
-NAMESPACE is the only place where the namespace of the ops is written; other files take `op(name)`.
+The namespace of the ops is that of _ops.py, which a build for Hugging Face's Hub replaces; other
+files take `op(name)`.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from . import compiled, native, triton
 from .compiled import Unserved
 
-NAMESPACE = "flowgrpo"
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 BACKENDS = {"compiled": compiled, "triton": triton, "native": native}
 # Those that run an op by its launcher.
 LAUNCHED = ("compiled", "triton")
@@ -106,13 +108,13 @@ def define(
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     body = _implementation(OPS[name], any_strides, in_float64)
     _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
     return op(name)
 
 
 def op(name: str):
     """Looks up an op's overload, as the public functions call it."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return getattr(ops, name).default
 
 
 def _implementation(op: Op, any_strides: bool, in_float64: bool) -> Callable:

@@ -36,12 +36,21 @@ import torch
 from torch import Tensor
 
 from ..arguments import flag, number
-from ..transition_rows import transition_rows
 from ..transitions import Transitions
 from .patch import Patch, owners, replacement
 from .steps import draw, score, take_step
 from .steps import latents as checked
-from .tables import cached, column, find_step, pair_at, per_row, rows_at, schedule, second
+from .tables import (
+    cached,
+    column,
+    find_step,
+    pair_at,
+    per_row,
+    rows_at,
+    rows_of_pairs,
+    schedule,
+    second,
+)
 
 log = logging.getLogger("flowgrpo_kernels")
 
@@ -207,7 +216,7 @@ def _rows(
         number_max = number("sigma_max", sigma_max)
     if timestep_next is None and not level_a_row and not isinstance(sigma_max, Tensor):
         levels = noise_level if noise_level is not None else _levels(self)
-        key = (law, levels if isinstance(levels, float) else tuple(levels), number_max, str(device))
+        key = (law, levels if isinstance(levels, float) else tuple(levels), number_max, device)
 
         def make() -> Transitions:
             level = levels if isinstance(levels, float) else torch.tensor(levels)
@@ -227,7 +236,7 @@ def _rows(
         )
     if noise_level is None:
         known = (*_levels(self), float("nan"))
-        key = ("levels", known[:-1], str(device))
+        key = ("levels", known[:-1], device)
         levels = cached(self.sigmas, key, lambda: torch.tensor(known, device=device))
         noise_level = levels[step] if isinstance(step, int) else levels.index_select(0, step)
     elif level_a_row:
@@ -236,11 +245,10 @@ def _rows(
         sigma_max = per_row("sigma_max", sigma_max, device)
     else:
         sigma_max = number_max or second(self.sigmas, device)
-    transitions = transition_rows(law, sigma, sigma_next, noise_level, sigma_max=sigma_max)
-    count = transitions.num_steps
-    if count not in (1, batch):
-        raise ValueError(f"timestep and noise_level must hold 1 or {batch} values, got {count}")
-    return transitions.table, transitions.table, transitions.row_numbers.expand(batch)
+    table, index = rows_of_pairs(
+        "timestep and noise_level", law, sigma, sigma_next, noise_level, sigma_max, batch
+    )
+    return table, table.index_select(0, index), index
 
 
 def _is_integer(timestep) -> bool:

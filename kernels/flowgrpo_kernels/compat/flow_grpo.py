@@ -135,7 +135,7 @@ def ode_step_with_logprob(
     return_sqrt_dt = flag("return_sqrt_dt", return_sqrt_dt)
     _check_scheduler(self)
     device = sample.device
-    key = ("ode, scored", str(device))
+    key = ("ode, scored", device)
     table = cached(
         self.sigmas, key, lambda: schedule(self.sigmas, "ode", 0.0, device, score_quiet=True)
     )
@@ -184,14 +184,14 @@ def wan_step_with_logprob(
         raise ValueError("generator and prev_sample were both given; give one of them")
     sigmas, device = self.sigmas, sample.device
     table = cached(
-        sigmas, ("wan", str(device)),
+        sigmas, ("wan", device),
         lambda: schedule(sigmas, "sigma_linear", sigmas[-1], device),
     )  # fmt: skip
     index = find_step(timestep, self.timesteps, sample.shape[0], device)
     step, rows = rows_at(table, index, sample.shape[0])
     storage = storage_dtype(storage)
     if determistic:
-        ode = cached(sigmas, ("ode", str(device)), lambda: schedule(sigmas, "ode", 0.0, device))
+        ode = cached(sigmas, ("ode", device), lambda: schedule(sigmas, "ode", 0.0, device))
         with torch.no_grad():
             prev_sample = take_step(
                 model_output.detach(), sample, ode.table, step, storage=storage
@@ -245,7 +245,7 @@ def _transitions(sigmas: Tensor, sde_type: str, noise_level: float, device) -> T
             return schedule(sigmas, "precise", noise_level, device)
         return with_poison(_KINDS[sde_type](sigmas, noise_level).to(device))
 
-    return cached(sigmas, (sde_type, noise_level, str(device)), make)
+    return cached(sigmas, (sde_type, noise_level, device), make)
 
 
 def _results(result, std_dev: Tensor, rows: Tensor, return_sqrt_dt: bool) -> tuple[Tensor, ...]:

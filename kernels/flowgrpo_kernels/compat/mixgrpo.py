@@ -174,7 +174,7 @@ def _level(sde_type: str, eta: float, noise_level: float | None) -> float:
 def _table(sigmas, index, latents: Tensor, key: tuple, make) -> tuple[Tensor, Tensor, int | None]:
     """(table, step int64 [B], the step where it is an int) of the call."""
     device = latents.device
-    transitions = cached(sigmas, (*key, str(device)), lambda: make().to(device))
+    transitions = cached(sigmas, (*key, device), lambda: make().to(device))
     if isinstance(index, Tensor):
         step = resolve_step(index, transitions, latents, "index")
         return transitions.table, step, None

@@ -67,7 +67,7 @@ def sde_step_with_logprob(
     level, scored = number("noise_level", noise_level), flag("compute_log_prob", compute_log_prob)
     sigmas, device, law = self.sigmas, sample.device, LAWS[sde_type]
     table = cached(
-        sigmas, (law, "gaussian", level, str(device)),
+        sigmas, (law, "gaussian", level, device),
         lambda: schedule(sigmas, law, level, device, gaussian=True),
     )  # fmt: skip
     index = find_step(timestep, self.timesteps, sample.shape[0], device)

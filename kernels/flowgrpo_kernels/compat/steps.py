@@ -36,12 +36,24 @@ def latents(
     gradient. Peers cast everything to float32; here 16-bit storage is rounded to and keeps its
     dtype.
     """
-    first = None
+    first = like = None
     result = []
     constants = constants and torch.is_grad_enabled()
     for name, x in tensors.items():
         if x is None and name == optional:
             result.append(None)
+            continue
+        if (
+            first is not None
+            and type(x) is Tensor
+            and x.dtype is torch.float32
+            and x.shape == like.shape
+            and x.device == like.device
+            and x.layout is torch.strided
+            and not (constants and x.requires_grad and name not in _VELOCITIES)
+        ):
+            # What nothing is to be said about.
+            result.append(x)
             continue
         check_tensor(name, x)
         if not x.is_floating_point():

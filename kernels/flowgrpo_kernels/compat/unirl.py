@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import integer, number
-from ..transition_rows import transition_rows
 from .patch import Patch, owners, replacement
 from .steps import draw, latents, score, take_step
-from .tables import per_row
+from .tables import per_row, rows_of_pairs
 
 CLASSES = ("FlowSDEStrategy", "CPSSDEStrategy", "DanceSDEStrategy")
 LAWS = {"flow": "flow_sde", "cps": "cps", "dance": "dance_sde"}
@@ -71,23 +70,21 @@ def denoise(
     if isinstance(sigma_max, Tensor):
         sigma_max = per_row("sigma_max", sigma_max, device)
     counter = integer("step_index", step_index) or None
-    transitions = transition_rows(law, *pair, eta, sigma_max=sigma_max, noise_step=counter)
-    count = transitions.num_steps
-    if count not in (1, batch):
-        raise ValueError(f"sigma must hold 1 or {batch} values, got {count}")
-    step = transitions.row_numbers.expand(batch)
+    # Only noise that seeds draw is counted.
+    counted = {} if seeds is None else {"noise_step": counter}
+    table, step = rows_of_pairs("sigma", law, *pair, eta, sigma_max, batch, **counted)
     silent = eta < LEAST_ETA
     if prev_sample is None:
         noise = None if seeds is not None else draw(noise_pred, generator)
         result = take_step(
-            noise_pred, sample, transitions.table, step, seeds=seeds, noise=noise,
+            noise_pred, sample, table, step, seeds=seeds, noise=noise,
             storage=torch.float32 if silent else None,
         )  # fmt: skip
     else:
         # As theirs, which rounds a given x', too.
         if not silent and prev_sample.dtype != sample.dtype:
             prev_sample = prev_sample.to(sample.dtype)
-        result = score(noise_pred, sample, prev_sample, transitions.table, step)
+        result = score(noise_pred, sample, prev_sample, table, step)
     return result.prev_sample.float(), None if silent else result.log_prob, result.mean
 
 

@@ -90,7 +90,7 @@ def sample_previous_step(
     if not isinstance(noise_level, Tensor):
         level = number("noise_level", noise_level)
         table = cached(
-            sigmas, (law, level, normalizer, str(device)),
+            sigmas, (law, level, normalizer, device),
             lambda: schedule(sigmas, law, level, device, normalizer=normalizer),
         )  # fmt: skip
         step, rows = rows_at(table, index, batch)

@@ -46,7 +46,7 @@ def test_a_case_of_a_suite(tmp_path):
     out = tmp_path / "r.json"
     command = ["--smoke", "--device", "cpu", "--out", str(out)]
     run = suites.SuiteRun("update", suites.parser("", "ours").parse_args(command))
-    run._baselines = {"eager nano": object()}
+    run.pool._baselines = {"eager nano": object()}
 
     def one(case):
         run.row(case.name, "ours", "micro_step", 1.0, "ms")
@@ -60,7 +60,7 @@ def test_a_case_of_a_suite(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.each(CASES, one, lambda case: case.name)
     names, record = found(out)
-    assert names == ["one", "one", "two", "three", "four"] and run._baselines == {}
+    assert names == ["one", "one", "two", "three", "four"] and run.pool._baselines == {}
     full = {"case": "one", "metric": "out_of_memory"}
     assert records.find(record["rows"], **full) == 1
     assert record["failures"] == ["two all case: RuntimeError: cuBLAS"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,13 +16,25 @@ MODELS = {
     for m in (configurations.TINY_SD3, configurations.TINY_FLUX, configurations.SD35_MEDIUM)
 }
 MODELS[configurations.FLUX_DEV.name] = configurations.FLUX_DEV
+MODELS[configurations.FLUX2_KLEIN_4B.name] = configurations.FLUX2_KLEIN_4B
+MODELS[configurations.WAN22_TI2V_5B.name] = configurations.WAN22_TI2V_5B
 
 
 def network(model):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import (
+        Flux2Transformer2DModel,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        WanTransformer3DModel,
+    )
 
-    kind = SD3Transformer2DModel if model.family == "sd3" else FluxTransformer2DModel
-    return kind(**model.transformer)
+    kinds = {
+        "sd3": SD3Transformer2DModel,
+        "flux": FluxTransformer2DModel,
+        "flux2": Flux2Transformer2DModel,
+        "wan": WanTransformer3DModel,
+    }
+    return kinds[model.family](**model.transformer)
 
 
 def inputs(model, rows, **like):
@@ -33,10 +47,18 @@ def inputs(model, rows, **like):
     }
     if model.family == "sd3":
         return {"hidden_states": torch.randn(rows, c, h, w, **like), **text}
+    if model.family == "wan":
+        del text["pooled_projections"]
+        frames = (model.frames - 1) // 4 + 1
+        return {"hidden_states": torch.randn(rows, c, frames, h, w, **like), **text}
     tokens = h * w // 4
-    ids = {"img_ids": torch.zeros(tokens, 3, **like)}
-    ids["txt_ids"] = torch.zeros(model.text_tokens, 3, **like)
+    axes = len(model.transformer["axes_dims_rope"])
+    ids = {"img_ids": torch.zeros(tokens, axes, **like)}
+    ids["txt_ids"] = torch.zeros(model.text_tokens, axes, **like)
     packed = torch.randn(rows, tokens, 4 * c, **like)
+    if model.family == "flux2":
+        del text["pooled_projections"]
+        return {"hidden_states": packed, **ids, **text}
     return {"hidden_states": packed, "guidance": torch.ones(rows, **like), **ids, **text}
 
 
@@ -52,6 +74,22 @@ def test_parameters_and_operations(name):
             made(**inputs(model, 3))
     assert sum(p.numel() for p in made.parameters()) == model.parameters
     assert counter.get_total_flops() == 3 * model.forward.total
+
+
+def test_operations_of_z_image():
+    """Three layers of it at full width, by the forward on lists, with a picture and a text that
+    need no filling up."""
+    from diffusers import ZImageTransformer2DModel
+
+    model = configurations.Z_IMAGE
+    model = replace(model, transformer={**model.transformer, "n_layers": 3})
+    with torch.device("meta"):
+        made = ZImageTransformer2DModel(**model.transformer)
+        picture = torch.randn(model.latent[0], 1, *model.latent[1:])
+        text = torch.randn(model.text_tokens, model.text_width[0])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            made([picture] * 2, torch.rand(2), [text] * 2)
+    assert counter.get_total_flops() == 2 * model.forward.total
 
 
 def test_the_figures_of_the_documentation():

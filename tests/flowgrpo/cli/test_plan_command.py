@@ -7,7 +7,7 @@ from rich.console import Console
 
 from flowgrpo import plan
 from flowgrpo.cli.plan import show_plan
-from flowgrpo.config import ConfigError
+from flowgrpo.config import ConfigError, replace
 from flowgrpo.distributed.dealing import deal
 from flowgrpo.objectives import objective_of
 from flowgrpo.recipes import recipe
@@ -91,5 +91,33 @@ def test_weights_in_pieces():
     with pytest.raises(ConfigError, match="all processes must run as many forwards"):
         show_plan([*options, "5"], QUIET)
     arch = plan.sizes_of(config.policy.model)
+    assert "GiB of 80 a GPU (weights" in eight["memory"]
     fewer = plan.gathered(config, arch.parameters, 8, 0)
     assert fewer[1] == pytest.approx(fewer[0] * arch.parameters * 2 * 7 / 8)
+
+
+def test_memory_of_pieces():
+    """A process keeps an eighth of the transformer, and three blocks of it pass through."""
+    config = recipe("sd35m_geneval", memory=80.0)
+    arch = plan.sizes_of(config.policy.model)
+    whole = plan.expected_memory(config, arch, 8)
+    shared = replace(config, **{"run.parallel": "fsdp", "sample.share_prefix": False})
+    pieces = plan.expected_memory(shared, arch, 8)
+    transformer = 2 * arch.parameters / plan.GIB
+    assert whole["weights"] - pieces["weights"] == pytest.approx(transformer * 7 / 8)
+    copies = 2 * sum((i + 32) * o + 32 * i for i, o in arch.adapted) / plan.GIB
+    assert config.policy.lora_rank == 32
+    less = copies * 23 / 24 - transformer * 3 / 24
+    assert whole["update"] - pieces["update"] == pytest.approx(less)
+    there = plan.expected_memory(replace(shared, **{"run.cpu_offload": True}), arch, 8)
+    assert whole["weights"] - there["weights"] == pytest.approx(transformer)
+
+
+def test_memory_of_what_is_trained_whole():
+    options = ["sd35m_geneval", "--policy.adapter", "full", "--sample.no-share-prefix"]
+    options += ["--policy.no-fused", "--memory=80", "--gpus", "8"]
+    one = show_plan(options, QUIET)["memory"]
+    eight = show_plan([*options, "--run.parallel", "fsdp"], QUIET)["memory"]
+    # Weight, gradient, two moments, average and reference, 4 bytes each.
+    gib = 24 * 2_243_171_520 / 2**30
+    assert one.startswith(f"{gib:.1f} GiB") and eight.startswith(f"{gib / 8:.1f} GiB")

@@ -64,6 +64,8 @@ def cases(folder: Path, pixel: Path, latent: Path) -> dict[str, tuple[Config, tu
             },
             (1, 2),
         ),
+        # 28 candidates in 14 chunks of 2; 20 of them are sampled in full.
+        "scouts": (pixel, {**SPANNING, "sample.scouts": 7}, (1, 3)),
         "mixture": (pixel, {**of_set, "optim.sft_weight": 0.5}, (1, 2)),
         "awm": (pixel, {"optim.objective": "awm"}, (1, 2)),
         "nft": (pixel, {"optim.objective": "nft"}, (1, 2)),

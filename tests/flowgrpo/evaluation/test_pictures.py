@@ -48,6 +48,45 @@ def test_every_image_is_enlarged_exactly_and_stands_under_its_other_row():
     assert places["base", 4][1] == places["base", 0][1]
 
 
+def test_frames_of_a_video_stand_side_by_side():
+    videos = images(6).view(2, 3, 3, 24, 24)
+    grid = np.asarray(
+        pictures.grid({"base": videos, "after": videos.flip(1)}, ["a", "b"], columns=2)
+    )
+    for number, frames in enumerate(videos):
+        places = []
+        for frame in frames:
+            tile = frame.permute(1, 2, 0).numpy().repeat(5, 0).repeat(5, 1)[1:-1, 1:-1]
+            places.append(find(grid, tile))
+        base, after = ([place[row] for place in places] for row in (0, 1))
+        # 120 pixels and a gap of two, in the order of time; below it the other way round.
+        assert [left - base[0][1] for _, left in base] == [0, 122, 244]
+        assert len({top for top, _ in base}) == len({top for top, _ in after}) == 1
+        assert after[0][1] - after[2][1] == 244 and after[0][0] > base[0][0]
+        assert number == 0 or base[0][1] > 366
+    with pytest.raises(ValueError, match=r"or \[1, f, 3, H, W\] is expected"):
+        pictures.grid({"base": videos[None]}, ["a"])
+
+
+def test_a_video_is_written_whole(tmp_path):
+    """All frames, in time, again and again; and near to what they were."""
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")
+    ramp = torch.stack([4 * x, 6 * y, 3 * (x + y)])
+    video = torch.stack([(ramp + 12 * t) for t in range(5)]).clamp(0, 255).to(torch.uint8)
+    path = pictures.save_video(video, tmp_path / "deep" / "a.webp", 24)
+    with Image.open(path) as picture:
+        assert (picture.format, picture.n_frames, picture.info["loop"]) == ("WEBP", 5, 0)
+        durations = []
+        for number, frame in enumerate(video):
+            picture.seek(number)
+            picture.load()
+            durations.append(picture.info["duration"])
+            shown = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+            assert (shown.float() - frame.float()).abs().mean() < 6
+    assert durations == [42, 41, 42, 42, 41] and sum(durations) == round(5000 / 24)
+    assert [file.name for file in path.parent.iterdir()] == ["a.webp"]
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
 def test_images_that_are_not_square_keep_their_sides(shape):
     """Twice as large, 96 pixels on the longer side; columns hold a word under a narrow one."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
 from flowgrpo.policies import Policy
-from flowgrpo.policies.adapter_files import read_adapter
+from flowgrpo.policies.adapter_files import origin, read_adapter
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.lora import lora_layers
 from support import pipelines
@@ -130,6 +131,61 @@ def test_a_hub_repository(adapters, tmp_path, monkeypatch, name):
         load_adapter(policy, "acme/other")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The cache of the Hub's client, offline: a function that puts a folder into it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def add(
+        folder, repository, inside="", revision="main", commit="0123456789abcdef" * 2 + "01" * 4
+    ):
+        root = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, root / "snapshots" / commit / inside, dirs_exist_ok=True)
+        return commit
+
+    return add
+
+
+def test_folders_and_revisions_of_a_hub_repository(adapters, hub):
+    """flow_grpo's checkpoints have PEFT's files in lora/."""
+    model, folder, _, expected = adapters
+    commit = hub(folder, "acme/checkpoint", "lora")
+    hub(folder, "acme/many", "tasks/ocr", "v2")
+    policy = load(model)
+    for name in ("acme/checkpoint", "acme/many/tasks/ocr@v2"):
+        assert check_adapter(policy, name).endswith("alpha 12")
+        assert origin(name) == {"file": "adapter_model.safetensors", "revision": commit}
+    load_adapter(policy, "acme/many/tasks/ocr@v2")
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+    # Neither the other folder nor the other revision.
+    for name in ("acme/many/tasks@v2", "acme/many/tasks/ocr"):
+        with pytest.raises(ConfigError, match=f"'{name}' cannot be loaded"):
+            load_adapter(load(model), name)
+
+
+def test_a_hub_repository_with_one_file_of_another_name(adapters, hub, tmp_path, monkeypatch):
+    model, _, bare, _ = adapters
+    scaled = {f"transformer.{n}": t for n, t in bare.items()}
+    hub(save(tmp_path / "one", scaled, "flow_grpo_ocr.safetensors"), "acme/one")
+    names = [".gitattributes", "flow_grpo_ocr.safetensors", "optimizer/state.safetensors"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: names)
+    assert check_adapter(load(model), "acme/one").startswith("flow_grpo_ocr.safetensors in diff")
+    names.append("flow_grpo_geneval.safetensors")
+    with pytest.raises(ConfigError, match=r"ocr\.safetensors, flow_grpo_geneval\.safetensors, but"):
+        check_adapter(load(model), "acme/one")
+
+
+def test_a_checkpoint_of_flow_grpo(adapters, tmp_path):
+    model, folder, _, expected = adapters
+    shutil.copytree(folder, tmp_path / "checkpoint-120" / "lora")
+    policy = load(model)
+    assert load_adapter(policy, str(tmp_path / "checkpoint-120")).endswith("alpha 12")
+    torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_diffusers_file_says_so(adapters, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
@@ -194,6 +250,68 @@ def test_sample_and_evaluate_take_it_and_name_the_format(adapters, tmp_path, cap
     assert "in PEFT's format: 4 layers, rank 4, alpha 12" in capsys.readouterr().out
     reports = json.loads((tmp_path / "report.json").read_text())["reports"]
     assert reports["base"]["scores"] != reports["adapter"]["scores"]
+
+
+@pytest.mark.slow
+def test_evaluate_takes_a_hub_repository_and_writes_a_card(adapters, hub, tmp_path, capsys, caplog):
+    """Metadata in the Hub's format, read back by its own library, of the figures in report.json."""
+    model, folder, _, _ = adapters
+    shutil.copytree(folder, tmp_path / "published")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "acme/other-base"
+    (tmp_path / "published" / "adapter_config.json").write_text(json.dumps(settings))
+    commit = hub(tmp_path / "published", "acme/flow-grpo")
+    lines = [{"prompt": "a red circle", "tag": "one"}, {"prompt": "two square", "tag": "more"}]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "README.md").write_text("mine")
+    line = [
+        "evaluate",
+        str(model),
+        "--adapter",
+        "acme/flow-grpo",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    line += ["--prompt-set", str(tmp_path / "task.jsonl"), "--rewards", "jpeg_compressibility"]
+    line += ["--quality", "jpeg_incompressibility", "--quality-prompts", line[-3]]
+    assert main.main([*line, "--out", str(tmp_path)]) == 0
+    assert "card/README.md" in capsys.readouterr().out
+    assert "its base model is acme/other-base, and is evaluated on" in caplog.text
+    assert (tmp_path / "README.md").read_text() == "mine"
+    report = json.loads((tmp_path / "report.json").read_text())
+    known = {"file": "adapter_model.safetensors", "revision": commit}
+    assert report["adapter_origin"] == {**known, "base_model": "acme/other-base"}
+    values = report["reports"]["adapter"]
+    card = ModelCard.load(tmp_path / "card" / "README.md")
+    assert card.data.tags == ["lora", "flowgrpo"] and card.data.model_name == "acme/flow-grpo"
+    # A folder is no model of the Hub.
+    assert card.data.base_model is None
+    measured = {
+        (entry.dataset_name, entry.metric_type): entry.metric_value
+        for entry in card.data.eval_results
+    }
+    name = "jpeg_compressibility"
+    quality = json.loads((tmp_path / "evaluation.json").read_text())["systems"][-1]["quality"]
+    assert measured == {
+        ("task.jsonl", name): values["scores"][name],
+        ("task.jsonl, one", name): values["tasks"]["one"],
+        ("task.jsonl, more", name): values["tasks"]["more"],
+        ("task.jsonl", "jpeg_incompressibility"): quality["scores"]["jpeg_incompressibility"][
+            "mean"
+        ],
+    }
+    first = card.data.eval_results[0]
+    assert first.task_type == "text-to-image" and first.dataset_split == "heldout"
+    assert first.metric_args["interval_95"] == values["intervals"][name]
+    assert first.metric_args["steps"] == 2 and first.metric_args["size"] == values["size"]
+    assert f"alpha 12, revision {commit}" in card.text
+    base = report["reports"]["base"]["scores"][name]
+    low, high = report["reports"]["base"]["intervals"][name]
+    assert f"| {name} | {base:.4g} ({low:.4g} to {high:.4g}) | {values['scores'][name]:.4g} (" in (
+        card.text
+    )
 
 
 FIRST = "transformer_blocks.0.attn.to_q"

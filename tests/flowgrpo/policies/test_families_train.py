@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from rich.console import Console
 
@@ -27,11 +28,22 @@ from flowgrpo.sampling.schedule import ode_schedule
 from flowgrpo_kernels import initial_noise
 from support import setups
 
+# One of images, by two frames of each video, and one of videos.
+VIDEO_REWARDS = {
+    "reward.weights": {"support.setups:bright": 1.0, "motion_smoothness": 0.5},
+    "reward.frames": 2,
+}
 # FLUX is told its guidance value instead of a second forward.
 FAMILIES = {
     "sd3": ("latent_model", {"sample.guidance_scale": 3.0}),
     "flux": ("flux_model", {"policy.embedded_guidance": 2.5}),
+    "flux2": ("flux2_model", {"policy.max_sequence_length": 20, "sample.guidance_scale": 4.0}),
     "qwen": ("qwen_model", {"sample.guidance_scale": 4.0}),
+    "wan": (
+        "wan_model",
+        {"policy.frames": 5, "policy.width": 32, "sample.guidance_scale": 5.0, **VIDEO_REWARDS},
+    ),
+    "zimage": ("zimage_model", {"sample.guidance_scale": 4.0, "policy.cfg_normalization": 1.0}),
 }
 COMMON = {
     "policy.lora_targets": None,
@@ -47,9 +59,16 @@ COMMON = {
     "run.eval_prompts": 2,
     "run.eval_samples": 2,
 }
-LAYERS = {"sd3": 2 * 8 - 1, "flux": 8 + 4 + 3, "qwen": 2 * 12}
+LAYERS = {
+    "sd3": 2 * 8 - 1,
+    "flux": 8 + 4 + 3,
+    "flux2": 8 + 4 + 2,
+    "qwen": 2 * 12,
+    "wan": 2 * 8,
+    "zimage": 4 * 7,
+}
 """Linear layers with a matrix: the last SD3 block has no to_add_out; FLUX: one double, one single
-block."""
+block; FLUX.2: one double block and two single ones, without their output layers."""
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -100,6 +119,16 @@ def test_three_iterations_with_ratio_one(trained):
     assert len(lines) == 3 and trained.summary["max_ratio_error"] == 0.0
     assert all(line["kl"] > 0 and min(line["grad_norm"]) > 0 for line in lines)
     assert lines[0]["reward"] != lines[1]["reward"]
+    files = {path.name for path in (trained.folder / "samples").iterdir()}
+    pictures = {"before-after.png", "step-000000.png", "step-000003.png"}
+    if trained.family == "wan":
+        # Two prompts, each with its first video.
+        pictures |= {f"step-00000{step}-{n}.webp" for step in (0, 3) for n in (1, 2)}
+        scores = lines[0]["rewards"]
+        assert lines[0]["reward"] == pytest.approx(
+            scores["support.setups:bright"] + 0.5 * scores["motion_smoothness"]
+        )
+    assert files == pictures
 
 
 @pytest.mark.slow
@@ -123,10 +152,16 @@ def test_evaluate_and_sample(trained, tmp_path):
     accuracy = found["reports"]["iteration 3"]["accuracy"]
     assert accuracy == trained.summary["after"]["accuracy"]
     assert found["reports"]["base"]["accuracy"] != accuracy
+    videos = sorted(path.name for path in (tmp_path / "out").glob("*.webp"))
+    rows = [f"{label}-{number}.webp" for label in ("base", "iteration-3") for number in (1, 2)]
+    assert videos == (rows if trained.family == "wan" else [])
     options = SampleOptions(
         ("a red circle",), run=str(trained.folder), out=str(tmp_path / "a.png"), steps=2, count=2
     )
     assert sample_pictures(options, quiet).stat().st_size > 0
+    videos = sorted(path.name for path in tmp_path.glob("*.webp"))
+    rows = [f"a-{label}-{number}.webp" for label in ("base", "trained") for number in (1, 2)]
+    assert videos == (rows if trained.family == "wan" else [])
 
 
 def own(trained: Trained):
@@ -139,6 +174,32 @@ def own(trained: Trained):
     return policy
 
 
+def embedded(family: str, text, uncond, scale: float) -> dict:
+    """Arguments of a family's pipeline for these embeddings and guidance."""
+    if family == "zimage":
+        names = {"prompt_embeds": text, "negative_prompt_embeds": uncond}
+        lists = {
+            name: [e[: int(n)] for e, n in zip(x.embeds, x.pooled.sum(1), strict=True)]
+            for name, x in names.items()
+        }
+        return {**lists, "guidance_scale": scale - 1, "cfg_normalization": 1.0}
+    # Qwen-Image's second tensor is a mask, FLUX.2 and Wan have none.
+    pooled, negative, guidance = {
+        "sd3": (*POOLED, {"guidance_scale": scale}),
+        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
+        "flux2": (None, None, {"guidance_scale": scale}),
+        "wan": (None, None, {"guidance_scale": scale, "num_frames": 5}),
+        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
+    }[family]
+    second = {pooled: text.pooled, negative: uncond.pooled}
+    return {
+        "prompt_embeds": text.embeds,
+        "negative_prompt_embeds": uncond.embeds,
+        **{name: tensor for name, tensor in second.items() if name},
+        **guidance,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_adapter_and_latents_are_the_pipelines(trained, scale):
@@ -147,28 +208,26 @@ def test_adapter_and_latents_are_the_pipelines(trained, scale):
     policy = own(trained)
     pipe = type(policy.pipeline).from_pretrained(trained.model)
     text, uncond = policy.encode(setups.TEXTS[:3]), policy.encode([""])
-    # Qwen-Image's second tensor is a mask.
-    pooled, negative, guidance = {
-        "sd3": (*POOLED, {"guidance_scale": scale}),
-        "flux": (*POOLED, {"guidance_scale": 2.5, "true_cfg_scale": scale}),
-        "qwen": ("prompt_embeds_mask", "negative_prompt_embeds_mask", {"true_cfg_scale": scale}),
-    }[trained.family]
+    noise = initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape)
+    if trained.family == "flux2":
+        noise = noise.transpose(1, 2).unflatten(2, (4, 4))
     arguments = {
-        "prompt_embeds": text.embeds,
-        pooled: text.pooled,
-        "negative_prompt_embeds": uncond.embeds.expand(3, -1, -1),
-        negative: uncond.pooled.expand(3, -1),
-        "latents": initial_noise(torch.tensor([3, 4, 5]), policy.latent_shape),
+        **embedded(trained.family, text, uncond.expand(3), scale),
+        "latents": noise,
         "num_inference_steps": 6,
-        **guidance,
-        "height": 16,
-        "width": 16,
+        "height": policy.height,
+        "width": policy.width,
         "output_type": "latent",
     }
-    base = pipe(**arguments).images
+    if trained.family == "wan":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    base = pipe(**arguments)[0]
     pipe.load_lora_weights(trained.folder / "adapter")
-    theirs = pipe(**arguments).images
+    theirs = pipe(**arguments)[0]
     ours = latents(policy, replace(trained.config, **{"sample.guidance_scale": scale}))
+    if trained.family == "flux2":
+        # Which the pipeline returns as its VAE takes them.
+        ours = policy.unpack(ours)
     # float32 in two orders: PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
     assert (ours - base).abs().max() > 1e-3, "the adapter matters"
@@ -182,7 +241,9 @@ def test_model_card(trained):
     """Valid front matter, the run's numbers, and lines that load the adapter as they stand."""
     card = ModelCard.load(trained.folder / "adapter" / "README.md")
     data = card.data.to_dict()
-    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    video = trained.family == "wan"
+    task = "text-to-video" if video else "text-to-image"
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == task
     assert {"lora", "flow-grpo"} <= set(data["tags"]) and "base_model" not in data
     assert "2 prompts x 6 images = 12 images" in card.text and "support.setups:bright" in card.text
     before, after = (
@@ -190,11 +251,15 @@ def test_model_card(trained):
     )
     assert f"| support.setups:bright | {before:.4g} | {after:.4g} |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    assert len([line for line in code.splitlines() if line]) == 5
+    assert len([line for line in code.splitlines() if line]) == (8 if video else 5)
     code = code.replace('.to("cuda")', "").replace("bfloat16", "float32")
     names: dict = {}
     exec(code.replace("THIS_FOLDER", str(trained.folder / "adapter")), names)
-    assert names["image"].size == (16, 16)
+    if video:
+        assert names["video"].shape == (5, 16, 32, 3)
+        assert type(names["pipe"].scheduler) is FlowMatchEulerDiscreteScheduler
+    else:
+        assert names["image"].size == (16, 16)
     assert names["pipe"].transformer.peft_config["default_0"].r == 4
     saved = trained.folder / "checkpoints" / "step-000003" / "README.md"
     assert "for 3 iterations" in saved.read_text() and "Before and after" not in saved.read_text()

@@ -12,7 +12,12 @@ from pathlib import Path
 import diffusers
 import pytest
 from diffusers.models import attention, normalization
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_qwenimage,
+    transformer_z_image,
+)
 
 from flowgrpo.policies.families import FAMILIES, family_of
 from flowgrpo.policies.family import Family, import_hook
@@ -20,8 +25,13 @@ from flowgrpo.policies.family import Family, import_hook
 ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "flowgrpo"
 # The embedded model is built there, of diffusers' classes.
-HOMES = [*(TRAINER / "policies" / name for name in ("sd3", "flux", "qwen")), TRAINER / "nano"]
-PREFIXES = r"(?:StableDiffusion3|SD3|SD35|Flux|Joint|QwenImage|QwenDouble)[A-Z]\w*"
+HOMES = [
+    *(TRAINER / "policies" / name for name in ("sd3", "flux", "flux2", "qwen", "wan", "zimage")),
+    TRAINER / "nano",
+]
+PREFIXES = (
+    r"(?:StableDiffusion3|SD3|SD35|Flux2?|Joint|QwenImage|QwenDouble|Wan|ZImage|ZSingle)[A-Z]\w*"
+)
 """Of the families' classes: pipelines, transformers, blocks, norms, attention, processors."""
 
 
@@ -30,7 +40,8 @@ def classes() -> set[str]:
     names = set()
     for family in FAMILIES.values():
         names |= {family.pipeline, family.transformer, family.policy.partition(":")[2]}
-        names |= {*family.modulation.blocks, *family.modulation.norms}
+        if family.modulation is not None:
+            names |= {*family.modulation.blocks, *family.modulation.norms, *family.modulation.ends}
         names |= {cls.__name__ for cls in import_hook(family.fused_blocks)}
     return names
 
@@ -79,18 +90,28 @@ def test_what_a_record_names_is_there(name):
     """Hooks import, classes are the library's, blocks and norms those of its version here."""
     family = FAMILIES[name]
     assert family.pipeline == name
-    for hook in ("policy", "positions", "attention_processors", "fused_blocks", "guide"):
+    hooks = ("policy", "positions", "attention_processors", "fused_blocks", "guide", "widths")
+    hooks += ("scheduler",)
+    for hook in hooks:
         assert not getattr(family, hook) or import_hook(getattr(family, hook))
     pipeline, transformer = map(family.load_class, (family.pipeline, family.transformer))
     assert issubclass(pipeline, diffusers.DiffusionPipeline)
     assert issubclass(transformer, diffusers.ModelMixin)
+    if family.modulation is None:
+        return
     table = import_hook(family.fused_blocks)
     assert set(family.modulation.blocks) < {cls.__name__ for cls in table}
-    for block in family.modulation.blocks:
-        homes = (attention, transformer_flux, transformer_qwenimage)
+    for block in (*family.modulation.blocks, *family.modulation.ends):
+        homes = (
+            attention,
+            transformer_flux,
+            transformer_flux2,
+            transformer_qwenimage,
+            transformer_z_image,
+        )
         assert any(hasattr(home, block) for home in homes), block
     for norm in family.modulation.norms:
-        assert hasattr(normalization, norm), norm
+        assert hasattr(normalization, norm) or hasattr(transformer_flux2, norm), norm
 
 
 def test_each_field_says_what_it_is():

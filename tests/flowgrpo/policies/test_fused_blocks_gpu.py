@@ -12,7 +12,7 @@ from support.cpu_graphs import assert_equal, eager, evaluate
 
 pytestmark = pytest.mark.gpu
 
-KINDS = ("sd3.5-medium", "sd3", "flux")
+KINDS = ("sd3.5-medium", "sd3", "flux", "flux2", "zimage")
 
 
 def made(kinds, kind, folder, **changes):

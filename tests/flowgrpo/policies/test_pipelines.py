@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.policies import Policy
+from flowgrpo.policies.families import FAMILIES
 from support import pipelines
 
 SMALL = PolicyConfig(resolution=16, max_sequence_length=4, text_cache="")
@@ -76,8 +77,7 @@ def without(*names):
             lambda f: (f / "model_index.json").write_text(
                 json.dumps({"_class_name": "SanaPipeline"})
             ),
-            "is a SanaPipeline, but one of StableDiffusion3Pipeline, FluxPipeline, "
-            "QwenImagePipeline is expected",
+            f"is a SanaPipeline, but one of {', '.join(FAMILIES)} is expected",
         ),
         (
             lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\x08" * 64),

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from flowgrpo.config import ConfigError, PolicyConfig
+from flowgrpo.distributed.world import World
 from flowgrpo.policies import Policy, text_cache
 from flowgrpo.records import Conditioning
 from support import pipelines
@@ -258,7 +259,7 @@ def test_without_what_the_key_is_made_of_there_is_no_cache(tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(text_cache, "fingerprint", fail)
-    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="", text_quantizer="")
     place = str(tmp_path / "text")
     assert text_cache.open_cache(place, source, [], 8, torch.device("cpu")) is None
     assert "Text embeddings are not cached" in caplog.text and type(error).__name__ in caplog.text
@@ -267,8 +268,43 @@ def test_without_what_the_key_is_made_of_there_is_no_cache(tmp_path, monkeypatch
 def test_the_cache_stays_where_it_is_when_the_working_directory_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
-    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="")
+    source = SimpleNamespace(folder=tmp_path, dtype=torch.float32, variant="", text_quantizer="")
     cache = text_cache.open_cache("text", source, [], 8, torch.device("cpu"))
     monkeypatch.chdir(tmp_path / "other")
     cache.write("a", Conditioning(torch.ones(1, 2, 3), torch.ones(1, 3)))
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_each_process_encodes_a_share(size, latent_model, monkeypatch):
+    policy = load(latent_model, "")
+    whole = policy.encode(TEXTS)
+    seen = count(policy, monkeypatch)
+    # What each process would send to the others, from one after the other.
+    monkeypatch.setattr(World, "all_rows", lambda world, rows: [rows])
+    shares, texts = [], []
+    for rank in range(size):
+        shares.append(policy.encode_shares(TEXTS, World(rank, size)))
+        texts.append(seen.copy())
+        seen.clear()
+    assert same(
+        Conditioning(*(torch.cat([getattr(s, n) for s in shares]) for n in ("embeds", "pooled"))),
+        whole,
+    )
+    assert max(map(len, texts)) == -(-len(TEXTS) // size)
+
+
+def test_a_callers_encoder_sees_all_texts(pixel_model):
+    """Its rows may depend on the texts beside them."""
+    seen = []
+
+    def encode(texts):
+        seen.append(list(texts))
+        sizes = policy.transformer.config
+        embeds = torch.zeros(len(texts), 8, sizes.joint_attention_dim)
+        return Conditioning(embeds, torch.zeros(len(texts), sizes.pooled_projection_dim))
+
+    policy = Policy.load(str(pixel_model), device="cpu", dtype="float32", encode=encode)
+    assert len(policy.encode_shares(TEXTS, World(1, 2))) == len(TEXTS)
+    assert seen == [TEXTS]

@@ -31,15 +31,22 @@ NAMES = (
     "sd35m_pickscore_guard",
     "flux_pickscore_1gpu",
     "flux_pickscore_window",
+    "flux2_klein_ocr_1gpu",
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_two_iterations(name, latent_model, flux_model, tmp_path):
-    flux = name.startswith("flux")
-    model, resolution = (flux_model, 64) if flux else (latent_model, 16)
+def test_two_iterations(name, request, tmp_path):
+    family = name.partition("_")[0]
+    model, resolution, length = {
+        "flux": ("flux_model", 64, 0),
+        # Of 512 tokens most of the time would go into its texts.
+        "flux2": ("flux2_model", 16, 24),
+    }.get(family, ("latent_model", 16, 0))
+    model = request.getfixturevalue(model)
     sizes = {"policy.model": str(model), "policy.resolution": resolution}
+    sizes["policy.max_sequence_length"] = length
     config = recipe(name, out=str(tmp_path / "run"), **sizes, **SMALL)
     summary = train.run(config)
     assert summary["max_ratio_error"] == 0

@@ -18,6 +18,7 @@ from flowgrpo.cli.evaluate import evaluate_run
 from flowgrpo.cli.options import EvaluateOptions
 from flowgrpo.config import ConfigError, PolicyConfig, replace
 from flowgrpo.policies.adapters import add_adapter
+from flowgrpo.policies.weight_digests import BLOCK
 from flowgrpo.prompts.load import fingerprint
 from flowgrpo.records import Prompts
 from flowgrpo.rewards import load
@@ -280,11 +281,11 @@ def test_digest_of_weights(pixel_model):
 def test_a_large_tensor_counts_by_blocks(block):
     """They begin at even distances, and the last one ends with the tensor."""
     model = torch.nn.Linear(1000, 600, bias=False)
-    digest, start = content.weights_digest(model), block * (600_000 - content.BLOCK) // 7
+    digest, start = content.weights_digest(model), block * (600_000 - BLOCK) // 7
     with torch.no_grad():
-        model.weight.view(-1)[start + content.BLOCK - 1] += 1
+        model.weight.view(-1)[start + BLOCK - 1] += 1
     assert content.weights_digest(model) != digest
-    assert start + content.BLOCK == 600_000 or block < 7
+    assert start + BLOCK == 600_000 or block < 7
 
 
 def test_models_are_compared_where_they_can_be():

@@ -48,11 +48,20 @@ def test_settings_and_numbers(saved, tmp_path):
     counts = {"interval": [0.7, 0.8], "images": 8, "prompts": 4, "steps": 40, "iteration": 9}
     summary = {"before": report, "after": {**after, **counts, "guidance_scale": 1.0}}
     card = ModelCard.load(model_card.write(tmp_path, config, policy.transformer, 9, summary))
-    assert card.data.to_dict() == {
+    data = card.data.to_dict()
+    [index] = data.pop("model-index")
+    assert data == {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["lora", "flow-grpo", "reinforcement-learning"],
     }
+    assert index["name"] == "nano"
+    [result] = index["results"]
+    assert result["task"] == {"type": "text-to-image"}
+    assert result["dataset"] == {"name": "nano", "type": "nano", "split": "heldout"}
+    [metric] = result["metrics"]
+    assert (metric["type"], metric["name"], metric["value"]) == ("ocr", "OCR", 0.75)
+    assert metric["args"] == {"prompts": 4, "images": 8, "steps": 40, "guidance_scale": 1.0}
     for line in (
         "| Rewards | 1 x ocr, 0.25 x pickscore |",
         "| Group arithmetic | 24 prompts x 12 images = 288 images an iteration, ",

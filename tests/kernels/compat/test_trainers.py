@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_compat import CountOps
 
-from flowgrpo_kernels import flow_sde, log_prob
+from flowgrpo_kernels import flow_sde, log_prob, transition_rows
 from flowgrpo_kernels.compat import (
     flow_factory,
     flow_grpo,
@@ -373,6 +373,141 @@ def test_miles_takes_both_forms():
         miles.FlowSdeStepBackend().sde_step_logprob(b.velocity, t, t, b.sample, **options)
 
 
+@pytest.mark.parametrize("law", ["flow_sde", "cps"])
+def test_miles_layers(law):
+    """Mean and deviations by their formulas in float64; together they are the one pass."""
+    b = oracle.batch(3)
+    backend = {"flow_sde": miles.FlowSdeStepBackend, "cps": miles.CpsSdeStepBackend}[law]()
+    s, p = SIGMAS[[0, 3, 5]], SIGMAS[[1, 4, 6]]
+    pair = {"sigmas": s, "next_sigmas": p, "sigma_max": SIGMAS[1].expand(3)}
+    view = (3, *[1] * (b.sample.ndim - 1))
+    mean, std, std_dev = backend.prev_sample_mean_and_std(
+        b.velocity, b.sample, s.view(view), p.view(view), noise_level=0.7,
+        sigma_max=SIGMAS[1].view([1] * b.sample.ndim),
+    )  # fmt: skip
+    sd, pd = (x.double().view(view) for x in (s, p))
+    x, v = b.sample.double(), b.velocity.double()
+    if law == "flow_sde":
+        spread = 0.7 * (sd / (1 - torch.where(sd == 1, SIGMAS[1].double(), sd))).sqrt()
+        want = x * (1 + spread**2 / (2 * sd) * (pd - sd))
+        want = want + v * (1 + spread**2 * (1 - sd) / (2 * sd)) * (pd - sd)
+        noise = spread * (sd - pd).sqrt()
+    else:
+        spread = noise = pd * math.sin(0.35 * math.pi)
+        want = (x - sd * v) * (1 - pd) + (x + v * (1 - sd)) * (pd**2 - spread**2).sqrt()
+    for ours, exact in ((mean, want), (std, noise), (std_dev, spread)):
+        assert ours.dtype == torch.float32 and ours.shape == exact.shape
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    velocity = b.velocity.clone().requires_grad_()
+    _, score, one_pass, _ = backend.sde_step_logprob(
+        velocity, b.sample, prev_sample=b.old, noise_level=0.7, **pair
+    )
+    assert torch.equal(one_pass, mean)
+    mean = mean.detach().requires_grad_()
+    by_layer = backend.log_prob(b.old, mean, std)
+    torch.testing.assert_close(by_layer, score, rtol=1e-5, atol=1e-5)
+    weight = torch.tensor([1.0, -2.0, 0.5])
+    (grad,) = torch.autograd.grad((by_layer * weight).sum(), mean)
+    elements = b.sample[0].numel()
+    k = 1 / noise**2 if law == "flow_sde" else 2.0
+    exact = k * (b.old.double() - want) * weight.double().view(view) / elements
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max())
+    assert torch.equal(backend.log_prob(b.old, mean, torch.zeros(1)), torch.zeros(3))
+    if law == "flow_sde":
+        assert backend.log_prob(b.old, mean, std * torch.tensor(math.nan)).isnan().all()
+
+
+def test_miles_layers_that_are_overridden():
+    b = oracle.batch(3)
+    scheduler = SimpleNamespace(sigmas=SIGMAS, timesteps=TIMESTEPS)
+    t, options = TIMESTEPS[b.step], {"prev_sample": b.old, "noise_level": 0.7}
+    s, p = (SIGMAS[b.step + i].view(3, *[1] * (b.sample.ndim - 1)) for i in range(2))
+
+    class Halved(miles.FlowSdeStepBackend):
+        def log_prob(self, prev_sample, prev_mean, noise_std):
+            return super().log_prob(prev_sample, prev_mean, noise_std) / 2
+
+    class Still(miles.FlowSdeStepBackend):
+        # The earlier form, which knows no sigma_max.
+        def prev_sample_mean_and_std(self, model_output, sample, sigma, sigma_prev, *, noise_level):
+            assert torch.equal(sigma, s) and torch.equal(sigma_prev, p)
+            return sample, torch.ones_like(sigma), torch.ones_like(sigma)
+
+    own = miles.FlowSdeStepBackend(scheduler)
+    theirs = own.sde_step_logprob(b.velocity, t, t, b.sample, **options)
+    pair = {"sigmas": s.flatten(), "next_sigmas": p.flatten(), "sigma_max": SIGMAS[1]}
+    for halved in (
+        Halved(scheduler).sde_step_logprob(b.velocity, t, t, b.sample, **options),
+        Halved().sde_step_logprob(b.velocity, b.sample, **pair, **options),
+    ):
+        torch.testing.assert_close(halved[1], theirs[1] / 2, rtol=1e-5, atol=1e-5)
+        assert torch.equal(halved[2], theirs[2]) and torch.equal(halved[3], theirs[3])
+    still = Still(scheduler).sde_step_logprob(b.velocity, t, t, b.sample, **options)
+    square = (b.old - b.sample).double().square().flatten(1).mean(1)
+    exact = -square / 2 - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(still[1].double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="scheduler must have the tensors sigmas and timesteps"):
+        Halved().sde_step_logprob(b.velocity, t, t, b.sample, **options)
+
+
+def test_rows_of_pairs_that_were_seen_before(monkeypatch):
+    """Looked up, in any order and among new ones, they are the rows of transition_rows, bit for
+    bit; what is no sigma pair is refused each time."""
+    monkeypatch.setattr(tables, "seen_rows", {})
+    calls = []
+    monkeypatch.setattr(
+        tables, "transition_rows", lambda *a, **o: calls.append(a) or transition_rows(*a, **o)
+    )
+    s, p = SIGMAS[:-1], SIGMAS[1:]
+    levels = torch.tensor([0.6, 0.7], dtype=torch.float64)
+
+    def taken(index, level, second=SIGMAS[1], **options):
+        index = torch.tensor(index, dtype=torch.int64)
+        table, step = tables.rows_of_pairs(
+            "sigma", "flow_sde", s[index], p[index], level, second, index.numel(), **options
+        )
+        made = transition_rows("flow_sde", s[index], p[index], level, sigma_max=second, **options)
+        assert torch.equal(table[step], made.table)
+        return len(calls)
+
+    assert taken([0, 3, 3, 5], 0.7) == 1 and taken([5, 0, 3], 0.7) == 1
+    assert taken([3, 4], 0.7) == 2 and taken([4, 0], 0.7) == 2 and taken([2], 0.7) == 3
+    assert taken([4, 0], 0.6) == 4 and taken([4, 0], levels) == 4
+    assert taken([4, 0], 0.7, SIGMAS[2]) == 5 and taken([4, 0], 0.7, near_one=1e-5) == 6
+    assert taken([0, 1], 0.7, noise_step=3) == 7 and taken([1, 0], 0.7, noise_step=3) == 7
+    with torch.inference_mode():
+        assert taken([1, 6], 0.7) == 8
+    table, step = tables.rows_of_pairs("s", "flow_sde", s[1], p[1], 0.7, SIGMAS[1], 2)
+    assert not table.is_inference() and not step.is_inference() and step.shape == (2,)
+    assert taken([], 0.7) == 9
+    # Beyond its bound it begins anew.
+    monkeypatch.setattr(tables.SeenRows, "most", 3)
+    assert taken([0, 1, 2], 0.7, SIGMAS[3]) == 10 and taken([2, 1], 0.7, SIGMAS[3]) == 10
+    assert taken([6], 0.7, SIGMAS[3]) == 11 and taken([0], 0.7, SIGMAS[3]) == 12
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sigma_next must be below sigma"):
+            tables.rows_of_pairs("s", "flow_sde", p[:1], s[:1], 0.7, SIGMAS[1], 1)
+        with pytest.raises(TypeError, match=r"sigma must be floating point, got torch\.int64"):
+            tables.rows_of_pairs("s", "flow_sde", s[:1].long(), p[:1], 0.7, SIGMAS[1], 1)
+        with pytest.raises(ValueError, match="s must hold 1 or 3 values, got 2"):
+            tables.rows_of_pairs("s", "flow_sde", s[:2], p[:2], 0.7, SIGMAS[1], 3)
+        with pytest.raises(
+            ValueError, match=r"sigma_next must be 0-dim, \[1\] or \[2\], got \[3\]"
+        ):
+            tables.rows_of_pairs("s", "flow_sde", s[:2], p[:3], 0.7, SIGMAS[1], 2)
+
+
+def test_a_table_goes_with_its_tensor():
+    sigmas = SIGMAS.clone()
+    assert tables.cached(sigmas, "key", lambda: [1]) is tables.cached(sigmas, "key", list)
+    sigmas[-1] = 0.001
+    assert tables.cached(sigmas, "key", lambda: [2]) == [2]
+    owner = id(sigmas)
+    assert owner in tables.kept_tables
+    del sigmas
+    assert owner not in tables.kept_tables
+
+
 def test_mixgrpo_in_a_window():
     """cps, an index on the device, seeds, and no noise without the SDE solver."""
     b = oracle.batch(3)
@@ -397,11 +532,19 @@ def test_mixgrpo_in_a_window():
 def test_what_is_returned_may_be_written_to():
     """No result is a view of a table that serves the next step."""
     b, own = oracle.batch(2), FlowMatchSDEDiscreteScheduler()
+    pair = {"sigmas": SIGMAS[:2], "next_sigmas": SIGMAS[1:3], "sigma_max": SIGMAS[1]}
     calls = (
         lambda: flow_grpo_step(b.velocity, TIMESTEPS[3], b.sample, b.old, return_sqrt_dt=True)[3:],
         lambda: verl_omni.sample_previous_step(own, b.sample, b.velocity, prev_sample=b.old)[3:],
         lambda: mixgrpo.flow_grpo_step(b.velocity, b.sample, 0.7, SIGMAS, 3, b.old)[4:],
-    )
+        lambda: miles.FlowSdeStepBackend().sde_step_logprob(
+            b.velocity, b.sample, prev_sample=b.old, noise_level=0.7, **pair
+        )[3:],
+        lambda: flow_factory.step(
+            FlowMatchEulerDiscreteSDEScheduler(), b.velocity, TIMESTEPS[:2], b.sample, b.old,
+            TIMESTEPS[1:3], noise_level=0.7, return_dict=False,
+        )[4:],
+    )  # fmt: skip
     for call in calls:
         before = [x.clone() for x in call()]
         for x in call():

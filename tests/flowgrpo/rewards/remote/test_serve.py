@@ -60,7 +60,7 @@ def test_scores_equal_the_local_reward():
         remote = load("http").configured(url=url)
         assert remote(IMAGES, ["a", "b", "c"], [{}] * 3) == reply["scores"]
         with urllib.request.urlopen(url + "/health") as response:
-            assert json.load(response) == {"reward": "means"}
+            assert json.load(response) == {"reward": "means", "frames": False}
         with urllib.request.urlopen(url + "/docs") as response:
             assert b"swagger" in response.read().lower()
         with urllib.request.urlopen(url + "/openapi.json") as response:
