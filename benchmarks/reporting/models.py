@@ -7,7 +7,7 @@ from flowgrpo.policies.family import Family
 from flowgrpo.recipes import EMBEDDED, RECIPES, recipe
 
 ENDINGS = ("_1gpu", "_12gb", "_24gb")
-"""Of a recipe's forms for one GPU, and for small cards."""
+"""Endings of a recipe's forms for one GPU, and for small cards."""
 
 
 def models(family: Family) -> str:

@@ -94,12 +94,12 @@ def test_nothing_waits_for_the_gpu(pixel_model, tmp_path):
     train.collect(parts, conditioning, config)
     policy.graphs = graphs
     experience = setups.experience(parts, config).to(policy.device)
-    experience = update.with_prepared_conditioning(policy, parts.schedule, experience)
+    experience = objectives.with_prepared_conditioning(policy, parts.schedule, experience)
     for micro in (parts.micro_step, update.MicroStep(policy, parts.objective, None)):
         batch = objectives.gather_trained_steps(parts.schedule, experience, slice(0, 3), range(1))
         for watch in (contextlib.nullcontext, no_waiting):
             with watch():
-                with micro.accumulating():
+                with micro.accumulating(parts.world, parts.dealing, config):
                     micro(batch, config, 4)
                 parts.state.step()
 

@@ -31,7 +31,7 @@ def test_velocities_are_those_of_the_record():
     rows = records.read(quantized.OUT)["rows"]
     found = {(r["case"], r["metric"], r["provider"]): r["value"] for r in rows}
     order = ("bfloat16", "int8", "fp8", "nf4")
-    shown = {(case, "velocity"): cells for case, *cells in table("| | bfloat16")}
+    shown = {(case, "velocity"): cells for case, *cells in table("| | bfloat16 | int8 | fp8")}
     assert len(shown) >= 2
     for (case, metric), cells in shown.items():
         values = [found[case, metric, name] for name in order]
@@ -47,6 +47,28 @@ def test_accuracies_are_those_of_the_records():
         score = system["task"]["scores"]["nano_strict"]
         assert accuracy == f"{100 * score['mean']:.1f}" and system["task"]["images"] == 480
         assert interval == " to ".join(f"{100 * bound:.1f}" for bound in score["interval"])
+
+
+def test_counts_are_those_of_the_record():
+    rows = records.read(quantized.OUT.with_name("counted-meta.json"))["rows"]
+    found = {(r["case"], r["provider"], r["metric"]): r["value"] for r in rows}
+    names = {
+        "SD3.5-M, 9 rows with guidance and KL": "sd3.5-m t2 b9 cfg w1 kl",
+        "FLUX.1-dev, 4 rows": "flux.1-dev t2 b4 no-cfg w1 no-kl",
+    }
+    shown = table("| | bfloat16 | int8 | nf4 |")
+    assert [cells[0] for cells in shown] == list(names)
+    for head, *cells in shown:
+        values = [
+            [
+                found[names[head], f"ours-{name}", f"counted_{metric}"]
+                for metric in ("weights", "memory")
+            ]
+            for name in ("recomputed", "int8", "nf4")
+        ]
+        assert cells == [f"{weights:.1f}, {most:.1f}" for weights, most in values]
+    # No micro-step waits for the device, whatever unpacks its weights.
+    assert all(r["value"] == 0 for r in rows if r["metric"] == "update_waits")
 
 
 def test_recipes_are_as_the_plan_has_them():
