@@ -5,8 +5,9 @@
     python benchmarks/bench_compile.py --kernels heads    # replaces the rows of those kernels
 
 Writes results/compile.json and its page, results/compile.md: registers a thread, bytes of shared
-memory, lines of PTX or AMD assembly, bytes of stack and local memory. Exits with 1 when a kernel
-has float64 arithmetic, a fused multiply-add, local memory or no 128-bit accesses (see
+memory, lines of PTX or AMD assembly, bytes of stack and local memory; for NVIDIA's GPUs also what
+its assembler makes of the lines: instructions, and the barriers among them. Exits with 1 when a
+kernel has float64 arithmetic, a fused multiply-add, local memory or no 128-bit accesses (see
 flowgrpo_kernels/aot).
 """
 
@@ -17,6 +18,8 @@ import os
 import sys
 
 os.environ["TRITON_INTERPRET"] = "0"
+# As the shipped kernels are compiled.
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 from flowgrpo_kernels import aot
 from reporting import records, tables
@@ -27,6 +30,8 @@ UNITS = {
     "shared": "bytes",
     "instructions": "lines",
     "local": "bytes",
+    "machine": "instructions",
+    "barriers": "instructions",
 }
 
 

@@ -122,18 +122,25 @@ def cold_start(provider: str, library: Path) -> dict[str, float]:
     return json.loads(done.stdout) | {"compiled": len(kernels)}
 
 
-def kernel_arguments(b: dict[str, torch.Tensor], transitions: Transitions) -> tuple[tuple, dict]:
-    """(arguments, constants) of a launch of sde_step's kernel."""
+PROGRAMS = ROWS * 16 * triton.PARTS
+
+
+def kernel_arguments(
+    b: dict[str, torch.Tensor], transitions: Transitions
+) -> tuple[tuple, tuple, dict]:
+    """(tensors, numbers, constants) of a launch of sde_step's kernel, in PROGRAMS programs."""
     step = transitions.row_numbers[0].expand(ROWS)
-    sums = torch.empty(ROWS * 16)
-    args = (
+    sums = torch.empty(PROGRAMS)
+    tensors = (
         b["velocity"], b["uncond"], b["sample"], None, b["next"], sums, transitions.table, step,
-        b["seeds"], None, None, 4.5, 65536, transitions.num_steps, 0, 16,
+        b["seeds"], None, None,
     )  # fmt: skip
+    numbers = (4.5, 65536, transitions.num_steps, 0, 16)
     constants = dict(
-        ALIGN=16, GUIDED=True, NOISE="seeds", SINGLE=False, MEAN=False, X0=False, **triton.LAUNCH
-    )
-    return args, constants
+        ALIGN=16, GUIDED=True, NOISE="seeds", SINGLE=False, SPLIT=True, MEAN=False, X0=False,
+        **triton.LAUNCH,
+    )  # fmt: skip
+    return tensors, numbers, constants
 
 
 class Ways(NamedTuple):
@@ -155,10 +162,10 @@ def ways(library: Path) -> Ways:
     stub.set_device(0)
     stub_triton.install(library)
     b, transitions = inputs(), flow_sde([1.0, 0.5, 0.0])
-    args, constants = kernel_arguments(b, transitions)
+    tensors, numbers, constants = kernel_arguments(b, transitions)
 
     def kernel(launch) -> None:
-        launch(sde_step_kernel, ROWS * 16)(*args, **constants)
+        launch(sde_step_kernel, PROGRAMS, tensors, numbers, **constants)
 
     def op(launch) -> None:
         sde_step(

@@ -48,19 +48,22 @@ from flowgrpo_kernels.backends.triton import (
     COL_K,
     LANES_C,
     LAUNCH,
+    PARTS,
+    PARTS_C,
     alignment,
     coefficient,
     count,
+    exponential,
     jit,
     load,
     narrow,
     num_blocks,
     ordered_sum,
-    pair_tree,
     residual,
     score,
     second_pass,
     store,
+    store_quarters,
 )
 from flowgrpo_kernels.grpo_loss import clipped_policy
 from measuring import timers
@@ -75,7 +78,7 @@ ROUNDS = 30
 def _single_pass_kernel(
     counters_ptr,  # [1 + B] int32 zeros: the ticket, then arrivals of each row
     v_ptr, x_ptr, prev_ptr, ref_ptr, dv_ptr,  # [B, D]
-    sums_ptr,  # [2, B * blocks]
+    sums_ptr,  # [2, B * blocks * PARTS]
     old_log_prob_ptr, advantages_ptr, log_prob_ptr, ratio_ptr,  # [B]
     terms_ptr,  # [3, B]
     table_ptr, step_ptr,
@@ -103,15 +106,15 @@ def _single_pass_kernel(
     v1, d1 = residual(v_ptr, None, x_ptr, prev_ptr, base, o1, remaining, 1.0, a, b, False)
     v2, d2 = residual(v_ptr, None, x_ptr, prev_ptr, base, o2, remaining, 1.0, a, b, False)
     v3, d3 = residual(v_ptr, None, x_ptr, prev_ptr, base, o3, remaining, 1.0, a, b, False)
-    programs = rows.to(tl.int64) * num_blocks
-    tl.store(sums_ptr + ticket, pair_tree(d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3, LANES_C))
+    stride = rows.to(tl.int64) * num_blocks * PARTS_C
+    p_sum = sums_ptr + ticket * PARTS_C
+    store_quarters(p_sum, d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3)
     if REF:
         v0 -= load(ref_ptr + base, o, remaining)
         v1 -= load(ref_ptr + base, o1, remaining)
         v2 -= load(ref_ptr + base, o2, remaining)
         v3 -= load(ref_ptr + base, o3, remaining)
-        ee = pair_tree(v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3, LANES_C)
-        tl.store(sums_ptr + programs + ticket, ee)
+        store_quarters(p_sum + stride, v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3)
 
     # Release: the partials above are visible to whoever sees the arrival.
     arrival = counters_ptr + 1 + row
@@ -120,9 +123,9 @@ def _single_pass_kernel(
         pass
 
     n = count(elements)
-    p_sum = sums_ptr + row.to(tl.int64) * num_blocks
+    p_sum = sums_ptr + row.to(tl.int64) * num_blocks * PARTS_C
     log_prob = score(ordered_sum(p_sum, num_blocks, WIDTH), elements, k, c0, c)
-    ratio = tl.exp(log_prob - tl.load(old_log_prob_ptr + row))
+    ratio = exponential(log_prob - tl.load(old_log_prob_ptr + row))
     adv = tl.load(advantages_ptr + row)
     policy, slope, outside = clipped_policy(ratio, adv, low, high, adv_clip)
     weight = tl.div_rn(tl.zeros_like(adv) + 1.0, rows.to(tl.float32))
@@ -131,7 +134,7 @@ def _single_pass_kernel(
     g0, g1, g2, g3 = c_d * d0, c_d * d1, c_d * d2, c_d * d3
     if REF:
         big_k = coefficient(table_ptr, step, num_steps, COL_BIG_K) * (b * b)
-        kl = big_k * tl.div_rn(ordered_sum(p_sum + programs, num_blocks, WIDTH), n)
+        kl = big_k * tl.div_rn(ordered_sum(p_sum + stride, num_blocks, WIDTH), n)
         c_e = loss_scale * tl.div_rn((weight * kl_weight) * (2.0 * big_k), n)
         g0, g1, g2, g3 = g0 + c_e * v0, g1 + c_e * v1, g2 + c_e * v2, g3 + c_e * v3
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
@@ -155,7 +158,7 @@ def single_pass(v, x, x_prev, old, adv, transitions, step, ref, beta, clip, loss
         raise ValueError(f"a row of {blocks} blocks does not fit on the device at once")
     new = {"dtype": torch.float32, "device": x.device}
     counters = torch.zeros(1 + rows, dtype=torch.int32, device=x.device)
-    sums, terms = torch.empty(2, rows * blocks, **new), torch.empty(3, rows, **new)
+    sums, terms = torch.empty(2, rows * blocks * PARTS, **new), torch.empty(3, rows, **new)
     lp, ratio, dv = torch.empty(rows, **new), torch.empty(rows, **new), torch.empty_like(v)
     _single_pass_kernel[(rows * blocks,)](
         counters, v, x, x_prev, ref, dv, sums, old, adv, lp, ratio, terms, transitions.table, step,

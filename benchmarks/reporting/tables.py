@@ -48,15 +48,20 @@ def compiled_kernels() -> str:
         line = [name, pair]
         for target in columns:
             metrics = targets.get(target, {})
-            values = (metrics.get(m) for m in ("registers", "shared", "instructions"))
+            names = ["registers", "shared", "instructions"]
+            if "machine" in metrics:
+                names[2:] = ["machine", "barriers"]
+            values = (metrics.get(m) for m in names)
             line.append(" / ".join("?" if v is None else f"{v:.0f}" for v in values))
         lines.append(line)
     local = {r["value"] for r in record["rows"] if r["metric"] == "local"}
     note = (
         f"{len(variants)} variants for each target, local memory at most {max(local):.0f} bytes. "
         f"Shown are {len(lines)}: velocity / sample of {', '.join(PAIRS)}. A cell: registers a "
-        "thread / bytes of shared memory / instructions."
+        "thread / bytes of shared memory / instructions"
     )
+    counted = any(r["metric"] == "barriers" for r in record["rows"])
+    note += ", and for NVIDIA's GPUs the barriers among them." if counted else "."
     head = ["kernel", "velocity/sample", *columns]
     return page("The compiled kernels", "compile.json", note, markdown(head, lines), record)
 

@@ -6,7 +6,7 @@
 
 // Raised whenever a struct, a signature or the meaning of an argument changes; the loader refuses a
 // library with another number.
-#define FLOWGRPO_ABI 5
+#define FLOWGRPO_ABI 6
 
 // dtype codes of FgTensor. Everything else that is floating is float32.
 enum { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2 };
@@ -73,19 +73,25 @@ typedef struct {
   float floor;  // nft_loss: the least normaliser, > 0
 } FgArgs;
 
-// A launch of a compiled GPU kernel on a grid of one dimension; the bytes of its parameters follow.
-// Written by flowgrpo_kernels/backends/cuda_driver.py.
+// A compiled GPU kernel, and a launch of it on a grid of one dimension; the bytes of its parameters
+// follow. Written by flowgrpo_kernels/backends/cuda_driver.py.
 typedef struct {
   // cuLaunchKernel: function, grid, block, shared memory, stream, parameters, extra.
   int32_t (*launch)(void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
                     void*, void**, void**);
   void* function;
+  uint64_t sixteenths;  // bit i: the i-th 32-bit word of the parameters must be a multiple of 16
+  uint32_t threads;     // of a program
+  uint32_t shared;      // bytes of shared memory
+  uint32_t bytes;       // of the parameters
+} FgKernel;
+
+typedef struct {
   void* stream;
-  uint32_t programs;
-  uint32_t threads;  // of a program
-  uint32_t shared;   // bytes of shared memory
-  uint32_t bytes;    // of the parameters
+  uint64_t programs;
 } FgLaunch;
+
+enum { FG_MISALIGNED = -1 };
 
 // Laws and flags of FgRows; their formulas are in flowgrpo_kernels/transition_rows.py.
 enum { FG_FLOW_SDE, FG_DANCE_SDE, FG_CPS, FG_ODE, FG_PRECISE, FG_DANCE_PRECISE, FG_SIGMA_LINEAR };
@@ -145,8 +151,9 @@ int32_t flowgrpo_native_nft_loss_gradient(const FgArgs*);
 // Normals of counter word noise_step into prev_sample.
 int32_t flowgrpo_native_normals(const FgArgs*, uint32_t noise_step);
 void flowgrpo_native_transition_rows(const FgRows*);
-// Launches the record of an FgLaunch with its parameters; returns what the driver does, a CUresult.
-int32_t flowgrpo_native_cuda_launch(const void* record);
+// Launches a kernel with the parameters behind an FgLaunch; returns what the driver does, a CUresult,
+// or FG_MISALIGNED, and then nothing is launched.
+int32_t flowgrpo_native_cuda_launch(const void* kernel, const void* launch);
 
 #ifdef __cplusplus
 }

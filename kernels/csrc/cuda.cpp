@@ -1,4 +1,4 @@
-// Launches a compiled GPU kernel: one call for Python, in place of one that converts eleven arguments.
+// Launches a compiled GPU kernel: one call with two arguments for Python, in place of one with eleven.
 // Nothing of CUDA is needed to build this: the driver's function comes in the record.
 
 #include "abi.h"
@@ -9,11 +9,16 @@
 #define FG_PARAM_END ((void*)0)
 
 extern "C" __attribute__((visibility("default"))) int32_t flowgrpo_native_cuda_launch(
-    const void* record) {
-  const FgLaunch* a = (const FgLaunch*)record;
-  size_t bytes = a->bytes;
+    const void* kernel, const void* launch) {
+  const FgKernel* k = (const FgKernel*)kernel;
+  const FgLaunch* a = (const FgLaunch*)launch;
+  const uint32_t* words = (const uint32_t*)(a + 1);
+  uint32_t bits = 0;
+  for (uint64_t left = k->sixteenths; left != 0; left &= left - 1) bits |= words[__builtin_ctzll(left)];
+  if (bits & 15) return FG_MISALIGNED;
+  size_t bytes = k->bytes;
   // The driver copies the parameters before it returns.
-  void* extra[] = {FG_PARAM_POINTER, (void*)(a + 1), FG_PARAM_SIZE, &bytes, FG_PARAM_END};
-  return a->launch(a->function, a->programs, 1, 1, a->threads, 1, 1, a->shared, a->stream, nullptr,
-                   extra);
+  void* extra[] = {FG_PARAM_POINTER, (void*)words, FG_PARAM_SIZE, &bytes, FG_PARAM_END};
+  return k->launch(k->function, (uint32_t)a->programs, 1, 1, k->threads, 1, 1, k->shared, a->stream,
+                   nullptr, extra);
 }

@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "blocks.h"
 
@@ -69,6 +70,30 @@ void loss_gradient_block(const FgArgs& a, int64_t row, int64_t block) {
   gradient_block<kKept>(a, row, block, go * c[0], go * c[1], go * c[2]);
 }
 
+// 2^n for n in [-126, 127].
+float power_of_two(int32_t n) {
+  const uint32_t bits = (uint32_t)(n + 127) << 23;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// exp by the polynomial of reference.py, whose bits no libm has.
+float exponential(float x) {
+  // The first comparison is false for a NaN, which is put back at the end.
+  const float number = x > 89.0f ? 89.0f : x > -104.0f ? x : -104.0f;
+  const float n = floorf(number * 1.44269504f + 0.5f);
+  const float r = (number - n * 0.693359375f) - n * -0.00021219444f;
+  float p = r * 0.000197882517f + 0.00139468687f;
+  p = p * r + 0.00833351072f;
+  p = p * r + 0.0416662656f;
+  p = p * r + 0.166666657f;
+  p = p * r + 0.5f;
+  const int32_t whole = (int32_t)n, half = whole >> 1;
+  const float result = ((p * (r * r) + r) + 1.0f) * power_of_two(half) * power_of_two(whole - half);
+  return x == x ? result : x;
+}
+
 // torch's clamp and maximum: NaN propagates.
 float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 float maximum(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
@@ -85,7 +110,7 @@ RowLoss loss_row(const FgArgs& a, int64_t row, const Sums& s) {
   const float b2 = c.B * c.B, lp = score(c, s.d, a.elements);
   float delta = lp - a.old_log_prob[row];
   if (guard) delta = (delta + (c.k * b2) * (s.h / n)) * c.C;
-  const float ratio = expf(delta);
+  const float ratio = exponential(delta);
   const float adv = clamp(a.advantages[row], -a.adv_clip, a.adv_clip);
   const float unclipped = -adv * ratio, clipped = -adv * clamp(ratio, a.ratio_low, a.ratio_high);
   const bool outside = ratio < a.ratio_low || ratio > a.ratio_high;

@@ -22,18 +22,15 @@ backward. When grad_loss turns out to be another value, backward reads everythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import checks, reference
 from .arguments import bound, finite
-from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
-    CHUNKS_C,
     COL_A,
     COL_ABS_DT,
     COL_B,
@@ -41,15 +38,18 @@ from .backends.triton import (
     COL_C,
     COL_C0,
     COL_K,
-    LANES_C,
+    PARTS_C,
+    chunk_lanes,
     coefficient,
     constant,
     count,
+    exponential,
     guided,
     jit,
     load,
-    pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     residual,
     row_sum,
     score,
@@ -59,6 +59,7 @@ from .backends.triton import (
     term,
     tl,
 )
+from .loss_function import loss_function
 from .reference import LossArguments
 from .transitions import Transitions
 
@@ -140,7 +141,7 @@ def grpo_loss_sums_kernel(
     ref_ptr,  # [B, D] if REF
     ref_u_ptr,  # [B, D] if REF_GUIDED
     old_ptr,  # [B, D] if OLD
-    sums_ptr,  # [3, B * blocks]: of d d, e e, h h
+    sums_ptr,  # [3, B * blocks * PARTS]: of d d, e e, h h
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
     scale,
@@ -154,33 +155,25 @@ def grpo_loss_sums_kernel(
     REF_GUIDED: tl.constexpr,
     OLD: tl.constexpr,
 ):
-    """Writes a block's sums of d d, e e and h h; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes sums of d d, e e and h h; PARTS programs per block."""
+    row, part, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
-    b_dd = tl.zeros([LANES_C], dtype=tl.float32)
-    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
-    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
-            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-        )
-        b_dd += b_d * b_d
-        if REF:
-            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_ee += b_e * b_e
-        if OLD:
-            b_h = b_v - load(old_ptr + base, o_lane, remaining)
-            b_hh += b_h * b_h
+    o_lane = quarter_lanes(part)
+    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    # All loads before the first sum, which waits for them.
+    if REF:
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+    if OLD:
+        b_h = b_v - load(old_ptr + base, o_lane, remaining)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
-    tl.store(p_sum + SUM_DD * programs, pair_tree(b_dd, LANES_C))
+    tl.store(p_sum + SUM_DD * programs, quarter_sum(b_d * b_d))
     if REF:
-        tl.store(p_sum + SUM_EE * programs, pair_tree(b_ee, LANES_C))
+        tl.store(p_sum + SUM_EE * programs, quarter_sum(b_e * b_e))
     if OLD:
-        tl.store(p_sum + SUM_HH * programs, pair_tree(b_hh, LANES_C))
+        tl.store(p_sum + SUM_HH * programs, quarter_sum(b_h * b_h))
 
 
 @jit
@@ -231,7 +224,7 @@ def kl_term(weight_ptr, row, rows, mean_e, big_k, c, n, kl_weight, WEIGHT: tl.co
 
 @jit
 def grpo_loss_rows_kernel(
-    sums_ptr,  # [3, B * blocks]
+    sums_ptr,  # [3, B * blocks * PARTS]
     old_log_prob_ptr,  # [B]
     advantages_ptr,  # [B]
     weight_ptr,  # [B] if WEIGHT
@@ -271,7 +264,7 @@ def grpo_loss_rows_kernel(
     if OLD:
         mean_h = tl.div_rn(row_sum(sums_ptr, SUM_HH, num_blocks, WIDTH), n)
         delta = (delta + (k * (b * b)) * mean_h) * c
-    ratio = tl.exp(delta)
+    ratio = exponential(delta)
 
     abs_dt = coefficient(table_ptr, step, num_steps, COL_ABS_DT)
     policy, g, outside = policy_term(
@@ -345,8 +338,8 @@ def grpo_loss_backward_kernel(
     OLD: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a chunk of the gradients; PARTS programs per block."""
+    row, chunk, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
@@ -354,21 +347,17 @@ def grpo_loss_backward_kernel(
     c_d = grad * tl.load(coefs_ptr + 3 * row)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_h = grad * tl.load(coefs_ptr + 3 * row + 2)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v, b_d = residual(
-            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-        )
-        b_dv = term(c_d, b_d)
-        if REF:
-            b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_dv += term(c_e, b_v - b_ref)
-        if OLD:
-            b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
-        store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-            GUIDED, UNCOND_GRAD,
-        )  # fmt: skip
+    o_lane = chunk_lanes(chunk)
+    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    b_dv = term(c_d, b_d)
+    if REF:
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_dv += term(c_e, b_v - b_ref)
+    if OLD:
+        b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
+    store_gradient(
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
+    )
 
 
 @triton.launcher("grpo_loss_forward")
@@ -388,29 +377,32 @@ def _launch_forward(
             total.zero_()
         return results
     blocks = triton.num_blocks(elements)
-    sums, terms = new((3, rows * blocks)), new((3, rows))
+    sums, terms = triton.partial_sums(table, 3 * rows, blocks), new((3, rows))
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     flags = {"REF": ref is not None, "OLD": old is not None}
     with triton.on(sample.device):
-        launch(grpo_loss_sums_kernel, rows * blocks)(
-            velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step, scale,
-            *sizes,
+        launch(
+            grpo_loss_sums_kernel, rows * blocks * triton.PARTS,
+            (velocity, uncond, sample, prev_sample, ref, ref_uncond, old, sums, table, step),
+            (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF_GUIDED=ref_uncond is not None,
             **flags,
             **triton.LAUNCH,
         )  # fmt: skip
-        launch(grpo_loss_rows_kernel, rows)(
-            sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
-            terms, table, step, kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes,
+        launch(
+            grpo_loss_rows_kernel, rows,
+            (sums, old_log_prob, advantages, row_weight, kl_row_weight, log_prob, ratio, coefs,
+             terms, table, step),
+            (kl_weight, 1.0 - clip_low, 1.0 + clip_high, adv_clip, *sizes),
             WEIGHT=row_weight is not None,
             KL_WEIGHT=kl_row_weight is not None,
             **flags,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        launch(grpo_loss_totals_kernel, 1)(
-            terms, loss, policy, kl, fraction, kl_weight, rows,
+        launch(
+            grpo_loss_totals_kernel, 1, (terms, loss, policy, kl, fraction), (kl_weight, rows),
             REF=ref is not None, **triton.ONE_WARP,
         )  # fmt: skip
     return results
@@ -428,10 +420,11 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(grpo_loss_backward_kernel, rows * blocks)(
-            grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
-            du if uncond_grad else None, table, step, scale, 1.0 - scale, elements,
-            table.shape[0], step.stride(0), blocks,
+        launch(
+            grpo_loss_backward_kernel, rows * blocks * triton.PARTS,
+            (grad_loss, coefs, velocity, uncond, sample, prev_sample, ref, ref_uncond, old, dv,
+             du if uncond_grad else None, table, step),
+            (scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF=ref is not None,
@@ -446,97 +439,11 @@ def _launch_backward(
 @triton.launcher("grpo_loss_gradient")
 def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
-    *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(launch, *args)
-    loss, *_, coefs = outputs
-    grad = torch.full_like(loss, grad_loss)
-    shared = LossArguments(*args).of_backward()
-    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
+    passes = (functools.partial(run, launch) for run in (_launch_forward, _launch_backward))
+    return reference.in_turn(LossArguments, *passes, args)
 
 
-class LossInTwoPasses(torch.autograd.Function):
-    """Loss whose backward reads the latents once more."""
-
-    @staticmethod
-    def forward(ctx, uncond_grad, *args):
-        *results, coefs = forward_op(*args)
-        _save(ctx, uncond_grad, LossArguments(*args), results, coefs)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("grpo_loss")
-    def backward(ctx, grad_loss, *unused):
-        if grad_loss is None:
-            dv = du = None
-        else:
-            dv, du = _gradients(ctx, ctx.saved_tensors, grad_loss)
-        # One result for each argument of forward: uncond_grad, the velocities, the constants.
-        constants = [None] * (len(LossArguments._fields) - 2)
-        return None, dv, du, *constants
-
-
-class LossInOnePass(torch.autograd.Function):
-    """Loss whose forward writes the gradient too.
-
-    The constants come in one tuple: autograd spends time on each argument of its own.
-    """
-
-    # grad_loss of the last backward: a guess at the next one, which changes no result.
-    expected = 1.0
-
-    @staticmethod
-    def forward(ctx, velocity, uncond, uncond_grad, constants):
-        args = LossArguments(velocity, uncond, *constants)
-        expected = LossInOnePass.expected
-        *results, coefs, dv, du = gradient_op(*args, expected, uncond_grad)
-        ctx.ready = expected, dv, du
-        _save(ctx, uncond_grad, args, results, coefs)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("grpo_loss")
-    def backward(ctx, grad_loss, *unused):
-        if grad_loss is None:
-            return None, None, None, None
-        # Read even if not needed: autograd then refuses what was changed in place meanwhile.
-        saved = ctx.saved_tensors
-        # Handed out once: whoever gets the gradient may change it in place.
-        ready, ctx.ready = ctx.ready, None
-        asked = None
-        if ready is not None and readable(grad_loss):
-            # Not compared through the class, where another thread may write, too.
-            asked = LossInOnePass.expected = grad_loss.item()
-        if ready is not None and ready[0] == asked:
-            _, dv, du = ready
-            du = du if ctx.uncond_grad else None
-        else:
-            dv, du = _gradients(ctx, saved, grad_loss)
-        return dv, du, None, None
-
-
-def _save(
-    ctx, uncond_grad: bool, args: LossArguments, results: Sequence[Tensor], coefs: Tensor
-) -> None:
-    """Saves what `_gradients` needs. results: of the op grpo_loss_forward, without coefs."""
-    ctx.save_for_backward(
-        coefs, args.velocity, args.uncond_velocity, args.sample, args.prev_sample, args.table,
-        args.step, args.ref_velocity, args.ref_uncond_velocity, args.old_velocity,
-    )  # fmt: skip
-    ctx.scale, ctx.uncond_grad = args.guidance_scale, uncond_grad
-    _loss, *others = results
-    ctx.mark_non_differentiable(*others)
-    # The gradients of the other outputs are never used: no zeros are made for them.
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, saved: tuple, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Computes the gradients of both velocities from what `_save` saved."""
-    coefs, velocity, uncond, sample, prev_sample, table, step, ref, ref_u, old = saved
-    dv, du = backward_op(
-        grad_loss, coefs, velocity, uncond, ctx.scale, sample, prev_sample, table, step,
-        ref, ref_u, old, ctx.uncond_grad,
-    )  # fmt: skip
-    return dv, (du if ctx.uncond_grad else None)
+LossFunction = loss_function("grpo_loss", LossArguments, forward_op, gradient_op, backward_op)
 
 
 def grpo_loss(
@@ -608,13 +515,7 @@ def grpo_loss(
         row_weight, row_weight if kl_row_weight is None else kl_row_weight,
         kl_weight, low, high, adv_clip,
     )  # fmt: skip
-    check_transforms("grpo_loss", velocity, uncond)
-    if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
-        *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
-    elif dispatch.in_one_pass("grpo_loss_gradient", velocity, sample):
-        results = LossInOnePass.apply(velocity, uncond, uncond_grad, constants)
-    else:
-        results = LossInTwoPasses.apply(uncond_grad, velocity, uncond, *constants)
+    results = LossFunction.evaluate(velocity, uncond, uncond_grad, *constants)
     loss, policy_loss, kl, clip_fraction, lp, ratio = results
     return GrpoLoss(loss, policy_loss, kl, lp, ratio, clip_fraction)
 

@@ -30,6 +30,8 @@ from .backends.triton import (
     COL_K,
     COL_SIGMA,
     LANES_C,
+    PARTS_C,
+    chunk_lanes,
     coefficient,
     count,
     guided,
@@ -37,6 +39,8 @@ from .backends.triton import (
     load,
     pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     residual,
     score,
     store_gradient,
@@ -105,7 +109,7 @@ def log_prob_kernel(
     u_ptr,  # [B, D] if GUIDED
     x_ptr,  # [B, D]
     prev_ptr,  # [B, D]
-    sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
+    sums_ptr,  # [B, blocks, PARTS], or log_prob [B] if SINGLE
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
     mean_ptr,  # [B, D] if MEAN
@@ -121,8 +125,9 @@ def log_prob_kernel(
     MEAN: tl.constexpr,
     X0: tl.constexpr,
 ):
-    """Writes a block's sum of squares, or the row's log_prob; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a sum of squares, PARTS programs per block, or the row's log_prob if SINGLE."""
+    parts: tl.constexpr = 1 if SINGLE else PARTS_C
+    row, part, _start, base, remaining = position(parts, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
@@ -130,13 +135,15 @@ def log_prob_kernel(
     if X0:
         sigma = coefficient(table_ptr, step, num_steps, COL_SIGMA)
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
+    for chunk in range(CHUNKS_C if SINGLE else 1):
+        # The mean is float32: four a thread, as it is stored.
+        o_lane = chunk_lanes(chunk, 1, MEAN) if SINGLE else quarter_lanes(part, 1, MEAN)
         if MEAN:
             b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
             b_from = load(x_ptr + base, o_lane, remaining)
+            b_prev = load(prev_ptr + base, o_lane, remaining)
             b_mu = a * b_from + b * b_v
-            b_d = load(prev_ptr + base, o_lane, remaining) - b_mu
+            b_d = b_prev - b_mu
             store_moments(
                 mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_from, b_mu, sigma, MEAN, X0
             )
@@ -145,14 +152,14 @@ def log_prob_kernel(
                 v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
             )
         b_sum += b_d * b_d
-    total = pair_tree(b_sum, LANES_C)
     if SINGLE:
+        total = pair_tree(b_sum, LANES_C)
         k = coefficient(table_ptr, step, num_steps, COL_K)
         c0 = coefficient(table_ptr, step, num_steps, COL_C0)
         c = coefficient(table_ptr, step, num_steps, COL_C)
         tl.store(sums_ptr + row, score(total, elements, k, c0, c))
     else:
-        tl.store(sums_ptr + tl.program_id(0), total)
+        tl.store(sums_ptr + tl.program_id(0), quarter_sum(b_sum))
 
 
 @jit
@@ -178,8 +185,8 @@ def log_prob_backward_kernel(
     GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a chunk of the gradients; PARTS programs per block."""
+    row, chunk, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
@@ -189,20 +196,16 @@ def log_prob_backward_kernel(
     sigma = 0.0
     if grad_x0_ptr is not None:
         sigma = coefficient(table_ptr, step, num_steps, COL_SIGMA)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        _v, b_d = residual(
-            v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-        )
-        b_dv = term(c_d, b_d)
-        if grad_mean_ptr is not None:
-            b_dv += b * load(grad_mean_ptr + base, o_lane, remaining)
-        if grad_x0_ptr is not None:
-            b_dv -= sigma * load(grad_x0_ptr + base, o_lane, remaining)
-        store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-            GUIDED, UNCOND_GRAD,
-        )  # fmt: skip
+    o_lane = chunk_lanes(chunk)
+    _v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    b_dv = term(c_d, b_d)
+    if grad_mean_ptr is not None:
+        b_dv += b * load(grad_mean_ptr + base, o_lane, remaining)
+    if grad_x0_ptr is not None:
+        b_dv -= sigma * load(grad_x0_ptr + base, o_lane, remaining)
+    store_gradient(
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
+    )
 
 
 @triton.launcher("log_prob")
@@ -213,11 +216,12 @@ def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step, m
     if rows == 0:
         return log_prob
     blocks = triton.num_blocks(elements)
-    sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
+    sums = log_prob if blocks == 1 else triton.partial_sums(log_prob, rows, blocks)
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        launch(log_prob_kernel, rows * blocks)(
-            velocity, uncond, sample, prev_sample, sums, table, step, mean, x0, scale, *sizes,
+        launch(
+            log_prob_kernel, rows * blocks * (1 if blocks == 1 else triton.PARTS),
+            (velocity, uncond, sample, prev_sample, sums, table, step, mean, x0), (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             SINGLE=blocks == 1,
@@ -226,9 +230,10 @@ def _launch(launch, velocity, uncond, scale, sample, prev_sample, table, step, m
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            launch(triton.finish_kernel, rows)(
-                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
-            )
+            launch(
+                triton.finish_kernel, rows, (sums, log_prob, table, step), sizes,
+                **triton.second_pass(blocks),
+            )  # fmt: skip
     return log_prob
 
 
@@ -260,10 +265,11 @@ def _launch_mean_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(log_prob_backward_kernel, rows * blocks)(
-            grad, velocity, uncond, sample, prev_sample, grad_mean, grad_x0, dv,
-            du if uncond_grad else None, table, step, scale, 1.0 - scale, elements, table.shape[0],
-            step.stride(0), blocks,
+        launch(
+            log_prob_backward_kernel, rows * blocks * triton.PARTS,
+            (grad, velocity, uncond, sample, prev_sample, grad_mean, grad_x0, dv,
+             du if uncond_grad else None, table, step),
+            (scale, 1.0 - scale, elements, table.shape[0], step.stride(0), blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             UNCOND_GRAD=uncond_grad,

@@ -26,6 +26,7 @@ does.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,18 +34,18 @@ from torch import Tensor
 
 from . import checks, reference
 from .arguments import check_tensor, finite, positive
-from .autograd import check_transforms, once_differentiable, readable
 from .backends import dispatch, triton
 from .backends.triton import (
-    CHUNKS_C,
-    LANES_C,
+    PARTS_C,
+    chunk_lanes,
     constant,
     count,
     guided,
     jit,
     load,
-    pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     row_sum,
     store_gradient,
     store_three,
@@ -52,6 +53,7 @@ from .backends.triton import (
     term,
     tl,
 )
+from .loss_function import loss_function
 from .reference import NftArguments
 
 # Sums of a row that the forward pass leaves: of |p|, p p, |q|, q q, h h and e e (see reference.py).
@@ -149,7 +151,7 @@ def nft_loss_sums_kernel(
     ref_ptr,  # [B, D] if REF
     ref_u_ptr,  # [B, D] if REF_GUIDED
     sigma_ptr,  # [B]
-    sums_ptr,  # [6, B * blocks]: of |p|, p p, |q|, q q, h h, e e
+    sums_ptr,  # [6, B * blocks * PARTS]: of |p|, p p, |q|, q q, h h, e e
     scale,
     beta,
     elements,
@@ -159,40 +161,28 @@ def nft_loss_sums_kernel(
     REF: tl.constexpr,
     REF_GUIDED: tl.constexpr,
 ):
-    """Writes a block's six sums; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes six sums; PARTS programs per block."""
+    row, part, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     sigma = unit(sigma_ptr, row)
     sigma_beta = sigma * beta
-    b_abs_p = tl.zeros([LANES_C], dtype=tl.float32)
-    b_pp = tl.zeros([LANES_C], dtype=tl.float32)
-    b_abs_q = tl.zeros([LANES_C], dtype=tl.float32)
-    b_qq = tl.zeros([LANES_C], dtype=tl.float32)
-    b_hh = tl.zeros([LANES_C], dtype=tl.float32)
-    b_ee = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        if REF:
-            b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_ee += b_e * b_e
-        b_old = load(old_ptr + base, o_lane, remaining)
-        b_h = b_v - b_old
-        b_hh += b_h * b_h
-        b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
-        # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
-        b_abs_p += tl.abs(b_p)
-        b_pp += b_p * b_p
-        b_abs_q += tl.abs(b_q)
-        b_qq += b_q * b_q
+    o_lane = quarter_lanes(part)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+    # All loads before the first sum, which waits for them.
+    if REF:
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining)
+    b_h = b_v - b_old
+    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
-    tl.store(p_sum + SUM_ABS_P * programs, pair_tree(b_abs_p, LANES_C))
-    tl.store(p_sum + SUM_P * programs, pair_tree(b_pp, LANES_C))
-    tl.store(p_sum + SUM_ABS_Q * programs, pair_tree(b_abs_q, LANES_C))
-    tl.store(p_sum + SUM_Q * programs, pair_tree(b_qq, LANES_C))
-    tl.store(p_sum + SUM_H * programs, pair_tree(b_hh, LANES_C))
     if REF:
-        tl.store(p_sum + SUM_E * programs, pair_tree(b_ee, LANES_C))
+        tl.store(p_sum + SUM_E * programs, quarter_sum(b_e * b_e))
+    tl.store(p_sum + SUM_H * programs, quarter_sum(b_h * b_h))
+    # A masked lane has p = q = 0 unless sigma is NaN, and then the row is.
+    tl.store(p_sum + SUM_ABS_P * programs, quarter_sum(tl.abs(b_p)))
+    tl.store(p_sum + SUM_P * programs, quarter_sum(b_p * b_p))
+    tl.store(p_sum + SUM_ABS_Q * programs, quarter_sum(tl.abs(b_q)))
+    tl.store(p_sum + SUM_Q * programs, quarter_sum(b_q * b_q))
 
 
 @jit
@@ -316,29 +306,25 @@ def nft_loss_backward_kernel(
     REF_GUIDED: tl.constexpr,
     UNCOND_GRAD: tl.constexpr,
 ):
-    """Writes a block of the gradients; one program per block."""
-    row, _start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes a chunk of the gradients; PARTS programs per block."""
+    row, chunk, _start, base, remaining = position(PARTS_C, elements, num_blocks, ALIGN)
     sigma = unit(sigma_ptr, row)
     sigma_beta = sigma * beta
     grad = tl.load(grad_ptr).to(tl.float32)
     c_p = grad * tl.load(coefs_ptr + 3 * row)
     c_q = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 2)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_old = load(old_ptr + base, o_lane, remaining)
-        b_p, b_q = errors(
-            x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta
-        )
-        b_dv = term(c_p, b_p) + term(c_q, b_q)
-        if REF:
-            b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-            b_dv += term(c_e, b_v - b_ref)
-        store_gradient(
-            dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-            GUIDED, UNCOND_GRAD,
-        )  # fmt: skip
+    o_lane = chunk_lanes(chunk)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining)
+    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta)
+    b_dv = term(c_p, b_p) + term(c_q, b_q)
+    if REF:
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_dv += term(c_e, b_v - b_ref)
+    store_gradient(
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
+    )
 
 
 @triton.launcher("nft_loss_forward")
@@ -362,29 +348,33 @@ def _launch_forward(launch, *args):
             total.zero_()
         return *totals, *per_row, coefs
     blocks = triton.num_blocks(elements)
-    sums, terms = new(6, rows * blocks), new(3, rows)
+    sums, terms = triton.partial_sums(loss, 6 * rows, blocks), new(3, rows)
     ref = a.ref_velocity is not None
     with triton.on(device):
-        launch(nft_loss_sums_kernel, rows * blocks)(
-            a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
-            a.ref_uncond_velocity, a.sigma, sums, a.guidance_scale, a.beta, elements, blocks,
+        launch(
+            nft_loss_sums_kernel, rows * blocks * triton.PARTS,
+            (a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.ref_velocity,
+             a.ref_uncond_velocity, a.sigma, sums),
+            (a.guidance_scale, a.beta, elements, blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=a.uncond_velocity is not None,
             REF=ref,
             REF_GUIDED=a.ref_uncond_velocity is not None,
             **triton.LAUNCH,
         )  # fmt: skip
-        launch(nft_loss_rows_kernel, rows)(
-            sums, a.sigma, a.optimality, a.row_weight, a.kl_row_weight, *per_row, coefs, terms,
-            a.beta, a.floor, a.kl_weight, elements, blocks,
+        launch(
+            nft_loss_rows_kernel, rows,
+            (sums, a.sigma, a.optimality, a.row_weight, a.kl_row_weight, *per_row, coefs, terms),
+            (a.beta, a.floor, a.kl_weight, elements, blocks),
             REF=ref,
             WEIGHT=a.row_weight is not None,
             KL_WEIGHT=a.kl_row_weight is not None,
             **triton.second_pass(blocks),
         )  # fmt: skip
-        launch(nft_loss_totals_kernel, 1)(
-            terms, *totals, a.kl_weight, rows, REF=ref, **triton.ONE_WARP
-        )
+        launch(
+            nft_loss_totals_kernel, 1, (terms, *totals), (a.kl_weight, rows),
+            REF=ref, **triton.ONE_WARP,
+        )  # fmt: skip
     return *totals, *per_row, coefs
 
 
@@ -400,9 +390,11 @@ def _launch_backward(
         return dv, du
     blocks = triton.num_blocks(elements)
     with triton.on(sample.device):
-        launch(nft_loss_backward_kernel, rows * blocks)(
-            grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
-            du if uncond_grad else None, scale, 1.0 - scale, beta, elements, blocks,
+        launch(
+            nft_loss_backward_kernel, rows * blocks * triton.PARTS,
+            (grad_loss, coefs, velocity, uncond, sample, x0, old, ref, ref_uncond, sigma, dv,
+             du if uncond_grad else None),
+            (scale, 1.0 - scale, beta, elements, blocks),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             REF=ref is not None,
@@ -416,64 +408,11 @@ def _launch_backward(
 @triton.launcher("nft_loss_gradient")
 def _launch_gradient(launch, *args):
     """Runs the two in turn, four launches: a GPU gains nothing by knowing grad_loss before."""
-    *args, grad_loss, uncond_grad = args
-    outputs = _launch_forward(launch, *args)
-    loss, *_, coefs = outputs
-    grad = torch.full_like(loss, grad_loss)
-    shared = NftArguments(*args).of_backward()
-    return *outputs, *_launch_backward(launch, grad, coefs, *shared, uncond_grad)
+    passes = (functools.partial(run, launch) for run in (_launch_forward, _launch_backward))
+    return reference.in_turn(NftArguments, *passes, args)
 
 
-class NftLossFunction(torch.autograd.Function):
-    """Loss whose forward may write the gradient too, for the grad_loss of the last backward."""
-
-    # grad_loss of the last backward: a guess at the next one, which changes no result.
-    expected = 1.0
-
-    @staticmethod
-    def forward(ctx, one_pass, uncond_grad, *args):
-        a = NftArguments(*args)
-        ctx.ready = None
-        if one_pass:
-            expected = NftLossFunction.expected
-            *results, coefs, dv, du = gradient_op(*args, expected, uncond_grad)
-            ctx.ready = expected, dv, du
-        else:
-            *results, coefs = forward_op(*args)
-        ctx.save_for_backward(
-            coefs, a.velocity, a.uncond_velocity, a.sample, a.x0, a.old_velocity, a.sigma,
-            a.ref_velocity, a.ref_uncond_velocity,
-        )  # fmt: skip
-        ctx.scale, ctx.beta, ctx.uncond_grad = a.guidance_scale, a.beta, uncond_grad
-        _loss, *others = results
-        ctx.mark_non_differentiable(*others)
-        # The gradients of the other outputs are never used: no zeros are made for them.
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable("nft_loss")
-    def backward(ctx, grad_loss, *unused):
-        # One result for each argument of forward: two switches, the velocities, the constants.
-        constants = [None] * (len(NftArguments._fields) - 2)
-        if grad_loss is None:
-            return None, None, None, None, *constants
-        # Read even if not needed: autograd then refuses what was changed in place meanwhile.
-        coefs, velocity, uncond, sample, x0, old, sigma, ref, ref_u = ctx.saved_tensors
-        # Handed out once: whoever gets the gradient may change it in place.
-        ready, ctx.ready = ctx.ready, None
-        asked = None
-        if ready is not None and readable(grad_loss):
-            # Not compared through the class, where another thread may write, too.
-            asked = NftLossFunction.expected = grad_loss.item()
-        if ready is not None and ready[0] == asked:
-            _, dv, du = ready
-        else:
-            dv, du = backward_op(
-                grad_loss, coefs, velocity, uncond, ctx.scale, sample, x0, old, sigma, ref, ref_u,
-                ctx.beta, ctx.uncond_grad,
-            )  # fmt: skip
-        return None, None, dv, du if ctx.uncond_grad else None, *constants
+LossFunction = loss_function("nft_loss", NftArguments, forward_op, gradient_op, backward_op)
 
 
 def nft_loss(
@@ -546,13 +485,7 @@ def nft_loss(
         scale, sample, x0, old_velocity, sigma, optimality, ref_velocity, ref_uncond_velocity,
         row_weight, row_weight if kl_row_weight is None else kl_row_weight, beta, floor, kl_weight,
     )  # fmt: skip
-    check_transforms("nft_loss", velocity, uncond)
-    if not (torch.is_grad_enabled() and (velocity.requires_grad or uncond_grad)):
-        *results, _coefs = forward_op(velocity.detach(), uncond, *constants)
-    else:
-        one_pass = dispatch.in_one_pass("nft_loss_gradient", velocity, sample)
-        results = NftLossFunction.apply(one_pass, uncond_grad, velocity, uncond, *constants)
-    return NftLoss(*results)
+    return NftLoss(*LossFunction.evaluate(velocity, uncond, uncond_grad, *constants))
 
 
 def _check(

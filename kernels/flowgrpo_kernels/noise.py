@@ -19,7 +19,7 @@ from .backends import dispatch, triton
 from .backends.triton import (
     CHUNKS_C,
     INITIAL_STEP_C,
-    LANES_C,
+    chunk_lanes,
     jit,
     narrow,
     normals,
@@ -54,12 +54,12 @@ def initial_noise_kernel(
     ALIGN: tl.constexpr,
 ):
     """Writes a block of normals; one program per block."""
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    row, _part, start, base, remaining = position(1, elements, num_blocks, ALIGN)
     seed = tl.load(seeds_ptr + row)
     step = tl.full([], INITIAL_STEP_C, tl.uint32)
     for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        b_z = normals((start + chunk * LANES_C) // 4, seed, step)
+        o_lane = chunk_lanes(chunk)
+        b_z = normals(start, chunk_lanes(chunk, 4), seed, step)
         store(out_ptr + base, o_lane, remaining, narrow(b_z, out_ptr.dtype.element_ty))
 
 
@@ -73,9 +73,10 @@ def _launch(launch, seeds, shape, dtype):
     blocks = triton.num_blocks(elements)
     align = triton.alignment(rows, elements)
     with triton.on(seeds.device):
-        launch(initial_noise_kernel, rows * blocks)(
-            out, seeds, elements, blocks, ALIGN=align, **triton.LAUNCH
-        )
+        launch(
+            initial_noise_kernel, rows * blocks, (out, seeds), (elements, blocks),
+            ALIGN=align, **triton.LAUNCH,
+        )  # fmt: skip
     return out
 
 

@@ -80,14 +80,14 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     bits = u.view(torch.int32)
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
-    square = e.to(torch.float32) * MINUS_2_LN2 + f * _horner(LOG_POLY, f)
+    square = e.to(torch.float32) * MINUS_2_LN2 + f * horner(LOG_POLY, f)
     # torch's float32 sqrt on the CPU (MKL) is not always correctly rounded; by float64 it is.
     r = torch.sqrt(square.to(torch.float64)).to(torch.float32)
 
     f = (angle << 2).to(torch.int32).to(torch.float32) * 2.0**-32
     z = f * f
-    s = f * _horner(SIN_POLY, z)
-    c = z * _horner(COS_POLY, z) + 1.0
+    s = f * horner(SIN_POLY, z)
+    c = z * horner(COS_POLY, z) + 1.0
     c = torch.where((angle >> 31) != 0, -c, c)
     swap = ((angle >> 30) & 1) != 0
     return r * torch.where(swap, s, c), r * torch.where(swap, c, s)
@@ -103,7 +103,8 @@ def normals(seeds: Tensor, steps: Tensor, numel: int) -> Tensor:
     return z[:, :numel]
 
 
-def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+def horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Computes a polynomial, lowest coefficient first."""
     result = x * coefficients[-1] + coefficients[-2]
     for c in coefficients[-3::-1]:
         result = result * x + c

@@ -20,6 +20,7 @@ from . import checks, reference
 from .autograd import check_transforms
 from .backends import dispatch, triton
 from .backends.triton import (
+    BLOCK_C,
     CHUNKS_C,
     COL_A,
     COL_B,
@@ -29,6 +30,8 @@ from .backends.triton import (
     COL_NOISE_STEP,
     COL_SIGMA,
     LANES_C,
+    PARTS_C,
+    chunk_lanes,
     coefficient,
     guided,
     jit,
@@ -37,11 +40,15 @@ from .backends.triton import (
     normals,
     pair_tree,
     position,
+    quarter_lanes,
+    quarter_sum,
     score,
     store,
     store_moments,
+    store_quarters,
     tl,
 )
+from .reference import BLOCK
 from .transitions import Transitions
 
 sde_step_op = dispatch.define(
@@ -54,6 +61,11 @@ sde_step_op = dispatch.define(
 )
 
 
+FEW_BLOCKS = 4 * 132
+"""Below it PARTS programs share a block: four for each multiprocessor of an H100 or H200. What a
+program does once costs as much as a fifth of the rest of it then. The bits are the same."""
+
+
 @jit
 def sde_step_kernel(
     v_ptr,  # [B, D]
@@ -61,7 +73,7 @@ def sde_step_kernel(
     x_ptr,  # [B, D]
     noise_ptr,  # [B, D] if NOISE == "tensor"
     out_ptr,  # [B, D]
-    sums_ptr,  # [B, blocks], or log_prob [B] if SINGLE
+    sums_ptr,  # [B, blocks, PARTS], or log_prob [B] if SINGLE
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
     seeds_ptr,  # [B] if NOISE == "seeds"
@@ -76,11 +88,13 @@ def sde_step_kernel(
     GUIDED: tl.constexpr,
     NOISE: tl.constexpr,  # "none", "seeds" or "tensor"
     SINGLE: tl.constexpr,
+    SPLIT: tl.constexpr,  # PARTS programs per block, and every block is full
     MEAN: tl.constexpr,
     X0: tl.constexpr,
 ):
-    """Writes a block of x' and its sum of squares, or the row's log_prob; one program per block."""
-    row, start, base, remaining = position(elements, num_blocks, ALIGN)
+    """Writes x' and sums of squares, or the row's log_prob; one program per block unless SPLIT."""
+    parts: tl.constexpr = PARTS_C if SPLIT else 1
+    row, part, start, base, remaining = position(parts, elements, num_blocks, ALIGN)
     step = tl.load(step_ptr + row * step_stride)
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
@@ -93,38 +107,42 @@ def sde_step_kernel(
         noise_step = coefficient(table_ptr, step, num_steps, COL_NOISE_STEP)
         noise_step = noise_step.to(tl.int32).to(tl.uint32)
 
+    # Four a thread, as normals makes and float32 stores them: else a 16-bit velocity would be
+    # loaded eight a thread, and each chunk change its layout behind barriers.
+    four: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
-    for chunk in range(CHUNKS_C):
-        o_lane = chunk * LANES_C + tl.arange(0, LANES_C)
-        if out_ptr.dtype.element_ty == tl.float32:
-            # Four a thread, as normals makes and float32 stores them: else a 16-bit velocity would
-            # be loaded eight a thread, and each chunk change its layout behind barriers.
-            o_lane = tl.max_contiguous(o_lane, 4)
-        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-        b_from = load(x_ptr + base, o_lane, remaining)
+    for chunk in range(1 if SPLIT else CHUNKS_C):
+        if SPLIT:
+            o_lane, o_quad, end = quarter_lanes(part, 1, four), quarter_lanes(part, 4), BLOCK_C
+        else:
+            o_lane, o_quad, end = chunk_lanes(chunk, 1, four), chunk_lanes(chunk, 4), remaining
+        b_v = guided(v_ptr, u_ptr, base, o_lane, end, scale, GUIDED)
+        b_from = load(x_ptr + base, o_lane, end)
+        if NOISE == "tensor":
+            b_noise = load(noise_ptr + base, o_lane, end)
         b_mu = a * b_from + b * b_v
-        store_moments(
-            mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_from, b_mu, sigma, MEAN, X0
-        )
+        store_moments(mean_ptr, x0_out_ptr, base, o_lane, end, b_v, b_from, b_mu, sigma, MEAN, X0)
         if NOISE == "seeds":
-            b_x = b_mu + c * normals((start + chunk * LANES_C) // 4, seed, noise_step)
+            b_x = b_mu + c * normals(start, o_quad, seed, noise_step)
         elif NOISE == "tensor":
             # A quiet row takes nothing from noise, which may be infinite or NaN there.
-            b_x = b_mu + tl.where(c == 0.0, 0.0, c * load(noise_ptr + base, o_lane, remaining))
+            b_x = b_mu + tl.where(c == 0.0, 0.0, c * b_noise)
         else:
             b_x = b_mu
         b_out = narrow(b_x, out_ptr.dtype.element_ty)
-        store(out_ptr + base, o_lane, remaining, b_out)
+        store(out_ptr + base, o_lane, end, b_out)
         b_d = b_out.to(tl.float32) - b_mu
         # Beyond the row's end x' is noise; its square must not enter the sum.
-        b_sum += tl.where(o_lane < remaining, b_d * b_d, 0.0)
-    total = pair_tree(b_sum, LANES_C)
+        b_sum += tl.where(o_lane < end, b_d * b_d, 0.0)
     if SINGLE:
+        total = pair_tree(b_sum, LANES_C)
         k = coefficient(table_ptr, step, num_steps, COL_K)
         c0 = coefficient(table_ptr, step, num_steps, COL_C0)
         tl.store(sums_ptr + row, score(total, elements, k, c0, c))
+    elif SPLIT:
+        tl.store(sums_ptr + tl.program_id(0), quarter_sum(b_sum))
     else:
-        tl.store(sums_ptr + tl.program_id(0), total)
+        store_quarters(sums_ptr + tl.program_id(0).to(tl.int64) * PARTS_C, b_sum)
 
 
 @triton.launcher("sde_step")
@@ -142,24 +160,28 @@ def _launch(
     elif seeds is not None:
         source = "seeds"
     blocks = triton.num_blocks(elements)
-    sums = log_prob if blocks == 1 else log_prob.new_empty(rows * blocks)
+    sums = log_prob if blocks == 1 else triton.partial_sums(log_prob, rows, blocks)
+    split = blocks > 1 and rows * blocks < FEW_BLOCKS and elements % BLOCK == 0
     sizes = (elements, table.shape[0], step.stride(0), blocks)
     with triton.on(sample.device):
-        launch(sde_step_kernel, rows * blocks)(
-            velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0, scale,
-            *sizes,
+        launch(
+            sde_step_kernel, rows * blocks * (triton.PARTS if split else 1),
+            (velocity, uncond, sample, noise, prev_sample, sums, table, step, seeds, mean, x0),
+            (scale, *sizes),
             ALIGN=triton.alignment(rows, elements),
             GUIDED=uncond is not None,
             NOISE=source,
             SINGLE=blocks == 1,
+            SPLIT=split,
             MEAN=mean is not None,
             X0=x0 is not None,
             **triton.LAUNCH,
         )  # fmt: skip
         if blocks > 1:
-            launch(triton.finish_kernel, rows)(
-                sums, log_prob, table, step, *sizes, **triton.second_pass(blocks)
-            )
+            launch(
+                triton.finish_kernel, rows, (sums, log_prob, table, step), sizes,
+                **triton.second_pass(blocks),
+            )  # fmt: skip
 
 
 def sde_step(
@@ -267,29 +289,31 @@ def _check_overlap(buffers: dict[str, Tensor], inputs: dict[str, Tensor | None])
     Backends read a contiguous input block by block while they write. One that is not contiguous
     they copy first, so a buffer may lie between its rows.
     """
-    read = {name: x for name, x in inputs.items() if x is not None}
-    spans = {name: _span(x) for name, x in (read | buffers).items()}
+    spans = {name: _span(x) for name, x in (inputs | buffers).items() if x is not None}
     for buffer in buffers:
         start, end = spans[buffer]
         for name, (first, last) in spans.items():
-            if name == buffer or start == end or first == last:
+            # True of few, so it is asked first: these checks are a visible share of a call's time.
+            if first >= end or start >= last or name == buffer:
                 continue
-            whole = name in buffers or inputs[name].is_contiguous()
-            if (start < last and first < end) if whole else start == first:
+            if name in buffers or start == first or inputs[name].is_contiguous():
                 raise ValueError(f"{buffer} must not be the memory of {name}, nor overlap it")
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of x and of the one behind its last; equal without memory."""
+    """Addresses of the first byte of x and of the one behind its last; 0 and 0 without memory."""
     try:
         start = x.data_ptr()
     # In a tracer or under a transform a tensor has no address.
     except RuntimeError:
         return 0, 0
-    if start == 0 or x.numel() == 0:
+    count = x.numel()
+    if start == 0 or count == 0:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    if not x.is_contiguous():
+        steps = zip(x.shape, x.stride(), strict=True)
+        count = 1 + sum((size - 1) * stride for size, stride in steps)
+    return start, start + count * x.element_size()
 
 
 def _no_gradient(**tensors: Tensor | None) -> None:

@@ -250,9 +250,10 @@ def _launch(
     inputs = (sigma, sigma_next, noise_level, sigma_max, noise_step)
     strides = [0 if x is None or x.numel() == 1 else 1 for x in inputs]
     with triton.on(sigma.device):
-        launch(transition_rows_kernel, -(-rows // LANES))(
-            *inputs, table, *strides, rows, near_one, LAW=law, FLAGS=flags, **triton.ONE_WARP
-        )
+        launch(
+            transition_rows_kernel, -(-rows // LANES), (*inputs, table),
+            (*strides, rows, near_one), LAW=law, FLAGS=flags, **triton.ONE_WARP,
+        )  # fmt: skip
     return table
 
 

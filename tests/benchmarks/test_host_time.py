@@ -61,11 +61,10 @@ def calls(monkeypatch):
         ).loss
         torch.autograd.grad(loss, trained, grad)
 
-    args, constants = bench_launch.kernel_arguments(bench_launch.inputs(), transitions)
-    programs = bench_launch.ROWS * 16
+    tensors, numbers, constants = bench_launch.kernel_arguments(bench_launch.inputs(), transitions)
 
     def launch():
-        compiled.launch(sde_step_kernel, programs)(*args, **constants)
+        compiled.launch(sde_step_kernel, bench_launch.PROGRAMS, tensors, numbers, **constants)
 
     with stub.tensors_of("cpu"), dispatch.use_backend("compiled"):
         launch()

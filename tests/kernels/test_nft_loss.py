@@ -342,14 +342,14 @@ def test_second_derivatives_and_batches_of_gradients(name):
 def test_upstream_gradient_is_the_last_one_until_it_is_not(monkeypatch):
     """backward reads everything again where grad_loss is not what forward took it for."""
     seen = []
-    backward = MODULE.backward_op
+    backward = native.nft_loss_backward
 
     def counting(grad_loss, *args):
         seen.append(grad_loss.item())
         return backward(grad_loss, *args)
 
-    monkeypatch.setattr(MODULE, "backward_op", counting)
-    monkeypatch.setattr(MODULE.NftLossFunction, "expected", 1.0)
+    monkeypatch.setattr(native, "nft_loss_backward", counting)
+    monkeypatch.setattr(MODULE.LossFunction, "expected", 1.0)
     b = oracle.nft_batch(4, (3, 7, 9), torch.bfloat16)
 
     def gradient(factor):

@@ -22,6 +22,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _PTX_LINE = r"^\s+(?:@\S+\s+)?[a-z][\w.:]+\s.*;"
+# An address, perhaps a predicate, the instruction.
+_SASS_LINE = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
 _AMD_LINE = r"^\s+(?:s|v|ds|buffer|global|flat)_\w+"
 
 
@@ -30,6 +32,7 @@ class Report:
     """Result of a compilation.
 
     shared, local: bytes. registers: a thread's. instructions: lines of PTX or AMD assembly.
+    machine: instructions that NVIDIA's assembler made of them; barriers: those among them.
     """
 
     variant: Variant
@@ -40,6 +43,8 @@ class Report:
     instructions: int
     registers: int | None = None
     local: int | None = None
+    machine: int | None = None
+    barriers: int | None = None
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:
@@ -63,7 +68,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
         len(re.findall(_PTX_LINE if nvidia else _AMD_LINE, assembly, re.M)),
     )
     if nvidia:
-        report.registers, report.local = _resources(compiled.asm["cubin"])
+        facts = _machine_code(compiled.asm["cubin"])
+        report.registers, report.local, report.machine, report.barriers = facts
     elif registers := re.search(r"\.vgpr_count:\s+(\d+)", assembly):
         report.registers = int(registers.group(1))
         spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
@@ -71,20 +77,26 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     return report
 
 
-def _resources(cubin: bytes) -> tuple[int | None, int | None]:
-    """Reads (registers a thread, bytes of stack and local memory) with Triton's own cuobjdump."""
+def _machine_code(cubin: bytes) -> tuple[int | None, int | None, int | None, int | None]:
+    """Reads (registers, bytes of stack and local memory, instructions, barriers) of a binary.
+
+    With Triton's own cuobjdump; the padding behind the last instruction does not count.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=False
-        )
+            [tool, "--dump-resource-usage", "--dump-sass", file.name],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
     usage = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", done.stdout)
     if not usage:
-        return None, None
+        return None, None, None, None
     registers, stack, local = map(int, usage.groups())
-    return registers, stack + local
+    code = [text for text in re.findall(_SASS_LINE, done.stdout) if text != "NOP"]
+    barriers = sum(text.startswith("BAR") for text in code)
+    return registers, stack + local, len(code), barriers
 
 
 def problems(report: Report) -> list[str]:

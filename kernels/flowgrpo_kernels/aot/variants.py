@@ -145,7 +145,13 @@ def _streaming_variants(v: str, s: str, guided: bool, align: int) -> Iterator[Va
     for name, kernel, constants, absent in (
         (
             "sde_step", sde_step_kernel,
-            {**flags, "NOISE": "seeds", "SINGLE": False, **no_moments},
+            {**flags, "NOISE": "seeds", "SINGLE": False, "SPLIT": False, **no_moments},
+            (*no_uncond, "noise_ptr", "mean_ptr", "x0_out_ptr"),
+        ),
+        # A full block has a multiple of 16 elements.
+        (
+            "sde_step split", sde_step_kernel,
+            {**flags, "ALIGN": 16, "NOISE": "seeds", "SINGLE": False, "SPLIT": True, **no_moments},
             (*no_uncond, "noise_ptr", "mean_ptr", "x0_out_ptr"),
         ),
         (
@@ -169,7 +175,10 @@ def _moment_variants(v: str, s: str, align: int) -> Iterator[Variant]:
     flags = {"ALIGN": align, "GUIDED": False}
     both = {**flags, "SINGLE": False, "MEAN": True, "X0": True}
     for name, kernel, constants, absent in (
-        ("sde_step mean", sde_step_kernel, {**both, "NOISE": "seeds"}, ("u_ptr", "noise_ptr")),
+        (
+            "sde_step mean", sde_step_kernel, {**both, "NOISE": "seeds", "SPLIT": True},
+            ("u_ptr", "noise_ptr"),
+        ),
         ("log_prob mean", log_prob_kernel, both, ("u_ptr",)),
         (
             "log_prob_backward mean", log_prob_backward_kernel,

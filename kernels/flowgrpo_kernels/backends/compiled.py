@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from . import triton
-from .cuda_driver import INVALID_CONTEXT, RECORD, Driver, DriverError, load
+from .cuda_driver import INVALID_CONTEXT, KERNEL, LAUNCH, MISALIGNED, Driver, DriverError, load
 from .images import ImageError, Manifest, Pack, launch_key
 
 DEVICES = ["cuda"]
 """Types of device whose tensors are taken; a test adds "cpu", over a stand-in for the driver."""
-_ALIGNED = 15
 
 
 class Unserved(Exception):
@@ -39,20 +38,12 @@ class Unserved(Exception):
 class _Plan(NamedTuple):
     """All of a launch that its tensors and numbers do not change.
 
-    aligned: which of its tensors must begin at a multiple of 16 bytes; multiples: which of its
-    arguments must be a multiple of 16. Both lists are of what chose the code.
+    launch: of the driver; pack: makes the second of its arguments; kernel: the first.
     """
 
-    launch: Callable[[bytes], int]
+    launch: Callable[[bytes, bytes], int]
     pack: Callable[..., bytes]
-    address: int
-    function: int
-    threads: int
-    shared: int
-    size: int
-    aligned: tuple[int, ...]
-    multiples: tuple[int, ...]
-    name: str
+    kernel: bytes
 
 
 class _State(NamedTuple):
@@ -67,9 +58,6 @@ _lock = threading.RLock()
 _plans: dict[tuple, _Plan] = {}
 _functions: dict[tuple[int, str], tuple[int, int, int, str]] = {}
 _packs: dict[str, Pack] = {}
-# Kernel -> how many of its arguments are tensors or None: those come first. By names, since Triton
-# hashes a kernel by its source.
-_counts: dict[str, int] = {}
 
 
 def find(op: str, device_type: str) -> tuple[Callable | None, str]:
@@ -150,7 +138,7 @@ def forget() -> None:
     with _lock:
         _loaded.cache_clear()
         load.cache_clear()
-        for cache in (_plans, _functions, _packs, _counts):
+        for cache in (_plans, _functions, _packs):
             cache.clear()
 
 
@@ -173,86 +161,72 @@ def stream_of(device: int) -> int:
 stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", stream_of)
 
 
-def launch(kernel, programs: int) -> Callable[..., None]:
-    """Returns what launches `programs` programs: call it with the kernel's arguments."""
-    return functools.partial(_launch, kernel, programs)
-
-
-def _launch(kernel, programs: int, *args, **constants) -> None:
-    """Launches a kernel of the packs, on torch's current stream."""
-    device, name = device_of(args[0]), kernel.__name__
-    count = _counts.get(name) or _count(kernel)
-    tensors = args[:count]
-    key = (
-        name,
-        device,
-        *constants.items(),
-        *[None if x is None else x.dtype for x in tensors],
-    )
+def launch(kernel, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
+    """Launches a kernel of the packs, on torch's current stream; as triton.launch."""
+    device = device_of(tensors[0])
+    # By the kernel's name: Triton hashes it by its source.
+    parts, pointers = [kernel.__name__, device, *constants, *constants.values()], []
+    for x in tensors:
+        if x is None:
+            parts.append(None)
+        else:
+            parts.append(x.dtype)
+            pointers.append(x.data_ptr())
+    key = tuple(parts)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(kernel, device, args, constants)
-    pointers = [x.data_ptr() for x in tensors if x is not None]
-    bits = 0
-    for i in plan.aligned:
-        bits |= pointers[i]
-    if bits & _ALIGNED:
-        raise Unserved("a tensor does not begin at a multiple of 16 bytes")
-    for i in plan.multiples:
-        if args[i] & _ALIGNED:
-            raise Unserved("rows are not of a multiple of 16 elements")
+        plan = _plans[key] = _plan(kernel, device, tensors, numbers, constants)
+    start, pack, facts = plan
     try:
-        record = plan.pack(
-            plan.address, plan.function, stream_of(device), programs, plan.threads, plan.shared,
-            plan.size, *pointers, *args[count:],
-        )  # fmt: skip
+        parameters = pack(stream_of(device), programs, *pointers, *numbers)
     except (struct.error, OverflowError):
         raise Unserved("a size or a stride needs more than 32 bits") from None
-    if code := plan.launch(record):
-        _launch_again(plan, record, device, code)
+    if code := start(facts, parameters):
+        _launch_again(plan, kernel, tensors, parameters, device, code)
 
 
-def _launch_again(plan: _Plan, record: bytes, device: int, code: int) -> None:
+def _launch_again(
+    plan: _Plan, kernel, tensors: tuple, parameters: bytes, device: int, code: int
+) -> None:
     """Launches in a thread that has not used CUDA before; raises what else went wrong."""
-    driver = _state().driver
+    driver, name = _state().driver, kernel.__name__
+    if code == MISALIGNED:
+        chosen = zip(triton.arguments(kernel), tensors, strict=False)
+        chosen = [x for n, x in chosen if x is not None and n in triton.specialised[name]]
+        if any(x.data_ptr() % 16 for x in chosen):
+            raise Unserved("a tensor does not begin at a multiple of 16 bytes")
+        raise Unserved("rows are not of a multiple of 16 elements")
     if code == INVALID_CONTEXT:
         driver.bind(device)
-        code = plan.launch(record)
+        code = plan.launch(plan.kernel, parameters)
     if code:
         raise DriverError(
-            f"{plan.name} could not be launched on cuda:{device}: {driver.describe(code)}", code
+            f"{name} could not be launched on cuda:{device}: {driver.describe(code)}", code
         )
 
 
-def _count(kernel) -> int:
-    """Counts the arguments of a kernel that are tensors or None."""
+def _plan(kernel, device: int, tensors: tuple, numbers: tuple, constants: dict) -> _Plan:
+    """Loads the kernel of a launch and lays out its records."""
+    function, threads, shared, layout = _load(device, launch_key(kernel, tensors, constants))
     names = triton.arguments(kernel)
-    count = _counts[kernel.__name__] = sum(name.endswith("_ptr") for name in names)
-    assert all(name.endswith("_ptr") for name in names[:count]), names
-    return count
-
-
-def _plan(kernel, device: int, args: tuple, constants: dict) -> _Plan:
-    """Loads the kernel of a launch and lays out its record."""
-    key = launch_key(kernel, args, constants)
-    function, threads, shared, layout = _load(device, key)
-    names = triton.arguments(kernel)
-    passed = [(name, x) for name, x in zip(names, args, strict=False) if x is not None]
-    chooses = triton.specialised[kernel.__name__]
-    pointers = [name for name, x in passed if isinstance(x, Tensor)]
-    driver = _state().driver
+    passed = [name for name, x in zip(names, (*tensors, *numbers), strict=False) if x is not None]
+    words = _sixteenths(layout, passed, triton.specialised[kernel.__name__])
+    driver, size = _state().driver, struct.calcsize("<" + layout)
     return _Plan(
         launch=driver.launch,
-        pack=struct.Struct(RECORD + layout).pack,
-        address=driver.address,
-        function=function,
-        threads=threads,
-        shared=shared,
-        size=struct.calcsize("<" + layout),
-        aligned=tuple(i for i, name in enumerate(pointers) if name in chooses),
-        multiples=tuple(i for i, x in enumerate(args) if names[i] in chooses and type(x) is int),
-        name=kernel.__name__,
+        pack=struct.Struct(LAUNCH + layout).pack,
+        kernel=struct.pack(KERNEL, driver.address, function, words, threads, shared, size),
     )
+
+
+def _sixteenths(layout: str, names: list[str], chooses: tuple[str, ...]) -> int:
+    """Marks the 32-bit words of the parameters `names` that chose the code as multiples of 16."""
+    words, at, arguments = 0, 0, iter(names)
+    for letter in layout:
+        if letter != "x" and next(arguments) in chooses:
+            words |= 1 << at // 4
+        at += struct.calcsize("<" + letter)
+    return words
 
 
 def _load(device: int, key: str) -> tuple[int, int, int, str]:

@@ -2,11 +2,11 @@
 
     driver = load()
     function = driver.function(device, binary, "sde_step_kernel")      # loaded for that device
-    driver.launch(record)                                              # see RECORD
+    driver.launch(kernel, launch)                                      # see KERNEL and LAUNCH
 
 Modules go into the primary context of a device, which is the one that torch uses. A launch is one
-C call with one argument, a record of the launch with the kernel's parameters behind it: through
-libflowgrpo_native where it is there (csrc/cuda.cpp), else through cuLaunchKernel by ctypes.
+C call with two arguments, the kernel's record and the launch's with the parameters behind it:
+through libflowgrpo_native where it is there (csrc/cuda.cpp), else through cuLaunchKernel by ctypes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from . import native_library
 
 LIBRARY = "libcuda.so.1"
-RECORD = "<QQQIIII"
-"""FgLaunch of csrc/abi.h: cuLaunchKernel, function, stream, programs, threads of a program, bytes
-of shared memory, bytes of parameters. The parameters follow."""
-HEADER = struct.calcsize(RECORD)
+KERNEL = "<QQQIIIxxxx"
+"""FgKernel of csrc/abi.h: cuLaunchKernel, function, a bit for each 32-bit word of the parameters
+that must be a multiple of 16, threads of a program, bytes of shared memory, bytes of parameters."""
+LAUNCH = "<QQ"
+"""FgLaunch of csrc/abi.h: stream, programs. The parameters follow."""
+MISALIGNED = -1
+"""Result of a launch, in place of the driver's code, where a parameter is no multiple of 16."""
 INVALID_CONTEXT = 201
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 # Keys of the last argument of cuLaunchKernel.
@@ -112,13 +115,17 @@ class Driver:
         if library is None:
             return None
         launch = library.flowgrpo_native_cuda_launch
-        launch.argtypes = (c_char_p,)
+        launch.argtypes = (c_char_p, c_char_p)
         return launch
 
-    def launch_by_ctypes(self, record: bytes) -> int:
-        """Launches a record without the native library; returns the driver's code."""
-        _, function, stream, programs, threads, shared, size = struct.unpack_from(RECORD, record)
-        parameters, count = ctypes.create_string_buffer(record[HEADER:], size), c_size_t(size)
+    def launch_by_ctypes(self, kernel: bytes, launch: bytes) -> int:
+        """Launches without the native library; returns the driver's code, or MISALIGNED."""
+        _, function, sixteenths, threads, shared, size = struct.unpack(KERNEL, kernel)
+        stream, programs = struct.unpack_from(LAUNCH, launch)
+        bank = launch[struct.calcsize(LAUNCH) :]
+        if any(bank[i * 4] & 15 for i in range(size // 4) if sixteenths >> i & 1):
+            return MISALIGNED
+        parameters, count = ctypes.create_string_buffer(bank, size), c_size_t(size)
         extra = (c_void_p * 5)(
             _POINTER, ctypes.addressof(parameters), _SIZE, ctypes.addressof(count), _END
         )

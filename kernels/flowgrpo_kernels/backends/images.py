@@ -86,9 +86,8 @@ class Image(NamedTuple):
     layout: str
 
 
-def launch_key(kernel, args: tuple, constants: dict[str, Any]) -> str:
+def launch_key(kernel, tensors: tuple[Tensor | None, ...], constants: dict[str, Any]) -> str:
     """Names the code that a launch needs: kernel, dtypes of its tensors, constants, warps."""
-    tensors = [x for x in args if x is None or isinstance(x, Tensor)]
     kinds = ["-" if x is None else KINDS.get(x.dtype, str(x.dtype)) for x in tensors]
     chosen = [
         f"{constant}={int(value) if isinstance(value, bool) else value}"
@@ -179,7 +178,7 @@ class Pack:
                 f"the compiled kernels {self.path} are corrupt or of another version: their digest "
                 f"is not the manifest's; {_AGAIN}"
             )
-        self._group = functools.lru_cache(maxsize=4)(self._read_group)
+        self._group = functools.lru_cache(maxsize=4)(self._open_group)
 
     def __contains__(self, key: str) -> bool:
         return key in self.manifest.numbers
@@ -188,18 +187,41 @@ class Pack:
         """Reads a kernel; KeyError when it is not shipped."""
         entry, warps, layout = self.manifest.kernels[key]
         group, start, length, shared = self.facts["images"][self.manifest.numbers[key]]
-        binary = self._group(group)[start : start + length]
+        binary = self._group(group).read(start, length)
         return Image(binary, entry, warps, shared, self.manifest.layouts[layout])
 
-    def _read_group(self, number: int) -> bytes:
+    def _open_group(self, number: int) -> _Group:
+        offset, length = self.facts["groups"][number]
+        return _Group(self.path, self.data[offset : offset + length])
+
+
+class _Group:
+    """Binaries that are compressed together, unpacked as far as the last one that was asked for."""
+
+    def __init__(self, path: Path, packed: bytes) -> None:
         try:
             import lzma
         except ImportError as error:
             raise ImageError(
                 f"the compiled kernels cannot be unpacked: this Python has no lzma ({error})"
             ) from None
-        offset, length = self.facts["groups"][number]
-        return lzma.decompress(self.data[offset : offset + length])
+        self.path, self._packed, self._raw = path, packed, b""
+        self._decoder, self._error = lzma.LZMADecompressor(), lzma.LZMAError
+
+    def read(self, start: int, length: int) -> bytes:
+        """Returns a piece of the unpacked bytes."""
+        missing = start + length - len(self._raw)
+        if missing > 0 and not self._decoder.eof:
+            try:
+                self._raw += self._decoder.decompress(self._packed, max_length=missing)
+            except self._error as error:
+                raise ImageError(f"{self.path} cannot be unpacked ({error}); {_AGAIN}") from None
+            # The decoder keeps what it has not used.
+            self._packed = b""
+        piece = self._raw[start : start + length]
+        if len(piece) < length:
+            raise ImageError(f"{self.path} has less in it than its manifest says; {_AGAIN}")
+        return piece
 
 
 def _target(name: str) -> tuple[str, tuple[int, int], bool]:

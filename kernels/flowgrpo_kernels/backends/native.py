@@ -1,8 +1,8 @@
 """Native backend: the ops of the compiled CPU library, with the signatures of reference.py.
 
-Results are the bits of reference.py (only exp of the ratio is within a few ulp), whatever the
-number of threads and the instruction set: AVX-512, AVX2 or baseline, chosen by the CPU, or by
-FLOWGRPO_NATIVE_ISA=baseline|avx2|avx512. Threads are torch's (torch.set_num_threads).
+Results are the bits of reference.py, whatever the number of threads and the instruction set:
+AVX-512, AVX2 or baseline, chosen by the CPU, or by FLOWGRPO_NATIVE_ISA=baseline|avx2|avx512.
+Threads are torch's (torch.set_num_threads).
 Under torch.set_flush_denormal every thread does as the calling one: float16 is not concerned, and
 bfloat16 and float32 subnormals are taken for 0, as the reference of one thread takes them.
 How the library is found and checked is in native_library.py.

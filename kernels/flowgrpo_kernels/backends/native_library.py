@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-ABI = 5
+ABI = 6
 ISAS = ("baseline", "avx2", "avx512")
 BUILD_INFO = "_native_build.json"
 PACKAGE = Path(__file__).resolve().parents[1]

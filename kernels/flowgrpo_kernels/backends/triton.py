@@ -6,10 +6,20 @@ that of compiled.py, which has the same kernels compiled ahead. The device funct
 arithmetic of reference.py and philox.py, one to one; the tests compare bits. Prefixes: `o_`
 offsets, `b_` values of a block.
 
-Layout of the work. A program handles one block of BLOCK = 4096 elements of one row, in four chunks
-of LANES = 1024: with 4 warps a thread owns 8 neighbouring elements of a chunk, which is one
-128-bit access in 16-bit dtypes and two in float32. The grid is one-dimensional (rows * blocks),
-since the other axes stop at 65535. Offsets inside a block are int32, the block's start is int64.
+Layout of the work. A row is cut into blocks of BLOCK = 4096 elements, in four chunks of LANES =
+1024: with 4 warps a thread owns 8 neighbouring elements of a chunk, which is one 128-bit access in
+16-bit dtypes and two in float32. Rows are short (65,536 elements of a latent of 512 pixels), so
+that a batch of four of them is no more than 64 blocks. Therefore PARTS = 4 programs share a block,
+and none has a loop, in which a load would wait for the store before it:
+
+- Gradients take one chunk a program.
+- Sums take a quarter of the lanes of all four chunks. The order of a sum is kept: a lane's chunks
+  are in one program, and the sum of a quarter is a whole branch of the pair tree.
+
+Whoever has a whole block instead (sde_step of many rows, where what a program does once would be
+done four times; rows of one block, which need no second launch) stores the sums of its quarters,
+so the second pass is the same. The grid is one-dimensional, since the other axes stop at 65535.
+Offsets inside a block are int32, the block's start is int64.
 
 Widths of the accesses, in bits. D is the number of elements of a row, whose first element is as
 aligned as D is round; a batch of one row is as aligned as its tensor.
@@ -59,6 +69,8 @@ specialised: dict[str, tuple[str, ...]] = {}
 """
 
 # Options of every launch. 4 warps: see the module docstring.
+PARTS = 4
+"""Programs that share a block."""
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 ONE_WARP = {**LAUNCH, "num_warps": 1}
 # Integers that reach neither an address nor a mask: no new compilation for their values.
@@ -96,9 +108,12 @@ def status() -> tuple[bool, str]:
     return True, f"{len(launchers)} ops{' in the interpreter' if interpreting() else ''}"
 
 
-def launch(kernel, programs: int) -> Callable:
-    """Returns what launches `programs` programs: call it with the kernel's arguments."""
-    return kernel[(programs,)]
+def launch(kernel, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
+    """Launches `programs` programs. tensors, numbers: its arguments, in order; None is no tensor.
+
+    constants: those in capitals, and options of the launch.
+    """
+    kernel[(programs,)](*tensors, *numbers, **constants)
 
 
 def jit(function):
@@ -146,6 +161,11 @@ def num_blocks(elements: int) -> int:
     return max(1, -(-elements // BLOCK))
 
 
+def partial_sums(like: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
+    """Allocates what a row's blocks leave for a second pass: the sums of their quarters."""
+    return like.new_empty(rows * blocks * PARTS)
+
+
 def alignment(rows: int, elements: int) -> int:
     """Computes the power of two, up to 16, that divides the offset of every row's first element."""
     return 16 if rows == 1 or elements == 0 else min(16, elements & -elements)
@@ -174,7 +194,8 @@ def constant(value: int):
 BLOCK_C = constant(BLOCK)
 LANES_C = constant(LANES)
 CHUNKS_C = constant(BLOCK // LANES)
-QUADS_C = constant(LANES // 4)
+PARTS_C = constant(PARTS)
+QUARTER_C = constant(LANES // PARTS)
 INITIAL_STEP_C = constant(INITIAL_STEP)
 ROUNDS_C = constant(PHILOX_ROUNDS)
 M0_C, M1_C = constant(PHILOX_M0), constant(PHILOX_M1)
@@ -196,19 +217,44 @@ ROUND_BY_HAND = constant(interpreting())
 
 
 @jit
-def position(elements, num_blocks, ALIGN: tl.constexpr):
-    """Locates this program: (row, start, base, remaining).
+def position(parts, elements, num_blocks, ALIGN: tl.constexpr):
+    """Locates this program, one of `parts` of a block: (row, part, start, base, remaining).
 
-    start: its first element in the row; base: the same in the tensor; remaining: the elements of
-    the row from there on.
+    start: the block's first element in the row; base: the same in the tensor; remaining: the
+    elements of the row from there on.
     """
     elements = tl.cast(elements, tl.int64)
     # Unsigned: the division of a signed number costs registers for its sign.
     program = tl.program_id(0).to(tl.uint32)
+    part = (program % parts).to(tl.int32)
+    program = program // parts
     row = (program // num_blocks.to(tl.uint32)).to(tl.int32)
     start = (program % num_blocks.to(tl.uint32)).to(tl.int64) * BLOCK_C
     base = tl.multiple_of(row.to(tl.int64) * elements, ALIGN) + start
-    return row, start, base, elements - start
+    return row, part, start, base, elements - start
+
+
+@jit
+def chunk_lanes(chunk, SIZE: tl.constexpr = 1, FOUR: tl.constexpr = False):
+    """Offsets in the block of one chunk, [LANES], or of its groups of SIZE elements.
+
+    FOUR: a thread takes four neighbours, not what the widest access of the dtypes would give it.
+    """
+    o_lane = tl.arange(0, LANES_C // SIZE) + chunk * (LANES_C // SIZE)
+    if FOUR:
+        o_lane = tl.max_contiguous(o_lane, 4)
+    return o_lane
+
+
+@jit
+def quarter_lanes(part, SIZE: tl.constexpr = 1, FOUR: tl.constexpr = False):
+    """Offsets of a quarter of each chunk's lanes, one chunk after the other; else as above."""
+    o_lane = tl.arange(0, LANES_C // SIZE)
+    o_chunk = o_lane // (QUARTER_C // SIZE) * (LANES_C // SIZE)
+    o_lane = o_chunk + part * (QUARTER_C // SIZE) + o_lane % (QUARTER_C // SIZE)
+    if FOUR:
+        o_lane = tl.max_contiguous(o_lane, 4)
+    return o_lane
 
 
 @jit
@@ -269,24 +315,53 @@ def pair_tree(b_x, WIDTH: tl.constexpr):
 
 
 @jit
-def ordered_sum(ptr, count, WIDTH: tl.constexpr):
-    """Sums `count` float32 values, the second pass: chunks of WIDTH added in order, then pairs."""
+def store_quarters(ptr, b_x):
+    """Stores the sums of the quarters of [LANES], a whole block's lanes."""
+    for p in tl.static_range(8):
+        b_x = tl.sum(tl.reshape(b_x, [LANES_C >> (p + 1), 2]), axis=1)
+    tl.store(ptr + tl.arange(0, PARTS_C), b_x)
+
+
+@jit
+def quarter_sum(b_x):
+    """Sums the lanes of quarter_lanes: a lane's chunks in order, then lanes by adjacent pairs."""
+    b_x = tl.reshape(tl.trans(tl.reshape(b_x, [CHUNKS_C, QUARTER_C])), [QUARTER_C, 2, 2])
+    even, odd = tl.split(b_x)
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return pair_tree(((c0 + c1) + c2) + c3, QUARTER_C)
+
+
+@jit
+def load_block_sums(ptr, o_block, num_blocks):
+    """Loads sums of blocks, each from its quarters; 0 beyond the last block."""
+    inside = o_block < num_blocks
+    p_sum = ptr + o_block * PARTS_C
+    b_low = tl.load(p_sum, mask=inside, other=0.0) + tl.load(p_sum + 1, mask=inside, other=0.0)
+    b_high = tl.load(p_sum + 2, mask=inside, other=0.0) + tl.load(p_sum + 3, mask=inside, other=0.0)
+    return b_low + b_high
+
+
+@jit
+def ordered_sum(ptr, num_blocks, WIDTH: tl.constexpr):
+    """Sums a row's blocks, the second pass: chunks of WIDTH added in order, then pairs."""
     o_lane = tl.arange(0, WIDTH)
-    b_sum = tl.load(ptr + o_lane, mask=o_lane < count, other=0.0)
-    # A while loop: the interpreter of Triton 3.6 cannot count to a runtime bound with NumPy 2.4.
-    start = tl.full([], WIDTH, tl.int32)
-    while start < count:
-        o = start + o_lane
-        b_sum += tl.load(ptr + o, mask=o < count, other=0.0)
-        start += WIDTH
+    b_sum = load_block_sums(ptr, o_lane, num_blocks)
+    # second_pass chooses less only where it is enough.
+    if WIDTH == LANES_C:
+        # Not a for loop: Triton 3.6's interpreter cannot count to a runtime bound with NumPy 2.4.
+        start = tl.full([], WIDTH, tl.int32)
+        while start < num_blocks:
+            b_sum += load_block_sums(ptr, start + o_lane, num_blocks)
+            start += WIDTH
     return pair_tree(b_sum, WIDTH)
 
 
 @jit
 def row_sum(sums_ptr, index, num_blocks, WIDTH: tl.constexpr):
-    """Adds up this program's row of one of the sums [sums, B * blocks]."""
-    at = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
-    return ordered_sum(sums_ptr + at * num_blocks, num_blocks, WIDTH)
+    """Adds up this program's row of one of the sums [sums, B * blocks * PARTS]."""
+    at = (index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * num_blocks
+    return ordered_sum(sums_ptr + at * PARTS_C, num_blocks, WIDTH)
 
 
 @jit
@@ -323,6 +398,29 @@ def score(sum_d, elements, k, c0, c):
     """Returns log_prob from the sum of squares; 0 where C and k are 0."""
     mean = tl.div_rn(sum_d, count(elements))
     return tl.where((c == 0.0) & (k == 0.0), 0.0, -(k * mean) - c0)
+
+
+@jit
+def power_of_two(n):
+    """Returns 2^n as float32 of an int32 n in [-126, 127]."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def exponential(x):
+    """Returns exp of float32, by the polynomial of reference.py."""
+    # Comparisons, since minimum and maximum need not keep a NaN; it is put back at the end.
+    number = tl.where(x > 89.0, 89.0, tl.where(x > -104.0, x, -104.0))
+    # floor, without the library's, which flushes subnormal numbers.
+    scaled = number * 1.44269504 + 0.5
+    n = scaled.to(tl.int32)
+    n -= tl.where(n.to(tl.float32) > scaled, 1, 0)
+    whole = n.to(tl.float32)
+    r = (number - whole * 0.693359375) - whole * -0.00021219444
+    p = (r * 0.000197882517 + 0.00139468687) * r + 0.00833351072
+    p = ((p * r + 0.0416662656) * r + 0.166666657) * r + 0.5
+    result = ((p * (r * r) + r) + 1.0) * power_of_two(n >> 1) * power_of_two(n - (n >> 1))
+    return tl.where(x == x, result, x)
 
 
 @jit
@@ -372,10 +470,11 @@ def box_muller(radius, angle):
 
 
 @jit
-def normals(q_start, seed, step):
-    """Draws LANES normals: the quads from q_start on, a multiple of QUADS."""
+def normals(start, o_quad, seed, step):
+    """Draws LANES normals of the block that begins at start; o_quad: numbers of quads in it."""
+    q_start = start // 4
     # The low ten bits of the block's first quad are zero, so adding the lane never carries.
-    q_low = q_start.to(tl.uint32) + tl.arange(0, QUADS_C).to(tl.uint32)
+    q_low = q_start.to(tl.uint32) + o_quad.to(tl.uint32)
     q_high = (q_start >> 32).to(tl.uint32)
     key0 = seed.to(tl.uint32)
     key1 = (seed >> 32).to(tl.uint32)
@@ -438,7 +537,7 @@ def store_three(ptr, stride, x, y, z):
 
 @jit
 def finish_kernel(
-    sums_ptr,  # [B, blocks]
+    sums_ptr,  # [B, blocks, PARTS]
     log_prob_ptr,  # [B]
     table_ptr,  # [R, columns]
     step_ptr,  # [B]
@@ -451,7 +550,7 @@ def finish_kernel(
     """Writes log_prob of a row from its block sums; one program a row."""
     row = tl.program_id(0)
     step = tl.load(step_ptr + row * step_stride)
-    total = ordered_sum(sums_ptr + row.to(tl.int64) * num_blocks, num_blocks, WIDTH)
+    total = row_sum(sums_ptr, 0, num_blocks, WIDTH)
     k = coefficient(table_ptr, step, num_steps, COL_K)
     c0 = coefficient(table_ptr, step, num_steps, COL_C0)
     c = coefficient(table_ptr, step, num_steps, COL_C)

@@ -127,9 +127,10 @@ def _launch(launch, x, gate, y, gate2, y2):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            launch(gated_residual_kernel, batch * tokens)(
-                x, gate, y, gate2, y2, out, tokens, *steps, **sizes
-            )
+            launch(
+                gated_residual_kernel, batch * tokens, (x, gate, y, gate2, y2, out),
+                (tokens, *steps), **sizes,
+            )  # fmt: skip
     return out
 
 
@@ -144,9 +145,10 @@ def _launch_backward(launch, grad, gate, gate2, dtype):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(grad.device):
-            launch(gated_residual_backward_kernel, batch * tokens)(
-                grad, gate, gate2, dy, None if gate2 is None else dy2, tokens, *steps, **sizes
-            )
+            launch(
+                gated_residual_backward_kernel, batch * tokens,
+                (grad, gate, gate2, dy, None if gate2 is None else dy2), (tokens, *steps), **sizes,
+            )  # fmt: skip
     return dy, dy2
 
 

@@ -296,9 +296,10 @@ def _launch(launch, first, second, weight, weight2, cos, sin, heads, eps):
     sizes = launch_options(heads, width // heads, steps)
     if batch * tokens:
         with triton.on(first.device):
-            launch(joint_heads_kernel, batch * tokens)(
-                first, second, *constants, out, tokens, count, eps, *steps, **sizes
-            )
+            launch(
+                joint_heads_kernel, batch * tokens, (first, second, *constants, out),
+                (tokens, count, eps, *steps), **sizes,
+            )  # fmt: skip
     return out
 
 
@@ -314,9 +315,10 @@ def _launch_backward(launch, grad, first, second, weight, weight2, cos, sin, eps
     sizes = launch_options(heads, size, steps)
     if batch * tokens:
         with triton.on(first.device):
-            launch(joint_heads_backward_kernel, batch * tokens)(
-                grad, first, second, *constants, d_first, None if second is None else d_second,
-                tokens, first.shape[1], eps, *steps, **sizes,
+            launch(
+                joint_heads_backward_kernel, batch * tokens,
+                (grad, first, second, *constants, d_first, None if second is None else d_second),
+                (tokens, first.shape[1], eps, *steps), **sizes,
             )  # fmt: skip
     return d_first, d_second
 

@@ -38,22 +38,35 @@ from .rows import (
 )
 
 
-def _fake(x, scale, shift, scale2, shift2, eps, stats):
-    dtype, tokens = reference.compute_dtype(x), x.shape[:2] if stats else (0,)
+def _fake(x, scale, shift, scale2, shift2, eps):
+    dtype, tokens = reference.compute_dtype(x), x.shape[:2]
     y, y2 = x.new_empty(x.shape), x.new_empty((0,) if scale2 is None else x.shape)
     return y, y2, x.new_empty(tokens, dtype=dtype), x.new_empty(tokens, dtype=dtype)
+
+
+def _fake_alone(x, scale, shift, scale2, shift2, eps):
+    return [x.new_empty(x.shape) for _ in range(1 if scale2 is None else 2)]
 
 
 def _fake_backward(dy, dy2, x, scale, scale2, mean, rstd):
     return x.new_empty(x.shape)
 
 
+_ARGUMENTS = "(Tensor x, Tensor scale, Tensor shift, Tensor? scale2, Tensor? shift2, float eps)"
+# y, y2 (empty without a second), mean and rstd: for a backward. Without one, [y] or [y, y2] alone.
 norm_modulate_op = dispatch.define(
     "norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, Tensor? scale2, Tensor? shift2, float eps, bool stats)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)",
     reference.norm_modulate,
     _fake,
+    backends=dispatch.LAUNCHED,
+    any_strides=True,
+)
+norm_modulate_alone_op = dispatch.define(
+    "norm_modulate_alone",
+    f"{_ARGUMENTS} -> Tensor[]",
+    reference.norm_modulate_alone,
+    _fake_alone,
     backends=dispatch.LAUNCHED,
     any_strides=True,
 )
@@ -168,23 +181,30 @@ def norm_modulate_backward_kernel(
 
 
 @triton.launcher("norm_modulate")
-def _launch(launch, x, scale, shift, scale2, shift2, eps, stats):
+def _launch(launch, x, scale, shift, scale2, shift2, eps):
     """One launch."""
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    y, *second = _normalised(launch, x, scale, shift, scale2, shift2, eps, mean, rstd)
+    return y, second[0] if second else x.new_empty(0), mean, rstd
+
+
+@triton.launcher("norm_modulate_alone")
+def _normalised(launch, x, scale, shift, scale2, shift2, eps, mean=None, rstd=None):
+    """One launch. Allocates only what is returned: [y] or [y, y2]."""
     x, scale, shift, scale2, shift2 = map(rows.dense, (x, scale, shift, scale2, shift2))
     batch, tokens, width = x.shape
     y = x.new_empty(x.shape)
-    y2 = x.new_empty(0) if scale2 is None else torch.empty_like(y)
-    shape = (batch, tokens) if stats else (0,)
-    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    y2 = None if scale2 is None else torch.empty_like(y)
     steps = rows.strides(x, scale, shift, (scale2, 1), (shift2, 1))
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            launch(norm_modulate_kernel, batch * tokens)(
-                x, scale, shift, scale2, shift2, y, None if scale2 is None else y2,
-                mean if stats else None, rstd if stats else None, tokens, eps, *steps, **sizes,
+            launch(
+                norm_modulate_kernel, batch * tokens,
+                (x, scale, shift, scale2, shift2, y, y2, mean, rstd), (tokens, eps, *steps),
+                **sizes,
             )  # fmt: skip
-    return y, y2, mean, rstd
+    return [y] if y2 is None else [y, y2]
 
 
 @triton.launcher("norm_modulate_backward")
@@ -197,16 +217,17 @@ def _launch_backward(launch, dy, dy2, x, scale, scale2, mean, rstd):
     sizes = rows.options(width, *steps)
     if batch * tokens:
         with triton.on(x.device):
-            launch(norm_modulate_backward_kernel, batch * tokens)(
-                dy, dy2, x, scale, scale2, mean, rstd, dx, tokens, *steps, **sizes
-            )
+            launch(
+                norm_modulate_backward_kernel, batch * tokens,
+                (dy, dy2, x, scale, scale2, mean, rstd, dx), (tokens, *steps), **sizes,
+            )  # fmt: skip
     return dx
 
 
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, scale2, shift2, eps):
-        y, y2, mean, rstd = norm_modulate_op(x, scale, shift, scale2, shift2, eps, True)
+        y, y2, mean, rstd = norm_modulate_op(x, scale, shift, scale2, shift2, eps)
         ctx.save_for_backward(x, scale, scale2, mean, rstd)
         ctx.dtypes = shift.dtype, None if shift2 is None else shift2.dtype
         if scale2 is None:
@@ -279,6 +300,6 @@ def norm_modulate(
     check_transforms("norm_modulate", x, scale, shift, scale2, shift2)
     if checks.needs_grad(x, scale, shift, scale2, shift2):
         y, y2 = _NormModulate.apply(*args)
-    else:
-        y, y2, *_ = norm_modulate_op(*args, False)
-    return y if second is None else (y, y2)
+        return y if second is None else (y, y2)
+    outputs = norm_modulate_alone_op(*args)
+    return outputs[0] if second is None else tuple(outputs)

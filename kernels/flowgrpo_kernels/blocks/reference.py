@@ -92,12 +92,8 @@ def norm_modulate(
     scale2: Tensor | None,
     shift2: Tensor | None,
     eps: float,
-    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes (y, y2, mean [B, N], rstd [B, N]).
-
-    y2 is empty without scale2, mean and rstd unless `stats`.
-    """
+    """Computes (y, y2, mean [B, N], rstd [B, N]); y2 is empty without scale2."""
     dtype, width = compute_dtype(x), x.shape[-1]
     b_x = x.to(dtype)
     mean = over(row_sum(b_x), width)
@@ -109,10 +105,20 @@ def norm_modulate(
         return _rounded(h * (1.0 + _token(scale, dtype)) + _token(shift, dtype), x.dtype)
 
     y2 = x.new_empty(0) if scale2 is None else modulated(scale2, shift2)
-    if not stats:
-        none = x.new_empty(0, dtype=dtype)
-        return modulated(scale, shift), y2, none, torch.empty_like(none)
     return modulated(scale, shift), y2, mean[..., 0].contiguous(), rstd[..., 0].contiguous()
+
+
+def norm_modulate_alone(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """Computes [y], or [y, y2] with scale2."""
+    y, y2, *_ = norm_modulate(x, scale, shift, scale2, shift2, eps)
+    return [y] if scale2 is None else [y, y2]
 
 
 def norm_modulate_backward(

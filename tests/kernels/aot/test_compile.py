@@ -32,7 +32,7 @@ JOBS = {
         for target in ("sm_80", "sm_100", "sm_120", "gfx942")
     },
 }
-COUNTS = {"every kernel": 26, "every dtype": 9, "widest": 1}
+COUNTS = {"every kernel": 28, "every dtype": 9, "widest": 1}
 TOTALS = ("grpo_loss totals", "nft_loss totals", "transition_rows")
 SCRIPT = """
 import json, sys

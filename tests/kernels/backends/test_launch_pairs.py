@@ -54,8 +54,8 @@ def test_what_is_not_shipped_says_so(lines):
 
 
 def test_rows_change_the_grid_alone(lines):
-    """A program a block of 4096 elements; a launch of 210,000 programs is one, too."""
+    """Four programs a block of 4096 elements; a launch of 210,000 programs is one, too."""
     for rows in (1, 2, 3, 16, 17, 40, 130):
         grids = [launch["grid"] for launch in lines[f"sde_step, {rows} rows"]["launches"]]
-        assert grids == [[4 * rows, 1, 1], [rows, 1, 1]]
+        assert grids == [[16 * rows, 1, 1], [rows, 1, 1]]
     assert lines["sde_step 70000 blocks"]["launches"][0]["grid"] == [210_000, 1, 1]

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo_kernels import backend_info
-from flowgrpo_kernels.backends import dispatch
+from flowgrpo_kernels.backends import dispatch, triton
 from flowgrpo_kernels.blocks import gated_residual, joint_heads, norm_modulate
 from support.kernels import block_cases as cases
 
@@ -26,8 +27,10 @@ def arguments(dtype=torch.float32) -> dict[str, tuple]:
     joint = torch.randn(2, 5, cases.HEADS, 4).to(dtype).transpose(2, 3).contiguous()
     parts, turned = [tuple(v.values()) for v in (h, t)]
     return {
-        "norm_modulate": (n["x"], n["scale"], n["shift"], None, None, 1e-6, False),
-        "norm_modulate second": (*n.values(), 1e-6, True),
+        "norm_modulate": (n["x"], n["scale"], n["shift"], None, None, 1e-6),
+        "norm_modulate second": (*n.values(), 1e-6),
+        "norm_modulate_alone": (n["x"], n["scale"], n["shift"], None, None, 1e-6),
+        "norm_modulate_alone second": (*n.values(), 1e-6),
         "norm_modulate_backward": (g["y"], None, n["x"], n["scale"], None, *stats),
         "norm_modulate_backward second": (
             g["y"], g["y2"], n["x"], n["scale"], n["scale2"], *stats,
@@ -139,6 +142,31 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         BAD[message]()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors that are allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "empty" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_without_a_gradient_only_the_outputs_are_allocated():
+    launched = []
+
+    def launch(kernel, programs, tensors, numbers, **constants):
+        launched.append(tensors)
+
+    run = triton.launchers["norm_modulate_alone"]
+    with Allocations() as made:
+        assert len(run(launch, X, ROW, ROW, None, None, 1e-6)) == made.count == 1
+        assert len(run(launch, X, ROW, ROW, ROW, ROW, 1e-6)) == made.count - 1 == 2
+    assert [sum(x is None for x in tensors) for tensors in launched] == [5, 2]
 
 
 def test_backends(caplog, monkeypatch):

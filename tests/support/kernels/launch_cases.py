@@ -242,7 +242,7 @@ def block_ops():
 def compiled_ahead():
     """(name, whether one that was launched is the same to the letter) of some variants."""
     names = (
-        "sde_step guided",
+        "sde_step split guided",
         "log_prob plain",
         "grpo_loss sums plain",
         "grpo_loss backward guided",

@@ -40,23 +40,19 @@ class Pairs:
         self.folder = Path(tempfile.mkdtemp())
         self.key, self.lines = "", []
 
-    def launch(self, kernel, programs: int):
+    def launch(self, kernel, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
         """As compiled.launch; raises Unserved where it does."""
-
-        def run(*args, **constants) -> None:
-            self.key = launch_key(kernel, args, constants)
-            compiled.launch(kernel, programs)(*args, **constants)
-            triton.launch(kernel, programs)(*args, **constants)
-            ours, theirs = self.stub.last(2)
-            names = ("name", "image", "stream", "device", "grid", "block", "shared", "parameters")
-            differ = [n for n in names if getattr(ours, n) != getattr(theirs, n)]
-            binary = self.stub.digest(self.pack.image(self.key).binary) == ours.image
-            self.lines.append({
-                "key": self.key, "differ": differ, "shipped": binary, "grid": ours.grid,
-                "name": ours.name, "bytes": len(ours.parameters),
-            })  # fmt: skip
-
-        return run
+        self.key = launch_key(kernel, tensors, constants)
+        compiled.launch(kernel, programs, tensors, numbers, **constants)
+        triton.launch(kernel, programs, tensors, numbers, **constants)
+        ours, theirs = self.stub.last(2)
+        names = ("name", "image", "stream", "device", "grid", "block", "shared", "parameters")
+        differ = [n for n in names if getattr(ours, n) != getattr(theirs, n)]
+        binary = self.stub.digest(self.pack.image(self.key).binary) == ours.image
+        self.lines.append({
+            "key": self.key, "differ": differ, "shipped": binary, "grid": ours.grid,
+            "name": ours.name, "bytes": len(ours.parameters),
+        })  # fmt: skip
 
     def shipped_kernel(self, source, target, options, **unused) -> CompiledKernel:
         """In place of triton.compile: the shipped binary, where the table has just this variant."""
