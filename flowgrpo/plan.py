@@ -90,8 +90,11 @@ def sizes_of(model: str, variant: str = "") -> Architecture | None:
         config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         vae = folder / "vae" / "config.json"
         vae_config = json.loads(vae.read_text(encoding="utf-8")) if vae.is_file() else {}
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         for family in families:
-            if config["_class_name"] == family.transformer:
+            # Families may share a class of transformers.
+            classes = index["_class_name"], config["_class_name"]
+            if classes == (family.pipeline, family.transformer):
                 encoders = [*folder.glob("text_encoder*")]
                 sizes = family.sizes.read(
                     config,
@@ -149,6 +152,8 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     # One frame of an image; of a video the first frame of latents stands for one.
     latent_frames = 1 if frames == 0 else (frames - 1) // arch.frame_step + 1
     image = latent_frames * (height // arch.pixels) * (width // arch.pixels)
+    # With those of the image that is edited, which has the sample's size.
+    image *= 1 + arch.references
     text = arch.fixed_tokens + (policy.max_sequence_length or arch.text_tokens)
     latent = arch.channels * (height // arch.latent_pixels) * (width // arch.latent_pixels)
     latent *= latent_frames
@@ -210,7 +215,8 @@ def expected_memory(config: Config, arch: Architecture, gpus: int = 1) -> dict[s
     }
     if config.run.eval_resolution:
         side, eval_rows = config.run.eval_resolution, config.eval_batch_size
-        tokens = latent_frames * (side // arch.pixels) ** 2 + through - image
+        tokens = latent_frames * (side // arch.pixels) ** 2 * (1 + arch.references)
+        tokens += through - image
         taken = eval_rows * rows / sample.batch_size * tokens * arch.passing * arch.width
         decoded = decoder_maps(config, arch, side * side, frames, eval_rows)
         moving["evaluation"] = max(gathered + copies + taken * (size / 2), decoded)

@@ -70,10 +70,19 @@ class Prompts:
     """K dicts for the rewards. What was null is absent, see `without_nulls`."""
     indices: Tensor
     """int64 [K]: the number of each prompt in its prompt set."""
+    images: tuple[str | None, ...] | None = None
+    """K paths of the images that a model edits, None for a prompt without one; None: no prompt has
+    one."""
 
     @classmethod
-    def of(cls, texts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None) -> Prompts:
-        """Build a prompt set; without metadata every prompt gets an empty dict."""
+    def of(
+        cls,
+        texts: Sequence[str],
+        metadata: Sequence[dict[str, Any]] | None = None,
+        images: Sequence[str | None] = (),
+    ) -> Prompts:
+        """Build a prompt set; without metadata every prompt gets an empty dict, and without
+        `images` there are none to edit."""
         if metadata is None:
             metadata = [{} for _ in texts]
         if len(metadata) != len(texts):
@@ -82,7 +91,13 @@ class Prompts:
                 "text is expected."
             )
         entries = tuple(without_nulls(entry) for entry in metadata)
-        return cls(tuple(texts), entries, torch.arange(len(texts)))
+        paths = tuple(images) if any(images) else None
+        if paths is not None and len(paths) != len(texts):
+            raise ValueError(
+                f"images has {len(paths)} entries for {len(texts)} texts, but one for each text is "
+                "expected."
+            )
+        return cls(tuple(texts), entries, torch.arange(len(texts)), paths)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -94,6 +109,7 @@ class Prompts:
             tuple(self.texts[i] for i in index),
             tuple(self.metadata[i] for i in index),
             self.indices[index],
+            None if self.images is None else tuple(self.images[i] for i in index),
         )
 
 
@@ -114,6 +130,9 @@ class Conditioning:
     """[T, N, M]: all modulations (policies/modulation.py) of each of T steps."""
     modulation: Tensor | None = None
     """[N, M]: those of the step that a row is at."""
+    reference: Tensor | None = None
+    """[N, R, C]: packed latents of the images that a model edits, R tokens each; None of a model
+    that makes images of texts alone."""
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -135,14 +154,14 @@ class Conditioning:
         """Take the modulations of the step number `step`, for all prompts."""
         if self.table is None:
             return self
-        return Conditioning(self.embeds, self.pooled, modulation=self.table[step])
+        return replace(self, table=None, modulation=self.table[step])
 
     def rows_at(self, index: Tensor, steps: Tensor) -> Conditioning:
         """The prompts at `index`, int64 [M], each at its own step, int64 [M]."""
         if self.table is None:
             return self.rows(index)
         modulation = self.table[steps, index]
-        return Conditioning(self.embeds[index], self.pooled[index], modulation=modulation)
+        return replace(replace(self, table=None).rows(index), modulation=modulation)
 
     def repeat_interleave(self, count: int) -> Conditioning:
         """Each prompt `count` times in succession."""
@@ -158,9 +177,13 @@ class Conditioning:
         """These prompts, then those of `other`.
 
         Raises:
-            ValueError: one of them is prepared and the other is not.
+            ValueError: one of them is prepared, or has reference latents, and the other is not.
         """
         return self._each(lambda a, b, dim: torch.cat([a, b], dim=dim), other)
+
+    def with_reference_of(self, other: Conditioning) -> Conditioning:
+        """These rows beside the reference latents of as many rows `other`, if these have any."""
+        return self if other.reference is None else replace(self, reference=other.reference)
 
     def _each(self, change: Callable[..., Tensor], *others: Conditioning) -> Conditioning:
         """Apply change(tensor, those of the others, dimension of the prompts) to each tensor."""
@@ -169,7 +192,10 @@ class Conditioning:
             tensors = [getattr(conditioning, name) for conditioning in (self, *others)]
             absent = [tensor is None for tensor in tensors]
             if any(absent) != all(absent):
-                raise ValueError("other: both must be prepared alike (Policy.prepare), or neither")
+                raise ValueError(
+                    f"other: both must have a {name}, or neither; prepare both alike "
+                    "(Policy.prepare), and encode both with images or without"
+                )
             if not any(absent):
                 # A table has the steps in front of the prompts.
                 changed[name] = change(*tensors, 1 if name == "table" else 0)

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo import cuda_graphs
-from flowgrpo.config import Config
+from flowgrpo.config import Config, ConfigError
 from flowgrpo.distributed import sharding
 from flowgrpo.distributed.dealing import Dealing, deal, share_of
 from flowgrpo.distributed.world import ALONE, World, join
@@ -130,7 +130,7 @@ def run(
             clock = Clock(policy.device)
             with clock("rollout"), world.together(lockstep=policy.sharded):
                 batch = prompt_batch(components.prompts, config, state.iteration)
-                conditioning = policy.encode_shares(batch.texts, world)
+                conditioning = policy.encode_shares(batch.texts, world, batch.images)
             scouted = send_scouts(components, batch, conditioning, config, clock)
             with clock("rollout"), world.together(lockstep=policy.sharded):
                 scoring = background_scoring(components, batch, config)
@@ -235,6 +235,12 @@ def _setup(
         differentiable_rewards(config.reward)
     policy = load_policy(config, pipeline, encode, reference=objective.reference, mesh=mesh)
     cuda_graphs.prepare(policy, config)
+    policy.check_images(prompts.images)
+    if policy.family.edits and config.sample.curated:
+        raise ConfigError(
+            f"sample.curated is {config.sample.curated!r}, but {policy.name} edits images, which "
+            "the prompts of a curated set come without; leave sample.curated empty."
+        )
     for start in range(0, len(prompts), 256):
         # Words that the model does not know raise here, not in the middle of the run.
         policy.check_texts(prompts.texts[start : start + 256])

@@ -60,7 +60,7 @@ def encoders(world: Any) -> dict[str, Callable[[], Any]]:
 
     encoder = TextEncoder(encode, [model], torch.device("cpu"))
     # What `Policy.encode_shares` asks of a policy.
-    policy = SimpleNamespace(_texts=encoder, encode=encoder)
+    policy = SimpleNamespace(_texts=encoder, encode=lambda texts, images: encoder(texts))
     texts = [str(i) for i in range(PROMPTS)]
     embeds = torch.empty(PROMPTS, TOKENS, T5_XXL["d_model"])
 

@@ -144,6 +144,7 @@ def _evaluate(
     for benchmark in benchmarks:
         prompts = benchmark.evaluation_set.prompts
         policy.check_texts(prompts.texts)
+        policy.check_images(prompts.images)
         warn_of_cut(policy, prompts.texts)
         benchmark.scorer.try_out(prompts, policy.blank_image())
     description = ""

@@ -121,6 +121,8 @@ class SampleOptions:
     run's was."""
     adapter: str | None = None
     """LoRA weights in diffusers' or PEFT's format for --model, shown below the base's images."""
+    image: str | None = None
+    """Picture that a model which edits, such as FLUX.1-Kontext, changes as each prompt says."""
     out: str = "sample.png"
     """The picture to write: .png, .jpg or .jpeg; videos are written beside it, as .webp."""
     count: int = 4
@@ -147,7 +149,7 @@ class SampleOptions:
     """Torch device."""
 
     def __post_init__(self) -> None:
-        settle_paths(self, "run", "model", "adapter", "out")
+        settle_paths(self, "run", "model", "adapter", "image", "out")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from flowgrpo.evaluation import evaluate, pictures
 from flowgrpo.policies.adapters import check_adapter, load_adapter
 from flowgrpo.policies.tokens import warn_of_cut
 from flowgrpo.prompts.load import check_unicode
+from flowgrpo.prompts.pictures import check_picture
 from flowgrpo.rewards.frames import spread
 from flowgrpo.runs import content
 from flowgrpo.runs.display import Terminal
@@ -76,6 +77,8 @@ def _sample(
     texts = list(options.prompts)
     # Checks come before the base model's images, which may take minutes.
     policy.check_texts(texts)
+    edited = None if options.image is None else [options.image] * len(texts)
+    policy.check_images(edited)
     warn_of_cut(policy, texts)
     if options.adapter is not None:
         description = check_adapter(policy, options.adapter)
@@ -97,6 +100,7 @@ def _sample(
             batch_size=rows,
             guidance_scale=config.sample.guidance_scale,
             rows=evaluate.rows_of(len(drawn), rows, world),
+            images=edited,
         )
         return torch.cat(world.collect_rows(images_here) or [images_here.cpu()[:0]])
 
@@ -149,6 +153,8 @@ def _check_sample(options: SampleOptions) -> None:
         f"--run {options.run} has a trained model of its own, but --adapter {options.adapter} was "
         "given too; leave one out.",
     )
+    if options.image is not None:
+        check_picture(options.image, "--image")
     pictures.check_ending(Path(options.out))
     try:
         os.stat(options.out)

@@ -30,7 +30,7 @@ from flowgrpo.distributed.world import ALONE, World
 from flowgrpo.evaluation.evaluation_set import EvaluationSet
 from flowgrpo.evaluation.quality import Quality
 from flowgrpo.evaluation.statistics import balanced_mean, bootstrap, diversity, task_means
-from flowgrpo.policies import Policy
+from flowgrpo.policies import Conditioning, Policy
 from flowgrpo.rewards.frames import is_video, spread
 from flowgrpo.sampling.rollout import chunks, sample_images
 
@@ -181,6 +181,7 @@ def evaluate(
             on_progress=None if on_progress is None else progress,
             rows=share,
             forwards=forwards,
+            images=evaluation_set.prompts.images,
         )
     with world.together():
         progress("scoring", len(images))
@@ -291,6 +292,7 @@ def generate_images(
     on_progress: OnProgress | None = None,
     rows: range | None = None,
     forwards: int | None = None,
+    images: Sequence[str | None] | None = None,
 ) -> Tensor:
     """Sample `samples` images of each of N texts by the deterministic sampler.
 
@@ -299,6 +301,7 @@ def generate_images(
             all.
         forwards: chunks that are run, of which those behind the last of `rows` repeat an image, and
             are dropped; None: those of `rows`.
+        images: paths of N images, for a model that edits.
 
     Returns:
         uint8 [N * samples, 3, H, W], of a model of videos [N * samples, F, 3, H, W], or those of
@@ -314,9 +317,15 @@ def generate_images(
     # Embeddings of whole portions of texts, which may give others than their parts.
     first = sampled[0] // samples // batch_size * batch_size
     texts = list(texts)[: sampled[-1] // samples // batch_size * batch_size + batch_size]
-    conditioning = policy.encode(texts[first : first + batch_size])
+
+    def encode(start: int) -> Conditioning:
+        portion = slice(start, start + batch_size)
+        edited = None if images is None else images[: len(texts)][portion]
+        return policy.encode(texts[portion], images=edited)
+
+    conditioning = encode(first)
     for start in range(first + batch_size, len(texts), batch_size):
-        conditioning = conditioning.then(policy.encode(texts[start : start + batch_size]))
+        conditioning = conditioning.then(encode(start))
 
     def count_images(count: int) -> None:
         if policy.device.type == "cuda":
@@ -324,7 +333,7 @@ def generate_images(
             torch.cuda.synchronize(policy.device)
         on_progress("sampling", count)
 
-    images = sample_images(
+    made = sample_images(
         policy,
         conditioning,
         steps=steps,
@@ -335,4 +344,4 @@ def generate_images(
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )
-    return images[: len(rows)]
+    return made[: len(rows)]

@@ -50,7 +50,9 @@ def path_kl(
     count = min(ROWS, len(prompts))
     sample = SampleConfig(steps=STEPS, transition="flow_sde", noise_level=noise_level)
     schedule = training_schedule(policy, sample, "gaussian")
-    conditioning = policy.encode(list(prompts.texts[:count]))
+    conditioning = policy.encode(
+        list(prompts.texts[:count]), images=prompts.images and prompts.images[:count]
+    )
     uncond = policy.encode_empty(guidance_scale)
     trained_steps = torch.arange(STEPS - 1)[:, None].expand(-1, count)
     # A graph would be recorded for this length alone.

@@ -150,6 +150,8 @@ class Policy(ABC):
         policy = import_hook(source.family.policy)(source, device, config, encode)
         policy._source, policy._encode = source, encode
         policy.family, policy.compiled = source.family, config.compile
+        # Families may share a class of transformers.
+        policy.transformer._flowgrpo_family = source.family.pipeline
         policy.fused, policy.decoded = config.fused, Decoded()
         policy.quantizer, policy.text_quantizer = source.quantizer, source.text_quantizer
         policy.custom_encode = encode is not None
@@ -202,9 +204,57 @@ class Policy(ABC):
         other._frozen, other.parts, other.sharded = self._frozen, self.parts, self.sharded
         return other
 
+    def encode(
+        self, texts: Sequence[str], *, images: Sequence[str | None] | None = None
+    ) -> Conditioning:
+        """Embeddings of the texts and, of a model that edits, reference latents of the images, on
+        the policy's device.
+
+        Args:
+            texts: K texts; TypeError for a text alone.
+            images: paths of K images, for a model that edits.
+
+        Raises:
+            ConfigError: the model edits and an image is absent or cannot be read, or it does not
+                edit and there is one.
+        """
+        self.check_images(images)
+        conditioning = self.encode_texts(texts)
+        if not self.family.edits:
+            return conditioning
+        if len(images) != len(conditioning):
+            raise ValueError(
+                f"images has {len(images)} paths for {len(conditioning)} texts, but one for each "
+                "text is expected"
+            )
+        # Each by itself, as texts are, and equal ones once.
+        unique = {path: self._reference_latents(path) for path in dict.fromkeys(images)}
+        return replace(conditioning, reference=torch.cat([unique[path] for path in images]))
+
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings of the texts, on the policy's device; TypeError for a text alone."""
+
+    def check_images(self, images: Sequence[str | None] | None) -> None:
+        """Raise ConfigError unless prompts with these images are such as the model takes."""
+        absent = [number for number, path in enumerate(images or [None]) if path is None]
+        if self.family.edits and absent:
+            raise ConfigError(
+                f"{self.name} edits images, but prompt {absent[0] + 1} comes without one; give its "
+                'line in the JSONL file an "image" (a path relative to the file), or flowgrpo '
+                "sample an --image."
+            )
+        given = [path for path in images or () if path is not None]
+        if given and not self.family.edits:
+            raise ConfigError(
+                f"a prompt comes with the image {given[0]!r}, but {self.name} makes images of "
+                "texts alone; leave the images out, or choose a model that edits."
+            )
+
+    def _reference_latents(self, path: str) -> Tensor:
+        """[1, R, C]: packed latents of the image in the file `path`, in the policy's dtype. A
+        family that `edits` implements it."""
+        raise NotImplementedError(f"{type(self).__name__}: its family edits images")
 
     def encode_empty(self, guidance_scale: float) -> Conditioning | None:
         """Embed the empty prompt, for guidance of this scale; None at 1, which is none.
@@ -220,23 +270,31 @@ class Policy(ABC):
                 "no guidance; set it to 1 (sample.guidance_scale, run.eval_guidance, --cfg, "
                 "--guidance), or choose the model that it was distilled from."
             )
-        return self.encode([""])
+        return self.encode_texts([""])
 
-    def encode_shares(self, texts: Sequence[str], world: World) -> Conditioning:
-        """Embeddings of the texts, of which each process encodes a share and gets the others': the
-        bits of `encode`. A collective.
+    def encode_shares(
+        self, texts: Sequence[str], world: World, images: Sequence[str | None] | None = None
+    ) -> Conditioning:
+        """What `encode` makes of the texts and images, of which each process encodes a share and
+        gets the others': the bits of `encode`. A collective.
 
         Where a row could depend on the texts beside it, each process encodes all."""
         if world.size == 1 or not isinstance(self._texts, TextEncoder):
-            return self.encode(texts)
+            return self.encode(texts, images=images)
         count = -(-len(texts) // world.size)
-        share = texts[count * world.rank :][:count]
+        share = slice(count * world.rank, count * (world.rank + 1))
+        kept = len(texts[share])
         # A process without a text encodes the first, for its shape, and drops it.
-        rows = self.encode(share or texts[:1])
-        embeds, pooled = (
-            torch.cat(world.all_rows(tensor[: len(share)])) for tensor in (rows.embeds, rows.pooled)
+        share = share if kept else slice(1)
+        rows = self.encode(texts[share], images=None if images is None else images[share])
+        tensors = {"embeds": rows.embeds, "pooled": rows.pooled, "reference": rows.reference}
+        return Conditioning(
+            **{
+                name: torch.cat(world.all_rows(tensor[:kept]))
+                for name, tensor in tensors.items()
+                if tensor is not None
+            }
         )
-        return Conditioning(embeds, pooled)
 
     @abstractmethod
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -300,7 +358,7 @@ class Policy(ABC):
         embeds = conditioning.embeds
         for name in filter(None, (names.text_norm, names.text)):
             embeds = getattr(self.transformer, name)(embeds)
-        return Conditioning(embeds, conditioning.pooled, table.expand(-1, rows, -1))
+        return replace(conditioning, embeds=embeds, table=table.expand(-1, rows, -1))
 
     def _embed_time(self, sigma: Tensor, pooled: Tensor) -> Tensor:
         """[R, D]: the transformer's embedding of the time [R] and the pooled text [R, P], which

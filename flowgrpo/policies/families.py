@@ -7,6 +7,7 @@ from typing import Any
 from flowgrpo.config import ConfigError
 from flowgrpo.policies.family import Family
 from flowgrpo.policies.flux.family import FLUX
+from flowgrpo.policies.flux.kontext import KONTEXT
 from flowgrpo.policies.flux2.family import FLUX2
 from flowgrpo.policies.qwen.family import QWEN
 from flowgrpo.policies.sd3.family import SD3
@@ -14,7 +15,7 @@ from flowgrpo.policies.wan.family import WAN
 from flowgrpo.policies.zimage.family import ZIMAGE
 
 FAMILIES: dict[str, Family] = {
-    family.pipeline: family for family in (SD3, FLUX, FLUX2, QWEN, WAN, ZIMAGE)
+    family.pipeline: family for family in (SD3, FLUX, KONTEXT, FLUX2, QWEN, WAN, ZIMAGE)
 }
 """Class of a pipeline -> its family. A new family is one entry."""
 
@@ -41,7 +42,10 @@ def family_of_pipeline(pipeline: Any) -> Family:
 
 
 def family_of(transformer: Any) -> Family:
-    """Find the family of a transformer, by its class or one that it inherits from."""
+    """Find the family of a transformer: its policy's, or else the first of its class or of one that
+    it inherits from."""
+    if known := getattr(transformer, "_flowgrpo_family", None):
+        return FAMILIES[known]
     classes = {cls.__name__ for cls in type(transformer).__mro__}
     for family in FAMILIES.values():
         if family.transformer in classes:

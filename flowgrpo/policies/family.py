@@ -80,6 +80,8 @@ class Architecture:
     """Pixels on a side of an image where policy.resolution is 0."""
     size: tuple[int, int] | None = None
     """Its height and width where they differ."""
+    references: int = 0
+    """Images of the sample's size whose tokens stand beside the sample's, of a model that edits."""
     frames: int = 0
     """Frames of a video where policy.frames is 0; 0: it makes images."""
     frame_step: int = 4
@@ -182,6 +184,8 @@ class Family:
     frame_rate: int = 0
     """Frames a second that its videos, of policy.frames frames, are shown with; 0: a sample is an
     image."""
+    edits: bool = False
+    """True: its models edit an image, which each prompt comes with."""
     card_lines: tuple[str, ...] = ()
     """Lines of Python for the model card, between loading the pipeline as `pipe` and its call."""
 

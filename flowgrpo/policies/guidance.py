@@ -35,7 +35,8 @@ def velocities(
     both = policy.velocity(
         torch.cat([sample, sample]),
         torch.cat([sigma, sigma]),
-        uncond.expand(sample.shape[0]).then(conditioning),
+        # The image that is edited stands beside the empty prompt too, as in diffusers.
+        uncond.expand(sample.shape[0]).with_reference_of(conditioning).then(conditioning),
         **({} if policy.parts is None else {"halves": 2}),
     )
     unconditional, conditional = both.chunk(2)

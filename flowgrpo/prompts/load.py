@@ -2,7 +2,8 @@
 
 A set is "nano" or "nano_text" (of the embedded models), one of those in prompts/sets, a text file
 with one prompt a line, a JSONL file (.jsonl, .ndjson, .jsonlines) with an object {"prompt": ...,
-anything the reward needs} a line, or a folder with train and test files of either kind, as
+anything the reward needs} a line, for a model that edits with {"image": path of a picture, relative
+to the file} in it, or a folder with train and test files of either kind, as
 flow_grpo's data sets have: train.txt or train_metadata.jsonl, test.txt or test_metadata.jsonl; or
 "hub:OWNER/NAME", a data set on the Hugging Face Hub (hub.py).
 """
@@ -19,6 +20,7 @@ from typing import Any
 from flowgrpo.config import ConfigError
 from flowgrpo.config.validation import path_text, require, shown
 from flowgrpo.prompts import hub, sets
+from flowgrpo.prompts.pictures import check_picture, content_of
 from flowgrpo.records import Prompts, without_nulls
 
 HELD_OUT = ("heldout", "test")
@@ -103,11 +105,14 @@ def _is_folder(path: Path, argument: str = "sample.prompts") -> bool:
 def fingerprint(prompts: Prompts) -> str:
     """SHA-256 of the texts and metadata, in their order.
 
-    A key whose value is None counts as absent.
+    A key whose value is None counts as absent, and an image that is edited by its file's content,
+    wherever it lies.
     """
-    digest = hashlib.sha256()
-    for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
+    digest, images = hashlib.sha256(), prompts.images or (None,) * len(prompts)
+    for text, metadata, image in zip(prompts.texts, prompts.metadata, images, strict=True):
         values = {name: value for name, value in metadata.items() if value is not None}
+        if image is not None:
+            values["image"] = content_of(image)
         # What is no JSON, such as a date of a data set, counts by its text.
         entry = json.dumps([text, values], sort_keys=True, default=str)
         digest.update(entry.encode() + b"\n")
@@ -198,7 +203,7 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _read_jsonl(path: Path) -> Prompts:
-    texts, metadata = [], []
+    texts, metadata, images = [], [], []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -210,6 +215,23 @@ def _read_jsonl(path: Path) -> Prompts:
                 "'prompt' that is not empty is expected; correct the line."
             )
         check_unicode(entry, f"line {number} of {path}")
+        image = entry.get("image")
+        if image is not None:
+            # The rewards get it among the metadata.
+            image = entry["image"] = _image(image, path, f"line {number} of {path}")
         texts.append(entry["prompt"])
         metadata.append(entry)
-    return Prompts.of(texts, metadata)
+        images.append(image)
+    return Prompts.of(texts, metadata, images)
+
+
+def _image(name: Any, path: Path, line: str) -> str:
+    """Find the picture that a line of the file `path` has as its image."""
+    require(
+        isinstance(name, str) and name.strip() != "",
+        f"{line} has {shown(name)} as its image, but the path of a picture, relative to the file, "
+        "is expected; correct it, or leave image out.",
+    )
+    found = os.path.abspath(os.path.join(path.parent, path_text(name)))
+    check_picture(found, f"the image of {line}")
+    return found

@@ -53,7 +53,7 @@ def write(
         # The Hub knows repositories; a folder's name says nothing there.
         base_model=config.policy.model if _on_hub(config.policy.model) else None,
         library_name="diffusers",
-        pipeline_tag="text-to-video" if family_of(transformer).frame_rate else "text-to-image",
+        pipeline_tag=_task(family_of(transformer)),
         tags=[*(["lora"] if lora else []), tag, "reinforcement-learning"],
         model_name=None if summary is None else config.recipe,
         eval_results=None if summary is None else _results(config, summary),
@@ -121,6 +121,13 @@ def _arguments(config: Config, family: Family) -> str:
     if family.call_arguments is not None:
         arguments |= family.call_arguments(config)
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _task(family: Family) -> str:
+    """Name the task as the Hub does."""
+    if family.frame_rate:
+        return "text-to-video"
+    return "image-to-image" if family.edits else "text-to-image"
 
 
 def _on_hub(model: str) -> bool:

@@ -104,6 +104,7 @@ class Monitor:
         self.tolerances = tolerances_of(config.sample.prompts)
         # Unknown words raise here, before the run directory exists.
         policy.check_texts(self.evaluation_set.prompts.texts)
+        policy.check_images(self.evaluation_set.prompts.images)
         if has_splits(config.sample.prompts):
             # Of one file they are among those of training, which were counted.
             warn_of_cut(policy, self.evaluation_set.prompts.texts, "held-out prompts")
@@ -384,6 +385,7 @@ class Monitor:
             steps=min(2, self.config.sample.eval_steps),
             batch_size=1,
             guidance_scale=self.config.sample.guidance_scale,
+            images=self.evaluation_set.prompts.images,
         )
 
     def summary(self, interrupted: bool) -> dict[str, Any]:

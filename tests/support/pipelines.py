@@ -260,19 +260,24 @@ def save_latent_pipeline(
 
 
 def save_flux_pipeline(
-    folder: Path, *, guidance: bool = True, blocks: int = 2, seed: int = 0
+    folder: Path, *, guidance: bool = True, blocks: int = 2, seed: int = 0, kontext: bool = False
 ) -> Path:
-    """FluxPipeline with FLUX.1-dev's parts: a double and a single block, a VAE of factor
-    2^(blocks - 1) with 4 latent channels, CLIP and T5, the resolution-dependent shift and, with
-    `guidance`, the guidance embedding. Its default resolution, 256 for 2 blocks, is more than most
-    tests need."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    """FluxPipeline, or with `kontext` FluxKontextPipeline, with FLUX.1-dev's parts: a double and a
+    single block, a VAE of factor 2^(blocks - 1) with 4 latent channels, CLIP and T5, the
+    resolution-dependent shift and, with `guidance`, the guidance embedding. Its default resolution,
+    256 for 2 blocks, is more than most tests need."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FluxKontextPipeline,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     clip_words, t5_words = clip_tokenizer(), t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = FluxPipeline(
+        pipeline = (FluxKontextPipeline if kontext else FluxPipeline)(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             vae=vae(8, blocks),
             text_encoder=CLIPTextModel(

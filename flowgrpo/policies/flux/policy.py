@@ -22,7 +22,7 @@ Deliberate departures from flow_grpo's FLUX scripts:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +48,8 @@ PATCH = 2
 """Latent pixels on each side of a token."""
 
 
-@final
 class FluxPolicy(Policy):
-    """`Policy` of a FluxPipeline."""
+    """`Policy` of a FluxPipeline; that of a FluxKontextPipeline inherits from it."""
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class FluxPolicy(Policy):
         if lacking:
             raise ConfigError(
                 f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
-                "FluxPipeline's parts are expected; restore them."
+                f"{type(self.pipeline).__name__}'s parts are expected; restore them."
             )
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         channels, factor = config.in_channels // PATCH**2, pipeline.vae_scale_factor
@@ -110,8 +109,8 @@ class FluxPolicy(Policy):
         rows, columns = (side // (PATCH * factor) for side in (self.height, self.width))
         self.latent_shape = (rows * columns, self.transformer.config.in_channels)
         # In float32 and not, as in the pipeline, in the embeddings' dtype: bfloat16 has no 257.
-        self._image_ids = self.pipeline._prepare_latent_image_ids(
-            1, rows, columns, self.device, torch.float32
+        self._image_ids = self._positions_of(
+            self.pipeline._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
         )
         self._text_ids = torch.zeros(self._length, 3, device=self.device)
         # The rotary tables depend on the ids alone. The transformer would make them anew, by some
@@ -119,7 +118,11 @@ class FluxPolicy(Policy):
         ids = torch.cat([self._text_ids, self._image_ids])
         self._rotary = Rotary(self.transformer.pos_embed(ids))
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def _positions_of(self, sample: Tensor) -> Tensor:
+        """float32 [N, 3]: positions of all image tokens, given those of the sample's."""
+        return sample
+
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
         # The positions of the text are made once, for all prompts.
         tokens = conditioning.embeds.shape[1]

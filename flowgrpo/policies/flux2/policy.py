@@ -193,7 +193,7 @@ class Flux2KleinPolicy(Policy):
         values = norm.running_mean, torch.sqrt(norm.running_var + eps)
         self._mean, self._std = (x.detach().float().view(1, -1, 1, 1) for x in values)
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
         # The positions of the text are made once, for all prompts.
         tokens = conditioning.embeds.shape[1]

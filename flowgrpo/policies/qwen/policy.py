@@ -177,7 +177,7 @@ class QwenImagePolicy(Policy):
         values = (config.latents_mean, config.latents_std)
         self._mean, self._std = (torch.tensor(x, device=self.device).view(shape) for x in values)
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
         tokens, mask = conditioning.embeds.shape[1], list(conditioning.pooled.shape[1:])
         if tokens != self._length or mask != [tokens]:

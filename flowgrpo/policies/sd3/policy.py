@@ -114,7 +114,7 @@ class SD3Policy(Policy):
             if needed and getattr(pipeline, encoder) is not None:
                 components.check_text_encoder(pipeline, encoder, tokenizer, sizes, self.name)
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         texts = check_list(texts)
         return self._encode_with_one(texts) if self._one_encoder else self._texts(texts)
 

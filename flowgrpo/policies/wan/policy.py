@@ -166,7 +166,7 @@ class WanPolicy(Policy):
         values = (config.latents_mean, config.latents_std)
         self._mean, self._std = (torch.tensor(x, device=self.device).view(shape) for x in values)
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
         shape = list(conditioning.embeds.shape[1:])
         expected = [self._length, self.transformer.config.text_dim]

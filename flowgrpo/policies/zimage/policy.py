@@ -156,7 +156,7 @@ class ZImagePolicy(Policy):
         self.latent_shape = (model.in_channels, PATCH * rows, PATCH * columns)
         self._forward = BatchForward(self.transformer, rows, columns, self._length, self.device)
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, texts: Sequence[str]) -> Conditioning:
         conditioning = self._texts(check_list(texts))
         shape, mask = list(conditioning.embeds.shape[1:]), list(conditioning.pooled.shape[1:])
         expected = [self._length, self.transformer.config.cap_feat_dim]

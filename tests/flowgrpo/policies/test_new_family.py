@@ -121,7 +121,7 @@ class ToyPolicy(Policy):
         self.latent_shape = (3, self.resolution, self.resolution)
         self._texts = encode or encode_letters
 
-    def encode(self, texts) -> Conditioning:
+    def encode_texts(self, texts) -> Conditioning:
         return self._texts(texts)
 
     def check_texts(self, texts) -> None:
