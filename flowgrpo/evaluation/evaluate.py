@@ -333,7 +333,7 @@ def generate_images(
             torch.cuda.synchronize(policy.device)
         on_progress("sampling", count)
 
-    made = sample_images(
+    sampled_images = sample_images(
         policy,
         conditioning,
         steps=steps,
@@ -344,4 +344,4 @@ def generate_images(
         guidance_scale=guidance_scale,
         on_progress=None if on_progress is None else count_images,
     )
-    return made[: len(rows)]
+    return sampled_images[: len(rows)]

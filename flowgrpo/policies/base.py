@@ -244,10 +244,10 @@ class Policy(ABC):
                 'line in the JSONL file an "image" (a path relative to the file), or flowgrpo '
                 "sample an --image."
             )
-        given = [path for path in images or () if path is not None]
-        if given and not self.family.edits:
+        paths = [path for path in images or () if path is not None]
+        if paths and not self.family.edits:
             raise ConfigError(
-                f"a prompt comes with the image {given[0]!r}, but {self.name} makes images of "
+                f"a prompt comes with the image {paths[0]!r}, but {self.name} makes images of "
                 "texts alone; leave the images out, or choose a model that edits."
             )
 
@@ -275,22 +275,22 @@ class Policy(ABC):
     def encode_shares(
         self, texts: Sequence[str], world: World, images: Sequence[str | None] | None = None
     ) -> Conditioning:
-        """What `encode` makes of the texts and images, of which each process encodes a share and
-        gets the others': the bits of `encode`. A collective.
+        """Embeddings of the texts and reference latents of the images, of which each process
+        encodes a share and gets the others': the bits of `encode`. A collective.
 
         Where a row could depend on the texts beside it, each process encodes all."""
         if world.size == 1 or not isinstance(self._texts, TextEncoder):
             return self.encode(texts, images=images)
         count = -(-len(texts) // world.size)
         share = slice(count * world.rank, count * (world.rank + 1))
-        kept = len(texts[share])
+        own_rows = len(texts[share])
         # A process without a text encodes the first, for its shape, and drops it.
-        share = share if kept else slice(1)
+        share = share if own_rows else slice(1)
         rows = self.encode(texts[share], images=None if images is None else images[share])
         tensors = {"embeds": rows.embeds, "pooled": rows.pooled, "reference": rows.reference}
         return Conditioning(
             **{
-                name: torch.cat(world.all_rows(tensor[:kept]))
+                name: torch.cat(world.all_rows(tensor[:own_rows]))
                 for name, tensor in tensors.items()
                 if tensor is not None
             }

@@ -232,6 +232,6 @@ def _image(name: Any, path: Path, line: str) -> str:
         f"{line} has {shown(name)} as its image, but the path of a picture, relative to the file, "
         "is expected; correct it, or leave image out.",
     )
-    found = os.path.abspath(os.path.join(path.parent, path_text(name)))
-    check_picture(found, f"the image of {line}")
-    return found
+    picture = os.path.abspath(os.path.join(path.parent, path_text(name)))
+    check_picture(picture, f"the image of {line}")
+    return picture

@@ -33,8 +33,8 @@ def read(
     config: Json, vae_config: Json, parameters: int, encoders: int, vae: int
 ) -> Architecture | None:
     """Sizes of the model of these config.json; None without a VAE."""
-    found = sizes.read(config, vae_config, parameters, encoders, vae)
-    return found and replace(found, references=1)
+    plain = sizes.read(config, vae_config, parameters, encoders, vae)
+    return plain and replace(plain, references=1)
 
 
 KNOWN = {

@@ -61,7 +61,7 @@ def like(images, prompts, metadata):
     for image, entry in zip(images, metadata, strict=True):
         SEEN.append(entry["image"])
         with Image.open(entry["image"]) as file:
-            original = torch.from_numpy(np.array(file.convert("RGB").resize((16, 16))))
+            original = torch.from_numpy(np.array(file.convert("RGB").resize(image.shape[:0:-1])))
         scores.append(-(image.permute(1, 2, 0).float() - original).abs().mean() / 255)
     return torch.stack(scores)
 
