@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from flowgrpo.policies.families import FAMILIES
 from flowgrpo.policies.family import Family
-from flowgrpo.recipes import EMBEDDED, RECIPES, recipe
-
-ENDINGS = ("_1gpu", "_12gb", "_24gb")
-"""Endings of a recipe's forms for one GPU, and for small cards."""
+from flowgrpo.recipes import EMBEDDED, ENDINGS, RECIPES, recipe
 
 
 def models(family: Family) -> str:

@@ -76,7 +76,9 @@ def _undo_rewrites(module: nn.Module) -> None:
     attributes.pop("_flowgrpo", None)
     for name in ("forward", "cropped_pos_embed"):
         function = getattr(attributes.get(name), "__func__", None)
-        if getattr(function, "__module__", "").startswith("flowgrpo."):
+        # Of the trainer, or a fused forward of the kernels' layers, perhaps as a partial.
+        function = getattr(function, "func", function)
+        if getattr(function, "__module__", "").startswith(("flowgrpo.", "flowgrpo_kernels.")):
             del attributes[name]
 
 

@@ -89,6 +89,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "zimage_turbo_pickscore_1gpu": (f"{ZIMAGE}:turbo", {"task": "pickscore", "groups": 8}),
 }
 """Recipe name -> "module:function" and its arguments; the function takes keyword overrides too."""
+ENDINGS = ("_1gpu", "_12gb", "_24gb")
+"""Endings of the names of a recipe's forms for one GPU of 80 GB, and for small cards."""
 EMBEDDED = {name for name, (target, _) in RECIPES.items() if target.startswith("flowgrpo.nano")}
 """Recipes of the embedded model, which need no download and no GPU."""
 
@@ -101,10 +103,12 @@ def recipe(name: str, **overrides: Any) -> Config:
         overrides: handed to the function.
     """
     target, arguments = RECIPES.get(name, (name, {}))
+    whole = ", ".join(recipe for recipe in RECIPES if not recipe.endswith(ENDINGS))
     require(
         all(split_target(target)),
-        f"recipe {name!r} is unknown, but one of {', '.join(RECIPES)} or package.module:function "
-        f"or file.py:function is expected{similar(name, RECIPES)}; name one of these.",
+        f"recipe {name!r} is unknown, but one of {whole}, some of them with an ending for "
+        "one GPU or a small card (_1gpu, _24gb, _12gb), or package.module:function or "
+        f"file.py:function is expected{similar(name, RECIPES)}; name one of these.",
     )
     if name in RECIPES:
         return import_function(target)(**arguments, **overrides)

@@ -81,7 +81,12 @@ def save_inputs(folder: Path) -> dict[str, str]:
     if not model.exists():
         pipelines.save_pixel_pipeline(model)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"prompt": p, "tag": t}) for p, t in PROMPTS.items()))
+    if not prompts.exists():
+        # At once: another process may be reading.
+        lines = [json.dumps({"prompt": p, "tag": t}) for p, t in PROMPTS.items()]
+        whole = folder / f"prompts-{os.getpid()}"
+        whole.write_text("\n".join(lines))
+        whole.replace(prompts)
     return {"policy.model": str(model), "sample.prompts": str(prompts)}
 
 
