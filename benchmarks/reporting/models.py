@@ -33,7 +33,7 @@ def table() -> tuple[list[str], list[list[str]]]:
         [
             models(family),
             f"`{family.pipeline}`",
-            "videos" if family.frame_rate else "images",
+            "videos" if family.frame_rate else "edited images" if family.edits else "images",
             recipes_of(family),
         ]
         for family in FAMILIES.values()
