@@ -9,12 +9,13 @@
     flux_pickscore, flux_pickscore_window, flux_pickscore_1gpu    the same for FLUX.1-dev
     flux2_klein_pickscore, flux2_klein_ocr, ..._1gpu    Flow-Factory's numbers, on FLUX.2-klein-base
     flux2_klein_distilled_pickscore    the same for FLUX.2-klein, in four steps without guidance
+    qwen_image_pickscore, qwen_image_ocr    Qwen-Image-2512, sharded by torchrun; ..._1gpu in 8 bits
     wan22_ti2v_5b_ocr, wan22_ti2v_5b_pickscore_window, ..._1gpu    videos of Wan 2.2 TI2V-5B
     zimage_pickscore, zimage_ocr, zimage_turbo_pickscore, ..._1gpu    Z-Image and its Turbo
     nano, nano_awm    the embedded model, in flowgrpo/nano/recipes.py
     nano_text    its sibling that writes words, in flowgrpo/nano/text/recipes.py
 
-sd3.py  flux.py  flux2.py  wan.py  zimage.py
+sd3.py  flux.py  flux2.py  qwen.py  wan.py  zimage.py
            the numbers of one family, each with its source
 tasks.py   what the papers train for: prompts, rewards, weight of the KL, length
 fit.py     a recipe's last step: the user's own values, and the rows of a forward
@@ -35,8 +36,8 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.user_code import advice, import_function, split_target
 from flowgrpo.config.validation import require, similar
 
-SD3, FLUX, FLUX2, WAN, ZIMAGE = (
-    f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "flux2", "wan", "zimage")
+SD3, FLUX, FLUX2, QWEN, WAN, ZIMAGE = (
+    f"flowgrpo.recipes.{name}" for name in ("sd3", "flux", "flux2", "qwen", "wan", "zimage")
 )
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +76,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2_klein_ocr_24gb": (f"{FLUX2}:base", {"task": "ocr", "groups": 8, "card": 24}),
     "flux2_klein_distilled_pickscore": (f"{FLUX2}:distilled", {}),
     "flux2_klein_distilled_pickscore_1gpu": (f"{FLUX2}:distilled", {"groups": 8}),
+    "qwen_image_ocr": (f"{QWEN}:window", {"task": "ocr"}),
+    "qwen_image_ocr_1gpu": (f"{QWEN}:window", {"task": "ocr", "groups": 8}),
+    "qwen_image_pickscore": (f"{QWEN}:window", {"task": "pickscore"}),
+    "qwen_image_pickscore_1gpu": (f"{QWEN}:window", {"task": "pickscore", "groups": 8}),
     "wan22_ti2v_5b_ocr": (f"{WAN}:paper", {"task": "ocr"}),
     "wan22_ti2v_5b_ocr_1gpu": (f"{WAN}:paper", {"task": "ocr", "groups": 4}),
     "wan22_ti2v_5b_pickscore_window": (f"{WAN}:window", {}),
@@ -158,7 +163,7 @@ def describe(name: str, config: Config) -> str:
     numbers. The empty string for the embedded model's and for those of other modules."""
     target, arguments = RECIPES.get(name, ("", {}))
     module, _, method = target.partition(":")
-    if module not in (SD3, FLUX, FLUX2, WAN, ZIMAGE):
+    if module not in (SD3, FLUX, FLUX2, QWEN, WAN, ZIMAGE):
         return ""
     from flowgrpo.recipes import tasks
 

@@ -84,6 +84,7 @@ OTHERS = {
     ("flux2", "base"): "Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml",
     ("flux2", "distilled"): "Flow-Factory's examples/grpo/lora/flux2_klein/default.yaml",
     ("wan", "window"): "Flow-Factory's examples/grpo/lora/wan22/t2v.yaml",
+    ("qwen", "window"): "Flow-Factory's examples/grpo/lora/qwen_image/default.yaml",
     ("zimage", "window"): "Flow-Factory's examples/grpo/lora/z_image/default.yaml",
     ("zimage", "turbo"): "Flow-Factory's examples/grpo/lora/z_image_turbo/default.yaml",
 }
@@ -94,7 +95,7 @@ def describe(family: str, method: str, task: str, reported: Sequence[str]) -> st
     """Describe a recipe for its help: rewards, what they need, where the numbers come from.
 
     Args:
-        family: sd3, flux, flux2, wan or zimage, the recipe's file; method: its function there.
+        family: name of the recipe's file, such as sd3; method: its function there.
         reported: rewards that its evaluation reports.
     """
     config = CONFIGS.get((family, method, task))

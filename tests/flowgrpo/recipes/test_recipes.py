@@ -198,7 +198,11 @@ def test_sizes_of_an_iteration(name):
     config = recipe(name, memory=80.0)
     sample, optim, policy = config.sample, config.optim, config.policy
     small, video = name.endswith(("_1gpu", "gb")), name.startswith("wan")
-    of_flow_factory = name.startswith(("flux2_klein", "zimage"))
+    of_flow_factory = name.startswith(("flux2_klein", "qwen_image", "zimage"))
+    # A transformer that is sharded over the GPUs of a machine.
+    sharded = config.run.parallel == "fsdp"
+    assert sharded == (name.startswith("qwen_image") and not small)
+    gpus = 8 if sharded else 1
     if video:
         assert (policy.frames, policy.height, policy.width) == (33, 256, 416)
         assert sample.rows in ((4 * 8, 4 * 16) if small else (32 * 8, 48 * 16))
@@ -206,10 +210,10 @@ def test_sizes_of_an_iteration(name):
         whole = 48 * 16 if of_flow_factory else 1152
         assert sample.rows == (8 * sample.group_size if small else whole)
     assert optim.updates_per_iteration == 2 and config.chunks_per_update * 2 == sample.chunks
-    assert policy.offload_text_encoders == small
-    need = plan.expected_memory(config, plan.sizes_of(policy.model))["total"]
+    assert policy.offload_text_encoders == (small or sharded)
+    need = plan.expected_memory(config, plan.sizes_of(policy.model), gpus)["total"]
     assert need <= plan.FILL * 80
-    # One more row would not fit, or not divide an update's rows, or is past the bound.
+    # One more row would not fit on one GPU, or not divide an update's rows, or is past the bound.
     larger = (
         n for n in range(sample.batch_size + 1, plan.MOST_ROWS + 1) if sample.rows // 2 % n == 0
     )
@@ -223,7 +227,8 @@ def test_sizes_of_an_iteration(name):
     assert sample.window_size == (3 if cps else int(one))
     assert optim.guard == ("_guard" in name)
     assert (optim.ema_decay, optim.ema_every) == (0.9, 8)
-    rank = 64 if name.startswith(("flux", "zimage")) or (video and windowed) else 32
+    high = name.startswith(("flux", "qwen_image", "zimage")) or (video and windowed)
+    rank = 64 if high else 32
     if name.startswith(("flux_", "zimage_")) and name.endswith("gb"):
         rank = 32
     assert (policy.lora_rank, policy.lora_alpha) == (rank, 2 * rank)
@@ -247,7 +252,7 @@ def test_recipes_of_small_cards_fit(name, monkeypatch):
     assert larger > memory["total"] + 4
 
 
-# examples/grpo/lora/{z_image,z_image_turbo}/default.yaml of Flow-Factory at a0b2bc5.
+# examples/grpo/lora/{qwen_image,z_image,z_image_turbo}/default.yaml of Flow-Factory at a0b2bc5.
 FLOW_FACTORY = {
     "policy.lora_rank": 64,
     "policy.lora_alpha": 128,
@@ -276,6 +281,11 @@ FLOW_FACTORY = {
     [
         # Their scale counts from the conditional velocity.
         ("zimage", {"steps": 10, "eval_steps": 40, "guidance_scale": 4 + 1, "noise_level": 0.7}),
+        # They reward CLIP's score too.
+        (
+            "qwen_image",
+            {"steps": 10, "eval_steps": 28, "guidance_scale": 4.0, "noise_level": 1.0},
+        ),
         # Their noise level is 0.7; ours is what a distilled model stands.
         ("zimage_turbo", {"steps": 6, "eval_steps": 10, "guidance_scale": 1, "noise_level": 0.2}),
     ],
@@ -284,7 +294,7 @@ def test_numbers_are_those_of_flow_factory(name, own):
     config = recipe(f"{name}_pickscore", memory=80.0)
     expected = FLOW_FACTORY | {f"sample.{field}": value for field, value in own.items()}
     assert {field: get(config, field) for field in expected} == expected
-    folder = {"zimage": "z_image", "zimage_turbo": "z_image_turbo"}[name]
+    folder = name.replace("zimage", "z_image")
     assert f"those of Flow-Factory's examples/grpo/lora/{folder}/def" in describe(
         f"{name}_pickscore", config
     )
