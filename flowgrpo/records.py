@@ -193,8 +193,8 @@ class Conditioning:
             absent = [tensor is None for tensor in tensors]
             if any(absent) != all(absent):
                 raise ValueError(
-                    f"other: both must have a {name}, or neither; prepare both alike "
-                    "(Policy.prepare), and encode both with images or without"
+                    f"other: {name} is there in one of both alone; they must be prepared alike "
+                    "(Policy.prepare), and both encoded with images or without"
                 )
             if not any(absent):
                 # A table has the steps in front of the prompts.
