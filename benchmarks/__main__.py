@@ -10,6 +10,7 @@ PROGRAMS = {
     "tables": "reporting.tables",
     "ocr": "experiments.ocr",
     "crash-drill": "experiments.crash_drill",
+    "counted-cards": "experiments.counted_cards",
     "ranks-choices": "experiments.ranks_choices",
     "ranks-drill": "experiments.ranks_drill",
     "fuzz": "experiments.fuzz",
