@@ -71,8 +71,10 @@ def test_counts_are_those_of_the_record():
     assert all(r["value"] == 0 for r in rows if r["metric"] == "update_waits")
 
 
-def test_recipes_are_as_the_plan_has_them():
+def test_recipes_are_as_the_plan_and_the_count_have_them():
     rows = table("| recipe |")
+    record = records.read(quantized.OUT.with_name("counted-cards.json"))["rows"]
+    counted = {(r["case"], r["metric"]): r["value"] for r in record}
     assert {row[0].strip("`") for row in rows} == {n for n in RECIPES if n.endswith("gb")}
     for name, *cells in rows:
         config = recipe(name.strip("`"))
@@ -80,7 +82,11 @@ def test_recipes_are_as_the_plan_has_them():
         policy = config.policy
         expected = [policy.quantize, policy.quantize_text, str(config.sample.batch_size)]
         expected += [f"{memory['total']:.1f}", f"{memory['total'] + memory['rollout']:.1f}"]
-        assert cells == expected, name
+        assert counted[config.recipe, "planned"] == pytest.approx(memory["total"], rel=1e-4)
+        assert 0.95 < memory["total"] / counted[config.recipe, "total"] < 1.10
+        pool = counted[config.recipe, "with_pool"]
+        assert pool < (22 if name.endswith("24gb`") else 11)
+        assert cells == [*expected, f"{pool:.1f}"], name
 
 
 def test_steps_to_a_small_card_are_the_plans():
