@@ -74,6 +74,7 @@ def _undo_rewrites(module: nn.Module) -> None:
     """Drop the attributes that surgery.py's rewrites of an earlier policy have added."""
     attributes = vars(module)
     attributes.pop("_flowgrpo", None)
+    attributes.pop("_flowgrpo_family", None)
     for name in ("forward", "cropped_pos_embed"):
         function = getattr(attributes.get(name), "__func__", None)
         # Of the trainer, or a fused forward of the kernels' layers, perhaps as a partial.

@@ -1,7 +1,9 @@
 """Model surgery: all that is rewritten on the modules of diffusers and PEFT, in its order.
 
 A module is rewritten on the instance: it stays of its class, keeps its parameters and their names,
-and is saved as before. What a rewrite has to remember lies in one attribute, `_flowgrpo`.
+and is saved as before. What a rewrite has to remember lies in one attribute, `_flowgrpo`. The
+transformer itself keeps the class of its pipeline, `_flowgrpo_family`, since families may share a
+class of transformers.
 
     rewrite             where                    modules                    attributes added
     0  packed weights   quantize                 linear layers              their class

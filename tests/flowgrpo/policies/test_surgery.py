@@ -69,8 +69,11 @@ def test_attributes_are_those_of_the_table(kinds, tmp_path, kind, fused):
     for name, new in additions(plain, transformer).items():
         module = transformer.get_submodule(name)
         rewrite = vars(module).get("_flowgrpo")
-        kinds_seen.add(type(rewrite))
-        if name == "pos_embed":
+        if name:
+            kinds_seen.add(type(rewrite))
+        if name == "":
+            expected = {"_flowgrpo_family"}
+        elif name == "pos_embed":
             expected = {"cropped_pos_embed", "buffer _cropped"}
         elif isinstance(rewrite, Product | Columns):
             expected = {"_flowgrpo", "forward"}
