@@ -33,7 +33,7 @@ MODELS = {
     "Tongyi-MAI/Z-Image": configurations.Z_IMAGE,
 }
 FIELDS = ("gradient_checkpointing", "quantize", "vae_slicing")
-"""Of policy: what the forward's memory depends on, beside the case."""
+"""Fields of policy that the forward's memory depends on, beside the case."""
 MOMENTS = 8
 """Bytes of AdamW's two moments a trained parameter, which the counted iteration does not have."""
 
