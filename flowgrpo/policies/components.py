@@ -8,7 +8,7 @@ minutes, or in images of another size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,16 @@ def _strange(parameter: nn.Parameter, device: torch.device) -> str:
     if tensor.is_meta and device.type != "meta":
         return "on the device meta, without values"
     return "a tensor of inference mode" if parameter.is_inference() else ""
+
+
+def check_parts(pipeline: Any, names: Iterable[str], model: str) -> None:
+    """Raise ConfigError unless `pipeline`, which the user called `model`, has all these parts."""
+    lacking = [name for name in names if getattr(pipeline, name) is None]
+    require(
+        not lacking,
+        f"policy.model {model!r} lacks {', '.join(lacking)}, but all of a "
+        f"{type(pipeline).__name__}'s parts are expected; restore them.",
+    )
 
 
 def check_vae(

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowgrpo.config import ConfigError
+from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import path_text
 from flowgrpo.distributed.world import SPECIFIC
 from flowgrpo.files import replacing
@@ -87,6 +87,26 @@ class TextEncoder:
         finally:
             for encoder in self._encoders:
                 encoder.to("cpu")
+
+
+def make_encoder(
+    encode: Callable[[str], Conditioning],
+    encoders: Sequence[nn.Module],
+    source: Pipeline,
+    components: Sequence[str],
+    length: int,
+    device: torch.device,
+    config: PolicyConfig,
+) -> TextEncoder:
+    """Make the encoder of a pipeline's texts, with the cache and the place that `config` says.
+
+    Args:
+        encode: one text -> one row.
+        components: of the pipeline, whose files decide the bits.
+        length: tokens of a text.
+    """
+    cached = open_cache(config.text_cache, source, components, length, device)
+    return TextEncoder(encode, encoders, device, cached, config.offload_text_encoders)
 
 
 class TextCache:

@@ -78,21 +78,12 @@ class FluxPolicy(Policy):
         self._guidance = None
         if self.transformer.config.guidance_embeds:
             self._guidance = torch.full([1], config.embedded_guidance, device=device)
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._length, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._length, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_components(self, *needed: str) -> None:
-        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
-        if lacking:
-            raise ConfigError(
-                f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
-                f"{type(self.pipeline).__name__}'s parts are expected; restore them."
-            )
+        components.check_parts(self.pipeline, needed, self.name)
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         channels, factor = config.in_channels // PATCH**2, pipeline.vae_scale_factor
         components.check_vae(pipeline.vae, channels, factor, self.name)

@@ -99,21 +99,12 @@ class Flux2KleinPolicy(Policy):
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
         self._set_positions(factor)
         self._set_latent_scale()
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._length, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._length, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_components(self, *needed: str) -> None:
-        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
-        require(
-            not lacking,
-            f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
-            "Flux2KleinPipeline's parts are expected; restore them.",
-        )
+        components.check_parts(self.pipeline, needed, self.name)
         config = self.pipeline.transformer.config
         require(
             not config.guidance_embeds,

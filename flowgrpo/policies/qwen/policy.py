@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flowgrpo.config import ConfigError, PolicyConfig
 from flowgrpo.config.validation import require
-from flowgrpo.policies import pipelines, text_cache
+from flowgrpo.policies import components, pipelines, text_cache
 from flowgrpo.policies.base import (
     Policy,
     check_list,
@@ -85,21 +85,12 @@ class QwenImagePolicy(Policy):
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
         self._set_positions(factor)
         self._set_latent_scale()
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._length, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._length, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_components(self, *needed: str) -> None:
-        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
-        require(
-            not lacking,
-            f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a "
-            "QwenImagePipeline's parts are expected; restore them.",
-        )
+        components.check_parts(self.pipeline, needed, self.name)
         config = self.pipeline.transformer.config
         foreign = [name for name in FOREIGN if getattr(config, name, False)]
         require(

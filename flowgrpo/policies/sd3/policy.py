@@ -56,13 +56,9 @@ class SD3Policy(Policy):
             # The small encoder of a small model: computed sooner than read, and in one batch.
             return
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._length, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._length, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _set_size(self, policy_config: PolicyConfig) -> None:
         config, factor = self.transformer.config, 1

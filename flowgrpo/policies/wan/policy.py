@@ -63,22 +63,13 @@ class WanPolicy(Policy):
         self._set_size(config)
         self._set_latent_scale()
         self._length = config.max_sequence_length or MAX_SEQUENCE_LENGTH
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._length, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._length, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_components(self, *needed: str) -> None:
         pipeline = self.pipeline
-        lacking = [name for name in needed if getattr(pipeline, name) is None]
-        require(
-            not lacking,
-            f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a WanPipeline's "
-            "parts are expected; restore them.",
-        )
+        components.check_parts(pipeline, needed, self.name)
         choose = "choose Wan2.2-TI2V-5B or Wan2.1-T2V."
         require(
             pipeline.transformer_2 is None and pipeline.config.boundary_ratio is None,

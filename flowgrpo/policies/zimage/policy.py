@@ -78,21 +78,12 @@ class ZImagePolicy(Policy):
         self.scheduler = self.pipeline.scheduler
         self._set_size(config)
         self._limits = (config.cfg_normalization, config.cfg_truncation)
-        if encode is not None:
-            self._texts = encode
-            return
-        cached = text_cache.open_cache(
-            config.text_cache, source, TEXT_COMPONENTS, self._tokens, device
+        self._texts = encode or text_cache.make_encoder(
+            self._encode_one, encoders, source, TEXT_COMPONENTS, self._tokens, device, config
         )
-        self._texts = text_cache.TextEncoder(self._encode_one, encoders, device, cached, offload)
 
     def _check_components(self, *needed: str) -> None:
-        lacking = [name for name in needed if getattr(self.pipeline, name) is None]
-        require(
-            not lacking,
-            f"policy.model {self.name!r} lacks {', '.join(lacking)}, but all of a ZImagePipeline's "
-            "parts are expected; restore them.",
-        )
+        components.check_parts(self.pipeline, needed, self.name)
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         require(
             not config.siglip_feat_dim,
