@@ -229,7 +229,8 @@ def measure(path: Path | None) -> None:
             "ours": lambda args: two_passes(*args),
             "single-pass": lambda args: single_pass(*args),
         }
-        times = timers.time_gpu(calls, sets, ROUNDS, graphs=tuple(calls))
+        timed = timers.rotating(calls, sets, "cuda", graphs=tuple(calls))
+        times = timers.take_turns(timed, ROUNDS)
         for provider, values in times.items():
             case = f"loss-kl {name} bf16/fp32"
             median = statistics.median(values) * 1e6
