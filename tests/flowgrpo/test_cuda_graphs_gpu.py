@@ -99,8 +99,10 @@ def test_nothing_waits_for_the_gpu(pixel_model, tmp_path):
         batch = objectives.gather_trained_steps(parts.schedule, experience, slice(0, 3), range(1))
         for watch in (contextlib.nullcontext, no_waiting):
             with watch():
-                with micro.accumulating(parts.world, parts.dealing, config):
-                    micro(batch, config, 4)
+                with micro.accumulating(parts.world, parts.dealing, config) as gradients:
+                    for leaf in parts.dealing.steps[0]:
+                        micro(batch, config, 4)
+                        gradients.add(leaf.number)
                 parts.state.step()
 
 
