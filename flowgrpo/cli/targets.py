@@ -22,7 +22,13 @@ from flowgrpo.runs.process import prepare_process, versions
 
 
 def load_base(config: Config) -> Policy:
-    """Load the model of `config` without adapters."""
+    """Load the model of `config` without adapters.
+
+    A run may have demanded CUDA graphs of its device; here they are used where there are any.
+    """
+    if config.sample.capture == "on":
+        config = replace(config, **{"sample.capture": "auto"})
+    config = replace(config, **{"optim.capture": "off"})
     prepare_process(config.run)
     policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)

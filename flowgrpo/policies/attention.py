@@ -222,14 +222,16 @@ def _leave_switches_alone(backend: AttentionBackendName) -> None:
         return
 
     def call(query: Tensor, key: Tensor, value: Tensor, **more: object) -> Tensor:
-        masked = {"mask": more["attn_mask"]} if more.get("attn_mask") is not None else {}
+        mask = more.get("attn_mask")
+        masked = {} if mask is None else {"mask": mask}
         others = [x for name, x in more.items() if name != "attn_mask"]
         if (
             query.shape[-1] % 8
-            or (masked and kernel is not _efficient)
+            # Of bools in diffusers' own forwards, which may come here as well.
+            or (masked and (kernel is not _efficient or mask.dtype != query.dtype))
             or any(isinstance(x, Tensor) or x for x in others)
         ):
-            # What the operator cannot do by itself, and no transformer here asks for.
+            # What the operator cannot do by itself, and no policy here asks for.
             return by_switches(query, key, value, **more)
         heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
         return kernel(*heads_first, **masked).permute(0, 2, 1, 3)

@@ -157,6 +157,22 @@ def test_a_reward_beside_may_choose_another_kernel(request, model):
     assert switches.found == {True}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_mask_of_bools_goes_the_way_of_diffusers(monkeypatch, dtype):
+    """The operator takes a mask of the query's type alone; a plain pipeline hands over bools."""
+    ways, backend = [], attention._backend("native_efficient")
+    registry = attention._AttentionBackendRegistry._backends
+    monkeypatch.setitem(registry, backend, lambda *a, **k: ways.append("switches") or a[0])
+    operator = lambda *a, mask: ways.append(mask.dtype) or a[0]  # noqa: E731
+    monkeypatch.setattr(attention, "_efficient", operator)
+    monkeypatch.setitem(attention.KERNELS, backend, operator)
+    attention._leave_switches_alone(backend)
+    mask = torch.ones(2, 1, 1, 4).to(dtype)
+    parts = torch.randn(3, 2, 4, 3, 16)
+    assert torch.equal(registry[backend](*parts, attn_mask=mask), parts[0])
+    assert ways == ["switches" if dtype == torch.bool else dtype]
+
+
 def with_gradients(call, parts):
     parts = [part.detach().requires_grad_() for part in parts]
     out = call(*parts)
