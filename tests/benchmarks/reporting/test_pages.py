@@ -32,6 +32,14 @@ def test_the_page_of_registers_is_that_of_its_record(tmp_path, monkeypatch, caps
     assert "| 255 / 32 / 696 / 4 |" in (tmp_path / "compile.md").read_text(encoding="utf-8")
 
 
+def test_no_kernel_of_the_record_has_local_memory():
+    """Bytes of stack and local memory of every variant and target: what ptxas could not keep."""
+    rows = records.read(records.RESULTS / "compile.json")["rows"]
+    local = {row["case"]: row["value"] for row in rows if row["metric"] == "local"}
+    assert len(local) == 5 * 216
+    assert {case: value for case, value in local.items() if value} == {}
+
+
 @pytest.mark.parametrize(
     ("script", "command"),
     [
