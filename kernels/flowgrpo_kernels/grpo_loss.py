@@ -161,19 +161,21 @@ def grpo_loss_sums_kernel(
     a = coefficient(table_ptr, step, num_steps, COL_A)
     b = coefficient(table_ptr, step, num_steps, COL_B)
     o_lane = quarter_lanes(part)
-    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    b_v, b_d = residual(
+        v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, ALIGN, GUIDED
+    )
     # All loads before the first sum, which waits for them.
     if REF:
-        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, ALIGN, REF_GUIDED)
     if OLD:
-        b_h = b_v - load(old_ptr + base, o_lane, remaining)
+        b_h = b_v - load(old_ptr + base, o_lane, remaining, ALIGN)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
-    tl.store(p_sum + SUM_DD * programs, quarter_sum(b_d * b_d))
     if REF:
         tl.store(p_sum + SUM_EE * programs, quarter_sum(b_e * b_e))
     if OLD:
         tl.store(p_sum + SUM_HH * programs, quarter_sum(b_h * b_h))
+    tl.store(p_sum + SUM_DD * programs, quarter_sum(b_d * b_d))
 
 
 @jit
@@ -348,16 +350,19 @@ def grpo_loss_backward_kernel(
     c_e = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_h = grad * tl.load(coefs_ptr + 3 * row + 2)
     o_lane = chunk_lanes(chunk)
-    b_v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    b_v, b_d = residual(
+        v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, ALIGN, GUIDED
+    )
     b_dv = term(c_d, b_d)
     if REF:
-        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, ALIGN, REF_GUIDED)
         b_dv += term(c_e, b_v - b_ref)
     if OLD:
-        b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining))
+        b_dv += term(c_h, b_v - load(old_ptr + base, o_lane, remaining, ALIGN))
     store_gradient(
-        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
-    )
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
+        ALIGN, GUIDED, UNCOND_GRAD,
+    )  # fmt: skip
 
 
 @triton.launcher("grpo_loss_forward")

@@ -138,19 +138,15 @@ def log_prob_kernel(
     for chunk in range(CHUNKS_C if SINGLE else 1):
         # The mean is float32: four a thread, as it is stored.
         o_lane = chunk_lanes(chunk, 1, MEAN) if SINGLE else quarter_lanes(part, 1, MEAN)
-        if MEAN:
-            b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-            b_from = load(x_ptr + base, o_lane, remaining)
-            b_prev = load(prev_ptr + base, o_lane, remaining)
-            b_mu = a * b_from + b * b_v
-            b_d = b_prev - b_mu
-            store_moments(
-                mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_from, b_mu, sigma, MEAN, X0
-            )
-        else:
-            _v, b_d = residual(
-                v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED
-            )
+        b_from = load(x_ptr + base, o_lane, remaining, ALIGN)
+        b_prev = load(prev_ptr + base, o_lane, remaining, ALIGN)
+        b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, ALIGN, GUIDED)
+        b_mu = a * b_from + b * b_v
+        b_d = b_prev - b_mu
+        store_moments(
+            mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_from, b_mu, sigma,
+            ALIGN, MEAN, X0,
+        )  # fmt: skip
         b_sum += b_d * b_d
     if SINGLE:
         total = pair_tree(b_sum, LANES_C)
@@ -197,15 +193,18 @@ def log_prob_backward_kernel(
     if grad_x0_ptr is not None:
         sigma = coefficient(table_ptr, step, num_steps, COL_SIGMA)
     o_lane = chunk_lanes(chunk)
-    _v, b_d = residual(v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED)
+    _v, b_d = residual(
+        v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, ALIGN, GUIDED
+    )
     b_dv = term(c_d, b_d)
     if grad_mean_ptr is not None:
-        b_dv += b * load(grad_mean_ptr + base, o_lane, remaining)
+        b_dv += b * load(grad_mean_ptr + base, o_lane, remaining, ALIGN)
     if grad_x0_ptr is not None:
-        b_dv -= sigma * load(grad_x0_ptr + base, o_lane, remaining)
+        b_dv -= sigma * load(grad_x0_ptr + base, o_lane, remaining, ALIGN)
     store_gradient(
-        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
-    )
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
+        ALIGN, GUIDED, UNCOND_GRAD,
+    )  # fmt: skip
 
 
 @triton.launcher("log_prob")

@@ -132,12 +132,14 @@ def unit(ptr, row):
 
 
 @jit
-def errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta):
+def errors(
+    x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta, ALIGN: tl.constexpr
+):
     """Loads one chunk of x_t and x0 and returns (p, q): x0+ - x0 and x0- - x0. b_h: v - v_old."""
     # First, so that b_h need not be kept: the kernel of the sums has no register left.
     b_t = sigma_beta * b_h
-    b_d = load(x_ptr + base, o_lane, remaining) - sigma * b_old
-    b_d = b_d - load(x0_ptr + base, o_lane, remaining)
+    b_d = load(x_ptr + base, o_lane, remaining, ALIGN) - sigma * b_old
+    b_d = b_d - load(x0_ptr + base, o_lane, remaining, ALIGN)
     return b_d - b_t, b_d + b_t
 
 
@@ -166,13 +168,13 @@ def nft_loss_sums_kernel(
     sigma = unit(sigma_ptr, row)
     sigma_beta = sigma * beta
     o_lane = quarter_lanes(part)
-    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, ALIGN, GUIDED)
     # All loads before the first sum, which waits for them.
     if REF:
-        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
-    b_old = load(old_ptr + base, o_lane, remaining)
+        b_e = b_v - guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, ALIGN, REF_GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining, ALIGN)
     b_h = b_v - b_old
-    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta)
+    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_h, sigma, sigma_beta, ALIGN)
     programs = tl.num_programs(0).to(tl.int64)
     p_sum = sums_ptr + tl.program_id(0)
     if REF:
@@ -315,16 +317,19 @@ def nft_loss_backward_kernel(
     c_q = grad * tl.load(coefs_ptr + 3 * row + 1)
     c_e = grad * tl.load(coefs_ptr + 3 * row + 2)
     o_lane = chunk_lanes(chunk)
-    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-    b_old = load(old_ptr + base, o_lane, remaining)
-    b_p, b_q = errors(x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta)
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, ALIGN, GUIDED)
+    b_old = load(old_ptr + base, o_lane, remaining, ALIGN)
+    b_p, b_q = errors(
+        x_ptr, x0_ptr, base, o_lane, remaining, b_old, b_v - b_old, sigma, sigma_beta, ALIGN
+    )
     b_dv = term(c_p, b_p) + term(c_q, b_q)
     if REF:
-        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, REF_GUIDED)
+        b_ref = guided(ref_ptr, ref_u_ptr, base, o_lane, remaining, scale, ALIGN, REF_GUIDED)
         b_dv += term(c_e, b_v - b_ref)
     store_gradient(
-        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale, GUIDED, UNCOND_GRAD
-    )
+        dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
+        ALIGN, GUIDED, UNCOND_GRAD,
+    )  # fmt: skip
 
 
 @triton.launcher("nft_loss_forward")

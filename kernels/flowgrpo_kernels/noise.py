@@ -60,7 +60,7 @@ def initial_noise_kernel(
     for chunk in range(CHUNKS_C):
         o_lane = chunk_lanes(chunk)
         b_z = normals(start, chunk_lanes(chunk, 4), seed, step)
-        store(out_ptr + base, o_lane, remaining, narrow(b_z, out_ptr.dtype.element_ty))
+        store(out_ptr + base, o_lane, remaining, narrow(b_z, out_ptr.dtype.element_ty), ALIGN)
 
 
 @triton.launcher("initial_noise")

@@ -109,19 +109,21 @@ def sde_step_kernel(
 
     # Four a thread, as normals makes and float32 stores them: else a 16-bit velocity would be
     # loaded eight a thread, and each chunk change its layout behind barriers.
-    four: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    four: tl.constexpr = (out_ptr.dtype.element_ty == tl.float32) or MEAN or X0
     b_sum = tl.zeros([LANES_C], dtype=tl.float32)
     for chunk in range(1 if SPLIT else CHUNKS_C):
         if SPLIT:
             o_lane, o_quad, end = quarter_lanes(part, 1, four), quarter_lanes(part, 4), BLOCK_C
         else:
             o_lane, o_quad, end = chunk_lanes(chunk, 1, four), chunk_lanes(chunk, 4), remaining
-        b_v = guided(v_ptr, u_ptr, base, o_lane, end, scale, GUIDED)
-        b_from = load(x_ptr + base, o_lane, end)
+        b_v = guided(v_ptr, u_ptr, base, o_lane, end, scale, ALIGN, GUIDED)
+        b_from = load(x_ptr + base, o_lane, end, ALIGN)
         if NOISE == "tensor":
-            b_noise = load(noise_ptr + base, o_lane, end)
+            b_noise = load(noise_ptr + base, o_lane, end, ALIGN)
         b_mu = a * b_from + b * b_v
-        store_moments(mean_ptr, x0_out_ptr, base, o_lane, end, b_v, b_from, b_mu, sigma, MEAN, X0)
+        store_moments(
+            mean_ptr, x0_out_ptr, base, o_lane, end, b_v, b_from, b_mu, sigma, ALIGN, MEAN, X0
+        )
         if NOISE == "seeds":
             b_x = b_mu + c * normals(start, o_quad, seed, noise_step)
         elif NOISE == "tensor":
@@ -130,7 +132,7 @@ def sde_step_kernel(
         else:
             b_x = b_mu
         b_out = narrow(b_x, out_ptr.dtype.element_ty)
-        store(out_ptr + base, o_lane, end, b_out)
+        store(out_ptr + base, o_lane, end, b_out, ALIGN)
         b_d = b_out.to(tl.float32) - b_mu
         # Beyond the row's end x' is noise; its square must not enter the sum.
         b_sum += tl.where(o_lane < end, b_d * b_d, 0.0)

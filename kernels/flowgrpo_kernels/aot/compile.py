@@ -103,17 +103,21 @@ def problems(report: Report) -> list[str]:
     """Lists what a kernel of this package must not have; empty when all is well.
 
     On AMD a correctly rounded division or square root is made of fma, so fused multiply-adds are
-    looked for only in the kernels that have neither.
+    looked for only in the kernels that have neither. transition_rows computes in float64, a few
+    numbers a row, and must; no other kernel may.
     """
     faults: list[str] = []
     text, variant = _without_products(report.assembly), report.variant
-    if report.target.startswith("gfx"):
-        checks = {"float64 arithmetic": r"\bv_\w+_f64\b"}
+    amd = report.target.startswith("gfx")
+    in_float64 = variant.name == "transition_rows"
+    if bool(re.search(r"\bv_\w+_f64\b" if amd else r"\.f64\b", text)) != in_float64:
+        faults.append("no float64 arithmetic" if in_float64 else "float64 arithmetic")
+    checks: dict[str, str] = {}
+    if amd:
         if "log_prob plain" in variant.name or "grpo_loss sums" in variant.name:
             checks["fused multiply-add"] = r"\bv_(?:fma|mad|fmac|mac)\w*_f32\b"
     else:
         checks = {
-            "float64 arithmetic": r"\.f64\b",
             "fused multiply-add": r"\bfma\.",
             # Without .rn ptxas may fuse them; with .ftz, or approx, the bits are not the CPU's.
             "product or sum that ptxas may fuse": r"\b(?:mul|add|sub)(?:\.ftz)?\.f32(?:x2)?\b",
@@ -121,12 +125,9 @@ def problems(report: Report) -> list[str]:
             "approximate division or root": r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\b",
             "local memory in the PTX": r"\b(?:ld|st)\.local\b",
         }
-        if variant.name == "transition_rows":
-            # Of a few numbers a row; float64 is its contract, and has a division of its own.
-            del checks["float64 arithmetic"]
         if variant.vectorised:
             checks["16-bit global access"] = r"\b(?:ld|st)\.global[\w.:]*\.b16\b"
-            faults += _narrow_accesses(variant.name, text)
+            faults += _narrow_accesses(variant, text)
     faults += [fault for fault, pattern in checks.items() if re.search(pattern, text)]
     if report.local:
         faults.append(f"{report.local} bytes of stack or local memory")
@@ -142,11 +143,23 @@ def _without_products(ptx: str) -> str:
     return ptx
 
 
-def _narrow_accesses(name: str, ptx: str) -> list[str]:
-    """Lists the kinds of global access of latents that are never 128 bits wide."""
+def _narrow_accesses(variant: Variant, ptx: str) -> list[str]:
+    """Lists the kinds of global access of latents that are never as wide as they can be.
+
+    128 bits. Where a kernel also writes mean or x0, in float32, a thread has the four elements of
+    such a store, and of 16-bit latents alone it loads 64 bits: eight would be as many bytes in
+    fewer loads, and each store behind barriers.
+    """
+    name = variant.name
     reads = name != "initial_noise"
     writes = not name.startswith(
         ("log_prob plain", "log_prob guided", "grpo_loss sums", "nft_loss sums"),
     )
-    kinds = [kind for kind, has in (("ld.global", reads), ("st.global", writes)) if has]
-    return [f"no 128-bit {k}" for k in kinds if not re.search(rf"{k}[\w.:]*\.v4\.b32", ptx)]
+    moments = variant.constants.get("MEAN") or variant.constants.get("X0")
+    loads = 64 if moments and "fp32" not in (variant.velocity, variant.sample) else 128
+    widths = ({"ld.global": loads} if reads else {}) | ({"st.global": 128} if writes else {})
+    return [
+        f"no {width}-bit {kind}"
+        for kind, width in widths.items()
+        if not re.search(rf"{kind}[\w.:]*\.v{width // 32}\.b32", ptx)
+    ]

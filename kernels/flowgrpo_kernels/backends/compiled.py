@@ -12,6 +12,7 @@ and dispatch.py takes the next backend. The bits are Triton's: it is the same co
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -247,6 +248,8 @@ def _load_anew(device: int, key: str) -> tuple[int, int, int, str]:
         raise Unserved(why)
     name = key.split()[0]
     if key not in state.manifest.kernels:
+        if re.sub(r"\bALIGN=\d+", "ALIGN=16", key) in state.manifest.kernels:
+            raise Unserved("rows are not of a multiple of 16 elements, or do not begin at one")
         raise Unserved(f"{name} is not shipped for these dtypes and options ({key})")
     if state.driver.capturing(stream_of(device)):
         raise RuntimeError(

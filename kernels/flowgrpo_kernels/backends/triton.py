@@ -30,12 +30,11 @@ aligned as D is round; a batch of one row is as aligned as its tensor.
     16-bit, full block     128       128       64        32       16
     16-bit, last block     128       16        16        16       16
 
-Every latent in use (16 channels, or 64 a token) is in the first column. There is no path that
-reads odd rows in aligned pieces: which element a lane adds is fixed by the contract, so each piece
-would have to be shifted across threads, through shared memory, for shapes that no model has.
+Every latent in use (16 channels, or 64 a token) is in the first column: a mask is as wide as an
+access there, so all have one, and no branch keeps a load waiting. Odd rows are not read in aligned
+pieces, which would have to be shifted across threads: no model has them.
 
-Floating-point contraction is off in every launch (LAUNCH): the contract forbids fma, and the three
-ops must not differ in it. The kernels move bytes; the few extra instructions are hidden.
+Floating-point contraction is off in every launch (LAUNCH): the contract forbids fma.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ import torch
 from ..philox import INITIAL_STEP, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 from ..reference import BLOCK, LANES
 from ..transitions import COLUMNS
+from .constants import constant
 
 WHY_NOT = ""
 """Why Triton cannot be imported; empty when it can."""
@@ -168,7 +168,8 @@ def partial_sums(like: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
 
 def alignment(rows: int, elements: int) -> int:
     """Computes the power of two, up to 16, that divides the offset of every row's first element."""
-    return 16 if rows == 1 or elements == 0 else min(16, elements & -elements)
+    divisor = min(16, elements & -elements) or 16
+    return max(8, divisor) if rows == 1 else divisor  # 16 promises `load` where the row ends
 
 
 def second_pass(count: int) -> dict[str, int | bool]:
@@ -184,11 +185,6 @@ def second_pass(count: int) -> dict[str, int | bool]:
     else:
         width = LANES
     return {**LAUNCH, "WIDTH": width, "num_warps": 4 if width == LANES else 1}
-
-
-def constant(value: int):
-    """Makes a number that kernels may read as a global."""
-    return tl.constexpr(value) if AVAILABLE else value
 
 
 BLOCK_C = constant(BLOCK)
@@ -266,10 +262,12 @@ def coefficient(table_ptr, step, num_steps, COLUMN: tl.constexpr):
 
 
 @jit
-def load(ptr, o_lane, remaining):
+def load(ptr, o_lane, remaining, ALIGN: tl.constexpr):
     """Loads values of a block as float32; +0 beyond the row's end."""
-    # Full blocks go without a mask: then the width of the access hangs on the alignment alone.
-    if remaining >= BLOCK_C:
+    # Otherwise a mask would narrow the access: full blocks go without one.
+    if ALIGN == 16:
+        b_x = tl.load(ptr + o_lane, mask=o_lane < remaining, other=0.0)
+    elif remaining >= BLOCK_C:
         b_x = tl.load(ptr + o_lane)
     else:
         b_x = tl.load(ptr + o_lane, mask=o_lane < remaining, other=0.0)
@@ -277,9 +275,11 @@ def load(ptr, o_lane, remaining):
 
 
 @jit
-def store(ptr, o_lane, remaining, b_x):
-    """Stores values of a block that lie in the row."""
-    if remaining >= BLOCK_C:
+def store(ptr, o_lane, remaining, b_x, ALIGN: tl.constexpr):
+    """Stores values of a block that lie in the row; masks as in `load`."""
+    if ALIGN == 16:
+        tl.store(ptr + o_lane, b_x, mask=o_lane < remaining)
+    elif remaining >= BLOCK_C:
         tl.store(ptr + o_lane, b_x)
     else:
         tl.store(ptr + o_lane, b_x, mask=o_lane < remaining)
@@ -296,11 +296,11 @@ def narrow(b_x, DTYPE: tl.constexpr):
 
 
 @jit
-def guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED: tl.constexpr):
+def guided(v_ptr, u_ptr, base, o_lane, remaining, scale, ALIGN: tl.constexpr, GUIDED: tl.constexpr):
     """Loads a velocity: v, or u + w (v - u) under guidance. u_ptr may be None."""
-    b_v = load(v_ptr + base, o_lane, remaining)
+    b_v = load(v_ptr + base, o_lane, remaining, ALIGN)
     if GUIDED:
-        b_u = load(u_ptr + base, o_lane, remaining)
+        b_u = load(u_ptr + base, o_lane, remaining, ALIGN)
         b_v = b_u + (b_v - b_u) * scale
     return b_v
 
@@ -487,24 +487,25 @@ def normals(start, o_quad, seed, step):
 
 @jit
 def residual(
-    v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b, GUIDED: tl.constexpr
-):
+    v_ptr, u_ptr, x_ptr, prev_ptr, base, o_lane, remaining, scale, a, b,
+    ALIGN: tl.constexpr, GUIDED: tl.constexpr,
+):  # fmt: skip
     """Loads one chunk and returns (v, d): the velocity and x' - mu."""
-    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, GUIDED)
-    b_mu = a * load(x_ptr + base, o_lane, remaining) + b * b_v
-    return b_v, load(prev_ptr + base, o_lane, remaining) - b_mu
+    b_v = guided(v_ptr, u_ptr, base, o_lane, remaining, scale, ALIGN, GUIDED)
+    b_mu = a * load(x_ptr + base, o_lane, remaining, ALIGN) + b * b_v
+    return b_v, load(prev_ptr + base, o_lane, remaining, ALIGN) - b_mu
 
 
 @jit
 def store_moments(
     mean_ptr, x0_out_ptr, base, o_lane, remaining, b_v, b_x, b_mu, sigma,
-    MEAN: tl.constexpr, X0: tl.constexpr,
+    ALIGN: tl.constexpr, MEAN: tl.constexpr, X0: tl.constexpr,
 ):  # fmt: skip
     """Stores mu and x0 in float32, those that are asked for."""
     if MEAN:
-        store(mean_ptr + base, o_lane, remaining, b_mu)
+        store(mean_ptr + base, o_lane, remaining, b_mu, ALIGN)
     if X0:
-        store(x0_out_ptr + base, o_lane, remaining, b_x - sigma * b_v)
+        store(x0_out_ptr + base, o_lane, remaining, b_x - sigma * b_v, ALIGN)
 
 
 @jit
@@ -516,15 +517,15 @@ def term(c, b_x):
 @jit
 def store_gradient(
     dv_ptr, du_ptr, base, o_lane, remaining, b_dv, scale, uncond_scale,
-    GUIDED: tl.constexpr, UNCOND_GRAD: tl.constexpr,
+    ALIGN: tl.constexpr, GUIDED: tl.constexpr, UNCOND_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Stores dv, or w dv and (1 - w) dv, rounded once. du_ptr may be None."""
     if UNCOND_GRAD:
         b_du = narrow(b_dv * uncond_scale, du_ptr.dtype.element_ty)
-        store(du_ptr + base, o_lane, remaining, b_du)
+        store(du_ptr + base, o_lane, remaining, b_du, ALIGN)
     if GUIDED:
         b_dv = b_dv * scale
-    store(dv_ptr + base, o_lane, remaining, narrow(b_dv, dv_ptr.dtype.element_ty))
+    store(dv_ptr + base, o_lane, remaining, narrow(b_dv, dv_ptr.dtype.element_ty), ALIGN)
 
 
 @jit
