@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowgrpo.evaluation import pictures
-from support import pipelines
+from support import pipelines, processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,12 +19,14 @@ def _cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def _curves_where_they_are_looked_at(request, monkeypatch):
-    """Drawing a run's curve takes half of a run of two iterations; it is left out in files of tests
-    that never draw one themselves."""
-    if "curve(" not in request.path.read_text(encoding="utf-8"):
-        monkeypatch.setattr(pictures, "curve", lambda path, *_: path)
+@pytest.fixture(scope="module", autouse=True)
+def _curves_where_they_are_looked_at(request):
+    """Drawing a run's curve takes a third of a small run; it is left out in files of tests that
+    never draw one themselves, and in the processes that they fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "curve(" not in request.path.read_text(encoding="utf-8"):
+            patch.setattr(pictures, "curve", processes.no_curve)
+        yield
 
 
 @pytest.fixture(scope="session")

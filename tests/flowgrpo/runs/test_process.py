@@ -38,7 +38,9 @@ def wait_for_line(metrics: Path, iteration: int, run: processes.Fork) -> None:
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of 6 iterations."""
     folder = tmp_path_factory.mktemp("whole")
-    assert "6/6" in processes.Fork(folder / "log", processes.run, make(folder)).wait()
+    fork = processes.Fork(folder / "log", processes.run, make(folder), draws=True)
+    assert "6/6" in fork.wait()
+    assert (folder / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     return folder
 
 
