@@ -64,7 +64,7 @@ SMALL = {
     "optim.ema_every": 1,
     "run.steps": 6,
     "run.eval_every": 2,
-    "run.eval_prompts": 6,
+    "run.eval_prompts": 3,
     "run.checkpoint_every": 2,
     "run.threads": 1,
 }
