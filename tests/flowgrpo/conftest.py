@@ -116,7 +116,7 @@ def gated_hub(tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
     hub = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", hub)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")

@@ -111,7 +111,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     trained = sum(p.numel() for p in policy.parameters())
     assert f"{frozen / 1e3:.2f} k parameters" in text and f"{trained / 1e3:.2f} k param" in text
     seen = f"of the prompts of training: {config.sample.prompts} is one file"
-    assert f"6 prompts x 2 images in 3 steps, {seen}" in text
+    assert f"3 prompts x 2 images in 3 steps, {seen}" in text
     # Its reward is between -1 and 1.
     assert text.index("before training: 12 images.") < text.index("iteration 0  base: held-out")
     assert "held-out support.processes:red" in text and "accuracy" not in text
