@@ -113,7 +113,7 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     seen = f"of the prompts of training: {config.sample.prompts} is one file"
     assert f"3 prompts x 2 images in 3 steps, {seen}" in text
     # Its reward is between -1 and 1.
-    assert text.index("before training: 12 images.") < text.index("iteration 0  base: held-out")
+    assert text.index("before training: 6 images.") < text.index("iteration 0  base: held-out")
     assert "held-out support.processes:red" in text and "accuracy" not in text
     train.run(replace(config, **{"run.resume": str(config.out_dir)}))
     assert "resumed at 1; nothing is left to train, see --run.steps" in shown.export_text()
