@@ -56,7 +56,7 @@ def cases(folder: Path, pixel: Path, latent: Path) -> dict[str, tuple[Config, tu
     groups = {**BRIEF, "sample.prompts_per_iteration": 4}
     twice = {"optim.updates_per_iteration": 2}
     changes = {
-        "sd3": (latent, SPANNING, SIZES),
+        "sd3": (latent, SPANNING, (1, 3, 4)),
         "no shared prefix, full": (
             pixel,
             {

@@ -128,6 +128,9 @@ def flat(images, prompts, metadata):
 def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
     changes = {"run.steps": 21, "run.eval_every": 0, "run.checkpoint_every": 0}
     changes |= {"reward.weights": {"test_monitor:flat": 1.0}, "run.eval_prompts": 1}
+    # Little else, so many times.
+    changes |= {"sample.group_size": 2, "sample.batch_size": 2, "sample.steps": 2}
+    changes |= {"sample.window_size": 1}
     train.run(processes.make(tmp_path, **changes))
     text = shown.export_text()
     assert text.count("Nothing to learn from: for 10 iterations no rewards differed") == 1
