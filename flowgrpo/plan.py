@@ -427,13 +427,12 @@ def fit_batch_size(config: Config, available: float | None = None) -> Config:
     available = available or gpu_memory() or 80.0
     arch, sample = sizes_of(config.policy.model, config.policy.variant), config.sample
     share = sample.rows // config.optim.updates_per_iteration
-    fitting = replace(config, **{"sample.batch_size": 1})
-    for rows in range(2, MOST_ROWS + 1):
+    for rows in range(MOST_ROWS, 1, -1):
         if share % rows == 0:
             trial = replace(config, **{"sample.batch_size": rows})
             if arch is None or expected_memory(trial, arch)["total"] <= FILL * available:
-                fitting = trial
-    return fitting
+                return trial
+    return replace(config, **{"sample.batch_size": 1})
 
 
 def gpu_memory() -> float | None:

@@ -41,6 +41,15 @@ if not torch.cuda.is_available():
 
 PROCESSES = 4
 """At most."""
+LONG = (
+    *("test_same_run", "test_sharding", "test_on_device_memory", "test_compare", "test_run_all"),
+    *("test_process", "test_families_train", "test_on_device", "test_every_objective"),
+    *("test_packaging", "test_compile", "test_faults", "test_crash_drill", "test_fused_blocks"),
+    *("test_text_model", "test_monitor", "test_imports", "test_shared_prefix_graphs"),
+    *("test_triton", "test_init_adapter", "test_modulation", "test_compile_blocks", "test_ops"),
+    *("test_pretrain", "test_content", "test_seconds", "test_learning", "test_launches"),
+)
+"""Files of tests that take more than five seconds, the longest first, roughly."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,7 +84,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     # Files that take long begin first, so that no process is left with one at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    turns = {name: turn for turn, name in enumerate(LONG)}
+    items.sort(key=lambda item: (turns.get(item.path.stem, len(LONG)), item.path not in slow))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU")

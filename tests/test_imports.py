@@ -11,6 +11,7 @@ import ast
 import functools
 import graphlib
 import importlib
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -63,23 +64,21 @@ import sys
 import transformers, diffusers
 from transformers import CLIPTextModelWithProjection
 from diffusers import StableDiffusion3Pipeline
-from transformers.utils import is_kernels_available
-spec = __import__("importlib.util").util.find_spec("kernels")
-print(is_kernels_available(), spec.origin if spec else None)
+print(__import__("importlib.util").util.find_spec("kernels").origin)
 """
 
 
 # Importing both libraries takes seconds, and only a fresh process shows what shadows what.
-def probe(*extra_path: Path) -> tuple[str, str]:
-    """Import the two libraries with the repository root first on sys.path, as pytest has it."""
+def probe(*extra_path: Path) -> str:
+    """Import the two libraries with the repository root first on sys.path, as pytest has it; where
+    their `kernels` comes from."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, extra_path)]),
         "HF_HUB_OFFLINE": "1",
     }
     done = torch_fork.run(PROBE, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
-    available, origin = done.stdout.split()[-2:]
-    return available, origin
+    return done.stdout.split()[-1]
 
 
 def test_kernels_folder_is_not_a_package():
@@ -87,18 +86,24 @@ def test_kernels_folder_is_not_a_package():
 
 
 @pytest.mark.slow
-def test_transformers_and_diffusers_without_hf_kernels():
-    available, origin = probe()
-    if origin != "None":
-        pytest.skip(f"Hugging Face's kernels is installed here ({origin})")
-    assert available == "False"
+def test_transformers_and_diffusers_without_hf_kernels(monkeypatch):
+    """Both look for it with the root first on the path, as they do when the tests begin."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    from diffusers.utils import import_utils
+    from transformers.utils import is_kernels_available
+
+    spec = importlib.util.find_spec("kernels")
+    if spec.origin is not None:
+        pytest.skip(f"Hugging Face's kernels is installed here ({spec.origin})")
+    is_kernels_available.cache_clear()
+    assert not is_kernels_available() and not import_utils._is_package_available("kernels")[0]
 
 
 @pytest.mark.slow
 def test_transformers_and_diffusers_with_hf_kernels(tmp_path):
     hf_kernels.install(tmp_path)
-    _, origin = probe(tmp_path)
-    assert Path(origin).is_relative_to(tmp_path)
+    assert Path(probe(tmp_path)).is_relative_to(tmp_path)
 
 
 def imports_of(file: Path, root: Path) -> set[str]:
@@ -137,6 +142,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return names
 
 
+@functools.cache
 def imported(module: str, file: Path) -> list[tuple[str, str, str]]:
     """(module, name in it or "", name here) of each import in a file, wherever it stands."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
@@ -152,10 +158,16 @@ def imported(module: str, file: Path) -> list[tuple[str, str, str]]:
     return imports
 
 
+@functools.cache
+def defined(file: Path) -> set[str]:
+    """Names of the classes and functions of a file."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name for node in body if hasattr(node, "name")}
+
+
 def defines(file: Path, name: str) -> bool:
     """Whether a class or function of that name is defined in a file."""
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return any(getattr(node, "name", None) == name for node in body)
+    return name in defined(file)
 
 
 def definer(names: dict[str, Path], source: str, name: str) -> str | None:

@@ -75,9 +75,30 @@ def wheel(tmp_path_factory):
     return build_wheel(copy_tree(folder / "tree"), CXX=str(quick))
 
 
+NEW = {
+    "flowgrpo/room/__init__.py",
+    "flowgrpo/room/inner/__init__.py",
+    "flowgrpo/room/inner/sets/deep/rows.jsonl",
+    "flowgrpo/room/page.md",
+    "kernels/flowgrpo_kernels/room/__init__.py",
+}
+# A folder without __init__.py is no package, and nothing beside the two roots is one.
+STRAY = {
+    "flowgrpo/loose/module.py",
+    "flowgrpo/room/picture.psd",
+    "kernels/csrc/__init__.py",
+    "benchmarks/__init__.py",
+    "room/__init__.py",
+}
+
+
 @pytest.fixture(scope="module")
 def pure_wheel(tmp_path_factory):
+    """Of the repository, and of files that it does not have."""
     tree = copy_tree(tmp_path_factory.mktemp("pure") / "tree")
+    for name in NEW | STRAY:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
     return build_wheel(tree, FLOWGRPO_SKIP_NATIVE="1")
 
 
@@ -112,33 +133,10 @@ def test_the_wheel_has_the_compiled_gpu_kernels(wheel, pure_wheel):
     assert len(list(folder.glob("*.pack"))) == 5
 
 
-def test_a_new_folder_needs_no_line_in_setup(tmp_path):
-    tree = copy_tree(tmp_path / "tree")
-    new = {
-        "flowgrpo/room/__init__.py",
-        "flowgrpo/room/inner/__init__.py",
-        "flowgrpo/room/inner/sets/deep/rows.jsonl",
-        "flowgrpo/room/page.md",
-        "kernels/flowgrpo_kernels/room/__init__.py",
-    }
-    # A folder without __init__.py is no package, and nothing beside the two roots is one.
-    stray = {
-        "flowgrpo/loose/module.py",
-        "flowgrpo/room/picture.psd",
-        "kernels/csrc/__init__.py",
-        "benchmarks/__init__.py",
-        "room/__init__.py",
-    }
-    for name in new | stray:
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).touch()
-    names = set(build_wheel(tree, FLOWGRPO_SKIP_NATIVE="1").namelist())
-    assert {name.removeprefix("kernels/") for name in new} <= names
-    assert not {name.removeprefix("kernels/") for name in stray} & names
-    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {
-        "flowgrpo",
-        "flowgrpo_kernels",
-    }
+def test_a_new_folder_needs_no_line_in_setup(pure_wheel):
+    names = set(pure_wheel.namelist())
+    assert {name.removeprefix("kernels/") for name in NEW} <= names
+    assert not {name.removeprefix("kernels/") for name in STRAY} & names
 
 
 def installed(wheel: zipfile.ZipFile, folder: Path) -> importlib.metadata.Distribution:

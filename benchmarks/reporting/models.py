@@ -14,11 +14,14 @@ def models(family: Family) -> str:
     return ", ".join(f"{name} ({size:.1f})" for name, size in sizes.items())
 
 
-def recipes_of(family: Family) -> str:
-    """Recipes of a family's models, and the endings of their other forms."""
+def recipes_of(family: Family, trained: dict[str, str]) -> str:
+    """Recipes of a family's models, and the endings of their other forms.
+
+    Args:
+        trained: recipe -> its model, of all recipes.
+    """
     known = family.sizes.known if family.sizes else {}
-    names = [name for name in RECIPES if name not in EMBEDDED]
-    names = [name for name in names if recipe(name, memory=80.0).policy.model in known]
+    names = [name for name, model in trained.items() if model in known]
     whole = [name for name in names if not name.endswith(ENDINGS)]
     forms = [ending for ending in ENDINGS if any(name.endswith(ending) for name in names)]
     if not whole:
@@ -29,12 +32,15 @@ def recipes_of(family: Family) -> str:
 def table() -> tuple[list[str], list[list[str]]]:
     """Head and lines, one a family."""
     head = ["model (10^9 parameters)", "pipeline of diffusers", "makes", "recipes; other endings"]
+    trained = {
+        name: recipe(name, memory=80.0).policy.model for name in RECIPES if name not in EMBEDDED
+    }
     lines = [
         [
             models(family),
             f"`{family.pipeline}`",
             "videos" if family.frame_rate else "edited images" if family.edits else "images",
-            recipes_of(family),
+            recipes_of(family, trained),
         ]
         for family in FAMILIES.values()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
@@ -119,18 +120,26 @@ def _plain(value: Any) -> Any:
 def check_types(section: str, values: Any) -> None:
     """Raise unless every field of the dataclass `values` has its annotated type, and integers are
     below 2^63. Fields are written as `_plain` does."""
-    for name, hint in typing.get_type_hints(type(values)).items():
+    # Every change of a configuration comes here: sentences are written where they are needed.
+    for name, hint in _hints(type(values)).items():
         value = _plain(getattr(values, name))
         object.__setattr__(values, name, value)
-        require(
-            _is_a(value, hint),
-            f"{section}{name} is {shown(value)}, but {_expected(hint)} is expected; give such a "
-            "value.",
-        )
-        require(
-            not _is_long(value),
-            f"{section}{name} is {shown(value)}, but whole numbers must be below 2^63; lower it.",
-        )
+        if not _is_a(value, hint):
+            raise ConfigError(
+                f"{section}{name} is {shown(value)}, but {_expected(hint)} is expected; give such "
+                "a value."
+            )
+        if _is_long(value):
+            raise ConfigError(
+                f"{section}{name} is {shown(value)}, but whole numbers must be below 2^63; lower "
+                "it."
+            )
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Read the annotations of a class as types, once."""
+    return typing.get_type_hints(cls)
 
 
 def check_positive(section: str, values: Any, *names: str, zero: bool = False) -> None:
@@ -152,12 +161,12 @@ def check_fields(cls: type, names: typing.Iterable[str], prefix: str = "") -> No
     """Raise unless all `names` are fields of the dataclass `cls`."""
     known = [f.name for f in dataclasses.fields(cls)]
     for name in names:
-        word = name if name and name.isprintable() else repr(name)
-        require(
-            name in known,
-            f"{prefix}{word} is no field of the configuration{similar(name, known)}, but one of "
-            f"{', '.join(known)} is expected; correct the name.",
-        )
+        if name not in known:
+            word = name if name and name.isprintable() else repr(name)
+            raise ConfigError(
+                f"{prefix}{word} is no field of the configuration{similar(name, known)}, but one "
+                f"of {', '.join(known)} is expected; correct the name."
+            )
 
 
 def build(cls: type, values: Any, prefix: str = "") -> Any:
@@ -168,7 +177,7 @@ def build(cls: type, values: Any, prefix: str = "") -> Any:
         f"fields of {cls.__name__} is expected; correct it.",
     )
     check_fields(cls, values, prefix)
-    hints, fields = typing.get_type_hints(cls), {}
+    hints, fields = _hints(cls), {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = build(hints[name], value, f"{prefix}{name}.")

@@ -108,13 +108,13 @@ def recipe(name: str, **overrides: Any) -> Config:
         overrides: handed to the function.
     """
     target, arguments = RECIPES.get(name, (name, {}))
-    whole = ", ".join(recipe for recipe in RECIPES if not recipe.endswith(ENDINGS))
-    require(
-        all(split_target(target)),
-        f"recipe {name!r} is unknown, but one of {whole}, some of them with an ending for "
-        "one GPU or a small card (_1gpu, _24gb, _12gb), or package.module:function or "
-        f"file.py:function is expected{similar(name, RECIPES)}; name one of these.",
-    )
+    if not all(split_target(target)):
+        whole = ", ".join(recipe for recipe in RECIPES if not recipe.endswith(ENDINGS))
+        raise ConfigError(
+            f"recipe {name!r} is unknown, but one of {whole}, some of them with an ending for "
+            "one GPU or a small card (_1gpu, _24gb, _12gb), or package.module:function or "
+            f"file.py:function is expected{similar(name, RECIPES)}; name one of these."
+        )
     if name in RECIPES:
         return import_function(target)(**arguments, **overrides)
     # Here, since it imports torch, which no recipe of the package needs.

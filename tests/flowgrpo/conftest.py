@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowgrpo.evaluation import pictures
-from support import pipelines
+from support import pipelines, processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,12 +19,14 @@ def _cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def _curves_where_they_are_looked_at(request, monkeypatch):
-    """Drawing a run's curve takes half of a run of two iterations; it is left out in files of tests
-    that never draw one themselves."""
-    if "curve(" not in request.path.read_text(encoding="utf-8"):
-        monkeypatch.setattr(pictures, "curve", lambda path, *_: path)
+@pytest.fixture(scope="module", autouse=True)
+def _curves_where_they_are_looked_at(request):
+    """Drawing a run's curve takes a third of a small run; it is left out in files of tests that
+    never draw one themselves, and in the processes that they fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "curve(" not in request.path.read_text(encoding="utf-8"):
+            patch.setattr(pictures, "curve", processes.no_curve)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +116,7 @@ def gated_hub(tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
     hub = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", hub)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")

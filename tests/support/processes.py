@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import flowgrpo_kernels
 from flowgrpo.config import Config, replace
+from flowgrpo.evaluation import pictures
 from support import pipelines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ SMALL = {
     "optim.ema_every": 1,
     "run.steps": 6,
     "run.eval_every": 2,
-    "run.eval_prompts": 6,
+    "run.eval_prompts": 3,
     "run.checkpoint_every": 2,
     "run.threads": 1,
 }
@@ -128,16 +129,18 @@ def bits_of(folder: Path) -> dict[str, bytes]:
 
 class Fork:
     """A process that starts with everything imported: `function(*arguments)` with its output in a
-    file. A signal sent to it is a real one."""
+    file. A signal sent to it is a real one. Runs draw curves in it if they do in this process, or
+    `draws`."""
 
     _context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, log: Path, function, *arguments) -> None:
+    def __init__(self, log: Path, function, *arguments, draws: bool = False) -> None:
         # Where the server is not forked from pytest's process, it looks there for what it imports.
         os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
         self._context.set_forkserver_preload(["support.process_imports"])
         self.log = log
-        self.process = self._context.Process(target=_child, args=(log, function, *arguments))
+        draws = draws or pictures.curve is not no_curve
+        self.process = self._context.Process(target=_child, args=(log, draws, function, *arguments))
         self.process.start()
 
     def kill(self, number: int) -> None:
@@ -151,8 +154,15 @@ class Fork:
         return output
 
 
-def _child(log: Path, function, *arguments) -> None:
+def no_curve(path: Path, *_) -> Path:
+    """Stand in for `pictures.curve`: nothing is drawn."""
+    return path
+
+
+def _child(log: Path, draws: bool, function, *arguments) -> None:
     os.setsid()
+    if not draws:
+        pictures.curve = no_curve
     file = open(log, "w")  # noqa: SIM115
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)

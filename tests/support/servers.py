@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -9,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from flowgrpo.rewards.remote.serve import bind
 
@@ -19,8 +22,13 @@ def running(app: Any) -> Iterator[str]:
     """The address of `app` while it runs."""
     import uvicorn
 
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
+
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    with bind("127.0.0.1", 0) as sock:
+    # It looks every tenth of a second if it is to end, and then waits for as long.
+    impatient = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+    with mock.patch("uvicorn.server.asyncio", impatient), bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
@@ -44,8 +52,6 @@ class Answers:
         self._lock = threading.Lock()
 
     async def __call__(self, scope, receive, send) -> None:
-        import asyncio
-
         if scope["type"] != "http":
             raise NotImplementedError
         if scope["method"] == "GET":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -32,7 +33,6 @@ class Report:
     """Result of a compilation.
 
     shared, local: bytes. registers: a thread's. instructions: lines of PTX or AMD assembly.
-    machine: instructions that NVIDIA's assembler made of them; barriers: those among them.
     """
 
     variant: Variant
@@ -43,8 +43,25 @@ class Report:
     instructions: int
     registers: int | None = None
     local: int | None = None
-    machine: int | None = None
-    barriers: int | None = None
+    binary: bytes = field(default=b"", repr=False)
+    """NVIDIA's."""
+
+    @property
+    def machine(self) -> int | None:
+        """Instructions that NVIDIA's assembler made, but the padding behind the last one."""
+        return len(self._machine_code) if self._machine_code else None
+
+    @property
+    def barriers(self) -> int | None:
+        """Those of them that wait for other warps."""
+        code = self._machine_code
+        return sum(text.startswith("BAR") for text in code) if code else None
+
+    @functools.cached_property
+    def _machine_code(self) -> list[str]:
+        # It takes as long as the compilation, so only where it is asked for.
+        dump = _cuobjdump(self.binary, "--dump-sass") if self.binary else ""
+        return [text for text in re.findall(_SASS_LINE, dump) if text != "NOP"]
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:
@@ -68,8 +85,14 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
         len(re.findall(_PTX_LINE if nvidia else _AMD_LINE, assembly, re.M)),
     )
     if nvidia:
-        facts = _machine_code(compiled.asm["cubin"])
-        report.registers, report.local, report.machine, report.barriers = facts
+        report.binary = compiled.asm["cubin"]
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)",
+            _cuobjdump(report.binary, "--dump-resource-usage"),
+        )
+        if usage:
+            registers, stack, local = map(int, usage.groups())
+            report.registers, report.local = registers, stack + local
     elif registers := re.search(r"\.vgpr_count:\s+(\d+)", assembly):
         report.registers = int(registers.group(1))
         spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
@@ -77,26 +100,16 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     return report
 
 
-def _machine_code(cubin: bytes) -> tuple[int | None, int | None, int | None, int | None]:
-    """Reads (registers, bytes of stack and local memory, instructions, barriers) of a binary.
-
-    With Triton's own cuobjdump; the padding behind the last instruction does not count.
-    """
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """Reads a binary with Triton's own cuobjdump."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", file.name],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    usage = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", done.stdout)
-    if not usage:
-        return None, None, None, None
-    registers, stack, local = map(int, usage.groups())
-    code = [text for text in re.findall(_SASS_LINE, done.stdout) if text != "NOP"]
-    barriers = sum(text.startswith("BAR") for text in code)
-    return registers, stack + local, len(code), barriers
+            [tool, option, file.name], capture_output=True, text=True, check=False
+        )
+    return done.stdout
 
 
 def problems(report: Report) -> list[str]:

@@ -18,7 +18,7 @@ from support import processes
 def test_five_kills(tmp_path):
     """Runs of a model that is smaller than the embedded one, which the drill itself takes."""
     shared = processes.save_inputs(tmp_path)
-    changes = {"run.steps": 3, "run.checkpoint_every": 1, "run.progress": "plain"}
+    changes = {"run.steps": 2, "run.checkpoint_every": 1, "run.progress": "plain"}
 
     def configure(folder):
         return replace(processes.small(), **shared, **changes, **{"run.out": str(folder / "run")})

@@ -240,11 +240,11 @@ def test_a_killed_process_is_resumed_to_the_same_numbers(whole, study, monkeypat
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path):
-    """The command line, whose run is a real process, of the embedded model."""
-    out = tmp_path / "out"
-    (tmp_path / "long.yaml").write_text(EMBEDDED)
-    words = ["compare", str(tmp_path / "long.yaml"), "--out", str(out), "--seeds", "0"]
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(study, tmp_path):
+    """The command line, whose run is a real process that ends no sooner."""
+    out, long = tmp_path / "out", tmp_path / "long.yaml"
+    long.write_text(study.read_text().replace("images: 32", "images: 100000"))
+    words = ["compare", str(long), "--out", str(out), "--seeds", "0"]
     words += ["--jobs", "1", "--run.threads", "1"]
     fork = processes.Fork(tmp_path / "log", _main, words, processes.environment())
     metrics = out / "runs" / "fast-seed0" / "metrics.jsonl"

@@ -33,6 +33,9 @@ SHORT = {
 }
 """4 chunks of 2 rows, two iterations, and an evaluation of 5 images in 3 chunks."""
 
+BRIEF = {"run.steps": 1, "run.eval_every": 1, "run.eval_prompts": 1, "run.eval_samples": 1}
+"""One iteration between evaluations of one image, of objectives that keep no more than weights."""
+
 SPANNING = {
     # 10 chunks of 2 rows; the third one of each two groups is of both.
     "sample.prompts_per_iteration": 4,
@@ -50,9 +53,10 @@ def cases(folder: Path, pixel: Path, latent: Path) -> dict[str, tuple[Config, tu
     curated = curated_sets.save(folder / "set", list(setups.TEXTS), (8, 8))
     of_set = {"sample.curated": str(curated)}
     # Micro-steps of one and of two groups.
-    groups, twice = {"sample.prompts_per_iteration": 4}, {"optim.updates_per_iteration": 2}
+    groups = {**BRIEF, "sample.prompts_per_iteration": 4}
+    twice = {"optim.updates_per_iteration": 2}
     changes = {
-        "sd3": (latent, SPANNING, SIZES),
+        "sd3": (latent, SPANNING, (1, 3, 4)),
         "no shared prefix, full": (
             pixel,
             {
@@ -66,28 +70,19 @@ def cases(folder: Path, pixel: Path, latent: Path) -> dict[str, tuple[Config, tu
         ),
         # 28 candidates in 14 chunks of 2; 20 of them are sampled in full.
         "scouts": (pixel, {**SPANNING, "sample.scouts": 7}, (1, 3)),
-        "mixture": (pixel, {**of_set, "optim.sft_weight": 0.5}, (1, 2)),
-        "awm": (pixel, {"optim.objective": "awm"}, (1, 2)),
+        "mixture": (pixel, {**BRIEF, **of_set, "optim.sft_weight": 0.5}, (1, 2)),
+        "awm": (pixel, {**BRIEF, "optim.objective": "awm"}, (1, 2)),
         "nft": (pixel, {"optim.objective": "nft"}, (1, 2)),
         "dpo": (pixel, {**groups, "optim.objective": "dpo", **twice}, (1, 2)),
         "sft": (pixel, {**groups, "optim.objective": "sft"}, (1, 2)),
-        "sft on a set": (pixel, {"optim.objective": "sft", **of_set}, (1, 2)),
+        "sft on a set": (pixel, {**BRIEF, **of_set, "optim.objective": "sft"}, (1, 2)),
     }
     made = {
         name: (setups.config(model, folder, **{**SHORT, **values}), sizes)
         for name, (model, values, sizes) in changes.items()
     }
-    nano = {
-        "policy.device": "cpu",
-        "sample.prompts_per_iteration": 2,
-        "sample.group_size": 8,
-        "sample.batch_size": 2,
-        "sample.eval_steps": 2,
-        "run.progress": "none",
-        "run.threads": 1,
-    }
-    kept = {name: value for name, value in SHORT.items() if name.startswith("run.")}
-    made["nano"] = (replace(recipe("nano"), **{**kept, **nano}), (1, 2, 4))
+    nano = {"policy.device": "cpu", "run.progress": "none", "run.threads": 1}
+    made["nano"] = (replace(recipe("nano"), **{**SHORT, **nano}), (1, 2))
     return made
 
 
@@ -121,16 +116,16 @@ def content(run: Path) -> dict:
 def test_any_number_of_ranks_writes_the_same_run(tmp_path, pixel_model, latent_model):
     made = cases(tmp_path, pixel_model, latent_model)
     alone = Fork(tmp_path / "alone.log", run_all, tmp_path, made, 1)
-    alone.wait()
     for size in SIZES[1:]:
         with Ranks(tmp_path / f"logs-{size}", size, run_all, tmp_path, made, size) as ranks:
             outputs = ranks.wait()
         # The others are silent.
         assert outputs[1:] == [""] * (size - 1)
-    for name, (_, sizes) in made.items():
+    alone.wait()
+    for name, (config, sizes) in made.items():
         expected = content(tmp_path / f"{name}-1")
         lines = [line for line in expected["metrics.jsonl"] if line["kind"] == "train"]
-        assert len(lines) == 2 and min(*lines[-1]["grad_norm"], 1) > 0, name
+        assert len(lines) == config.run.steps and min(*lines[-1]["grad_norm"], 1) > 0, name
         assert {"samples/before-after.png"} <= expected.keys()
         for size in sizes[1:]:
             found = content(tmp_path / f"{name}-{size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -90,11 +91,15 @@ def check_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 @pytest.mark.slow
 def test_whole_files_into_pieces(alone, tmp_path):
     """A checkpoint of one process, in whole files, goes on in pieces, which are in host memory."""
-    config = replace(alone, **{"run.out": str(tmp_path / "run"), "run.steps": 1})
-    processes.Fork(tmp_path / "one", processes.run, config).wait()
+    run = shutil.copytree(alone.out_dir, tmp_path / "run")
+    # As if it had been killed after the third iteration.
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    (run / "summary.json").unlink()
+    config = replace(alone, **{"run.out": str(run)})
     config = resumed(config, 4, **FSDP, **{"run.cpu_offload": True})
     rank_processes.run(tmp_path / "two", 2, processes.run, config)
-    check_same_weights(weights(config.out_dir), weights(alone.out_dir))
+    assert checkpoints.is_sharded(checkpoints.latest(run))
+    check_same_weights(weights(run), weights(alone.out_dir))
 
 
 @pytest.mark.slow
@@ -116,20 +121,20 @@ def test_masters(alone, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_over_pieces(tmp_path):
-    """LoRA over a frozen model in pieces: one, two and four ranks write the same bits."""
+    """LoRA over a frozen model in pieces: one rank, and four in two copies of two pieces, write the
+    same bits."""
     changes = {**FULL, **FSDP, "policy.adapter": "lora", "policy.fused": True}
     changes |= {"run.steps": 2, "sample.guidance_scale": 2.0, "optim.lr": 1e-3}
     bits = {}
-    for size in (1, 2, 4):
+    for size in (1, 4):
         out = tmp_path / f"run-{size}"
-        # Four have two copies of two pieces.
         changes |= {"run.out": str(out), "run.shard_size": 2 if size == 4 else 0}
         config = processes.make(tmp_path, **changes)
         rank_processes.run(tmp_path / f"ranks-{size}", size, processes.run, config)
         last = checkpoints.latest(out)
         bits[size] = (processes.untimed(out / "metrics.jsonl"), processes.bits_of(last))
         assert [line["max_ratio_error"] for line in train_lines(out)] == [0.0, 0.0]
-    assert bits[1] == bits[2] == bits[4]
+    assert bits[1] == bits[4]
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_training_shows_the_bars_in_turn(tmp_path, monkeypatch):
     changes = {"run.steps": 4, "run.eval_every": 2, "run.eval_guidance": 2.0}
     train.run(processes.make(tmp_path, **changes))
     text = terminal.text()
-    order = ["0/12 images", "iteration 0  base: held", "base, CFG 2 ", "iteration 0  base, CFG 2:"]
+    order = ["0/6 images", "iteration 0  base: held", "base, CFG 2 ", "iteration 0  base, CFG 2:"]
     order += [
         "2/4",
         "iteration 2: scoring by support.processes:red",
@@ -108,10 +108,10 @@ def test_the_command_shows_it_and_stays_silent_where_the_run_did(tmp_path):
         evaluate.evaluate_run(options, terminal.console)
         text = terminal.text()
         for words in (
-            "0/12 images",
+            "0/6 images",
             "base: scoring by support.processes:red",
             "iteration 1: scoring by",
         ):
             assert (words in text) == shown
         assert ("\x1b[2K" in text) == shown
-        assert "Evaluating base: 12 images in 3 steps." in text
+        assert "Evaluating base: 6 images in 3 steps." in text

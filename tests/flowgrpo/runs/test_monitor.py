@@ -111,9 +111,9 @@ def test_the_banner_tells_what_is_trained_and_what_is_evaluated(tmp_path, shown)
     trained = sum(p.numel() for p in policy.parameters())
     assert f"{frozen / 1e3:.2f} k parameters" in text and f"{trained / 1e3:.2f} k param" in text
     seen = f"of the prompts of training: {config.sample.prompts} is one file"
-    assert f"6 prompts x 2 images in 3 steps, {seen}" in text
+    assert f"3 prompts x 2 images in 3 steps, {seen}" in text
     # Its reward is between -1 and 1.
-    assert text.index("before training: 12 images.") < text.index("iteration 0  base: held-out")
+    assert text.index("before training: 6 images.") < text.index("iteration 0  base: held-out")
     assert "held-out support.processes:red" in text and "accuracy" not in text
     train.run(replace(config, **{"run.resume": str(config.out_dir)}))
     assert "resumed at 1; nothing is left to train, see --run.steps" in shown.export_text()
@@ -128,6 +128,9 @@ def flat(images, prompts, metadata):
 def test_a_run_that_has_nothing_to_learn_from_says_so_once(tmp_path, shown):
     changes = {"run.steps": 21, "run.eval_every": 0, "run.checkpoint_every": 0}
     changes |= {"reward.weights": {"test_monitor:flat": 1.0}, "run.eval_prompts": 1}
+    # Little else, so many times.
+    changes |= {"sample.group_size": 2, "sample.batch_size": 2, "sample.steps": 2}
+    changes |= {"sample.window_size": 1}
     train.run(processes.make(tmp_path, **changes))
     text = shown.export_text()
     assert text.count("Nothing to learn from: for 10 iterations no rewards differed") == 1

@@ -38,7 +38,9 @@ def wait_for_line(metrics: Path, iteration: int, run: processes.Fork) -> None:
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of 6 iterations."""
     folder = tmp_path_factory.mktemp("whole")
-    assert "6/6" in processes.Fork(folder / "log", processes.run, make(folder)).wait()
+    fork = processes.Fork(folder / "log", processes.run, make(folder), draws=True)
+    assert "6/6" in fork.wait()
+    assert (folder / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     return folder
 
 
@@ -115,14 +117,14 @@ def test_a_scheduler_that_ends_the_run_finds_it_saved(whole, tmp_path, number):
 
 
 def test_a_longer_run_continues_a_finished_one(tmp_path):
-    """Five iterations with an evaluation that only the end called for, then three, are eight."""
-    changes = {"run.eval_every": 4, "run.checkpoint_every": 0}
+    """Three iterations with an evaluation that only the end called for, then two, are five."""
+    changes = {"run.eval_every": 2, "run.checkpoint_every": 0}
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
-    processes.Fork(one / "log", processes.run, make(one, **changes, **{"run.steps": 5})).wait()
+    processes.Fork(one / "log", processes.run, make(one, **changes, **{"run.steps": 3})).wait()
     assert processes.untimed(one / "run" / "metrics.jsonl")[-1]["final"]
-    processes.Fork(one / "log2", processes.resume, one / "run", "--run.steps", "8").wait()
-    processes.Fork(other / "log", processes.run, make(other, **changes, **{"run.steps": 8})).wait()
+    processes.Fork(one / "log2", processes.resume, one / "run", "--run.steps", "5").wait()
+    processes.Fork(other / "log", processes.run, make(other, **changes, **{"run.steps": 5})).wait()
     lines = [processes.untimed(folder / "run" / "metrics.jsonl") for folder in (one, other)]
     assert lines[0] == lines[1]
 

@@ -156,10 +156,16 @@ def test_noise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((3, 5, 7), torch.float32), ((4100,), torch.bfloat16)], ids=str
+    ("guided", "guard", "shape", "dtype"),
+    # Every two of them together.
+    [
+        (False, False, (3, 5, 7), torch.float32),
+        (True, True, (3, 5, 7), torch.float32),
+        (True, False, (4100,), torch.bfloat16),
+        (False, True, (4100,), torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_loss(guided, guard, shape, dtype):
     """All of the loss, its exp included."""
