@@ -27,12 +27,15 @@ def _disks_are_not_waited_for():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _curves_where_they_are_looked_at(request, monkeypatch):
-    """Drawing a run's curve takes half of a run of two iterations; it is left out in files of tests
-    that never draw one themselves."""
-    if "curve(" not in request.path.read_text(encoding="utf-8"):
-        monkeypatch.setattr(pictures, "curve", lambda path, *_: path)
+@pytest.fixture(scope="module", autouse=True)
+def _pictures_where_they_are_looked_at(request):
+    """Drawing a run's curve takes half of a run of two iterations, and making its other pictures
+    small a tenth; both are left out in files of tests that never draw a curve themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "curve(" not in request.path.read_text(encoding="utf-8"):
+            patch.setattr(pictures, "curve", lambda path, *_: path)
+            patch.setitem(pictures.FORMATS, ".png", ("PNG", {"compress_level": 1}))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,10 @@ from support.processes import untimed
 FAMILIES = {
     "latent_model": (8, 12),
     "flux_model": (16, 32),
-    "flux2_model": (32, 64),
+    "flux2_model": (16, 32),
     "qwen_model": (16, 32),
-    "wan_model": (32, 64),
-    "zimage_model": (32, 64),
+    "wan_model": (16, 32),
+    "zimage_model": (16, 32),
 }
 # The text encoder of FLUX.2-klein has a template around a prompt.
 FIELDS = {"flux2_model": {"policy.max_sequence_length": 20}, "wan_model": {"policy.frames": 1}}
