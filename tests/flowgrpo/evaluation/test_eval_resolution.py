@@ -131,6 +131,8 @@ def test_a_run_trains_as_without_and_evaluates_at_its_size(latent_model, tmp_pat
         "policy.adapter": "full",
         "optim.lr": 1e-2,
         "optim.beta": 0.1,
+        "sample.group_size": 3,
+        "sample.steps": 4,
         "run.steps": 1,
         "run.eval_prompts": 2,
         "run.eval_samples": 1,

@@ -95,6 +95,7 @@ def test_a_run_and_its_pictures(request, kind, tmp_path, capsys):
     changes = {"policy.height": 8, "policy.width": 16, "policy.max_sequence_length": 4}
     changes |= {"policy.text_cache": "", "policy.lora_targets": None, "run.steps": 1}
     changes |= {"run.eval_prompts": 1, "sample.eval_steps": 2, "optim.ema_decay": 0.0}
+    changes |= {"sample.group_size": 3, "sample.steps": 4}
     config = setups.config(folder, tmp_path, **changes)
     assert from_json(to_json(config)) == config
     assert train.run(config)["max_ratio_error"] == 0.0

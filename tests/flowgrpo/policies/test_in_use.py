@@ -176,6 +176,8 @@ def run(kind, folder, out, pipeline=None, **changes):
     rest = {
         "run.eval_prompts": 1,
         "run.eval_samples": 2,
+        "sample.group_size": 3,
+        "sample.steps": 4,
         "sample.eval_steps": 2,
         "optim.ema_decay": 0.0,
         "policy.text_cache": "",

@@ -23,8 +23,10 @@ from support.cpu_graphs import Silent, assert_equal, eager, evaluate, made
 pytestmark = pytest.mark.slow
 # Part 1 has 4, 3, 2 or 1 rows in forwards of 3, part 3 all of a chunk or, across groups, some.
 LATE = {"sample.share_prefix": True, "sample.window_range": (1, 6)}
+THREE = {"sample.group_size": 3}
 MORE = {
     **CASES,
+    "chunks across groups": {"sample.batch_size": 2},
     "fused": {"policy.fused": True},
     "guidance and guard, a window of all groups": {
         "sample.guidance_scale": 2.0,
@@ -44,14 +46,14 @@ def step_graphs(policy) -> list[int]:
 def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
     """Iterations with other windows and changed weights: captured in the first ones, then replayed;
     what is captured are steps of the few sizes."""
-    parts, config = made(pixel_model, tmp_path, **{**SHARED, **LATE, **MORE[case]})
+    parts, config = made(pixel_model, tmp_path, **{**SHARED, **LATE, **THREE, **MORE[case]})
     policy, starts, captures = parts.policy, set(), []
     for parts.state.iteration in range(3):
         experience = setups.experience(parts, config)
         found = experience.trajectory
         collect = partial(train.collect, parts, experience.conditioning, config)
         assert_equal(found, eager(policy, collect))
-        starts.add(tuple(found.trained_steps[0, ::6].tolist()))
+        starts.add(tuple(found.trained_steps[0, ::3].tolist()))
         metrics = setups.update(parts, experience, config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
