@@ -118,11 +118,17 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optim.guard": True, "optim.steps_per_forward": 2, "optim.ema_decay": 0.9},
+        {
+            "optim.guard": True,
+            "optim.steps_per_forward": 2,
+            "optim.ema_decay": 0.9,
+            "sample.share_prefix": True,
+            "sample.shared_noise": True,
+            "sample.window_range": (1, 3),
+        },
         {"optim.anchor": "replay"},
-        {"sample.share_prefix": True, "sample.shared_noise": True, "sample.window_range": (1, 3)},
     ],
-    ids=["guard", "replay", "prefix"],
+    ids=["guard, prefix", "replay"],
 )
 def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
     watch, provider = made

@@ -16,25 +16,18 @@ def shorter(model: Model, parameters: int, **transformer) -> Model:
 
 
 SD35_MEDIUM = shorter(
-    configurations.SD35_MEDIUM,
-    734_742_080,
-    num_layers=8,
-    dual_attention_layers=tuple(range(4)),
+    configurations.SD35_MEDIUM, 361_766_208, num_layers=4, dual_attention_layers=(0, 1)
 )
-"""8 of 24 blocks, 4 of the 13 with two attentions."""
-FLUX_DEV = shorter(configurations.FLUX_DEV, 2_556_184_640, num_layers=4, num_single_layers=8)
-"""4 of 19 double blocks and 8 of 38 single ones."""
+"""4 of 24 blocks, 2 of the 13 with two attentions."""
+FLUX_DEV = shorter(configurations.FLUX_DEV, 1_026_971_200, num_layers=2, num_single_layers=2)
+"""2 of 19 double blocks and 2 of 38 single ones."""
 FLUX2_KLEIN_4B = shorter(
-    configurations.FLUX2_KLEIN_4B, 1_421_871_616, num_layers=2, num_single_layers=6
+    configurations.FLUX2_KLEIN_4B, 685_769_728, num_layers=1, num_single_layers=2
 )
-"""2 of 5 double blocks and 6 of 20 single ones."""
-FLUX2_KLEIN_9B = shorter(
-    configurations.FLUX2_KLEIN_9B, 2_535_459_328, num_layers=2, num_single_layers=6
-)
-"""2 of 8 double blocks and 6 of 24 single ones."""
-QWEN_IMAGE = shorter(configurations.QWEN_IMAGE, 2_759_173_696, num_layers=8)
-"""8 of 60 blocks."""
+"""1 of 5 double blocks and 2 of 20 single ones."""
+QWEN_IMAGE = shorter(configurations.QWEN_IMAGE, 1_060_017_216, num_layers=3)
+"""3 of 60 blocks."""
 WAN22_TI2V_5B = shorter(configurations.WAN22_TI2V_5B, 581_056_704, num_layers=3)
 """3 of 30 blocks."""
-Z_IMAGE = shorter(configurations.Z_IMAGE, 1_451_240_000, n_layers=4)
-"""4 of 30 blocks."""
+Z_IMAGE = shorter(configurations.Z_IMAGE, 1_089_419_328, n_layers=2)
+"""2 of 30 blocks."""
