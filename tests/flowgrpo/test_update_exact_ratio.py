@@ -21,8 +21,11 @@ CASES = {
     "guard": {"optim.guard": True, "sample.transition": "dance_sde"},
     "cps": {"sample.transition": "cps", "sample.noise_level": 0.8, "sample.shared_noise": True},
     "odd chunks": {"sample.batch_size": 1, "sample.group_size": 5, "sample.window_size": 1},
-    "one chunk an update": {"optim.step_weighting": "std"},
-    "two chunks an update": {"sample.group_size": 6, "optim.step_weighting": "std"},
+    "larger chunks": {
+        "sample.batch_size": 6,
+        "sample.group_size": 6,
+        "optim.step_weighting": "std",
+    },
 }
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_shared_prefix import CASES, SHARED
+from test_shared_prefix import CASES, SHARED, THREE
 
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
@@ -23,10 +23,8 @@ from support.cpu_graphs import Silent, assert_equal, eager, evaluate, made
 pytestmark = pytest.mark.slow
 # Part 1 has 4, 3, 2 or 1 rows in forwards of 3, part 3 all of a chunk or, across groups, some.
 LATE = {"sample.share_prefix": True, "sample.window_range": (1, 6)}
-THREE = {"sample.group_size": 3}
 MORE = {
     **CASES,
-    "chunks across groups": {"sample.batch_size": 2},
     "fused": {"policy.fused": True},
     "guidance and guard, a window of all groups": {
         "sample.guidance_scale": 2.0,
