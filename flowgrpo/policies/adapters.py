@@ -91,11 +91,11 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
 def _without_first_values() -> Iterator[None]:
     """Leave the weights of linear layers that are made inside undrawn. PEFT would draw A twice and
     B once before `_draw_lora` does, which took most of the time of putting them in."""
-    own, nn.Linear.reset_parameters = nn.Linear.reset_parameters, lambda layer: None
+    draw, nn.Linear.reset_parameters = nn.Linear.reset_parameters, lambda layer: None
     try:
         yield
     finally:
-        nn.Linear.reset_parameters = own
+        nn.Linear.reset_parameters = draw
 
 
 def _adapter_names(transformer: nn.Module) -> list[str]:

@@ -66,16 +66,16 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 
     # In the order of model.modules(), which names each module on its way and takes five times as
     # long; a run asks several times an iteration.
-    found, seen, waiting = [], set(), [model]
+    layers, seen, waiting = [], set(), [model]
     while waiting:
         module = waiting.pop()
         if module is None or module in seen:
             continue
         seen.add(module)
         if isinstance(module, BaseTunerLayer):
-            found.append(module)
+            layers.append(module)
         waiting.extend(reversed(module._modules.values()))
-    return found
+    return layers
 
 
 @contextmanager

@@ -132,7 +132,6 @@ def test_sample_has_the_options(latent_model, tmp_path, monkeypatch):
     assert seen == [(1, 3, 8, 12)]
 
 
-@pytest.mark.slow
 def test_the_banner_says_both(latent_model):
     assert banner._size(load(latent_model, height=8)) == "16 pixels wide and 8 high"
     assert banner._size(load(latent_model, resolution=8)) == "8 pixels a side"

@@ -146,7 +146,6 @@ def test_embeddings_are_the_pipelines(klein, flux2_model):
     assert load(flux2_model, max_sequence_length=0).encode([""]).embeds.shape == (1, 512, 48)
 
 
-@pytest.mark.slow
 def test_a_text_is_cut_behind_the_templates_beginning(flux2_model):
     policy = load(flux2_model, max_sequence_length=8)
     words = policy.pipeline.tokenizer
