@@ -64,18 +64,7 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that PEFT has put an adapter into, in the model's order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # In the order of model.modules(), which names each module on its way and takes five times as
-    # long; a run asks several times an iteration.
-    layers, seen, waiting = [], set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if isinstance(module, BaseTunerLayer):
-            layers.append(module)
-        waiting.extend(reversed(module._modules.values()))
-    return layers
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from flowgrpo.config import PolicyConfig
@@ -165,17 +164,6 @@ def test_merged_again_for_the_backward(dtype):
     assert all(map(torch.equal, saved["kept"][1], saved["again"][1]))
     # A [3, 20] and [W, s B] [24, 20 + 3].
     assert saved["kept"][0] - saved["again"][0] == 3 * 20 + 24 * 23
-
-
-def test_layers_are_found_in_the_models_order():
-    """Each once, as model.modules() has them, with parts that are None or there twice."""
-    net = nn.Module()
-    net.last, net.none = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), None
-    net.first = net.last[1]
-    net.deeper = nn.ModuleDict({"b": nn.Sequential(nn.Linear(4, 4)), "a": nn.Linear(4, 4)})
-    net = inject_adapter_in_model(LoraConfig(target_modules=["0", "1", "a"]), net)
-    expected = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
-    assert lora.lora_layers(net) == expected and len(expected) == 4
 
 
 def test_matrices_are_drawn_once_and_by_their_seed_alone():
