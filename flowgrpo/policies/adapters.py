@@ -90,7 +90,7 @@ def add_adapter(transformer: nn.Module, config: PolicyConfig, seed: int = 0) -> 
 @contextmanager
 def _without_first_values() -> Iterator[None]:
     """Leave the weights of linear layers that are made inside undrawn. PEFT would draw A twice and
-    B once before `_draw_lora` does, which took most of the time of putting them in."""
+    B once before `_draw_lora` does, which took half of the time of putting them in."""
     draw, nn.Linear.reset_parameters = nn.Linear.reset_parameters, lambda layer: None
     try:
         yield
