@@ -34,8 +34,8 @@ block.
 Not in it: the pools of captured and compiled graphs, and what fragmentation costs; so at most 80 %
 of the memory is planned with. Of the peaks of iterations of the real SD3.5-medium, FLUX.1-dev,
 FLUX.2-klein and Qwen-Image, counted tensor by tensor on torch's meta device, the estimate is 0.97
-to 1.07 (tests/flowgrpo/test_on_device_memory.py); what fsdp gathers is reckoned, not counted. No
-figure has been compared with a GPU yet.
+to 1.07 (tests/flowgrpo/test_on_device_memory.py holds it, of most with fewer blocks); what fsdp
+gathers is reckoned, not counted. No figure has been compared with a GPU yet.
 """
 
 from __future__ import annotations

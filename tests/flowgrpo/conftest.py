@@ -6,6 +6,7 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,54 +20,74 @@ def _cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _disks_are_not_waited_for():
+    """Files of a test need not outlive a power cut: each run waited for a disk forty times."""
+    with mock.patch.object(os, "fsync", lambda descriptor: None):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _curves_where_they_are_looked_at(request):
-    """Drawing a run's curve takes a third of a small run; it is left out in files of tests that
-    never draw one themselves, and in the processes that they fork."""
+def _pictures_where_they_are_looked_at(request):
+    """Drawing a run's curve takes half of a run of two iterations, and making its other pictures
+    small a tenth; both are left out in files of tests that never draw a curve themselves (the
+    curve in the processes that they fork, too)."""
     with pytest.MonkeyPatch.context() as patch:
         if "curve(" not in request.path.read_text(encoding="utf-8"):
             patch.setattr(pictures, "curve", processes.no_curve)
+            patch.setitem(pictures.FORMATS, ".png", ("PNG", {"compress_level": 1}))
         yield
 
 
 @pytest.fixture(scope="session")
-def pixel_model(tmp_path_factory) -> Path:
+def _read_once():
+    """Folders of pipelines are read once and copied then, from the first of the models below on:
+    a copy takes a third of the time."""
+    # Which tests of other parts need not wait for.
+    from support import setups
+
+    with setups.read_once():
+        yield
+
+
+@pytest.fixture(scope="session")
+def pixel_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline over 8 x 8 RGB pixels with one text encoder."""
     return pipelines.save_pixel_pipeline(tmp_path_factory.mktemp("pixel"))
 
 
 @pytest.fixture(scope="session")
-def latent_model(tmp_path_factory) -> Path:
+def latent_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline with a VAE and three text encoders."""
     return pipelines.save_latent_pipeline(tmp_path_factory.mktemp("latent"))
 
 
 @pytest.fixture(scope="session")
-def flux_model(tmp_path_factory) -> Path:
+def flux_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline of FLUX.1-dev's parts; its default resolution is 256."""
     return pipelines.save_flux_pipeline(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="session")
-def flux2_model(tmp_path_factory) -> Path:
+def flux2_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline of FLUX.2-klein-base's parts; its default resolution is 256."""
     return pipelines.save_flux2_pipeline(tmp_path_factory.mktemp("flux2"))
 
 
 @pytest.fixture(scope="session")
-def qwen_model(tmp_path_factory) -> Path:
+def qwen_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline of Qwen-Image's parts; its default resolution is 256."""
     return pipelines.save_qwen_pipeline(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
-def wan_model(tmp_path_factory) -> Path:
+def wan_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline of Wan 2.2 TI2V-5B's parts; its default size is 81 frames of 480 x 832."""
     return pipelines.save_wan_pipeline(tmp_path_factory.mktemp("wan"))
 
 
 @pytest.fixture(scope="session")
-def zimage_model(tmp_path_factory) -> Path:
+def zimage_model(tmp_path_factory, _read_once) -> Path:
     """A pipeline of Z-Image's parts; its default resolution is 1024."""
     return pipelines.save_zimage_pipeline(tmp_path_factory.mktemp("zimage"))
 

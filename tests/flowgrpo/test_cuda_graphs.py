@@ -46,9 +46,9 @@ def parts(shared):
 def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
     """Over iterations with other windows, prompts and seeds, after optimizer steps, and at another
     noise level: one graph serves all of them."""
-    parts, config = made(pixel_model, tmp_path, **CASES[case])
+    parts, config = made(pixel_model, tmp_path, **{"sample.steps": 4, **CASES[case]})
     policy, starts = parts.policy, set()
-    for parts.state.iteration in range(4):
+    for parts.state.iteration in range(3):
         conditioning = policy.encode(setups.TEXTS[parts.state.iteration :][:2])
         found = train.collect(parts, conditioning, config)
         assert_equal(found, eager(policy, partial(train.collect, parts, conditioning, config)))
@@ -56,12 +56,12 @@ def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.01)
-        if parts.state.iteration == 2:
+        if parts.state.iteration == 1:
             quieter = replace(config, **{"sample.noise_level": 0.4})
             parts = train.Components(
                 **{**vars(parts), "schedule": training_schedule(policy, quieter.sample)}
             )
-    assert policy.graphs.recorder.captures == 1 and policy.graphs.recorder.replays == 4 * 4
+    assert policy.graphs.recorder.captures == 1 and policy.graphs.recorder.replays == 3 * 4
     assert len(starts) > 1 or config.sample.window_size == 0
 
 
@@ -69,7 +69,7 @@ def test_a_captured_rollout_has_the_eager_bits(pixel_model, tmp_path, case):
 @pytest.mark.parametrize(("model", "pixels"), [("latent_model", 0), ("flux_model", 16)])
 def test_models_of_the_real_classes_can_be_captured(request, tmp_path, model, pixels):
     """Nothing in diffusers' forwards waits for the device or reads host memory."""
-    changes = {"policy.lora_targets": None, "policy.resolution": pixels}
+    changes = {"policy.lora_targets": None, "policy.resolution": pixels, "sample.steps": 4}
     parts, config = made(request.getfixturevalue(model), tmp_path, **changes)
     policy = parts.policy
     conditioning = policy.encode(setups.TEXTS[:2])
@@ -113,11 +113,11 @@ def test_a_short_chunk_is_filled_up(parts, shared):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_one_step_serves_any_number_of_steps(parts, scale):
     policy = parts.policy
-    for steps in (5, 8, 2):
+    for steps in (3, 5, 2):
         expected = eager(policy, lambda n=steps: evaluate(policy, n, scale=scale))
         assert torch.equal(evaluate(policy, steps, scale=scale), expected)
     assert policy.graphs.recorder.captures == 1
-    assert policy.graphs.recorder.replays == 2 * (5 + 8 + 2)
+    assert policy.graphs.recorder.replays == 2 * (3 + 5 + 2)
 
 
 @pytest.mark.slow

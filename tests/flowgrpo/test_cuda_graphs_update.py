@@ -23,7 +23,9 @@ CASES = {
 
 def made(model, folder, record: bool, **changes):
     """Parts and config; with `record`, rollout and update are captured and share their graphs."""
-    config = setups.config(model, folder, **{"sample.share_prefix": False, **changes})
+    config = setups.config(
+        model, folder, **{"sample.share_prefix": False, "sample.steps": 4, **changes}
+    )
     parts = setups.parts(config)
     if record:
         parts.policy.graphs = cuda_graphs.Graphs(parts.policy, Recorder())

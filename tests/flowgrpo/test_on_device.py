@@ -4,8 +4,8 @@ benchmarks/measuring/on_meta.py raises where a tensor of the host meets one of t
 each place where the host would wait for the device or copy to it. Inside `denoise` and a
 micro-step, which a CUDA graph is to hold, there must be none; elsewhere their number is fixed.
 
-One iteration is that of the models at their real sizes; what the options change is tried on the
-tiny ones of the same classes.
+One iteration is that of the models at their real sizes, with fewer of their blocks, which are
+alike; what the options change is tried on the tiny ones of the same classes.
 """
 
 from __future__ import annotations
@@ -26,46 +26,19 @@ from measuring import on_meta
 from models import configurations
 from models.cases import Case
 from providers import ours
-from support import setups
+from support import setups, short_models
 from support.cpu_graphs import Silent
 
 pytestmark = pytest.mark.slow
 META = torch.device("meta")
-# Its 60 blocks are alike; eight of them are a sixth of the time. So are the 30 of Z-Image.
-EIGHT_OF_QWEN = changed(
-    configurations.QWEN_IMAGE,
-    transformer={**configurations.QWEN_IMAGE.transformer, "num_layers": 8},
-    parameters=2_759_173_696,
-)
-THREE_OF_WAN = changed(
-    configurations.WAN22_TI2V_5B,
-    transformer={**configurations.WAN22_TI2V_5B.transformer, "num_layers": 3},
-    frames=5,
-    parameters=581_056_704,
-)
-# Three of its 25 blocks, one and two.
-THREE_OF_KLEIN = changed(
-    configurations.FLUX2_KLEIN_4B,
-    transformer={
-        **configurations.FLUX2_KLEIN_4B.transformer,
-        "num_layers": 1,
-        "num_single_layers": 2,
-    },
-    parameters=685_769_728,
-)
-FOUR_OF_ZIMAGE = changed(
-    configurations.Z_IMAGE,
-    transformer={**configurations.Z_IMAGE.transformer, "n_layers": 4},
-    parameters=1_451_240_000,
-)
 REAL = {
     # Guidance and KL; at two chunks a second turn shows what is done once for each.
-    "sd3": Case(configurations.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
-    "flux": Case(configurations.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
-    "flux2": Case(THREE_OF_KLEIN, 2, 2, 4.0, 1, 0.04, 2),
-    "qwen": Case(EIGHT_OF_QWEN, 2, 2, 4.0, 1, 0.04, 2),
-    "wan": Case(THREE_OF_WAN, 2, 2, 5.0, 1, 0.04, 2),
-    "zimage": Case(FOUR_OF_ZIMAGE, 2, 2, 4.0, 1, 0.04, 2),
+    "sd3": Case(short_models.SD35_MEDIUM, 2, 2, 4.5, 1, 0.04, 2),
+    "flux": Case(short_models.FLUX_DEV, 2, 2, 1.0, 1, 0.0, 2),
+    "flux2": Case(short_models.FLUX2_KLEIN_4B, 2, 2, 4.0, 1, 0.04, 2),
+    "qwen": Case(short_models.QWEN_IMAGE, 2, 2, 4.0, 1, 0.04, 2),
+    "wan": Case(changed(short_models.WAN22_TI2V_5B, frames=5), 2, 2, 5.0, 1, 0.04, 2),
+    "zimage": Case(short_models.Z_IMAGE, 2, 2, 4.0, 1, 0.04, 2),
 }
 TINY = {
     "tiny-sd3": Case(configurations.TINY_SD3, 2, 3, 4.5, 2, 0.04, 2),
@@ -145,11 +118,17 @@ def test_an_iteration_waits_for_the_device_only_between_its_stages(made, quiet):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optim.guard": True, "optim.steps_per_forward": 2, "optim.ema_decay": 0.9},
+        {
+            "optim.guard": True,
+            "optim.steps_per_forward": 2,
+            "optim.ema_decay": 0.9,
+            "sample.share_prefix": True,
+            "sample.shared_noise": True,
+            "sample.window_range": (1, 3),
+        },
         {"optim.anchor": "replay"},
-        {"sample.share_prefix": True, "sample.shared_noise": True, "sample.window_range": (1, 3)},
     ],
-    ids=["guard", "replay", "prefix"],
+    ids=["guard, prefix", "replay"],
 )
 def test_micro_steps_of_other_forms_wait_for_nothing(made, quiet, options):
     watch, provider = made

@@ -83,7 +83,6 @@ def test_bytes_alive_and_at_most():
         assert watch.most == 0
 
 
-@pytest.mark.slow
 def test_bytes_that_autograd_keeps():
     with on_meta.watching() as watch:
         weight = device(256, 256).requires_grad_()

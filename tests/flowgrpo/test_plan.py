@@ -222,7 +222,6 @@ def flux_run(double, single, fuse, rank=8):
     return run
 
 
-@pytest.mark.slow
 def test_sizes_of_flux2s_encoders_and_vae():
     """Qwen3-4B and Qwen3-8B by their config.json, and the VAE's defaults."""
     from diffusers import AutoencoderKLFlux2
@@ -265,7 +264,6 @@ def flux2_run(double, single, fuse, rank=8):
     return run
 
 
-@pytest.mark.slow
 def test_sizes_of_qwens_encoder_and_vae():
     """Qwen2.5-VL-7B by its config.json, and the VAE's defaults."""
     from diffusers import AutoencoderKLQwenImage
@@ -291,7 +289,6 @@ def test_sizes_of_qwens_encoder_and_vae():
     assert count(AutoencoderKLQwenImage) == qwen_sizes.VAE
 
 
-@pytest.mark.slow
 def test_size_of_z_images_encoder():
     """Qwen3-4B by its config.json; the VAE is FLUX.1's."""
     from transformers import Qwen3Config, Qwen3Model
@@ -361,7 +358,6 @@ def qwen_run(layers, fuse, rank=8):
     return run
 
 
-@pytest.mark.slow
 def test_sizes_of_wans_encoder_and_vae():
     """UMT5-XXL and the VAE of TI2V-5B by their config.json."""
     from diffusers import AutoencoderKLWan
@@ -469,7 +465,6 @@ def test_stored_bytes_are_what_autograd_keeps(kind, run, fewer, more, fuse):
     assert found == pytest.approx(128 * a + 8 * b, rel=0.02)
 
 
-@pytest.mark.slow
 def test_linear_layers_of_text_encoders():
     """By the real classes, as their models have them."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel

@@ -17,6 +17,7 @@ from support import setups
 FAST = {
     "sample.group_size": 8,
     "sample.batch_size": 8,
+    "sample.steps": 5,
     "sample.eval_steps": 8,
     "sample.shared_noise": True,
     "optim.lr": 3e-2,
@@ -28,6 +29,18 @@ FAST = {
     "run.eval_every": 0,
     "run.checkpoint_every": 0,
 }
+
+
+SHORT = {
+    **FAST,
+    "sample.group_size": 4,
+    "sample.batch_size": 4,
+    "sample.steps": 4,
+    "sample.eval_steps": 2,
+    "run.eval_prompts": 1,
+    "run.eval_samples": 2,
+}
+"""Where nothing is learned."""
 
 
 @pytest.mark.slow
@@ -81,9 +94,9 @@ def test_global_random_numbers_play_no_part(pixel_model, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         torch.manual_seed(number), np.random.seed(number)
-        train.run(setups.config(pixel_model, folder, **{**FAST, "run.steps": 3}))
+        train.run(setups.config(pixel_model, folder, **{**SHORT, "run.steps": 2}))
         found.append(metrics(folder))
-    assert found[0] == found[1] and len(found[0]) == 5
+    assert found[0] == found[1] and len(found[0]) == 4
     assert found[0][1]["reward"] != found[0][2]["reward"]
 
 
@@ -91,7 +104,7 @@ def test_global_random_numbers_play_no_part(pixel_model, tmp_path):
 def test_another_seed_is_another_run(pixel_model, tmp_path):
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-        changes = {**FAST, "run.steps": 1, "run.seed": seed}
+        changes = {**SHORT, "run.steps": 1, "run.seed": seed}
         train.run(setups.config(pixel_model, tmp_path / str(seed), **changes))
     one, other = metrics(tmp_path / "0"), metrics(tmp_path / "1")
     assert one[0] == other[0], "the evaluation of the base model is the same in every run"
@@ -108,12 +121,13 @@ def test_a_dropped_group_is_counted(pixel_model, tmp_path, monkeypatch):
     changes = {
         "reward.weights": {"support.setups:choosy": 1.0},
         "reward.retries": 0,
-        "run.steps": 3,
+        "run.eval_prompts": 6,
+        "run.steps": 2,
         "sample.prompts_per_iteration": 3,
         "sample.group_size": 4,
         "sample.batch_size": 2,
     }
-    summary = train.run(setups.config(pixel_model, tmp_path, **{**FAST, **changes}))
+    summary = train.run(setups.config(pixel_model, tmp_path, **{**SHORT, **changes}))
     lines = [line for line in metrics(tmp_path) if line["kind"] == "train"]
     assert summary["dropped_groups"] == sum(line["dropped_groups"] for line in lines) > 0
     assert summary["max_ratio_error"] == 0.0
@@ -161,7 +175,7 @@ def test_a_reward_that_fails_in_every_group_stops_the_run(pixel_model, tmp_path,
         return [float("nan")] * len(images)
 
     monkeypatch.setattr(setups, "nothing", nothing, raising=False)
-    config = setups.config(pixel_model, tmp_path, **FAST)
+    config = setups.config(pixel_model, tmp_path, **SHORT)
     config = replace(config, **{"reward.weights": {"support.setups:nothing": 1.0}})
     with pytest.raises(rewards.RewardError, match="failed for all"):
         train.run(config)

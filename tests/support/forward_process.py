@@ -10,7 +10,12 @@ from flowgrpo.records import Experience
 from flowgrpo_kernels import initial_noise
 from support import setups
 
-SMALL = {"sample.prompts_per_iteration": 2, "sample.group_size": 6, "sample.batch_size": 3}
+SMALL = {
+    "sample.prompts_per_iteration": 2,
+    "sample.group_size": 6,
+    "sample.batch_size": 3,
+    "sample.steps": 4,
+}
 
 
 def prepared(name, model, folder, spread=0.1, **changes):

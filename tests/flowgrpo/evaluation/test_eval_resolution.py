@@ -24,10 +24,10 @@ from support.processes import untimed
 FAMILIES = {
     "latent_model": (8, 12),
     "flux_model": (16, 32),
-    "flux2_model": (32, 64),
+    "flux2_model": (16, 32),
     "qwen_model": (16, 32),
-    "wan_model": (32, 64),
-    "zimage_model": (32, 64),
+    "wan_model": (16, 32),
+    "zimage_model": (16, 32),
 }
 # The text encoder of FLUX.2-klein has a template around a prompt.
 FIELDS = {"flux2_model": {"policy.max_sequence_length": 20}, "wan_model": {"policy.frames": 1}}
@@ -131,6 +131,8 @@ def test_a_run_trains_as_without_and_evaluates_at_its_size(latent_model, tmp_pat
         "policy.adapter": "full",
         "optim.lr": 1e-2,
         "optim.beta": 0.1,
+        "sample.group_size": 3,
+        "sample.steps": 4,
         "run.steps": 1,
         "run.eval_prompts": 2,
         "run.eval_samples": 1,

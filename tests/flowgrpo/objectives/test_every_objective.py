@@ -19,16 +19,16 @@ from support.cpu_graphs import Operations, Recorder
 
 SMALL = {
     "sample.prompts_per_iteration": 2,
-    "sample.group_size": 6,
-    "sample.batch_size": 3,
+    "sample.group_size": 4,
+    "sample.batch_size": 4,
     "sample.steps": 4,
     "sample.share_prefix": False,
     "optim.lr": 1e-3,
 }
 RUN = {
-    "sample.steps": 3,
+    "sample.steps": 2,
     "sample.window_size": 1,
-    "sample.eval_steps": 2,
+    "sample.eval_steps": 1,
     "run.steps": 2,
     "run.eval_every": 0,
     "run.eval_prompts": 1,
@@ -37,12 +37,13 @@ RUN = {
 }
 CASES = {
     **{name: {"optim.objective": name} for name in OBJECTIVES},
+    "refl": {"optim.objective": "refl", "optim.refl_steps": 2},
     "awm normalized": {
         "optim.objective": "awm",
         "optim.updates_per_iteration": 1,
         "optim.level_weight": "normalized",
     },
-    "awm, scouts": {"optim.objective": "awm", "sample.scouts": 8},
+    "awm, scouts": {"optim.objective": "awm", "sample.scouts": 6},
     "grpo, dppo": {"optim.objective": "grpo", "optim.dppo": True},
     "nft guidance": {
         "optim.objective": "nft",

@@ -89,6 +89,9 @@ def expected_loss(model, base, parts, experience: Experience, rows, config, mask
 
     for row in range(rows.start, rows.stop):
         for i in trajectory.trained_steps[:, row].tolist():
+            if experience.weights[row] == 0 and not optim.dppo:
+                terms.append(torch.zeros((), dtype=torch.float64))
+                continue
             x, x_next = (trajectory.latents[j, row : row + 1].double() for j in (i, i + 1))
             step = (sigmas[i], sigmas[i + 1], sigmas[1], config)
             std, mean, noise = std_and_mean(guided(model, row, i), x, *step)

@@ -101,6 +101,9 @@ def expected_terms(name, model, base, then, experience, draws, rows, config):
     optim, scale = config.optim, config.sample.guidance_scale
     for draw in range(optim.levels):
         for row in rows:
+            if experience.weights[row] == 0:
+                yield torch.zeros((), dtype=torch.float64)
+                continue
             sigma, sample, target = noised(experience, draws, draw, row)
             arguments = (experience, sample, sigma, row, scale)
             velocity = velocity_of(model, *arguments)

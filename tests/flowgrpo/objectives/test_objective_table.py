@@ -185,6 +185,17 @@ def test_loss_and_gradients_of_an_update(tmp_path, monkeypatch):
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+SHORT = {
+    "sample.prompts_per_iteration": 2,
+    "sample.group_size": 2,
+    "sample.batch_size": 2,
+    "sample.steps": 2,
+    "sample.eval_steps": 1,
+    "eval_prompts": 1,
+}
+"""The smallest run of two optimizer steps an iteration."""
+
+
 def lines(settings) -> list[dict]:
     """metrics.jsonl without times, and without an evaluation because a run ended."""
     text = Path(settings.run.out, "metrics.jsonl").read_text()
@@ -199,7 +210,7 @@ def lines(settings) -> list[dict]:
 @pytest.mark.slow
 def test_it_trains_and_resumes_bit_for_bit(tmp_path):
     """Two iterations at once, and one iteration, then another by a resumed run."""
-    whole, halves = config(tmp_path / "whole"), config(tmp_path / "halves")
+    whole, halves = (config(tmp_path / name, **SHORT) for name in ("whole", "halves"))
     train.run(whole)
     train.run(replace(halves, **{"run.steps": 1}))
     train.run(replace(halves, **{"run.resume": halves.run.out}))
@@ -222,9 +233,12 @@ def test_it_trains_and_resumes_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_each_objective_is_another_run(tmp_path):
     """The table decides: the same images in the first iteration, another loss."""
-    toy, grpo = config(tmp_path / "toy"), config(tmp_path / "grpo", **{"optim.objective": "grpo"})
+    toy, grpo = (
+        config(tmp_path / name, **{**SHORT, "optim.objective": name, "steps": 1})
+        for name in ("toy", "grpo")
+    )
     for settings in (toy, grpo):
-        train.run(replace(settings, **{"run.steps": 1}))
+        train.run(settings)
     one, other = (lines(settings)[1] for settings in (toy, grpo))
     assert one["rewards"] == other["rewards"] and one["equal_groups"] == other["equal_groups"]
     assert one["loss"] != other["loss"] and "policy_loss" in other and "policy_loss" not in one

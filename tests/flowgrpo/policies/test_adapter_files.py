@@ -213,7 +213,6 @@ def test_a_file_of_several_models_goes_to_diffusers(adapters, tmp_path):
     torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_one_sentence(adapters, tmp_path):
     model, _, bare, _ = adapters
     pair = {name: tensor for name, tensor in bare.items() if name.startswith(FIRST)}

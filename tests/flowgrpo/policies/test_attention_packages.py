@@ -117,7 +117,6 @@ def packages(monkeypatch):
     return SimpleNamespace(calls=record, cutlass=xops.MemoryEfficientAttentionCutlassOp)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FLASHES, "xformers"])
 def test_each_layer_calls_the_package(packages, monkeypatch, repeatable, name):
     """In the model, forwards and backwards, with the bits of the same kernel called directly."""

@@ -95,7 +95,6 @@ def test_text_encoders_that_nothing_uses_may_be_any(latent_model, flux_model):
         assert len(policy_of(pipeline, encode).encode(["a red circle"])) == 1
 
 
-@pytest.mark.slow
 def test_a_folder_with_a_transformer_of_another_class(latent_model, flux_model, tmp_path):
     pipeline = loaded(latent_model)
     pipeline.transformer = loaded(flux_model).transformer
@@ -169,7 +168,6 @@ def test_weights_of_inference_mode(latent_model):
         policy_of(pipeline)
 
 
-@pytest.mark.slow
 def test_weights_of_several_types_become_one(latent_model):
     pipeline = loaded(latent_model)
     pipeline.transformer.transformer_blocks[1].half()

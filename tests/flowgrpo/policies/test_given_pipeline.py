@@ -83,6 +83,7 @@ def test_training_with_embeddings_of_ones_own(request, kind, tmp_path):
     folder = request.getfixturevalue(kind)
     changes = {"policy.lora_targets": None, "policy.max_sequence_length": 4}
     changes |= {"policy.resolution": KINDS[kind], "sample.guidance_scale": 2.0}
+    changes |= {"sample.group_size": 3, "sample.steps": 4}
     config = setups.config("mine", tmp_path, **changes)
     donor = Policy.load(str(folder), device="cpu", dtype="float32", config=config.policy)
     names = [name for name in donor.pipeline.components if name.startswith(("text", "tok"))]

@@ -95,6 +95,7 @@ def test_a_run_and_its_pictures(request, kind, tmp_path, capsys):
     changes = {"policy.height": 8, "policy.width": 16, "policy.max_sequence_length": 4}
     changes |= {"policy.text_cache": "", "policy.lora_targets": None, "run.steps": 1}
     changes |= {"run.eval_prompts": 1, "sample.eval_steps": 2, "optim.ema_decay": 0.0}
+    changes |= {"sample.group_size": 3, "sample.steps": 4}
     config = setups.config(folder, tmp_path, **changes)
     assert from_json(to_json(config)) == config
     assert train.run(config)["max_ratio_error"] == 0.0
@@ -131,7 +132,6 @@ def test_sample_has_the_options(latent_model, tmp_path, monkeypatch):
     assert seen == [(1, 3, 8, 12)]
 
 
-@pytest.mark.slow
 def test_the_banner_says_both(latent_model):
     assert banner._size(load(latent_model, height=8)) == "16 pixels wide and 8 high"
     assert banner._size(load(latent_model, resolution=8)) == "8 pixels a side"

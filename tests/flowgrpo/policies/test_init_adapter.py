@@ -151,6 +151,7 @@ def run(folder, kind, out, **changes):
     fixed |= {"policy.text_cache": "", "run.eval_prompts": 1, "sample.eval_steps": 2, **SIZES}
     fixed |= {"optim.updates_per_iteration": 1, "optim.ema_decay": 0.0, "run.eval_every": 0}
     fixed |= {"optim.beta": 1.0, "run.checkpoint_every": 1}
+    fixed |= {"sample.group_size": 3, "sample.steps": 4}
     config = setups.config(folder, out, **{**fixed, **changes})
     return config, train.run(config)
 
@@ -173,7 +174,7 @@ def test_a_run(request, adapters, kind, tmp_path, monkeypatch):
     assert summary["max_ratio_error"] == 0.0
     first, second = (line for line in lines(tmp_path / "whole") if line["kind"] == "train")
     assert first["kl"] == 0.0 < second["kl"]
-    _, plain = run(folder, kind, tmp_path / "plain")
+    _, plain = run(folder, kind, tmp_path / "plain", **{"run.steps": 1})
     assert summary["before"]["scores"] != plain["before"]["scores"]
     own = load_file(tmp_path / "whole" / "run" / "initial" / "pytorch_lora_weights.safetensors")
     theirs = load_file(adapter / "adapter_model.safetensors")
@@ -252,7 +253,8 @@ def test_an_adapter_of_some_blocks_is_named_by_its_layers(pixel_model, adapters,
 def test_captured_updates_and_evaluations_have_the_eager_bits(pixel_model, adapters, tmp_path):
     """The reference inside of a graph of an update, and of its own in the first evaluation."""
     changes = {**SIZES, "policy.init_adapter": str(adapters["pixel_model"]), "optim.beta": 1.0}
-    config = setups.config(pixel_model, tmp_path, **changes, **{"sample.share_prefix": False})
+    changes |= {"sample.share_prefix": False, "sample.group_size": 3, "sample.steps": 4}
+    config = setups.config(pixel_model, tmp_path, **changes)
     results = []
     for record in (False, True):
         parts = setups.parts(config)

@@ -9,7 +9,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from flowgrpo.config import PolicyConfig
 from flowgrpo.policies import lora
+from flowgrpo.policies.adapters import add_adapter, trained_parameters
+from support import pipelines
 
 
 def model(dtype: torch.dtype, **options) -> nn.Module:
@@ -161,3 +164,21 @@ def test_merged_again_for_the_backward(dtype):
     assert all(map(torch.equal, saved["kept"][1], saved["again"][1]))
     # A [3, 20] and [W, s B] [24, 20 + 3].
     assert saved["kept"][0] - saved["again"][0] == 3 * 20 + 24 * 23
+
+
+def test_matrices_are_drawn_once_and_by_their_seed_alone():
+    """The global generator is left alone, and so are linear layers that are made later; files of
+    the adapter say that it began as PEFT's do."""
+    network = pipelines.transformer(
+        size=8, channels=3, text=16, pooled=16, layers=1, heads=2, head_dim=8, patch=2
+    )
+    again, policy = copy.deepcopy(network), PolicyConfig(lora_targets=("to_q",))
+    state = torch.get_rng_state()
+    add_adapter(network, policy, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    add_adapter(again, policy, seed=3)
+    one, other = (trained_parameters(net) for net in (network, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert all(p.any() == ("lora_A" in n) for n, p in one.items())
+    assert network.peft_config["default"].init_lora_weights is True
+    assert nn.Linear(4, 4).weight.any()

@@ -84,19 +84,20 @@ def test_two_tables_joined_are_the_table_of_both(kinds, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    "changes",
+    ("fused", "changes"),
     [
-        {"sample.guidance_scale": 3.0, "optim.guard": True, "optim.beta": 0.0},
-        {"sample.shared_noise": True, "sample.share_prefix": True, "sample.batch_size": 6},
-        {"policy.gradient_checkpointing": True, "sample.window_size": 0},
-        {"optim.anchor": "replay", "optim.steps_per_forward": 2},
+        (True, {"sample.guidance_scale": 3.0, "optim.guard": True, "optim.beta": 0.0}),
+        (False, {"sample.shared_noise": True, "sample.share_prefix": True}),
+        (True, {"policy.gradient_checkpointing": True, "sample.window_size": 0}),
+        (False, {"policy.gradient_checkpointing": True}),
+        (False, {"optim.anchor": "replay", "optim.steps_per_forward": 2}),
     ],
 )
 def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fused, monkeypatch):
     """Neither in the rollout nor in the update; ratios exactly 1."""
-    options = {"policy.fused": fused, "policy.dtype": "bfloat16", **changes}
+    options = {"policy.fused": fused, "policy.dtype": "bfloat16", "sample.steps": 4, **changes}
+    options["sample.group_size"] = 3
     parts, config = parts_of(kinds, "sd3.5-medium", tmp_path, **options)
     policy, inside, forward = parts.policy, [], parts.policy.velocity
 
@@ -123,26 +124,36 @@ def test_training_never_computes_them_in_a_forward(kinds, tmp_path, changes, fus
         metrics = setups.update(parts, setups.experience(parts, config), config)
         assert metrics["max_ratio_error"] == 0.0
     # All steps of the 2 prompts in one product, as many rows in the update as in the rollout.
-    one = sorted([6 * 2] + [6] * (config.sample.guidance_scale != 1))
+    one = sorted([4 * 2] + [4] * (config.sample.guidance_scale != 1))
     assert [sorted(tables[i : i + len(one)]) for i in range(0, len(tables), len(one))] == [one] * 4
     assert len(calls) >= 2 * 2 * 4 and not any(calls)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("fused", "changes", "reason"),
     [
-        ({"policy.lora_targets": ("to_q", "context_embedder")}, "context_embedder has an adapter"),
         (
+            False,
+            {"policy.lora_targets": ("to_q", "context_embedder")},
+            "context_embedder has an adapter",
+        ),
+        (
+            True,
             {"policy.lora_targets": ("to_v", "norm1.linear")},
             r"transformer_blocks.0.norm1.linear has an adapter",
         ),
-        ({"policy.adapter": "full", "policy.dtype": "auto"}, "time_text_embed is trained"),
+        (
+            False,
+            {"policy.lora_targets": ("to_v", "norm1.linear")},
+            r"transformer_blocks.0.norm1.linear has an adapter",
+        ),
+        (True, {"policy.adapter": "full", "policy.dtype": "auto"}, "time_text_embed is trained"),
     ],
 )
-@pytest.mark.parametrize("fused", [False, True])
 def test_what_is_trained_is_no_constant(kinds, tmp_path, changes, reason, fused):
-    parts, config = parts_of(kinds, "sd3", tmp_path, **changes, **{"policy.fused": fused})
+    small = {"policy.fused": fused, "sample.group_size": 3, "sample.steps": 4}
+    parts, config = parts_of(kinds, "sd3", tmp_path, **changes, **small)
     policy = parts.policy
     assert reason in policy.describe() and "in every forward" in policy.describe()
     text = policy.encode(setups.TEXTS[:2])
@@ -157,7 +168,7 @@ def test_what_is_trained_is_no_constant(kinds, tmp_path, changes, reason, fused)
 def test_one_graph_serves_all_prompts(kinds, tmp_path, kind):
     """The table is data to a captured rollout, and a step of it to a captured evaluation."""
     model, own = kinds[kind]
-    parts, config = made(model, tmp_path, **own)
+    parts, config = made(model, tmp_path, **{"sample.group_size": 3, "sample.steps": 4}, **own)
     policy = parts.policy
     assert "modulation once a rollout" in policy.describe()
     for parts.state.iteration in range(2):

@@ -17,11 +17,11 @@ SMALL = {
     "sample.prompts_per_iteration": 2,
     "sample.group_size": 2,
     "sample.batch_size": 2,
-    "sample.eval_steps": 3,
+    "sample.eval_steps": 2,
     "reward.weights": {"jpeg_compressibility": 1.0},
     "reward.report": ("jpeg_compressibility",),
     "run.steps": 2,
-    "run.eval_prompts": 2,
+    "run.eval_prompts": 1,
     "run.progress": "none",
     "run.threads": 1,
 }
@@ -40,7 +40,7 @@ NAMES = (
 def test_two_iterations(name, request, tmp_path):
     family = name.partition("_")[0]
     model, resolution, length = {
-        "flux": ("flux_model", 64, 0),
+        "flux": ("flux_model", 32, 16),
         # Of 512 tokens most of the time would go into its texts.
         "flux2": ("flux2_model", 16, 24),
     }.get(family, ("latent_model", 16, 0))

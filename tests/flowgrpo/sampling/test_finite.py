@@ -79,7 +79,6 @@ def test_the_chunk_with_the_fault_is_the_last_that_is_sampled(latent_model):
     assert seen == [2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_velocity_that_is_nan_at_a_later_step(latent_model, monkeypatch, scale):
     """A fault of no weight and no layer gets no cause."""
@@ -123,7 +122,6 @@ def test_float16s_end_is_told_from_nan(latent_model):
     assert images(scaled("bfloat16")).shape == (3, 3, 16, 16)
 
 
-@pytest.mark.slow
 def test_a_layer_that_makes_nan_of_numbers(latent_model, monkeypatch):
     policy = load(latent_model, "bfloat16")
     layer = policy.transformer.transformer_blocks[1].norm2
@@ -136,7 +134,6 @@ def test_a_layer_that_makes_nan_of_numbers(latent_model, monkeypatch):
         images(policy)
 
 
-@pytest.mark.slow
 def test_latents_that_no_image_has(latent_model):
     policy = load(latent_model)
     policy.transformer.proj_out.weight.data.mul_(1e9)
@@ -144,7 +141,6 @@ def test_latents_that_no_image_has(latent_model):
         images(policy)
 
 
-@pytest.mark.slow
 def test_a_decoder_that_is_nan(latent_model):
     policy = load(latent_model, "float16")
     change(policy.pipeline.vae, "decoder.conv_out.weight", NAN)

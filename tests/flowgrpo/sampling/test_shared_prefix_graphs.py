@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_shared_prefix import CASES, SHARED
+from test_shared_prefix import CASES, SHARED, THREE
 
 from flowgrpo import cuda_graphs, train, update
 from flowgrpo.config import replace
@@ -44,15 +44,15 @@ def step_graphs(policy) -> list[int]:
 def test_it_has_the_eager_bits_and_exact_ratios(pixel_model, tmp_path, case):
     """Iterations with other windows and changed weights: captured in the first ones, then replayed;
     what is captured are steps of the few sizes."""
-    parts, config = made(pixel_model, tmp_path, **{**SHARED, **LATE, **MORE[case]})
+    parts, config = made(pixel_model, tmp_path, **{**SHARED, **LATE, **THREE, **MORE[case]})
     policy, starts, captures = parts.policy, set(), []
-    for parts.state.iteration in range(4):
-        conditioning = policy.encode(setups.TEXTS[:4])
-        collect = partial(train.collect, parts, conditioning, config)
-        found = collect()
+    for parts.state.iteration in range(3):
+        experience = setups.experience(parts, config)
+        found = experience.trajectory
+        collect = partial(train.collect, parts, experience.conditioning, config)
         assert_equal(found, eager(policy, collect))
-        starts.add(tuple(found.trained_steps[0, ::6].tolist()))
-        metrics = setups.update(parts, setups.experience(parts, config), config)
+        starts.add(tuple(found.trained_steps[0, ::3].tolist()))
+        metrics = setups.update(parts, experience, config)
         assert metrics["max_ratio_error"] == 0.0 and min(metrics["grad_norm"]) > 0
         captures.append(policy.graphs.recorder.captures)
     assert len(starts) > 2 and captures[1] == captures[-1]
@@ -147,17 +147,17 @@ def test_a_rollout_waits_for_nothing_but_its_inputs():
     once, whatever their number."""
     changes = {"sample.shared_noise": True, "sample.share_prefix": True}
     with on_meta.watching() as watch:
-        provider = ours.Ours(Case(configurations.TINY_SD3, 2, 8, 2.0, 2, 0.0, 4), "meta")
+        provider = ours.Ours(Case(configurations.TINY_SD3, 2, 5, 2.0, 2, 0.0, 2), "meta")
         policy = provider.components.policy
         for graphs in (None, cuda_graphs.Graphs(policy, Silent(watch))):
             found, policy.graphs = {}, graphs
-            for end in (3, 7):
+            for end in (3, 4):
                 config = replace(provider.config, **changes, **{"sample.window_range": (0, end)})
                 watch.restart()
                 train.collect(provider.components, provider.conditioning, config)
                 found[end] = list(watch.waits)
-            assert len(found[3]) == len(found[7]) <= 8, found[7]
-            for line in found[7]:
+            assert len(found[3]) == len(found[4]) <= 8, found[4]
+            for line in found[4]:
                 assert any(f"{name}.py" in line for name in ("rollout", "prefix", "conditioning"))
     assert graphs.recorder.captures == 2, "chunks of two rows, and one alone"
     inputs = [t for recording in graphs.recordings.values() for t in recording.inputs]

@@ -73,7 +73,6 @@ def test_embeddings_are_the_pipelines(flux):
     assert not torch.equal(found.embeds[0], found.embeds[1])
 
 
-@pytest.mark.slow
 def test_length_of_the_text(flux_model):
     assert load(flux_model, PolicyConfig(resolution=16)).encode([""]).embeds.shape == (1, 128, 32)
     longer = PolicyConfig(resolution=16, max_sequence_length=512, text_cache="")

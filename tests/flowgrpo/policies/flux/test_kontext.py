@@ -42,12 +42,14 @@ CHANGES = {
     "policy.resolution": 16,
     "policy.max_sequence_length": 8,
     "policy.embedded_guidance": 2.5,
-    "sample.eval_steps": 4,
+    "sample.group_size": 3,
+    "sample.steps": 4,
+    "sample.eval_steps": 3,
     "optim.lr": 1e-2,
     "optim.ema_every": 1,
     "optim.beta": 0.04,
     "reward.weights": {"test_kontext:like": 1.0},
-    "run.steps": 3,
+    "run.steps": 2,
     "run.eval_every": 0,
     "run.checkpoint_every": 1,
     "run.eval_prompts": 2,
@@ -101,7 +103,7 @@ def config_of(model: Path, prompts: Path, folder: Path, **changes) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(model, prompts, tmp_path_factory) -> tuple[Config, dict, Path]:
-    """A finished run of three iterations: its configuration, summary and folder."""
+    """A finished run of two iterations: its configuration, summary and folder."""
     folder = tmp_path_factory.mktemp("trained")
     config = config_of(model, prompts, folder)
     return config, train.run(config), folder / "run"
@@ -117,7 +119,7 @@ def metrics(folder: Path, kind: str) -> list[dict]:
     return [{k: v for k, v in x.items() if k != "seconds"} for x in lines if x["kind"] == kind]
 
 
-def latents(policy, text: Conditioning, scale: float = 1.0, steps: int = 6) -> torch.Tensor:
+def latents(policy, text: Conditioning, scale: float = 1.0, steps: int = 4) -> torch.Tensor:
     """Our deterministic sampler, from the noise of one seed a prompt."""
     count = len(text)
     return rollout(
@@ -133,7 +135,7 @@ def latents(policy, text: Conditioning, scale: float = 1.0, steps: int = 6) -> t
     ).latents[-1]
 
 
-def theirs(pipe, policy, text, paths, scale: float = 1.0, steps: int = 6) -> torch.Tensor:
+def theirs(pipe, policy, text, paths, scale: float = 1.0, steps: int = 4) -> torch.Tensor:
     """The pipeline's latents from the same noise, one prompt after the other with its image."""
     empty, results = policy.encode_texts([""]), []
     noise = initial_noise(torch.arange(3, 3 + len(paths)), policy.latent_shape)
@@ -159,13 +161,14 @@ def theirs(pipe, policy, text, paths, scale: float = 1.0, steps: int = 6) -> tor
     return torch.stack(results)
 
 
-def test_three_iterations_with_ratio_one(trained):
+def test_two_iterations_with_ratio_one(trained):
     config, summary, folder = trained
     lines = metrics(folder, "train")
-    assert len(lines) == 3 and summary["max_ratio_error"] == 0.0
+    assert len(lines) == 2 and summary["max_ratio_error"] == 0.0
     assert all(line["kl"] > 0 and min(line["grad_norm"]) > 0 for line in lines)
     # The rewards have read the originals, by absolute paths.
-    assert set(SEEN) == set(load_prompts(config.sample.prompts).images)
+    seen = set(SEEN)
+    assert seen <= set(load_prompts(config.sample.prompts).images) and len(seen) > 3
     assert all(Path(path).is_absolute() for path in SEEN)
 
 
@@ -173,7 +176,7 @@ def test_three_iterations_with_ratio_one(trained):
 def test_resumed_equals_uninterrupted(trained, tmp_path):
     config, _, folder = trained
     train.run(replace(config, **{"run.out": str(tmp_path / "run"), "run.steps": 1}))
-    train.run(replace(directory.resume_config(tmp_path / "run"), **{"run.steps": 3}))
+    train.run(replace(directory.resume_config(tmp_path / "run"), **{"run.steps": 2}))
     for kind in ("train", "eval"):
         assert metrics(tmp_path / "run", kind) == metrics(folder, kind)
 
@@ -182,7 +185,7 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
 def test_evaluate_and_sample(trained, tmp_path):
     config, summary, folder = trained
     found = evaluate_run(EvaluateOptions(str(folder), out=str(tmp_path / "e"), device="cpu"), QUIET)
-    accuracy = found["reports"]["iteration 3"]["accuracy"]
+    accuracy = found["reports"]["iteration 2"]["accuracy"]
     assert accuracy == summary["after"]["accuracy"] != found["reports"]["base"]["accuracy"]
     pictures = []
     for image in load_prompts(config.sample.prompts).images[:2]:
@@ -212,7 +215,7 @@ def test_latents_and_adapter_are_the_pipelines(trained, scale):
     ours = latents(policy, text.rows(torch.tensor([0])), scale)
     torch.testing.assert_close(ours, base[:1], rtol=1e-6, atol=1e-6)
     add_adapter(policy.transformer, config.policy)
-    load_trained(policy.transformer, config.optim, folder / "checkpoints" / "step-000003")
+    load_trained(policy.transformer, config.optim, folder / "checkpoints" / "step-000002")
     pipe.load_lora_weights(folder / "adapter")
     found = latents(policy, text, scale)
     # PEFT adds x A^T B^T to x W^T, policies/lora.py has one product.

@@ -146,7 +146,6 @@ def test_embeddings_are_the_pipelines(klein, flux2_model):
     assert load(flux2_model, max_sequence_length=0).encode([""]).embeds.shape == (1, 512, 48)
 
 
-@pytest.mark.slow
 def test_a_text_is_cut_behind_the_templates_beginning(flux2_model):
     policy = load(flux2_model, max_sequence_length=8)
     words = policy.pipeline.tokenizer
@@ -297,6 +296,7 @@ def test_fused_bfloat16_is_no_worse_and_the_same_with_gradients(flux2_model):
 def test_ratios_are_exactly_one(flux2_model, tmp_path, changes):
     common = {f"policy.{name}": value for name, value in COMMON.items()}
     common |= {"policy.lora_targets": None, "sample.guidance_scale": 4.0, "optim.beta": 0.04}
+    common |= {"sample.group_size": 3, "sample.steps": 4}
     config = setups.config(flux2_model, tmp_path, **{**common, **changes})
     parts = setups.parts(config)
     measured = setups.update(parts, setups.experience(parts, config), config)

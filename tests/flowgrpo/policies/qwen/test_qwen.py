@@ -262,6 +262,8 @@ def test_ratios_are_exactly_one(qwen_model, tmp_path, changes):
         "policy.resolution": 16,
         "policy.max_sequence_length": LENGTH,
         "policy.text_cache": "",
+        "sample.group_size": 3,
+        "sample.steps": 4,
         "sample.guidance_scale": 4.0,
         "optim.beta": 0.04,
     }

@@ -208,6 +208,8 @@ def test_ratios_are_exactly_one(wan_model, tmp_path, changes):
     common = {
         **{f"policy.{name}": value for name, value in SMALL.items()},
         "policy.lora_targets": None,
+        "sample.group_size": 3,
+        "sample.steps": 4,
         "sample.guidance_scale": 5.0,
         "optim.beta": 0.04,
     }
