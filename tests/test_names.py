@@ -156,3 +156,15 @@ def test_which_docstrings_are_looked_at():
         '    """Whatever, Often, Asked."""\n'
     )
     assert [line for line, _ in open_docstrings(ast.parse(code))] == [1, 3, 5, 7]
+
+
+def test_the_long_files_of_tests_are_there():
+    """Those that begin first are named in conftest.py, and a file may be renamed."""
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    (value,) = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "LONG"
+    ]
+    names = {node.value for node in ast.walk(value) if isinstance(node, ast.Constant)}
+    assert len(names) > 20 and names <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
