@@ -121,12 +121,12 @@ def test_masters(alone, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_over_pieces(tmp_path):
-    """LoRA over a frozen model in pieces: one rank, and four in two copies of two pieces, write the
-    same bits."""
+    """LoRA over a frozen model in pieces: one rank, two pieces, and four ranks in two copies of two
+    pieces, write the same bits."""
     changes = {**FULL, **FSDP, "policy.adapter": "lora", "policy.fused": True}
     changes |= {"run.steps": 2, "sample.guidance_scale": 2.0, "optim.lr": 1e-3}
     bits = {}
-    for size in (1, 4):
+    for size in (1, 2, 4):
         out = tmp_path / f"run-{size}"
         changes |= {"run.out": str(out), "run.shard_size": 2 if size == 4 else 0}
         config = processes.make(tmp_path, **changes)
@@ -134,7 +134,7 @@ def test_adapters_over_pieces(tmp_path):
         last = checkpoints.latest(out)
         bits[size] = (processes.untimed(out / "metrics.jsonl"), processes.bits_of(last))
         assert [line["max_ratio_error"] for line in train_lines(out)] == [0.0, 0.0]
-    assert bits[1] == bits[4]
+    assert bits[1] == bits[2] == bits[4]
 
 
 @pytest.mark.slow
