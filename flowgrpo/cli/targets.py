@@ -26,9 +26,8 @@ def load_base(config: Config) -> Policy:
 
     A run may have demanded CUDA graphs of its device; here they are used where there are any.
     """
-    if config.sample.capture == "on":
-        config = replace(config, **{"sample.capture": "auto"})
-    config = replace(config, **{"optim.capture": "off"})
+    capture = "off" if config.sample.capture == "off" else "auto"
+    config = replace(config, **{"sample.capture": capture, "optim.capture": "off"})
     prepare_process(config.run)
     policy = load_policy(config, trainable=False)
     cuda_graphs.prepare(policy, config)
