@@ -26,6 +26,7 @@ from flowgrpo.evaluation.evaluation_set import load_evaluation_set
 from flowgrpo.policies import Policy
 from flowgrpo.policies.adapters import add_adapter
 from flowgrpo.policies.families import family_of
+from flowgrpo.prompts.batches import prompt_batch
 from flowgrpo.prompts.load import fingerprint, load_prompts
 from flowgrpo.records import Conditioning
 from flowgrpo.runs import directory
@@ -167,8 +168,10 @@ def test_two_iterations_with_ratio_one(trained):
     assert len(lines) == 2 and summary["max_ratio_error"] == 0.0
     assert all(line["kl"] > 0 and min(line["grad_norm"]) > 0 for line in lines)
     # The rewards have read the originals, by absolute paths.
-    seen = set(SEEN)
-    assert seen <= set(load_prompts(config.sample.prompts).images) and len(seen) > 3
+    prompts = load_prompts(config.sample.prompts)
+    drawn = [prompt_batch(prompts, config, iteration).images for iteration in range(2)]
+    evaluated = load_evaluation_set(config).prompts.images
+    assert set(SEEN) == {*drawn[0], *drawn[1], *evaluated} and len(set(SEEN)) > 3
     assert all(Path(path).is_absolute() for path in SEEN)
 
 
